@@ -1,0 +1,89 @@
+"""Everything about a recipe that can be wrong, found before a weight is read: recipe against itself, model and clips."""
+
+import shutil
+from collections.abc import Iterator
+
+from finetune.models import family_class
+from finetune.models.family import Family
+from finetune.models.folder import ModelFolder, resolve
+from finetune.recipe import Bucket, Recipe, load_recipe
+from finetune.recipe.load import differences
+from finetune.runtime.errors import Problem, UserError
+
+
+def check_recipe(recipe: Recipe, world_size: int) -> list[Problem]:
+    """Combinations of settings that cannot work on `world_size` ranks."""
+    return [*_batch_problems(recipe, world_size), *_setting_problems(recipe)]
+
+
+def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
+    train = recipe.train
+    share = world_size * train.micro_batch_size
+    if train.global_batch_size % share:
+        nearest = max(1, round(train.global_batch_size / share)) * share
+        yield Problem(
+            f"a global batch of {train.global_batch_size} cannot be split over {world_size} ranks that take "
+            f"{train.micro_batch_size} samples at a time",
+            "train.global_batch_size",
+            f"set train.global_batch_size = {nearest}",
+        )
+
+
+def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.schedule.name == "constant" and recipe.schedule.warmup_steps:
+        yield Problem('"constant" has no warm-up', "schedule.warmup_steps", 'set schedule.name = "constant_with_warmup"')
+    if recipe.schedule.warmup_steps > recipe.train.steps:
+        yield Problem(
+            f"{recipe.schedule.warmup_steps} warm-up steps, but only {recipe.train.steps} steps in all",
+            "schedule.warmup_steps",
+            f"set it to at most {recipe.train.steps}",
+        )
+    if recipe.validation.every and not recipe.validation.heldout:
+        yield Problem("there is nothing to validate on", "validation.every", "set validation.heldout to a dataset")
+    if recipe.train.method == "full" and recipe.lora != type(recipe.lora)():
+        yield Problem('[lora] has no effect with method = "full"', "lora", 'remove the table, or set train.method = "lora"')
+
+
+def open_family(recipe: Recipe) -> Family:
+    """Find the model, check its files by their headers, and the recipe's buckets against it.
+
+    Raises:
+        UserError: every problem of model folder and buckets at once.
+    """
+    cls = family_class(recipe.model.family)
+    folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, cls.components))
+    problems = folder.problems(cls.components)
+    if problems:
+        raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
+    family = cls(folder)
+    shapes: list[tuple[str, Bucket]] = [("data.buckets", bucket) for bucket in recipe.data.buckets]
+    shapes += [("validation.prompts", prompt.shape) for prompt in recipe.validation.prompts if prompt.shape]
+    wrong = [Problem(f"{shape}: {text}", key) for key, shape in shapes if (text := family.bucket_problem(shape))]
+    if wrong:
+        raise UserError.of(wrong)
+    return family
+
+
+def check_output(recipe: Recipe) -> None:
+    """Refuse a folder that holds another training, and a disk without room.
+
+    Raises:
+        UserError: names the keys that differ.
+    """
+    saved = recipe.output / "recipe.toml"
+    if saved.exists():
+        changed = differences(recipe, load_recipe(saved))
+        if changed:
+            raise UserError(
+                "this folder holds a run of another recipe: " + "; ".join(changed[:6]),
+                "set `output` to a new folder, or put the keys back to resume",
+                str(recipe.output),
+            )
+    folder = recipe.output
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError("this is a file, and the run needs a folder", "set `output` to a folder", str(folder))
+    if shutil.disk_usage(folder).free < 2**20:
+        raise UserError("the disk is full", "free some space, or set `output` to another disk", str(recipe.output))
+

@@ -1,0 +1,218 @@
+"""The commands. Errors that a user can mend end here, printed without a traceback, with exit status 2."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.recipe import Bucket, Recipe, load_recipe
+from finetune.recipe.schema import Prompt
+from finetune.runtime.errors import LostPeer, UserError
+from finetune.runtime.logging import console, quiet_libraries, say
+
+USAGE = """\
+torchrun ... -m finetune --recipe R          train, or resume (encodes the dataset first if it must)
+python -m finetune check    --recipe R       recipe, model folder and clips: every problem at once
+torchrun ... -m finetune prepare --recipe R  encode clips and captions into the cache
+python -m finetune sample   --recipe R [--adapter DIR] [--prompt TEXT]
+python -m finetune export   --recipe R [--step N] --out DIR
+python -m finetune demo     --out DIR        a tiny random pipeline and real clips to try things on
+python -m finetune schema                    JSON Schema of recipes, for editors
+python -m finetune families                  model families
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit status."""
+    quiet_libraries()
+    parsed = _parser().parse_args(arguments if arguments and not arguments[0].startswith("--rec") else ["train", *arguments])
+    try:
+        return _COMMANDS[parsed.command](parsed)
+    except UserError as error:
+        _print_error(error)
+        return 1 if isinstance(error, LostPeer) else 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("finetune", usage=USAGE, add_help=True)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "check", "prepare", "sample", "export"):
+        command = commands.add_parser(name, usage=USAGE)
+        command.add_argument("--recipe", required=True, help="a TOML recipe")
+        command.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
+        if name == "sample":
+            command.add_argument("--adapter", type=Path, help="folder of an exported LoRA")
+            command.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
+            command.add_argument("--shape", help="frames x height x width of --prompt")
+            command.add_argument("--steps", type=int, default=30, help="denoising steps of --prompt")
+            command.add_argument("--seed", type=int, default=0, help="seed of --prompt")
+            command.add_argument("--out", type=Path, help="folder; OUTPUT/samples if not given")
+        if name == "export":
+            command.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+            command.add_argument("--out", type=Path, required=True)
+    demo = commands.add_parser("demo", usage=USAGE)
+    demo.add_argument("--out", type=Path, required=True)
+    demo.add_argument("--family", default="ltx")
+    commands.add_parser("schema", usage=USAGE)
+    commands.add_parser("families", usage=USAGE)
+    return parser
+
+
+def _print_error(error: UserError) -> None:
+    """Every rank ends with the error; one process a node prints it, so that it is read once."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        console.print(f"error: {error}", markup=False, style="red")
+
+
+def _with_runtime(recipe: Recipe, body) -> int:
+    from finetune.runtime import distributed
+
+    runtime = distributed.start(recipe.distributed.timeout_seconds)
+    try:
+        return body(runtime)
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset", "Timed out", "timed out")):
+            raise LostPeer(
+                f"rank {runtime.rank} lost the others ({str(error).splitlines()[0]})",
+                "see the first error above; the same command resumes from the newest checkpoint",
+            ) from error
+        raise
+    finally:
+        if sys.exc_info()[0] is None:
+            distributed.stop()
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.trainer import train
+
+    return _with_runtime(recipe, lambda runtime: train(recipe, runtime))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.check import check_output, check_recipe, open_family
+    from finetune.data.cache import Cache
+    from finetune.prepare import survey
+
+    def body(runtime) -> int:
+        problems = check_recipe(recipe, runtime.world_size)
+        for step in (
+            lambda: check_output(recipe),
+            lambda: open_family(recipe),
+            *(
+                lambda path=path: survey(recipe, path, runtime, Cache(recipe.data.cache))
+                for path in (recipe.data.path, recipe.validation.heldout)
+                if path
+            ),
+        ):
+            try:
+                step()
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError.of(problems)
+        say("nothing wrong found")
+        return 0
+
+    return _with_runtime(recipe, body)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.check import open_family
+    from finetune.prepare import prepare
+
+    def body(runtime) -> int:
+        with runtime.together():
+            family = open_family(recipe)
+        prepared = prepare(recipe, family, runtime)
+        say(f"{len(prepared.train)} clips to train on, {len(prepared.heldout)} held out, in {recipe.data.cache}")
+        return 0
+
+    return _with_runtime(recipe, body)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    prompts = list(recipe.validation.prompts)
+    if arguments.prompt:
+        shape = _bucket(arguments.shape) if arguments.shape else None
+        prompts = [
+            Prompt(text=text, shape=None, steps=arguments.steps, seed=arguments.seed).model_copy(update={"shape": shape})
+            for text in arguments.prompt
+        ]
+    if not prompts:
+        raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
+    from finetune.check import open_family
+    from finetune.sample import sample
+
+    def body(runtime) -> int:
+        sample(recipe, open_family(recipe), runtime, prompts, arguments.adapter, arguments.out or recipe.output / "samples")
+        return 0
+
+    return _with_runtime(recipe, body)
+
+
+def _bucket(text: str) -> Bucket:
+    try:
+        return Bucket.parse(text)
+    except ValueError as error:
+        raise UserError(str(error), "", "--shape") from None
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.check import open_family
+    from finetune.job import build
+    from finetune.prepare import prepare
+
+    def body(runtime) -> int:
+        family = open_family(recipe)
+        job = build(recipe, runtime, family, prepare(recipe, family, runtime))
+        step = arguments.step or job.checkpoints.latest()
+        if step is None or step not in job.checkpoints.steps():
+            known = ", ".join(map(str, job.checkpoints.steps())) or "none"
+            raise UserError(f"no checkpoint of step {step}", f"steps are: {known}", str(recipe.output / "checkpoints"))
+        job.checkpoints.load(step, job.state.transformer, job.state.optimizer)
+        job.export(arguments.out)
+        say(f"exported step {step} to {arguments.out}")
+        return 0
+
+    return _with_runtime(recipe, body)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from finetune.demo import make_demo
+
+    make_demo(arguments.out, arguments.family)
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
+    return 0
+
+
+def _families(arguments: argparse.Namespace) -> int:
+    from finetune.models import FAMILIES, family_class
+
+    for name in FAMILIES:
+        print(f"{name:12} {(family_class(name).__doc__ or '').strip()}")
+    return 0
+
+
+_COMMANDS = {
+    "train": _train,
+    "check": _check,
+    "prepare": _prepare,
+    "sample": _sample,
+    "export": _export,
+    "demo": _demo,
+    "schema": _schema,
+    "families": _families,
+}

@@ -1,0 +1,1 @@
+"""Clips and captions: found, decoded, cached, ordered and loaded. Never imports models: encoders arrive as callables."""

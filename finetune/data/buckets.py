@@ -1,0 +1,59 @@
+"""Which shape each clip is trained in."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.data.decode import VideoInfo
+from finetune.recipe import Bucket
+from finetune.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A clip's bucket and what is lost to it. `cropped` is the share of the picture outside the bucket."""
+
+    bucket: Bucket
+    fps: float
+    frames_available: int
+    cropped: float
+    enlarged: float
+
+    @property
+    def trimmed(self) -> int:
+        """Frames at the end that are not used."""
+        return self.frames_available - self.bucket.frames
+
+
+def fit(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str) -> Fit:
+    """The bucket that loses least of a clip: nearest aspect ratio, then most frames, then largest picture not enlarged.
+
+    Args:
+        fps: the frame rate to train at; None keeps the clip's own.
+        where: the clip's name, for the error.
+    Raises:
+        UserError: the clip is shorter than every bucket.
+    """
+    rate = fps or clip.fps
+    available = clip.frames_at(rate)
+    possible = [bucket for bucket in buckets if bucket.frames <= available]
+    if not possible:
+        shortest = min(bucket.frames for bucket in buckets)
+        raise UserError(
+            f"{available} frame{'s' if available > 1 else ''} at {rate:g} fps, but the shortest bucket has {shortest}",
+            f"add a bucket of at most {available} frames to data.buckets, or remove the clip",
+            where,
+        )
+
+    def loss(bucket: Bucket) -> tuple[float, int, bool, int]:
+        area = bucket.height * bucket.width
+        grows = max(bucket.height / clip.height, bucket.width / clip.width) > 1
+        return round(_aspect_distance(clip, bucket), 6), -bucket.frames, grows, area if grows else -area
+
+    best = min(possible, key=loss)
+    enlarged = max(best.height / clip.height, best.width / clip.width)
+    return Fit(best, rate, available, 1 - math.exp(-_aspect_distance(clip, best)), enlarged)
+
+
+def _aspect_distance(clip: VideoInfo, bucket: Bucket) -> float:
+    return abs(math.log(clip.width / clip.height) - math.log(bucket.width / bucket.height))

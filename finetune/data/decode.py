@@ -1,0 +1,169 @@
+"""Video files to uint8 frames with PyAV: variable frame rate, rotation and non-square pixels respected.
+
+`probe` reads packets only, which is cheap and exact: every frame's time is known before anything is decoded.
+`decode` converts one frame at a time to its final size, so a clip never exists in memory at its full resolution.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from finetune.recipe import Bucket
+from finetune.runtime.errors import UserError
+
+_PTS_SLACK = 1e-6  # seconds; times are sums of rounded container ticks
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """A video as it is to be shown: height and width after pixel aspect and rotation; duration in seconds."""
+
+    height: int
+    width: int
+    frames: int
+    duration: float
+
+    @property
+    def fps(self) -> float:
+        """Average frame rate."""
+        return self.frames / self.duration
+
+    def frames_at(self, fps: float) -> int:
+        """How many frames the clip fills at a frame rate."""
+        return max(1, int(self.duration * fps + 1e-3))
+
+
+@dataclass(frozen=True)
+class _Timeline:
+    """Presentation times of all frames, ascending, in units of `time_base` seconds."""
+
+    ticks: list[int]
+    last_ticks: int  # how long the last frame stays
+    time_base: Fraction
+
+    @property
+    def times(self) -> list[float]:
+        return [float((tick - self.ticks[0]) * self.time_base) for tick in self.ticks]
+
+    @property
+    def duration(self) -> float:
+        return float((self.ticks[-1] - self.ticks[0] + self.last_ticks) * self.time_base)
+
+
+def probe(path: Path) -> VideoInfo:
+    """Read a video's size, frame count and duration; only its first frame is decoded.
+
+    Raises:
+        UserError: not a video, no video stream, empty, or cut off.
+    """
+    if path.stat().st_size == 0:
+        raise UserError("the file is empty (0 bytes)", "copy or export it again", str(path))
+    try:
+        timeline = _timeline(path)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            first = next(iter(container.decode(stream)), None)
+            if first is None:
+                raise UserError("not one frame can be decoded", "export it again, or remove it", str(path))
+            height, width = _display_size(first, stream.sample_aspect_ratio)
+    except av.error.FFmpegError as error:
+        cure = "the file is cut off or not a video: copy or export it again, or remove it"
+        raise UserError(f"cannot be read as a video ({error.strerror})", cure, str(path)) from None
+    return VideoInfo(height, width, len(timeline.ticks), timeline.duration)
+
+
+def _timeline(path: Path) -> _Timeline:
+    """The times of all frames, from the packets alone."""
+    with av.open(str(path)) as container:
+        stream = _video_stream(container, path)
+        packets = sorted((p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None and not p.is_discard)
+        announced, time_base, rate = stream.frames, stream.time_base, stream.average_rate
+    if len(packets) < max(announced, 1):
+        raise UserError(
+            f"the file is cut off: {len(packets)} of the {announced or 'unknown number of'} frames it announces are there",
+            "copy or export it again, or remove it",
+            str(path),
+        )
+    ticks = [pts for pts, _ in packets]
+    last = packets[-1][1] or (ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1) or round(1 / (time_base * (rate or 25)))
+    return _Timeline(ticks, last, time_base)
+
+
+def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+    if not container.streams.video:
+        raise UserError("there is no video stream in it", "remove it: sound alone cannot be trained on", str(path))
+    form = container.format.name
+    if form.endswith("_pipe") or form == "image2":
+        kind = form.removesuffix("_pipe").upper()
+        raise UserError(f"this is an image ({kind}), not a video", "remove it, or make a video of it", str(path))
+    return container.streams.video[0]
+
+
+def frame_indices(times: Sequence[float], fps: float, count: int) -> list[int]:
+    """Which frames to show at 0, 1/fps, 2/fps, ... seconds: the one that is on screen then.
+
+    Args:
+        times: presentation times of all frames in seconds, ascending from 0.
+    Returns:
+        `count` indices into `times`, non-decreasing.
+    """
+    slack = _PTS_SLACK + 1e-3 / fps
+    return [max(0, bisect_right(times, k / fps + slack) - 1) for k in range(count)]
+
+
+def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarray:
+    """The first `bucket.frames` frames at `fps`, scaled to cover the bucket and cropped at the centre.
+
+    Returns:
+        uint8 array (F, H, W, 3), RGB.
+    Raises:
+        UserError: the file breaks before the last frame that is needed.
+    """
+    timeline = _timeline(path)
+    wanted = frame_indices(timeline.times, fps, bucket.frames)
+    frames = np.empty((*bucket, 3), dtype=np.uint8)
+    filled = 0
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            for frame in container.decode(stream):
+                index = bisect_right(timeline.ticks, frame.pts) - 1
+                first = filled
+                while filled < len(wanted) and wanted[filled] <= index:
+                    filled += 1
+                if filled > first:
+                    frames[first:filled] = _cover(frame, clip, bucket)
+                if filled == len(wanted):
+                    return frames
+    except av.error.FFmpegError as error:
+        raise _broken(path, filled, len(wanted), error.strerror) from None
+    raise _broken(path, filled, len(wanted), "the stream ends early")
+
+
+def _broken(path: Path, got: int, wanted: int, why: str) -> UserError:
+    return UserError(
+        f"the file breaks after {got} of {wanted} frames ({why})", "copy or export it again, or remove it", str(path)
+    )
+
+
+def _display_size(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> tuple[int, int]:
+    """Height and width as shown: pixel aspect applied, then rotation."""
+    width = round(frame.width * (pixel_aspect or 1))
+    return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
+
+
+def _cover(frame: av.VideoFrame, clip: VideoInfo, bucket: Bucket) -> np.ndarray:
+    """One frame as uint8 (H, W, 3): scaled to cover the bucket, rotated upright, cropped at the centre."""
+    scale = max(bucket.height / clip.height, bucket.width / clip.width)
+    height, width = max(bucket.height, round(clip.height * scale)), max(bucket.width, round(clip.width * scale))
+    rows, columns = (width, height) if frame.rotation % 180 else (height, width)
+    scaled = frame.reformat(width=columns, height=rows, format="rgb24", interpolation="BICUBIC").to_ndarray()
+    upright = np.rot90(scaled, k=frame.rotation // 90) if frame.rotation else scaled
+    top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
+    return upright[top : top + bucket.height, left : left + bucket.width]

@@ -1,0 +1,135 @@
+"""From cached items to the batches of a step, drawn and assembled in worker processes.
+
+Batch k of a rank is a pure function of k: workers only look ahead. A run that resumes at step n starts to read there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from finetune.data.cache import Cache
+from finetune.data.sampler import Order
+from finetune.recipe import Bucket
+from finetune.runtime import seeds
+from finetune.runtime.signals import leave_group
+
+
+@dataclass(frozen=True)
+class Item:
+    """A clip that is ready to be trained on: its files in the cache and what it was made of."""
+
+    path: Path
+    caption: str
+    bucket: Bucket
+    fps: float
+    video_key: str
+    text_key: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a step: cached tensors, and the generator that makes its every random draw."""
+
+    moments: dict[str, Tensor]
+    text: dict[str, Tensor]
+    bucket: Bucket
+    fps: float
+    generator: torch.Generator
+    position: int  # within the global batch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a global batch is spread: each rank takes `micro` samples at a time, `accumulation` times."""
+
+    rank: int
+    world_size: int
+    global_batch: int
+    micro: int
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // (self.world_size * self.micro)
+
+    def positions(self, micro_step: int) -> range:
+        """Positions in the global batch that this rank takes at an accumulation step."""
+        start = (micro_step * self.world_size + self.rank) * self.micro
+        return range(start, start + self.micro)
+
+
+class MicroBatches(Dataset):
+    """Micro-batch k of this rank, k = step x accumulation + accumulation step.
+
+    Args:
+        assemble: turns samples of one bucket into what the step consumes.
+        caption_dropout: probability that a sample gets the text item `unconditional_key`.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        order: Order,
+        layout: Layout,
+        cache: Cache,
+        assemble: Callable[[list[Sample]], Any],
+        seed: int,
+        caption_dropout: float,
+        unconditional_key: str,
+    ) -> None:
+        self.items, self.order, self.layout, self.cache = items, order, layout, cache
+        self.assemble, self.seed = assemble, seed
+        self.caption_dropout, self.unconditional_key = caption_dropout, unconditional_key
+
+    def __getitem__(self, k: int) -> Any:
+        step, micro_step = divmod(k, self.layout.accumulation)
+        plan = self.order.plan(step)
+        return self.assemble([self._sample(step, position, plan.items) for position in self.layout.positions(micro_step)])
+
+    def _sample(self, step: int, position: int, items: Sequence[int]) -> Sample:
+        item = self.items[items[position]]
+        generator = seeds.generator(self.seed, "sample", step, position)
+        dropped = torch.rand((), generator=generator).item() < self.caption_dropout
+        return Sample(
+            moments=self.cache.read("video", item.video_key),
+            text=self.cache.read("text", self.unconditional_key if dropped else item.text_key),
+            bucket=item.bucket,
+            fps=item.fps,
+            generator=generator,
+            position=position,
+        )
+
+
+class _Range(torch.utils.data.Sampler):
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+    def __iter__(self):
+        return iter(range(self.start, self.stop))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def _init_worker(worker: int) -> None:
+    leave_group()
+    torch.set_num_threads(1)
+
+
+def open_loader(batches: MicroBatches, first_step: int, last_step: int, workers: int, pin_memory: bool) -> StatefulDataLoader:
+    """A loader of the micro-batches of steps first_step .. last_step - 1, in order."""
+    accumulation = batches.layout.accumulation
+    return StatefulDataLoader(
+        batches,
+        batch_size=None,
+        sampler=_Range(first_step * accumulation, last_step * accumulation),
+        num_workers=workers,
+        worker_init_fn=_init_worker,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+    )

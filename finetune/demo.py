@@ -1,0 +1,28 @@
+"""Something to try the trainer on without a download: a tiny random pipeline and a dozen real clips."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.data.synthetic import RECORDINGS, write_clips
+from finetune.models import family_class
+from finetune.runtime.logging import say
+
+
+def make_demo(out: Path, family: str) -> None:
+    """Write `out/model` (a pipeline of a few MB), `out/clips` and `out/heldout`; what is there already is kept."""
+    parts = {
+        "model": family_class(family).tiny,
+        "clips": lambda folder: write_clips(folder, RECORDINGS),
+        "heldout": lambda folder: write_clips(
+            folder, [replace(r, name=f"heldout_{r.name}") for r in RECORDINGS[:3]], first_scene=len(RECORDINGS)
+        ),
+    }
+    for name, make in parts.items():
+        if (out / name).exists():
+            continue
+        partial = out / f".partial-{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        make(partial)
+        partial.rename(out / name)
+    say(f"{out}: a tiny {family} pipeline in model/, {len(RECORDINGS)} clips in clips/, 3 in heldout/")

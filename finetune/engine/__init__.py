@@ -1,0 +1,1 @@
+"""The step and everything around it: parallelism, precision, optimizer, checkpoints, export, validation."""

@@ -1,0 +1,130 @@
+"""Checkpoints that are whole or absent: sharded with DCP, written beside, renamed when complete."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import UserError
+
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+_STATE, _FACTS, _PARTIAL = "state", "trainer.json", ".partial-"
+
+
+class Checkpoints:
+    """The checkpoints of one run, `step_00000100` and so on, in one folder that all ranks see."""
+
+    def __init__(self, folder: Path, keep_last: int | None, runtime: Runtime) -> None:
+        """`keep_last` is None to keep all."""
+        self.folder, self.keep_last, self.runtime = folder, keep_last, runtime
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(int(path.parent.name.removeprefix("step_")) for path in self.folder.glob(f"step_*/{_FACTS}"))
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, as rank 0 sees it."""
+        steps = self.steps() if self.runtime.is_main else []
+        return self.runtime.from_main(steps[-1] if steps else None)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: Optimizer, facts: dict[str, Any], export: Callable[[Path], None]
+    ) -> Path:
+        """Write a checkpoint; a step that is already saved is left alone.
+
+        Args:
+            facts: small JSON values, returned by `load`.
+            export: called on every rank with the unfinished folder, to add files of its own.
+        Raises:
+            UserError: on every rank, if any could not write; older checkpoints stay.
+        """
+        final = self.path(step)
+        if self.runtime.from_main(final.exists() if self.runtime.is_main else None):
+            return final
+        partial = self.folder / f"{_PARTIAL}{final.name}"
+        with self.runtime.together():
+            if self.runtime.is_main:
+                self._clear(self.folder)
+                partial.mkdir(parents=True)
+        state = {"model": get_model_state_dict(model, options=TRAINED_ONLY)}
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED_ONLY)
+        try:
+            dcp.save(state, checkpoint_id=partial / _STATE, process_group=self.runtime.control)
+            export(partial)
+            with self.runtime.together():
+                if self.runtime.is_main:
+                    (partial / _FACTS).write_text(json.dumps({"step": step, **facts}, indent=1))
+                    partial.rename(final)
+                    self._prune()
+        except Exception as error:
+            if self.runtime.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise self._explain(error, step) from error
+        return final
+
+    def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Restore weights and optimizer state in place, on any number of ranks; returns the checkpoint's facts."""
+        path = self.path(step)
+        state = {"model": get_model_state_dict(model, options=TRAINED_ONLY)}
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED_ONLY)
+        try:
+            dcp.load(state, checkpoint_id=path / _STATE, process_group=self.runtime.control)
+            facts = json.loads((path / _FACTS).read_text())
+        except Exception as error:
+            older = [known for known in self.steps() if known < step]
+            then = f"the run then goes on from step {older[-1]}" if older else "the run then starts anew"
+            raise UserError(
+                f"the checkpoint cannot be read ({_reason(error)})", f"remove this folder; {then}", str(path)
+            ) from error
+        set_model_state_dict(model, state["model"], options=TRAINED_ONLY)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=TRAINED_ONLY)
+        return facts
+
+    def _prune(self) -> None:
+        """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""
+        for step in self.steps()[: -self.keep_last] if self.keep_last else []:
+            doomed = self.folder / f"{_PARTIAL}{self.path(step).name}"
+            self.path(step).rename(doomed)
+            shutil.rmtree(doomed)
+
+    @staticmethod
+    def _clear(folder: Path) -> None:
+        for leftover in folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(leftover)
+
+    def _explain(self, error: Exception, step: int) -> Exception:
+        reason = _reason(error)
+        if "No space left" not in reason and "os error 28" not in reason:
+            return error
+        free = shutil.disk_usage(self.folder).free / 2**20
+        known = self.steps()
+        safe = f"step {known[-1]} is safe" if known else "no earlier checkpoint exists"
+        return UserError(
+            f"the disk is full ({free:.0f} MiB free): the checkpoint of step {step} was not written; {safe}",
+            "free some space or lower checkpoint.keep_last, then run the same command: it goes on from there",
+            str(self.folder),
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The text of an error and of what DCP wrapped in it."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        return "; ".join(sorted({str(failure[0]) for failure in failures.values()}))
+    return str(error) or type(error).__name__

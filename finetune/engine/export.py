@@ -1,0 +1,78 @@
+"""Trained weights as files that diffusers loads, each verified by loading it back."""
+
+from pathlib import Path
+
+import diffusers
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from finetune.models.family import Family
+from finetune.models.lora import ADAPTER
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_WHOLE_TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
+    """Write the adapter as `folder/pytorch_lora_weights.safetensors`, with its rank and alpha, and verify it.
+
+    All ranks take part; rank 0 writes. Tensors are float32, exactly as trained.
+    """
+    whole = get_model_state_dict(transformer, options=_WHOLE_TRAINED)
+    with runtime.together():
+        if runtime.is_main:
+            layers = {name.replace(f".{ADAPTER}.", "."): value for name, value in whole.items()}  # peft's file names
+            config = transformer.peft_config[ADAPTER]
+            pipeline = getattr(diffusers, family.pipeline_class)
+            pipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=layers,
+                transformer_lora_adapter_metadata=config.to_dict(),
+                weight_name=LORA_FILE,
+            )
+            verify_lora(folder, layers, config.lora_alpha / config.r, family)
+
+
+def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family: Family) -> None:
+    """Load an exported adapter through the pipeline class into an empty transformer and compare all of it.
+
+    Args:
+        layers: the trained tensors by peft's names.
+        scaling: alpha / rank.
+    Raises:
+        UserError: a tensor, a name or the scaling differs from what was trained.
+    """
+    pipeline = getattr(diffusers, family.pipeline_class)
+    loaded, metadata = pipeline.lora_state_dict(folder, weight_name=LORA_FILE, return_lora_metadata=True)
+    found = {name.removeprefix("transformer."): value for name, value in loaded.items()}
+    wrong = sorted(layers.keys() ^ found.keys()) or [n for n, value in layers.items() if not torch.equal(found[n], value)]
+    skeleton = family.empty_transformer()
+    pipeline.load_lora_into_transformer(loaded, transformer=skeleton, metadata=metadata)
+    adapted = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
+    expected = {name.rpartition(".lora_")[0] for name in layers}
+    wrong += sorted(adapted.keys() ^ expected)
+    wrong += [name for name, module in adapted.items() if set(module.scaling.values()) != {scaling}]
+    if wrong:
+        raise UserError(
+            f"the exported adapter differs from the trained one: {', '.join(wrong[:3])}",
+            "report this with the versions of diffusers and peft; the checkpoint itself is intact",
+            str(folder / LORA_FILE),
+        )
+
+
+def export_transformer(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
+    """Write all weights as a diffusers transformer folder, float32, and verify its tensors. All ranks take part."""
+    whole = get_model_state_dict(transformer, options=_WHOLE)
+    with runtime.together():
+        if runtime.is_main:
+            skeleton = family.empty_transformer()
+            skeleton.load_state_dict(whole, assign=True)
+            skeleton.save_pretrained(folder)
+            saved = type(skeleton).from_pretrained(folder).state_dict()
+            if wrong := [name for name, value in whole.items() if not torch.equal(saved[name], value)]:
+                raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(folder))

@@ -1,0 +1,101 @@
+"""One optimizer step: the same function for training, benchmarks, tests and simulation."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from finetune.models.family import Batch, Family
+from finetune.runtime import seeds
+from finetune.runtime.distributed import Runtime
+
+
+@dataclass
+class StepState:
+    """What a step works on. `max_grad_norm` is None for no clipping.
+
+    `defer_reduction` keeps gradients whole until the last accumulation step: less traffic, but memory for one whole
+    gradient a rank, so it is for adapters.
+    """
+
+    family: Family
+    transformer: nn.Module
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    runtime: Runtime
+    max_grad_norm: float | None
+    defer_reduction: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Host figures of a step: mean loss of the global batch, global gradient norm before clipping, learning rate.
+
+    `updated` is False if loss or norm was not finite: then no parameter has changed. `stop` is True if any rank asked.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    updated: bool
+    stop: bool
+
+
+def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
+    """Accumulate the gradients of `micro_batches`, clip them by their global norm, and update.
+
+    The host waits for the device once, for loss, norm and stop votes together.
+
+    Args:
+        step: number of the step from 0; seeds what is drawn on the device (dropout).
+        micro_batches: this rank's share of the global batch, on the CPU.
+        stop: this rank's wish to end the run after this step.
+    """
+    device = state.runtime.device
+    device.reseed(seeds.derive(state.seed, "device", step, state.runtime.rank))
+    lr = state.schedule.get_last_lr()[0]
+    total = torch.zeros((), device=device.torch_device)
+    for index, batch in enumerate(micro_batches):
+        is_last = index + 1 == len(micro_batches)
+        state.transformer.set_requires_gradient_sync(is_last or not state.defer_reduction)
+        batch = batch.to(device.torch_device)
+        prediction = state.family.predict(state.transformer, batch.inputs)
+        loss = sample_losses(prediction, batch).mean() / len(micro_batches)
+        loss.backward()
+        total += loss.detach()
+
+    norm = grad_norm(state.parameters, state.max_grad_norm)
+    report = torch.stack([total / state.runtime.world_size, torch.tensor(float(stop)).to(total)])
+    if state.runtime.world_size > 1:
+        dist.all_reduce(report)
+    mean_loss, votes, host_norm = device.read(torch.cat([report, norm.view(1)]))
+
+    finite = math.isfinite(mean_loss) and math.isfinite(host_norm)
+    if finite:
+        state.optimizer.step()
+        state.schedule.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return StepResult(mean_loss, host_norm, lr, updated=finite, stop=votes > 0)
+
+
+def sample_losses(prediction: Tensor, batch: Batch) -> Tensor:
+    """Weighted mean squared error per sample, float32 (B,)."""
+    return batch.weight * (prediction.float() - batch.target).square().flatten(1).mean(1)
+
+
+def grad_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """Global L2 norm of the gradients, over all ranks; gradients are scaled in place to `limit` if it is exceeded."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

@@ -1,0 +1,121 @@
+"""From a recipe to a built job: `build` then `job.step(batches)`, the same on GPUs, on CPUs and in simulation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from finetune.data.loader import Layout, MicroBatches, open_loader
+from finetune.data.sampler import Order
+from finetune.engine import export
+from finetune.engine.checkpoint import Checkpoints
+from finetune.engine.optimizer import build_optimizer, build_schedule, set_schedule_step
+from finetune.engine.parallel import parallelize, trained_parameters
+from finetune.engine.precision import storage_dtype
+from finetune.engine.step import StepResult, StepState, run_step
+from finetune.engine.validation import HeldOut, heldout_loss
+from finetune.models.family import Batch, Family
+from finetune.models.objective import FlowMatching
+from finetune.prepare import Prepared
+from finetune.recipe import Recipe
+from finetune.runtime.distributed import Runtime, mesh
+
+
+@dataclass
+class Job:
+    """A training that is ready to run: its state, its data, its checkpoints."""
+
+    recipe: Recipe
+    state: StepState
+    objective: FlowMatching
+    prepared: Prepared
+    order: Order
+    layout: Layout
+    checkpoints: Checkpoints
+
+    def step(self, step: int, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
+        """One optimizer step; see `run_step`."""
+        return run_step(self.state, step, micro_batches, stop)
+
+    def batches(self, first_step: int) -> StatefulDataLoader:
+        """This rank's micro-batches from a step to the end."""
+        return open_loader(
+            self.micro_batches(),
+            first_step,
+            self.recipe.train.steps,
+            self.recipe.data.workers,
+            pin_memory=not self.state.runtime.device.is_cpu,
+        )
+
+    def micro_batches(self) -> MicroBatches:
+        """The same by index, read in this process."""
+        return MicroBatches(
+            self.prepared.train,
+            self.order,
+            self.layout,
+            self.prepared.cache,
+            partial(self.state.family.batch, objective=self.objective),
+            self.recipe.train.seed,
+            self.recipe.data.caption_dropout,
+            self.prepared.unconditional_key,
+        )
+
+    def resume(self) -> int:
+        """Restore the newest complete checkpoint, if there is one; returns the number of steps done."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return 0
+        facts = self.checkpoints.load(latest, self.state.transformer, self.state.optimizer)
+        set_schedule_step(self.state.schedule, facts["step"])
+        return facts["step"]
+
+    def save(self, step: int) -> Path:
+        """Checkpoint after `step` optimizer steps, with the adapter as diffusers loads it. Collective."""
+        adapter = self.recipe.train.method == "lora"
+        write = lambda folder: self.export(folder / "lora") if adapter else None  # noqa: E731
+        return self.checkpoints.save(step, self.state.transformer, self.state.optimizer, {}, write)
+
+    def export(self, folder: Path) -> None:
+        """Write the trained weights for diffusers, and verify them. Collective."""
+        write = export.export_lora if self.recipe.train.method == "lora" else export.export_transformer
+        write(self.state.transformer, self.state.family, folder, self.state.runtime)
+
+    def heldout_loss(self) -> HeldOut | None:
+        """Loss on the held-out clips, if the recipe names any. Collective."""
+        if not self.prepared.heldout:
+            return None
+        quantiles = self.recipe.validation.sigmas
+        return heldout_loss(self.state, self.objective, self.prepared.heldout, self.prepared.cache, quantiles)
+
+
+def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) -> Job:
+    """Load the transformer, make it trainable, and put optimizer, schedule and data around it. Collective."""
+    train = recipe.train
+    with runtime.together():
+        transformer = family.load_transformer(storage_dtype(train.method, train.precision))
+        transformer = parallelize(transformer, family, recipe, mesh(runtime))
+    parameters = trained_parameters(transformer)
+    optimizer = build_optimizer(parameters, recipe.optimizer)
+    state = StepState(
+        family=family,
+        transformer=transformer,
+        parameters=parameters,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, recipe.schedule, train.steps),
+        runtime=runtime,
+        max_grad_norm=None if train.max_grad_norm == "none" else train.max_grad_norm,
+        defer_reduction=train.method == "lora",
+        seed=train.seed,
+    )
+    keep = None if recipe.checkpoint.keep_last == "all" else recipe.checkpoint.keep_last
+    return Job(
+        recipe=recipe,
+        state=state,
+        objective=family.objective(recipe.objective),
+        prepared=prepared,
+        order=Order([item.bucket for item in prepared.train], train.global_batch_size, train.seed),
+        layout=Layout(runtime.rank, runtime.world_size, train.global_batch_size, train.micro_batch_size),
+        checkpoints=Checkpoints(recipe.output / "checkpoints", keep, runtime),
+    )

@@ -1,0 +1,151 @@
+"""The contract of a model family: everything a model needs to be trained, and nothing about how.
+
+A family is one file that reads like the model's paper: encode, noise, predict, target. The engine, the data path and
+the commands know families only through this class.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetune.models.folder import ModelFolder
+from finetune.models.objective import FlowMatching
+from finetune.recipe import Bucket
+from finetune.recipe.schema import Vae
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass takes.
+
+    Attributes:
+        inputs: the transformer's keyword arguments; tensors have the batch first, in the dtype the model expects.
+        target: float32, shaped like the model's output.
+        weight: loss weight per sample, float32 (B,).
+    """
+
+    inputs: dict[str, Any]
+    target: Tensor
+    weight: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; copies overlap with computation if its memory is pinned."""
+        move = lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value  # noqa: E731
+        inputs = {name: move(value) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, target=move(self.target), weight=move(self.weight))
+
+    def pin_memory(self) -> "Batch":
+        """The loader's hook: page-locked copies, for asynchronous transfer."""
+        pin = lambda value: value.pin_memory() if isinstance(value, Tensor) else value  # noqa: E731
+        inputs = {name: pin(value) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, target=pin(self.target), weight=pin(self.weight))
+
+
+class SampleLike(Protocol):
+    """What a family is given of one clip; see `finetune.data.loader.Sample`."""
+
+    moments: Tensors
+    text: Tensors
+    bucket: Bucket
+    fps: float
+    generator: torch.Generator
+    position: int
+
+
+class Family(ABC):
+    """A model family, opened on one checkpoint. Only configs and a few small tensors are read at construction."""
+
+    name: ClassVar[str]
+    pipeline_class: ClassVar[str]  # the diffusers class that generates with it
+    transformer_class: ClassVar[str]  # the diffusers class of the transformer
+    components: ClassVar[tuple[str, ...]] = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+    text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled and sharded by the block
+    float32_modules: ClassVar[tuple[str, ...]] = ()  # name parts of modules that are kept in float32
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.folder = folder
+
+    @abstractmethod
+    def bucket_problem(self, bucket: Bucket) -> str | None:
+        """Why the model cannot be trained at a shape, naming the nearest one that works; None if it can."""
+
+    @abstractmethod
+    def text_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensors]:
+        """Load the text encoders; returns caption -> tensors without a batch dimension, as the model is given them."""
+
+    @abstractmethod
+    def video_encoder(self, device: torch.device, dtype: torch.dtype, vae: Vae) -> Callable[[np.ndarray], Tensors]:
+        """Load the VAE; returns uint8 frames (F, H, W, 3) -> moments: mean and logvar, each (C, F', H', W')."""
+
+    def load_transformer(self, dtype: torch.dtype) -> nn.Module:
+        """The pretrained transformer, on the CPU."""
+        return self._transformer_class.from_pretrained(self.folder.path, subfolder="transformer", torch_dtype=dtype)
+
+    def empty_transformer(self) -> nn.Module:
+        """The transformer without weights, on the meta device."""
+        with torch.device("meta"):
+            return self._transformer_class.from_config(self.folder.config("transformer"))
+
+    @property
+    def _transformer_class(self) -> type[diffusers.ModelMixin]:
+        return getattr(diffusers, self.transformer_class)
+
+    @abstractmethod
+    def latents(self, moments: Tensors, generator: torch.Generator) -> Tensor:
+        """A posterior sample in the transformer's normalisation, float32 (C, F', H', W')."""
+
+    @abstractmethod
+    def tokens(self, bucket: Bucket) -> int:
+        """Number of video tokens the transformer attends over."""
+
+    @abstractmethod
+    def objective(self, settings) -> FlowMatching:
+        """The training objective for a recipe's [objective]."""
+
+    @abstractmethod
+    def inputs(self, noisy: Tensor, sigma: Tensor, text: Tensors, samples: Sequence[SampleLike]) -> dict[str, Any]:
+        """The transformer's keyword arguments for noised latents (B, C, F', H', W') at noise levels (B,)."""
+
+    def target(self, target: Tensor) -> Tensor:
+        """The target (B, C, F', H', W') in the layout of the model's output."""
+        return target
+
+    def predict(self, transformer: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The model's output for a batch's inputs."""
+        return transformer(**inputs, return_dict=False)[0]
+
+    def sampling_arguments(self, fps: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call that only this family has."""
+        return {}
+
+    def batch(self, samples: Sequence[SampleLike], objective: FlowMatching, u: Tensor | None = None) -> Batch:
+        """Draw posterior, noise and noise level of samples of one bucket, and assemble the model's inputs.
+
+        Args:
+            u: where on the distribution of noise levels each sample lies, float32 (B,) in (0, 1); drawn if None.
+        """
+        x0, noise, drawn = [], [], []
+        for sample in samples:
+            x0.append(self.latents(sample.moments, sample.generator))
+            noise.append(torch.randn(x0[-1].shape, generator=sample.generator))
+            drawn.append(torch.rand((), generator=sample.generator).clamp(1e-6, 1 - 1e-6))
+        sigma = objective.sigma(torch.stack(drawn) if u is None else u, self.tokens(samples[0].bucket))
+        noisy, target = objective.noised(torch.stack(x0), torch.stack(noise), sigma)
+        text = {name: torch.stack([sample.text[name] for sample in samples]) for name in samples[0].text}
+        return Batch(self.inputs(noisy, sigma, text, samples), self.target(target), objective.weight(sigma))
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, path: Path, seed: int = 0) -> None:
+        """Save a complete random-weight pipeline of a few MB, real tokenizer and VAE included, at `path`."""

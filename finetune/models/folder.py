@@ -1,0 +1,127 @@
+"""A pipeline saved by diffusers: found on disk or fetched from the Hub, and checked before any weight is read."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from finetune.runtime.errors import Problem, UserError
+
+INDEX = "model_index.json"
+
+
+class ModelFolder:
+    """A diffusers folder: `model_index.json` and one sub-folder a component."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.index = _json(path / INDEX)
+
+    @property
+    def pipeline_class(self) -> str:
+        return self.index.get("_class_name", "unknown")
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's config.json (scheduler_config.json for the scheduler)."""
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return _json(self.path / component / name)
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The component's weight files, by its index if it is sharded. Raises UserError if any is missing."""
+        folder = self.path / component
+        for stem in ("diffusion_pytorch_model", "model"):
+            shards = folder / f"{stem}.safetensors.index.json"
+            if shards.is_file():
+                return [folder / name for name in sorted(set(_json(shards)["weight_map"].values()))]
+            if (folder / f"{stem}.safetensors").is_file():
+                return [folder / f"{stem}.safetensors"]
+        raise UserError(
+            "there are no safetensors weights in it", "download the component again", str(folder)
+        )
+
+    def problems(self, components: Sequence[str]) -> list[Problem]:
+        """What is missing or cut off, found from headers alone."""
+        found = []
+        for component in components:
+            if component not in self.index:
+                found.append(Problem(f"{INDEX} names no {component!r}", str(self.path), "use a complete diffusers pipeline folder"))
+                continue
+            try:
+                if component != "tokenizer":
+                    self.config(component)
+                files = self.weight_files(component) if component not in ("scheduler", "tokenizer") else []
+            except UserError as error:
+                found += error.problems
+                continue
+            found += [problem for file in files if (problem := _header_problem(file))]
+            if component == "tokenizer" and not (self.path / component).is_dir():
+                found.append(Problem("the folder is missing", str(self.path / component), "download it again"))
+        return found
+
+    def tensor(self, component: str, name: str) -> Tensor:
+        """One tensor of a component's weights, read by itself."""
+        for file in self.weight_files(component):
+            with safe_open(file, "pt") as weights:
+                if name in weights.keys():  # noqa: SIM118 - not a dict
+                    return weights.get_tensor(name)
+        raise UserError(f"the weights have no tensor {name!r}", "use the family's own checkpoint", str(self.path / component))
+
+    def fingerprint(self, component: str, file_hash: Callable[[Path], str]) -> list[Any]:
+        """What a component's output depends on: its config and the content of its files."""
+        if component == "tokenizer":
+            files = sorted(file for file in (self.path / component).iterdir() if file.is_file())
+            return [[file.name, file_hash(file)] for file in files]
+        config = {key: value for key, value in self.config(component).items() if key not in ("_name_or_path", "_diffusers_version", "transformers_version")}
+        return [config, [file_hash(file) for file in self.weight_files(component)]]
+
+
+def resolve(path: str, revision: str, components: Sequence[str]) -> Path:
+    """The local folder of a pipeline: the folder itself, or the Hub's, fetched into its cache (needed files only).
+
+    Raises:
+        UserError: neither a folder nor reachable on the Hub.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if (local / INDEX).is_file():
+            return local
+        raise UserError(f"the folder has no {INDEX}", "use a pipeline saved by diffusers' save_pretrained", path)
+    if local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        raise UserError("no such folder", 'set model.path to a diffusers folder or a Hub id like "Lightricks/LTX-Video"', path)
+    from huggingface_hub import snapshot_download
+
+    patterns = [INDEX, *(f"{component}/*" for component in components)]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*.bin", "*.msgpack"]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"neither a folder here nor reachable on the Hugging Face Hub ({reason})",
+            "check the spelling and the network; log in with `hf auth login` if the model is gated; "
+            "or set model.path to a downloaded folder",
+            path,
+        ) from error
+
+
+def _header_problem(file: Path) -> Problem | None:
+    cure = "download it again"
+    if not file.is_file():
+        return Problem("this weight file is missing", str(file), cure)
+    try:
+        with safe_open(file, "pt") as weights:
+            weights.keys()
+    except (SafetensorError, OSError) as error:
+        return Problem(f"this weight file is damaged ({error})", str(file), cure)
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("this file is missing", "download the model again, or mend model.path", str(path)) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"this file cannot be read ({error})", "download it again", str(path)) from None

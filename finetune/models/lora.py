@@ -1,0 +1,47 @@
+"""Low-rank adapters (Hu et al. 2021) through peft, on the transformer's blocks only."""
+
+import re
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from finetune.models.family import Family
+from finetune.recipe.schema import Lora
+from finetune.runtime import seeds
+from finetune.runtime.errors import UserError
+
+ADAPTER = "default"
+
+
+def target_pattern(family: Family, targets: list[str]) -> str:
+    """A regular expression for peft, anchored to the block lists.
+
+    Plain suffixes would also match layers outside the blocks, in text refiners and poolers.
+    """
+    lists = "|".join(map(re.escape, family.block_lists))
+    names = "|".join(map(re.escape, targets or family.lora_targets))
+    return rf"({lists})\.\d+\.(.+\.)?({names})"
+
+
+def add(transformer: nn.Module, family: Family, settings: Lora, seed: int) -> None:
+    """Add an adapter in place; its initial weights depend on the seed alone.
+
+    Raises:
+        UserError: a target matches no linear layer of the blocks.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    for target in settings.targets:
+        if not any(re.fullmatch(target_pattern(family, [target]), name) for name in linear):
+            inside = {name for name in linear if re.match(rf"({'|'.join(family.block_lists)})\.0\.", name)}
+            known = sorted({re.sub(r"^.*?\.0\.", "", name, count=1) for name in inside})
+            raise UserError(f"{target!r} names no linear layer of the blocks", f"layers are: {', '.join(known)}", "lora.targets")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=target_pattern(family, settings.targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(seed, "lora"))
+        transformer.add_adapter(config, ADAPTER)

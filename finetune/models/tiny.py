@@ -1,0 +1,57 @@
+"""Parts of tiny pipelines: real tokenizers and encoders with random weights, small enough for tests and the quickstart."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5TokenizerFast
+
+CORPUS = (
+    "a red ball moves to the left over a dark floor",
+    "a green square turns slowly on a bright wall",
+    "a blue triangle falls down, the camera follows it",
+    "two yellow circles cross and grow, then shrink and fade away",
+    "white stripes drift upwards; a small star blinks in the corner",
+    "worst quality, inconsistent motion, blurry, jittery, distorted",
+)
+
+
+def t5_tokenizer(max_length: int) -> PreTrainedTokenizerBase:
+    """A T5 tokenizer (Unigram, as the original) trained on a few captions."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    vocabulary = [tuple(entry) for entry in __import__("json").loads(tokenizer.to_str())["model"]["vocab"]]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=max_length)
+
+
+def t5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel:
+    """A two-layer T5 encoder with gated GELU, as in v1.1."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+        tie_word_embeddings=False,
+    )
+    return T5EncoderModel(config).eval()
+
+
+@torch.no_grad()
+def normalise_latents(vae: nn.Module, frames: int, size: int) -> None:
+    """Set `latents_mean` and `latents_std` from videos of random rectangles, so that normalised latents have about unit variance."""
+    coarse = torch.rand(8, 3, 3, 4, 4) * 2 - 1
+    video = nn.functional.interpolate(coarse, (frames, size, size), mode="nearest")
+    z = vae.eval().encode(video).latent_dist.mode()
+    vae.latents_mean.copy_(z.mean((0, 2, 3, 4)))
+    vae.latents_std.copy_(z.std((0, 2, 3, 4)))

@@ -1,0 +1,215 @@
+"""From a dataset to items that are ready to be trained on: inspected, given a bucket, encoded into the cache.
+
+Ranks share the work and never encode the same thing twice; a run that was killed continues where it stopped.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from finetune.data import decode
+from finetune.data.buckets import Fit, fit
+from finetune.data.cache import Cache, content_hash, digest
+from finetune.data.loader import Item
+from finetune.data.manifest import Clip, read_manifest
+from finetune.engine.precision import DTYPES
+from finetune.models.family import Family
+from finetune.recipe import Recipe
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.logging import say
+from finetune.tracking.progress import ProgressLine
+
+_ROUND = 4  # items a rank encodes between two meetings: bounds waiting, and errors surface early
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The cache and what a run takes from it."""
+
+    cache: Cache
+    train: list[Item]
+    heldout: list[Item]
+    unconditional_key: str
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """A thing to encode: where it goes and, for a video, what to decode."""
+
+    kind: str
+    key: str
+    source: str
+    item: Item | None = None
+    info: decode.VideoInfo | None = None
+
+
+def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
+    """Inspect the datasets and encode what the cache lacks. Collective; the same result on every rank.
+
+    Raises:
+        UserError: everything that is wrong with the clips, at once.
+    """
+    dtype = DTYPES[recipe.train.precision]
+    cache = Cache(recipe.data.cache)
+    with runtime.together():
+        if runtime.is_main:
+            cache.sweep()
+    with runtime.together():
+        marks = _fingerprints(recipe, family, cache) if runtime.is_main else None
+    text_mark, video_mark = runtime.from_main(marks)
+
+    def text_key(caption: str) -> str:
+        return digest("text", family.name, text_mark, caption)
+
+    work: list[_Encoding] = []
+    datasets = []
+    for path in (recipe.data.path, recipe.validation.heldout):
+        items = []
+        for clip, info, fitted in survey(recipe, path, runtime, cache) if path else []:
+            video = digest("video", family.name, video_mark, info["hash"], str(fitted.bucket), fitted.fps, "head")
+            item = Item(clip.path, clip.caption, fitted.bucket, fitted.fps, video, text_key(clip.caption))
+            items.append(item)
+            work.append(_Encoding("text", item.text_key, clip.caption))
+            work.append(_Encoding("video", video, str(clip.path), item, _info(info)))
+        datasets.append(items)
+    if recipe.data.caption_dropout:
+        work.append(_Encoding("text", text_key(""), ""))
+    with runtime.together():
+        if runtime.is_main:
+            cache.files.save()
+
+    failed = _encode(work, "text", lambda: _text_job(family, runtime, dtype), cache, runtime)
+    failed += _encode(work, "video", lambda: _video_job(family, runtime, dtype, recipe), cache, runtime)
+    broken = _refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
+    train, heldout = ([item for item in items if str(item.path) not in broken] for items in datasets)
+    _require(train, recipe.data.path)
+    return Prepared(cache, train, heldout, text_key(""))
+
+
+def survey(recipe: Recipe, path: Path, runtime: Runtime, cache: Cache) -> list[tuple[Clip, dict, Fit]]:
+    """Every usable clip of a dataset with its facts and its bucket; ranks share the reading of files.
+
+    Raises:
+        UserError: clips that cannot be used, unless data.bad_clips is "skip".
+    """
+    data = recipe.data
+    with runtime.together():
+        clips = read_manifest(path, data.video_column, data.caption_column, data.id_token)
+    paths = sorted({clip.path for clip in clips})
+    mine: dict[Path, dict | UserError] = {}
+    for video in paths[runtime.rank :: runtime.world_size]:
+        try:
+            known = cache.files.get(video)
+            if known is None or "frames" not in known:
+                facts = asdict(decode.probe(video))
+                known = cache.files.put(video, hash=content_hash(video), **facts)
+            mine[video] = known
+        except UserError as error:
+            mine[video] = error
+    facts: dict[Path, dict | UserError] = {}
+    for share in runtime.gather(mine):
+        facts |= share
+    cache.files.entries |= {str(p.resolve()): entry for p, entry in facts.items() if isinstance(entry, dict)}
+
+    usable, problems = [], []
+    for clip in clips:
+        try:
+            entry = facts[clip.path]
+            if isinstance(entry, UserError):
+                raise entry
+            usable.append((clip, entry, fit(_info(entry), data.buckets, data.fps, str(clip.path))))
+        except UserError as error:
+            problems += error.problems
+    _refuse_or_skip(problems, data.bad_clips, "used")
+    _require(usable, path)
+    _report(path, usable)
+    return usable
+
+
+def _info(entry: dict) -> decode.VideoInfo:
+    return decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
+
+
+def _fingerprints(recipe: Recipe, family: Family, cache: Cache) -> tuple[str, str]:
+    """What the two encoders' outputs depend on besides the clip and the caption."""
+    text = [family.folder.fingerprint(name, cache.file_hash) for name in family.text_components]
+    video = [family.folder.fingerprint("vae", cache.file_hash), recipe.vae.tiling]
+    return digest(text, recipe.train.precision), digest(video, recipe.train.precision)
+
+
+Encode = Callable[[_Encoding], dict[str, torch.Tensor]]
+
+
+def _text_job(family: Family, runtime: Runtime, dtype: torch.dtype) -> Encode:
+    encode = family.text_encoder(runtime.device.torch_device, dtype)
+    return lambda work: encode(work.source)
+
+
+def _video_job(family: Family, runtime: Runtime, dtype: torch.dtype, recipe: Recipe) -> Encode:
+    encode = family.video_encoder(runtime.device.torch_device, dtype, recipe.vae)
+    return lambda work: encode(decode.decode(work.item.path, work.info, work.item.bucket, work.item.fps))
+
+
+def _encode(
+    work: Sequence[_Encoding], kind: str, load: Callable[[], Encode], cache: Cache, runtime: Runtime
+) -> list[Problem]:
+    """Encode what is missing of one kind; returns the problems of clips that break while they are decoded."""
+    wanted = {entry.key: entry for entry in work if entry.kind == kind}
+    missing = [key for key in wanted if not cache.has(kind, key)] if runtime.is_main else None
+    missing = runtime.from_main(missing)
+    if not missing:
+        return []
+    mine = missing[runtime.rank :: runtime.world_size]
+    problems: list[Problem] = []
+    with runtime.together():
+        encode = load() if mine else None
+    label = "encoding captions" if kind == "text" else "encoding clips"
+    rounds = -(-len(missing) // (runtime.world_size * _ROUND))
+    with ProgressLine(label, len(missing), enabled=runtime.is_main) as progress:
+        for turn in range(rounds):
+            found = []
+            with runtime.together():
+                for key in mine[turn * _ROUND : (turn + 1) * _ROUND]:
+                    try:
+                        tensors = encode(wanted[key])
+                    except UserError as error:
+                        found += error.problems
+                        continue
+                    cache.write(kind, key, tensors, wanted[key].source)
+            for share in runtime.gather(found):
+                problems += share
+            progress.update(min(len(missing), (turn + 1) * _ROUND * runtime.world_size), "")
+    del encode
+    runtime.device.empty_cache()
+    return problems
+
+
+def _refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> set[str]:
+    """Raise for clips that cannot be used, or say which are left out; returns their paths."""
+    if problems and policy == "refuse":
+        raise UserError.of(
+            problems,
+            f'{len(problems)} clips cannot be {verb} (data.bad_clips = "skip" goes on without them):',
+        )
+    for problem in problems:
+        say(f"skipped {problem.where}: {problem.what}")
+    return {problem.where for problem in problems}
+
+
+def _require(found: Sequence, path: Path) -> None:
+    if not found:
+        raise UserError("not one usable clip is left", "add clips that can be decoded and fill a bucket", str(path))
+
+
+def _report(path: Path, usable: Sequence[tuple[Clip, dict, Fit]]) -> None:
+    """One line a bucket: how many clips, and what is lost to it."""
+    buckets = Counter(str(fitted.bucket) for _, _, fitted in usable)
+    trimmed = sum(fitted.trimmed > 0 for _, _, fitted in usable)
+    cropped = sum(fitted.cropped > 0.02 for _, _, fitted in usable)
+    enlarged = sum(fitted.enlarged > 1.0 for _, _, fitted in usable)
+    shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
+    say(f"{path}: {len(usable)} clips, {shapes}; {trimmed} trimmed at the end, {cropped} cropped, {enlarged} enlarged")

@@ -1,0 +1,23 @@
+"""A training shape, written `FxHxW`: frames, height and width in pixels."""
+
+import re
+from typing import NamedTuple
+
+
+class Bucket(NamedTuple):
+    """Frames, height, width: the order of a recipe's `"49x512x768"`."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: object) -> "Bucket":
+        """Read `"49x512x768"`; raises ValueError that says what the form is."""
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text) if isinstance(text, str) else None
+        if match is None or 0 in map(int, match.groups()):
+            raise ValueError(f'{text!r} is not a bucket; write frames x height x width, like "49x512x768"')
+        return cls(*map(int, match.groups()))

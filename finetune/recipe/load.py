@@ -1,0 +1,261 @@
+"""Read a recipe: every problem at once, each with its line, and the nearest key that exists."""
+
+import difflib
+import re
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tomli
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from finetune.recipe.schema import Recipe, free_keys
+from finetune.runtime.errors import Problem, UserError
+
+Key = tuple[str | int, ...]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        path: a TOML file.
+        overrides: `table.key=value` texts, as given to --set; the value is read as the type the schema asks for.
+    Raises:
+        UserError: names file, line and key of every problem.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.5)
+        cure = f"did you mean {path.parent / near[0]}?" if near else "give --recipe the path of a .toml file"
+        raise UserError("no such recipe", cure, str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read as a recipe ({error})", "give --recipe a TOML text file", str(path)) from None
+    try:
+        values = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise UserError(f"not valid TOML: {error}", "mend the line; strings need quotes", str(path)) from None
+
+    lines = _key_lines(text)
+    origin: dict[Key, str] = {}
+    problems: list[Problem] = []
+    for override in overrides:
+        problems += _apply_override(values, override, origin)
+    problems += _validate(values, str(path), lines, origin)
+    if problems:
+        raise UserError.of(problems, f"{path}: {len(problems)} problems")
+    return Recipe.model_validate(values)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the effective recipe, with every default spelled out, as TOML that `load_recipe` reads back."""
+    path.write_text("# The effective recipe of this run.\n\n" + tomli_w.dumps(recipe_values(recipe)), encoding="utf-8")
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values; unset keys are left out (TOML has no null)."""
+    return recipe.model_dump(mode="json", exclude_none=True)
+
+
+def differences(ours: Recipe, other: Recipe) -> list[str]:
+    """Dotted keys that must not change when a run is resumed and yet do, with both values."""
+    free = free_keys()
+    left, right = dict(_flatten(recipe_values(ours))), dict(_flatten(recipe_values(other)))
+    changed = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
+    return [
+        f"{key} = {right.get(key, 'unset')!r} there, {left.get(key, 'unset')!r} here"
+        for key in changed
+        if not any(key == name or key.startswith(name + ".") for name in free)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _validate(values: dict, file: str, lines: dict[Key, int], origin: dict[Key, str]) -> list[Problem]:
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        return [_problem(detail, file, lines, origin) for detail in _merge_unions(error.errors())]
+    return []
+
+
+def _merge_unions(errors: list) -> list:
+    """One report for each key: pydantic reports every branch of a union by itself, told apart by a last element."""
+    merged: dict[Key, Any] = {}
+    for detail in errors:
+        key = tuple(part for part in detail["loc"] if _is_key_part(part))
+        if key in merged and merged[key]["type"] != "extra_forbidden":
+            merged[key] = {**merged[key], "msg": f"{merged[key]['msg']}, or: {detail['msg']}"}
+        else:
+            merged[key] = {**detail, "loc": key}
+    return list(merged.values())
+
+
+def _is_key_part(part: str | int) -> bool:
+    return isinstance(part, int) or re.fullmatch(r"[a-z_]+", part) is not None and part not in ("float", "int", "str")
+
+
+def _problem(detail: Any, file: str, lines: dict[Key, int], origin: dict[Key, str]) -> Problem:
+    key: Key = detail["loc"]
+    dotted = _dotted(key)
+    where = origin.get(key) or _at_line(file, key, lines)
+    if detail["type"] == "extra_forbidden":
+        return Problem(f"unknown key {dotted!r}", where, _suggest(key))
+    if detail["type"] == "missing":
+        table = ".".join(map(str, key[:-1]))
+        what = f"missing key {dotted!r}" if table else f"missing table [{dotted}]"
+        cure = f"add `{key[-1]} = ...` under [{table}]: {_description(key)}" if table else f"add it: {_description(key)}"
+        return Problem(what, where, cure)
+    message = re.sub(r"^(Value error, |Input )", "", detail["msg"])
+    message = message.replace("Input should", "should")
+    value = detail["input"]
+    shown = f"{dotted} = {value!r}" if not isinstance(value, dict) else dotted
+    return Problem(f"{shown}: {message}", where, _description(key))
+
+
+def _at_line(file: str, key: Key, lines: dict[Key, int]) -> str:
+    for length in range(len(key), 0, -1):
+        if key[:length] in lines:
+            return f"{file}, line {lines[key[:length]]}"
+    return file
+
+
+def _dotted(key: Key) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
+
+
+def _suggest(key: Key) -> str:
+    """The nearest key of the same table, else the nearest key anywhere."""
+    name, table = str(key[-1]), _annotation(key[:-1])
+    siblings = list(table.model_fields) if table else []
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {_dotted((*key[:-1], near[0]))!r}?"
+    everywhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted, _ in _all_keys()}
+    near = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.7)
+    if near:
+        return f"did you mean {everywhere[near[0]]!r}?"
+    return f"keys here are: {', '.join(siblings)}" if siblings else "remove it"
+
+
+def _all_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in table.model_fields.items():
+        yield prefix + name, field
+        if nested := _table_of(field.annotation):
+            yield from _all_keys(nested, f"{prefix}{name}.")
+
+
+def _annotation(key: Key) -> type[BaseModel] | None:
+    """The table class a key leads to; list indices are passed through."""
+    table: type[BaseModel] | None = Recipe
+    for part in key:
+        if isinstance(part, int) or table is None:
+            continue
+        field = table.model_fields.get(part)
+        table = _table_of(field.annotation) if field else None
+    return table
+
+
+def _table_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        if found := _table_of(argument):
+            return found
+    return None
+
+
+def _description(key: Key) -> str:
+    table, name = _annotation(key[:-1]), key[-1]
+    while isinstance(name, int):
+        key = key[:-1]
+        table, name = _annotation(key[:-1]), key[-1]
+    field = table.model_fields.get(name) if table and isinstance(name, str) else None
+    return (field.description or "") if field else ""
+
+
+def _apply_override(values: dict, override: str, origin: dict[Key, str]) -> list[Problem]:
+    where = f"--set {override}"
+    name, equals, text = override.partition("=")
+    key: Key = tuple(name.strip().split("."))
+    if not equals or not all(key):
+        return [Problem("not an override", where, "write --set table.key=value")]
+    table, field = values, _annotation(key[:-1])
+    for part in key[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            return [Problem(f"{part!r} is no table", where, "write --set table.key=value")]
+    known = field.model_fields.get(key[-1]) if field else None
+    origin[key] = where
+    if text.strip() == "none" and known is not None and known.default is None:
+        table.pop(key[-1], None)  # TOML has no null: unset is absent
+    else:
+        table[key[-1]] = _typed(text.strip(), known.annotation if known else Any)
+    return []
+
+
+def _typed(text: str, annotation: Any) -> Any:
+    """`text` as a string where the schema wants one, as a TOML value elsewhere."""
+    try:
+        value = tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        if _wants(annotation, list) and not text.startswith("["):
+            return [part.strip() for part in text.split(",")]
+        return text
+    if not isinstance(value, str | list) and _wants(annotation, str) and not _wants(annotation, type(value)):
+        return text
+    return [value] if _wants(annotation, list) and not isinstance(value, list) else value
+
+
+def _wants(annotation: Any, kind: type) -> bool:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _wants(get_args(annotation)[0], kind)
+    if origin in (Union, types.UnionType):
+        return any(_wants(argument, kind) for argument in get_args(annotation))
+    if origin is Literal:
+        return any(isinstance(argument, kind) for argument in get_args(annotation))
+    if kind is str:
+        return annotation is str or (isinstance(annotation, type) and issubclass(annotation, Path))
+    return (origin or annotation) is kind
+
+
+def _key_lines(text: str) -> dict[Key, int]:
+    """Line number of every table and key of a valid TOML text, for messages."""
+    lines: dict[Key, int] = {}
+    table: Key = ()
+    counts: dict[Key, int] = {}
+    inside = ""  # the delimiter that closes a multi-line string
+    for number, line in enumerate(text.splitlines(), start=1):
+        if inside:
+            inside = "" if inside in line else inside
+            continue
+        if match := re.match(r"\s*\[\[\s*([^\]]+?)\s*\]\]", line):
+            name = _split(match[1])
+            counts[name] = counts.get(name, -1) + 1
+            table = (*name, counts[name])
+            lines[table] = number
+        elif match := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$", line):
+            table = _split(match[1])
+            lines[table] = number
+        elif match := re.match(r"""\s*([\w.\-"']+)\s*=""", line):
+            key = (*table, *_split(match[1]))
+            lines.setdefault(key, number)
+            for mark in ('"""', "'''"):
+                if line.count(mark) == 1:
+                    inside = mark
+    return lines
+
+
+def _split(dotted: str) -> Key:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))

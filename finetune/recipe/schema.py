@@ -1,0 +1,242 @@
+"""Every key of a recipe, one class per TOML table; the docstring below a key is its documentation.
+
+Defaults live here and nowhere else. Keys marked `Free` may change when a run is resumed; any other change is refused,
+because it would continue a different training under the same name.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+from finetune.recipe.bucket import Bucket
+
+FREE_ON_RESUME = "free on resume"
+
+
+def Free(default, **constraints):  # noqa: N802 - reads like pydantic's Field, which it is
+    return Field(default, json_schema_extra={FREE_ON_RESUME: True}, **constraints)
+
+
+def _path(value: object) -> object:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+PathText = Annotated[Path, BeforeValidator(_path), PlainSerializer(str), WithJsonSchema({"type": "string"})]
+BucketText = Annotated[
+    Bucket,
+    BeforeValidator(Bucket.parse),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": r"^\d+x\d+x\d+$"}),
+]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Table):
+    family: str
+    """Which model family: see `python -m finetune families`."""
+    path: str
+    """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json)."""
+    revision: str = "main"
+    """Branch, tag or commit on the Hub; without meaning for a folder."""
+
+
+class Data(Table):
+    path: PathText
+    """A folder of videos with side-car .txt captions, a folder with prompts.txt and videos.txt, or a .csv, .json or .jsonl file."""
+    buckets: Annotated[list[BucketText], Field(min_length=1)]
+    """Training shapes, frames x height x width, like ["49x512x768"]. Each clip goes to the one that fits it best."""
+    video_column: str = "video"
+    """Column (or text file of a folder, less its .txt) that holds the videos' paths."""
+    caption_column: str = "caption"
+    """Column (or text file of a folder, less its .txt) that holds the captions."""
+    id_token: str = ""
+    """A trigger word, put in front of every caption."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Resample clips to this frame rate; unset: every clip keeps its own."""
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a sample is trained with the family's unconditional prompt, for classifier-free guidance."""
+    bad_clips: Literal["refuse", "skip"] = "refuse"
+    """What to do when clips cannot be used: end with a list of them, or list them and go on without."""
+    cache: PathText = Free(Path("cache"))
+    """Folder of encoded clips and captions. Content-addressed, so runs share it."""
+    workers: Annotated[int, Field(ge=0)] = Free(2)
+    """Loader processes per rank; 0 loads in the training process."""
+
+
+class Vae(Table):
+    slicing: bool = False
+    """Encode and decode one video of a batch at a time (saves memory)."""
+    tiling: bool = False
+    """Encode and decode in overlapping tiles (saves memory; differs slightly from whole frames, so it is part of the cache key)."""
+
+
+class Train(Table):
+    method: Literal["lora", "full"] = "lora"
+    """Train a low-rank adapter, or all weights."""
+    steps: Annotated[int, Field(ge=1)] = Free(1000)
+    """Optimizer steps in all."""
+    global_batch_size: Annotated[int, Field(ge=1)] = 1
+    """Samples of one optimizer step, over all ranks. Gradient accumulation follows from it."""
+    micro_batch_size: Annotated[int, Field(ge=1)] = Free(1)
+    """Samples that one rank takes through the model at once."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seeds order, noise, adapter initialisation and everything else that is random."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Compute precision. Trained weights are float32 in both; frozen weights are held in this precision."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | Literal["none"] = 1.0
+    """Clip the global gradient norm to this, once per optimizer step; "none" does not clip."""
+
+
+class Lora(Table):
+    rank: Annotated[int, Field(ge=1)] = 64
+    """Rank of the adapter matrices."""
+    alpha: Annotated[float, Field(gt=0)] = 64.0
+    """The adapter's output is scaled by alpha / rank."""
+    targets: list[str] = []
+    """Linear layers inside the transformer blocks, like ["to_q", "to_k", "to_v", "to_out.0"]; empty: the family's default."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+
+
+class Objective(Table):
+    sigma_sampling: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
+    """Distribution of sigma before the shift (Stable Diffusion 3 paper, section 3.1)."""
+    logit_mean: float = 0.0
+    """Mean of the normal behind "logit_normal"."""
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of the normal behind "logit_normal"."""
+    mode_scale: float = 1.29
+    """Scale of "mode"."""
+    shift: Annotated[float, Field(gt=0)] | Literal["scheduler"] = "scheduler"
+    """Flow shift s, sigma' = s sigma / (1 + (s - 1) sigma); "scheduler" does what the checkpoint's own scheduler does."""
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    """Loss weight as a function of sigma."""
+
+
+class Optimizer(Table):
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """Adam's moment decays."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's denominator floor."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Decoupled weight decay."""
+
+
+class Schedule(Table):
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    """Learning-rate schedule, as diffusers' `get_scheduler` names it."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up; "constant" has none."""
+    cycles: Annotated[int, Field(ge=1)] = 1
+    """Restarts of "cosine_with_restarts"."""
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """Power of "polynomial"."""
+
+
+class Memory(Table):
+    activation_checkpointing: Literal["none", "full"] = Free("full")
+    """Recompute transformer blocks in the backward pass instead of keeping their activations."""
+
+
+class Checkpoint(Table):
+    every: Annotated[int, Field(ge=1)] = Free(500)
+    """Save each this many optimizer steps; a run's last step and a polite stop (SIGTERM) save too."""
+    keep_last: Annotated[int, Field(ge=1)] | Literal["all"] = Free(2)
+    """Keep this many checkpoints, or "all"."""
+
+
+class Prompt(Table):
+    text: str
+    """What to generate."""
+    shape: BucketText | None = None
+    """Frames x height x width; unset: the recipe's first bucket."""
+    negative: str = ""
+    """Negative prompt."""
+    count: Annotated[int, Field(ge=1)] = 1
+    """Videos of this prompt, with seeds seed, seed + 1, ..."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the first video."""
+    steps: Annotated[int, Field(ge=1)] = 30
+    """Denoising steps."""
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """Classifier-free guidance scale; unset: the pipeline's default."""
+    fps: Annotated[float, Field(gt=0)] = 25.0
+    """Frame rate of the video."""
+
+
+class Validation(Table):
+    every: Annotated[int, Field(ge=1)] | None = Free(None)
+    """Measure the held-out loss each this many steps; unset: at the start and the end. Needs `heldout`."""
+    heldout: PathText | None = Free(None)
+    """A dataset like `data.path`, never trained on, for the held-out loss."""
+    sigmas: Annotated[int, Field(ge=1)] = Free(4)
+    """The held-out loss is measured at this many fixed quantiles of sigma."""
+    prompts: list[Prompt] = Free([])
+    """What `python -m finetune sample` generates when it is given no --prompt."""
+
+
+class Tracking(Table):
+    trackers: list[Literal["tensorboard", "wandb"]] = Free([])
+    """Besides metrics.jsonl, which is always written."""
+    project: str = Free("finetune")
+    """W&B project."""
+    name: str | None = Free(None)
+    """Name of the run; unset: the output folder's."""
+
+
+class Distributed(Table):
+    timeout_seconds: Annotated[float, Field(gt=0)] = Free(1800.0)
+    """How long a rank waits for its peers in a collective before the run ends with an error."""
+
+
+class Recipe(Table):
+    """A whole recipe."""
+
+    output: PathText = Free(Path("runs/run"))
+    """Folder of the run: checkpoints, metrics, the effective recipe and the exported weights."""
+    model: Model
+    """What is trained."""
+    data: Data
+    """What it is trained on."""
+    vae: Vae = Vae()
+    """How clips are encoded."""
+    train: Train = Train()
+    """How it is trained."""
+    lora: Lora = Lora()
+    """The adapter, for train.method = "lora"."""
+    objective: Objective = Objective()
+    """Noise levels and loss."""
+    optimizer: Optimizer = Optimizer()
+    """The update."""
+    schedule: Schedule = Schedule()
+    """The learning rate over time."""
+    memory: Memory = Memory()
+    """What is traded for memory."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What is kept."""
+    validation: Validation = Validation()
+    """How it is judged."""
+    tracking: Tracking = Tracking()
+    """Where metrics go."""
+    distributed: Distributed = Distributed()
+    """How processes work together."""
+
+
+
+def free_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> set[str]:
+    """Dotted names of the keys that may change when a run is resumed."""
+    found: set[str] = set()
+    for name, field in table.model_fields.items():
+        if isinstance(field.json_schema_extra, dict) and FREE_ON_RESUME in field.json_schema_extra:
+            found.add(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= free_keys(field.annotation, f"{prefix}{name}.")
+    return found

@@ -1,0 +1,94 @@
+"""What rank 0 tells of a run while it lasts: the progress line, the trackers, the held-out loss."""
+
+import time
+from pathlib import Path
+
+from finetune.engine.step import StepResult
+from finetune.engine.validation import HeldOut
+from finetune.job import Job
+from finetune.recipe.load import recipe_values
+from finetune.runtime.logging import say
+from finetune.tracking.progress import ProgressLine
+from finetune.tracking.trackers import Tracker, open_trackers
+
+GIB = 2**30
+
+
+class Report:
+    """Collects a step's figures and hands them on. Does nothing on ranks other than 0."""
+
+    def __init__(self, job: Job, done: int) -> None:
+        """`done`: steps already made by the run this one resumes."""
+        self.job, self.done = job, done
+        self.enabled = job.state.runtime.is_main
+        self.trackers: list[Tracker] = []
+
+    def __enter__(self) -> "Report":
+        recipe, job = self.job.recipe, self.job
+        if self.enabled:
+            if repeats := job.order.repeats():
+                each = ", ".join(f"{count} of {bucket}" for bucket, count in repeats.items())
+                say(f"samples repeated in each epoch, to fill the last batch of a bucket: {each}")
+            trained = sum(parameter.numel() for parameter in job.state.parameters)
+            start = f"resuming after step {self.done}" if self.done else "starting"
+            say(
+                f"{start}: {recipe.train.steps} steps, {job.order.steps_per_epoch} an epoch; global batch "
+                f"{job.layout.global_batch} = {job.layout.world_size} ranks x {job.layout.micro} samples x "
+                f"{job.layout.accumulation} accumulation; {trained:,} trained parameters"
+            )
+            name = recipe.tracking.name or recipe.output.name
+            self.trackers = open_trackers(
+                recipe.tracking.trackers, recipe.output, recipe.tracking.project, name, recipe_values(recipe), self.done
+            )
+        self.progress = ProgressLine("step", recipe.train.steps, self.done, self.enabled)
+        self.last = time.monotonic()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def step(self, step: int, result: StepResult) -> None:
+        """One optimizer step, counted from 1."""
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        memory = self.job.state.runtime.device.memory()
+        samples = self.job.layout.global_batch / seconds
+        self._log(
+            step,
+            {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "epoch": self.job.order.plan(step - 1).epoch,
+                "seconds_per_step": seconds,
+                "samples_per_second": samples,
+                "memory_allocated_gib": memory.allocated / GIB,
+                "memory_reserved_gib": memory.reserved / GIB,
+            },
+        )
+        self.progress.update(
+            step,
+            f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  {seconds:.2f} s/step  "
+            f"{samples:.1f} samples/s  {memory.reserved / GIB:.2f} GiB",
+        )
+
+    def heldout(self, step: int, figures: HeldOut | None) -> None:
+        """Held-out loss after `step` steps; 0 is the base model."""
+        if self.enabled and figures is not None:
+            say(f"held-out loss after step {step}: {figures.loss:.4f} (predicting zero: {figures.zero_loss:.4f})")
+            self._log(step, {"heldout_loss": figures.loss, "heldout_zero_loss": figures.zero_loss})
+        self.last = time.monotonic()
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint was written."""
+        if self.enabled:
+            say(f"saved {path}")
+        self.last = time.monotonic()
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(step, values)

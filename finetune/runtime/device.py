@@ -1,0 +1,73 @@
+"""The one door to an accelerator: memory figures, synchronisation and host reads, the same on a GPU and on a CPU.
+
+The engine names no device and calls no `torch.cuda`; whatever it needs of one is a method here.
+"""
+
+import resource
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes since the last `reset_peak`. On a CPU both figures are the process's peak resident set."""
+
+    allocated: int
+    reserved: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the step runs. `kind` is the device's type as torch spells it ("cpu", "cuda", ...)."""
+
+    torch_device: torch.device
+
+    @property
+    def kind(self) -> str:
+        return self.torch_device.type
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.kind == "cpu"
+
+    @property
+    def _module(self):
+        return torch.get_device_module(self.torch_device)
+
+    @property
+    def name(self) -> str:
+        return "CPU" if self.is_cpu else self._module.get_device_name(self.torch_device)
+
+    def synchronize(self) -> None:
+        """Wait for the work queued on the device; nothing to wait for on a CPU."""
+        if not self.is_cpu:
+            torch.accelerator.synchronize(self.torch_device)
+
+    def read(self, values: Tensor) -> list[float]:
+        """The host copy of a 1-D tensor. This waits for the device: the engine calls it once per optimizer step."""
+        return values.tolist()
+
+    def memory(self) -> Memory:
+        """Peak device memory, in bytes."""
+        if self.is_cpu:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return Memory(peak, peak)
+        return Memory(
+            torch.accelerator.max_memory_allocated(self.torch_device),
+            torch.accelerator.max_memory_reserved(self.torch_device),
+        )
+
+    def reset_peak(self) -> None:
+        if not self.is_cpu:
+            torch.accelerator.reset_peak_memory_stats(self.torch_device)
+
+    def empty_cache(self) -> None:
+        """Give cached blocks back to the device, after a model was dropped."""
+        if not self.is_cpu:
+            torch.accelerator.empty_cache()
+
+    def reseed(self, seed: int) -> None:
+        """Seed the generators that operations on this device draw from (dropout, stochastic rounding)."""
+        torch.manual_seed(seed)

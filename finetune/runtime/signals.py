@@ -1,0 +1,32 @@
+"""A stop that is asked for politely (SIGTERM, SIGINT, SIGUSR1) ends the run at the next step, with a checkpoint."""
+
+import os
+import signal
+from types import FrameType
+
+POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers that a stop was asked for. A second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in POLITE:
+            signal.signal(number, self._handle)
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = signal.Signals(number)
+
+
+def leave_group() -> None:
+    """For helper processes: signals sent to the run's process group are the main process's business, not theirs."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

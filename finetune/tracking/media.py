@@ -1,0 +1,43 @@
+"""Generated videos as files: mp4 and a contact sheet of frames."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
+    """Encode uint8 RGB frames (F, H, W, 3) as H.264 in mp4; odd sides lose their last row or column."""
+    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = 6, tile_height: int = 128) -> None:
+    """A PNG with one labelled row a video, `columns` evenly spaced frames each. Videos are uint8 (F, H, W, 3)."""
+    label_height, gap = 18, 4
+    tiles = []
+    for label, frames in rows:
+        picked = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
+        width = round(tile_height * frames.shape[2] / frames.shape[1])
+        tiles.append((label, [Image.fromarray(frame).resize((width, tile_height)) for frame in picked]))
+    sheet_width = max(sum(tile.width + gap for tile in row) for _, row in tiles) + gap
+    sheet = Image.new("RGB", (sheet_width, (tile_height + label_height + gap) * len(tiles) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (label, row) in enumerate(tiles):
+        top = gap + index * (tile_height + label_height + gap)
+        draw.text((gap, top + 2), label, fill="black")
+        left = gap
+        for tile in row:
+            sheet.paste(tile, (left, top + label_height))
+            left += tile.width + gap
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -1,0 +1,106 @@
+"""Where metrics go, behind one small interface: `log(step, values)`, `video(step, name, path)`, `close()`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune.runtime.errors import UserError
+
+
+class Tracker(Protocol):
+    """A place for metrics. Steps are counted from 1: the first optimizer step logs as 1; 0 is the base model."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: one object a line with "step" and the values. A resumed run drops what the killed one wrote ahead."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise _missing("tensorboard") from None
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Weights & Biases; WANDB_MODE=offline works without a network. A resumed run continues under the same id."""
+
+    def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise _missing("wandb") from None
+        marker = folder / "wandb_id"
+        run_id = marker.read_text().strip() if marker.exists() else wandb.util.generate_id()
+        try:
+            self.run = wandb.init(
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"W&B cannot start ({error})", "log in with `wandb login`, or set WANDB_MODE=offline", "tracking.trackers"
+            ) from error
+        marker.write_text(run_id)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_trackers(
+    names: Sequence[str], folder: Path, project: str, name: str, config: Mapping[str, Any], first_step: int
+) -> list[Tracker]:
+    """metrics.jsonl and the trackers a recipe names. `first_step` is the step the run resumes after, 0 if it is new."""
+    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", first_step)]
+    if "tensorboard" in names:
+        trackers.append(TensorBoard(folder / "tensorboard", first_step))
+    if "wandb" in names:
+        trackers.append(WandB(folder, project, name, config))
+    return trackers
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of a file whose last one may have been cut off by a kill."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+
+def _missing(package: str) -> UserError:
+    return UserError(f"{package} is not installed", f'pip install "finetune[{package}]"', "tracking.trackers")
