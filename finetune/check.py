@@ -31,7 +31,9 @@ def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
 
 def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.schedule.name == "constant" and recipe.schedule.warmup_steps:
-        yield Problem('"constant" has no warm-up', "schedule.warmup_steps", 'set schedule.name = "constant_with_warmup"')
+        yield Problem(
+            '"constant" has no warm-up', "schedule.warmup_steps", 'set schedule.name = "constant_with_warmup"'
+        )
     if recipe.schedule.warmup_steps > recipe.train.steps:
         yield Problem(
             f"{recipe.schedule.warmup_steps} warm-up steps, but only {recipe.train.steps} steps in all",
@@ -41,7 +43,9 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.validation.every and not recipe.validation.heldout:
         yield Problem("there is nothing to validate on", "validation.every", "set validation.heldout to a dataset")
     if recipe.train.method == "full" and recipe.lora != type(recipe.lora)():
-        yield Problem('[lora] has no effect with method = "full"', "lora", 'remove the table, or set train.method = "lora"')
+        yield Problem(
+            '[lora] has no effect with method = "full"', "lora", 'remove the table, or set train.method = "lora"'
+        )
 
 
 def open_family(recipe: Recipe) -> Family:
@@ -86,4 +90,3 @@ def check_output(recipe: Recipe) -> None:
         raise UserError("this is a file, and the run needs a folder", "set `output` to a folder", str(folder))
     if shutil.disk_usage(folder).free < 2**20:
         raise UserError("the disk is full", "free some space, or set `output` to another disk", str(recipe.output))
-

@@ -16,8 +16,9 @@ USAGE = """\
 torchrun ... -m finetune --recipe R          train, or resume (encodes the dataset first if it must)
 python -m finetune check    --recipe R       recipe, model folder and clips: every problem at once
 torchrun ... -m finetune prepare --recipe R  encode clips and captions into the cache
-python -m finetune sample   --recipe R [--adapter DIR] [--prompt TEXT]
+python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEXT]
 python -m finetune export   --recipe R [--step N] --out DIR
+python -m finetune plot     --run DIR        loss curve of a run, as loss.png in it
 python -m finetune demo     --out DIR        a tiny random pipeline and real clips to try things on
 python -m finetune schema                    JSON Schema of recipes, for editors
 python -m finetune families                  model families
@@ -27,7 +28,9 @@ python -m finetune families                  model families
 def main(arguments: Sequence[str]) -> int:
     """Run a command; returns the exit status."""
     quiet_libraries()
-    parsed = _parser().parse_args(arguments if arguments and not arguments[0].startswith("--rec") else ["train", *arguments])
+    parsed = _parser().parse_args(
+        arguments if arguments and not arguments[0].startswith("--rec") else ["train", *arguments]
+    )
     try:
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
@@ -46,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
         if name == "sample":
             command.add_argument("--adapter", type=Path, help="folder of an exported LoRA")
+            command.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
             command.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
             command.add_argument("--shape", help="frames x height x width of --prompt")
             command.add_argument("--steps", type=int, default=30, help="denoising steps of --prompt")
@@ -54,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             command.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
             command.add_argument("--out", type=Path, required=True)
+    plot = commands.add_parser("plot", usage=USAGE)
+    plot.add_argument("--run", type=Path, required=True)
     demo = commands.add_parser("demo", usage=USAGE)
     demo.add_argument("--out", type=Path, required=True)
     demo.add_argument("--family", default="ltx")
@@ -75,7 +81,9 @@ def _with_runtime(recipe: Recipe, body) -> int:
     try:
         return body(runtime)
     except RuntimeError as error:
-        if any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset", "Timed out", "timed out")):
+        if any(
+            sign in str(error) for sign in ("Connection closed by peer", "Connection reset", "Timed out", "timed out")
+        ):
             raise LostPeer(
                 f"rank {runtime.rank} lost the others ({str(error).splitlines()[0]})",
                 "see the first error above; the same command resumes from the newest checkpoint",
@@ -143,7 +151,9 @@ def _sample(arguments: argparse.Namespace) -> int:
     if arguments.prompt:
         shape = _bucket(arguments.shape) if arguments.shape else None
         prompts = [
-            Prompt(text=text, shape=None, steps=arguments.steps, seed=arguments.seed).model_copy(update={"shape": shape})
+            Prompt(text=text, shape=None, steps=arguments.steps, seed=arguments.seed).model_copy(
+                update={"shape": shape}
+            )
             for text in arguments.prompt
         ]
     if not prompts:
@@ -152,7 +162,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     from finetune.sample import sample
 
     def body(runtime) -> int:
-        sample(recipe, open_family(recipe), runtime, prompts, arguments.adapter, arguments.out or recipe.output / "samples")
+        out = arguments.out or recipe.output / "samples"
+        sample(recipe, open_family(recipe), runtime, prompts, out, arguments.adapter, arguments.compare)
         return 0
 
     return _with_runtime(recipe, body)
@@ -186,6 +197,13 @@ def _export(arguments: argparse.Namespace) -> int:
     return _with_runtime(recipe, body)
 
 
+def _plot(arguments: argparse.Namespace) -> int:
+    from finetune.tracking.plot import plot_losses
+
+    say(f"wrote {plot_losses(arguments.run)}")
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from finetune.demo import make_demo
 
@@ -212,6 +230,7 @@ _COMMANDS = {
     "prepare": _prepare,
     "sample": _sample,
     "export": _export,
+    "plot": _plot,
     "demo": _demo,
     "schema": _schema,
     "families": _families,

@@ -1,5 +1,6 @@
 """Generate videos with the base model and, optionally, a trained adapter, through the family's diffusers pipeline."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -18,44 +19,70 @@ from finetune.tracking.media import contact_sheet, write_video
 
 
 def sample(
-    recipe: Recipe, family: Family, runtime: Runtime, prompts: list[Prompt], adapter: Path | None, out: Path
-) -> list[tuple[str, np.ndarray]]:
-    """Generate every prompt and write `out/NN_seed.mp4` and `out/contact_sheet.png`.
+    recipe: Recipe,
+    family: Family,
+    runtime: Runtime,
+    prompts: Sequence[Prompt],
+    out: Path,
+    adapter: Path | None = None,
+    compare: bool = False,
+) -> None:
+    """Generate every prompt; write one mp4 a video and `out/contact_sheet.png`.
 
     Args:
         adapter: folder of an exported LoRA, or the file in it; None for the base model.
-    Returns:
-        (label, uint8 frames (F, H, W, 3)) of each video.
+        compare: generate with the base model too, from the same noise, and say how much the adapter changes.
+    Raises:
+        UserError: no adapter there, or one that changes nothing.
     """
-    pipeline = load_pipeline(recipe, family, runtime, adapter)
-    videos = []
-    for index, prompt in enumerate(prompts):
-        for seed in range(prompt.seed, prompt.seed + prompt.count):
-            frames = generate(pipeline, family, prompt, seed, recipe)
-            path = out / f"{index:02d}_seed{seed}.mp4"
-            write_video(frames, path, prompt.fps)
-            say(f"wrote {path}")
-            videos.append((f"{prompt.text}  (seed {seed})", frames))
-    contact_sheet(videos, out / "contact_sheet.png")
+    pipeline = load_pipeline(recipe, family, runtime)
+    versions = [("base", None)] if compare or adapter is None else []
+    versions += [("lora", adapter)] if adapter else []
+    made: dict[str, list[tuple[str, np.ndarray]]] = {}
+    for version, weights in versions:
+        if weights is not None:
+            load_adapter(pipeline, weights)
+        made[version] = []
+        for index, prompt in enumerate(prompts):
+            for seed in range(prompt.seed, prompt.seed + prompt.count):
+                frames = generate(pipeline, family, prompt, seed, recipe)
+                path = out / f"{index:02d}_seed{seed}_{version}.mp4"
+                write_video(frames, path, prompt.fps)
+                say(f"wrote {path}")
+                made[version].append((f"{version}: {prompt.text}  (seed {seed})", frames))
+    rows = [row for pair in zip(*made.values(), strict=True) for row in pair]
+    contact_sheet(rows, out / "contact_sheet.png")
     say(f"wrote {out / 'contact_sheet.png'}")
-    return videos
+    if len(made) == 2:
+        pairs = zip(made["base"], made["lora"], strict=True)
+        change = np.mean([np.abs(a.astype(int) - b.astype(int)).mean() for (_, a), (_, b) in pairs])
+        say(f"the adapter changes a pixel by {change:.1f} of 255 on average")
+        if change == 0:
+            raise UserError(
+                "the adapter changes nothing", "train for more steps or with a higher optimizer.lr", str(adapter)
+            )
 
 
-def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime, adapter: Path | None) -> diffusers.DiffusionPipeline:
-    """The whole pipeline on the device, in the recipe's precision, with the adapter loaded if one is given."""
+def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers.DiffusionPipeline:
+    """The whole pipeline on the device, in the recipe's precision."""
     cls = getattr(diffusers, family.pipeline_class)
     pipeline = cls.from_pretrained(family.folder.path, torch_dtype=DTYPES[recipe.train.precision])
-    if adapter is not None:
-        folder = adapter.parent if adapter.name == LORA_FILE else adapter
-        if not (folder / LORA_FILE).is_file():
-            raise UserError(f"there is no {LORA_FILE} in it", "give the folder that training named at its end", str(adapter))
-        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     if recipe.vae.slicing:
         pipeline.vae.enable_slicing()
     if recipe.vae.tiling:
         pipeline.vae.enable_tiling()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(runtime.device.torch_device)
+
+
+def load_adapter(pipeline: diffusers.DiffusionPipeline, adapter: Path) -> None:
+    """Load an exported LoRA, given its folder or the file in it."""
+    folder = adapter.parent if adapter.name == LORA_FILE else adapter
+    if not (folder / LORA_FILE).is_file():
+        raise UserError(
+            f"there is no {LORA_FILE} in it", "give the folder that training named at its end", str(adapter)
+        )
+    pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
 
 
 def generate(

@@ -90,6 +90,6 @@ def _not_finite(job: Job, step: int, result: StepResult) -> UserError:
     clips: list[Path] = [job.prepared.train[index].path for index in job.order.plan(step).items]
     return UserError(
         f"loss {result.loss}, gradient norm {result.grad_norm} in step {step + 1}: no update was made{saved}",
-        "lower optimizer.lr, raise schedule.warmup_steps or use train.precision = \"float32\"; "
+        'lower optimizer.lr, raise schedule.warmup_steps or use train.precision = "float32"; '
         f"the step's samples: {', '.join(sorted({str(clip) for clip in clips}))}",
     )

@@ -81,7 +81,9 @@ def _timeline(path: Path) -> _Timeline:
     """The times of all frames, from the packets alone."""
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
-        packets = sorted((p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None and not p.is_discard)
+        packets = sorted(
+            (p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None and not p.is_discard
+        )
         announced, time_base, rate = stream.frames, stream.time_base, stream.average_rate
     if len(packets) < max(announced, 1):
         raise UserError(

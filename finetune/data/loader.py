@@ -89,7 +89,9 @@ class MicroBatches(Dataset):
     def __getitem__(self, k: int) -> Any:
         step, micro_step = divmod(k, self.layout.accumulation)
         plan = self.order.plan(step)
-        return self.assemble([self._sample(step, position, plan.items) for position in self.layout.positions(micro_step)])
+        return self.assemble(
+            [self._sample(step, position, plan.items) for position in self.layout.positions(micro_step)]
+        )
 
     def _sample(self, step: int, position: int, items: Sequence[int]) -> Sample:
         item = self.items[items[position]]
@@ -121,7 +123,9 @@ def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def open_loader(batches: MicroBatches, first_step: int, last_step: int, workers: int, pin_memory: bool) -> StatefulDataLoader:
+def open_loader(
+    batches: MicroBatches, first_step: int, last_step: int, workers: int, pin_memory: bool
+) -> StatefulDataLoader:
     """A loader of the micro-batches of steps first_step .. last_step - 1, in order."""
     accumulation = batches.layout.accumulation
     return StatefulDataLoader(

@@ -34,7 +34,9 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
         UserError: every missing file, missing caption, caption without video and empty dataset.
     """
     if not path.exists():
-        raise UserError("the dataset does not exist", "set data.path to a folder of videos or a manifest file", str(path))
+        raise UserError(
+            "the dataset does not exist", "set data.path to a folder of videos or a manifest file", str(path)
+        )
     if path.is_dir():
         clips = _read_folder(path, video_column, caption_column)
     else:
@@ -96,7 +98,9 @@ def _lines(path: Path) -> list[str]:
     lines = _text(path).splitlines()
     while lines and not lines[-1].strip():
         lines.pop()
-    blank = [Problem("empty line", f"{path}, line {n}", "fill it in") for n, line in enumerate(lines, 1) if not line.strip()]
+    blank = [
+        Problem("empty line", f"{path}, line {n}", "fill it in") for n, line in enumerate(lines, 1) if not line.strip()
+    ]
     if blank:
         raise UserError.of(blank)
     return [line.strip() for line in lines]
@@ -111,7 +115,9 @@ def _read_side_cars(folder: Path) -> list[Clip]:
     for video in videos:
         caption = captions.pop(video.with_suffix(""), None)
         if caption is None:
-            problems.append(Problem("video without a caption", str(video), f"write {video.with_suffix('.txt').name} beside it"))
+            problems.append(
+                Problem("video without a caption", str(video), f"write {video.with_suffix('.txt').name} beside it")
+            )
             continue
         text = " ".join(_text(caption).split())
         if text:
@@ -119,7 +125,9 @@ def _read_side_cars(folder: Path) -> list[Clip]:
         else:
             problems.append(Problem("the caption is empty", str(caption), "write what the video shows"))
     for caption in captions.values():
-        problems.append(Problem("caption without a video", str(caption), "add the video of the same name, or remove the text"))
+        problems.append(
+            Problem("caption without a video", str(caption), "add the video of the same name, or remove the text")
+        )
     if problems:
         raise UserError.of(problems, f"{folder}: {len(problems)} of its files have no partner:")
     return clips
@@ -131,7 +139,13 @@ def _read_table(path: Path, video_column: str, caption_column: str) -> list[Clip
     clips = []
     for where, row in rows:
         if not isinstance(row, dict):
-            problems.append(Problem("not an object with named columns", where, f'write {{"{video_column}": ..., "{caption_column}": ...}}'))
+            problems.append(
+                Problem(
+                    "not an object with named columns",
+                    where,
+                    f'write {{"{video_column}": ..., "{caption_column}": ...}}',
+                )
+            )
             continue
         values = []
         for key, column in (("data.video_column", video_column), ("data.caption_column", caption_column)):
@@ -141,7 +155,9 @@ def _read_table(path: Path, video_column: str, caption_column: str) -> list[Clip
                 continue
             what = f"the column {column!r} is empty" if column in row else f"there is no column {column!r}"
             near = difflib.get_close_matches(column, [name for name in row if name], n=1, cutoff=0.4)
-            cure = f'fill it in, or set {key} = "{near[0]}"' if near and near[0] != column else f"fill it in, or set {key}"
+            cure = (
+                f'fill it in, or set {key} = "{near[0]}"' if near and near[0] != column else f"fill it in, or set {key}"
+            )
             problems.append(Problem(what, where, f"{cure} (columns: {', '.join(map(str, row))})"))
         if len(values) == 2:
             clips.append(Clip(path.parent / Path(values[0]).expanduser(), values[1], where))

@@ -50,9 +50,11 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
     pipeline = getattr(diffusers, family.pipeline_class)
     loaded, metadata = pipeline.lora_state_dict(folder, weight_name=LORA_FILE, return_lora_metadata=True)
     found = {name.removeprefix("transformer."): value for name, value in loaded.items()}
-    wrong = sorted(layers.keys() ^ found.keys()) or [n for n, value in layers.items() if not torch.equal(found[n], value)]
+    wrong = sorted(layers.keys() ^ found.keys()) or [
+        n for n, value in layers.items() if not torch.equal(found[n], value)
+    ]
     skeleton = family.empty_transformer()
-    pipeline.load_lora_into_transformer(loaded, transformer=skeleton, metadata=metadata)
+    pipeline.load_lora_into_transformer(loaded, transformer=skeleton, metadata=metadata, low_cpu_mem_usage=True)
     adapted = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     expected = {name.rpartition(".lora_")[0] for name in layers}
     wrong += sorted(adapted.keys() ^ expected)

@@ -38,16 +38,18 @@ class ModelFolder:
                 return [folder / name for name in sorted(set(_json(shards)["weight_map"].values()))]
             if (folder / f"{stem}.safetensors").is_file():
                 return [folder / f"{stem}.safetensors"]
-        raise UserError(
-            "there are no safetensors weights in it", "download the component again", str(folder)
-        )
+        raise UserError("there are no safetensors weights in it", "download the component again", str(folder))
 
     def problems(self, components: Sequence[str]) -> list[Problem]:
         """What is missing or cut off, found from headers alone."""
         found = []
         for component in components:
             if component not in self.index:
-                found.append(Problem(f"{INDEX} names no {component!r}", str(self.path), "use a complete diffusers pipeline folder"))
+                found.append(
+                    Problem(
+                        f"{INDEX} names no {component!r}", str(self.path), "use a complete diffusers pipeline folder"
+                    )
+                )
                 continue
             try:
                 if component != "tokenizer":
@@ -67,14 +69,20 @@ class ModelFolder:
             with safe_open(file, "pt") as weights:
                 if name in weights.keys():  # noqa: SIM118 - not a dict
                     return weights.get_tensor(name)
-        raise UserError(f"the weights have no tensor {name!r}", "use the family's own checkpoint", str(self.path / component))
+        raise UserError(
+            f"the weights have no tensor {name!r}", "use the family's own checkpoint", str(self.path / component)
+        )
 
     def fingerprint(self, component: str, file_hash: Callable[[Path], str]) -> list[Any]:
         """What a component's output depends on: its config and the content of its files."""
         if component == "tokenizer":
             files = sorted(file for file in (self.path / component).iterdir() if file.is_file())
             return [[file.name, file_hash(file)] for file in files]
-        config = {key: value for key, value in self.config(component).items() if key not in ("_name_or_path", "_diffusers_version", "transformers_version")}
+        config = {
+            key: value
+            for key, value in self.config(component).items()
+            if key not in ("_name_or_path", "_diffusers_version", "transformers_version")
+        }
         return [config, [file_hash(file) for file in self.weight_files(component)]]
 
 
@@ -90,12 +98,16 @@ def resolve(path: str, revision: str, components: Sequence[str]) -> Path:
             return local
         raise UserError(f"the folder has no {INDEX}", "use a pipeline saved by diffusers' save_pretrained", path)
     if local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
-        raise UserError("no such folder", 'set model.path to a diffusers folder or a Hub id like "Lightricks/LTX-Video"', path)
+        raise UserError(
+            "no such folder", 'set model.path to a diffusers folder or a Hub id like "Lightricks/LTX-Video"', path
+        )
     from huggingface_hub import snapshot_download
 
     patterns = [INDEX, *(f"{component}/*" for component in components)]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*.bin", "*.msgpack"]))
+        return Path(
+            snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*.bin", "*.msgpack"])
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

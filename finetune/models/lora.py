@@ -35,7 +35,9 @@ def add(transformer: nn.Module, family: Family, settings: Lora, seed: int) -> No
         if not any(re.fullmatch(target_pattern(family, [target]), name) for name in linear):
             inside = {name for name in linear if re.match(rf"({'|'.join(family.block_lists)})\.0\.", name)}
             known = sorted({re.sub(r"^.*?\.0\.", "", name, count=1) for name in inside})
-            raise UserError(f"{target!r} names no linear layer of the blocks", f"layers are: {', '.join(known)}", "lora.targets")
+            raise UserError(
+                f"{target!r} names no linear layer of the blocks", f"layers are: {', '.join(known)}", "lora.targets"
+            )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

@@ -52,9 +52,7 @@ class LTXVideo(Family):
         )
         if nearest == bucket:
             return None
-        return (
-            f"LTX-Video needs {self.temporal}k + 1 frames and sides that {self.spatial} divides; the nearest is {nearest}"
-        )
+        return f"LTX-Video needs {self.temporal}k + 1 frames and sides that {self.spatial} divides; the nearest is {nearest}"
 
     def text_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensors]:
         from transformers import AutoTokenizer, T5EncoderModel
@@ -128,6 +126,7 @@ class LTXVideo(Family):
             layers_per_block=(1, 1, 1, 1, 1),
             decoder_layers_per_block=(1, 1, 1, 1, 1),
         )
+        vae.encoder.conv_out.conv.bias.data[-1] = -10  # the log-variance channel: a trained VAE's posterior is narrow
         tiny.normalise_latents(vae, frames=17, size=64)
         transformer = LTXVideoTransformer3DModel(
             in_channels=16,

@@ -49,9 +49,14 @@ def t5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel
 
 @torch.no_grad()
 def normalise_latents(vae: nn.Module, frames: int, size: int) -> None:
-    """Set `latents_mean` and `latents_std` from videos of random rectangles, so that normalised latents have about unit variance."""
-    coarse = torch.rand(8, 3, 3, 4, 4) * 2 - 1
-    video = nn.functional.interpolate(coarse, (frames, size, size), mode="nearest")
+    """Set `latents_mean` and `latents_std` from videos of a few moving rectangles on plain dark floors.
+
+    Normalised latents of such clips then have about unit variance, as those of real checkpoints do.
+    """
+    floor = torch.rand(8, 3, 1, 1, 1) * 0.4 - 0.9
+    shape = torch.rand(8, 3, 1, 1, 1) * 2 - 1
+    video = torch.where(torch.rand(8, 1, 3, 4, 4) < 0.15, shape, floor)
+    video = nn.functional.interpolate(video, (frames, size, size), mode="nearest")
     z = vae.eval().encode(video).latent_dist.mode()
     vae.latents_mean.copy_(z.mean((0, 2, 3, 4)))
     vae.latents_std.copy_(z.std((0, 2, 3, 4)))

@@ -102,7 +102,7 @@ def _merge_unions(errors: list) -> list:
 
 
 def _is_key_part(part: str | int) -> bool:
-    return isinstance(part, int) or re.fullmatch(r"[a-z_]+", part) is not None and part not in ("float", "int", "str")
+    return isinstance(part, int) or (re.fullmatch(r"[a-z_]+", part) is not None and part not in ("float", "int", "str"))
 
 
 def _problem(detail: Any, file: str, lines: dict[Key, int], origin: dict[Key, str]) -> Problem:
@@ -114,7 +114,9 @@ def _problem(detail: Any, file: str, lines: dict[Key, int], origin: dict[Key, st
     if detail["type"] == "missing":
         table = ".".join(map(str, key[:-1]))
         what = f"missing key {dotted!r}" if table else f"missing table [{dotted}]"
-        cure = f"add `{key[-1]} = ...` under [{table}]: {_description(key)}" if table else f"add it: {_description(key)}"
+        cure = (
+            f"add `{key[-1]} = ...` under [{table}]: {_description(key)}" if table else f"add it: {_description(key)}"
+        )
         return Problem(what, where, cure)
     message = re.sub(r"^(Value error, |Input )", "", detail["msg"])
     message = message.replace("Input should", "should")

@@ -14,7 +14,7 @@ from finetune.recipe.bucket import Bucket
 FREE_ON_RESUME = "free on resume"
 
 
-def Free(default, **constraints):  # noqa: N802 - reads like pydantic's Field, which it is
+def Free(default, **constraints):
     return Field(default, json_schema_extra={FREE_ON_RESUME: True}, **constraints)
 
 
@@ -131,7 +131,9 @@ class Optimizer(Table):
 
 
 class Schedule(Table):
-    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant"
+    )
     """Learning-rate schedule, as diffusers' `get_scheduler` names it."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up; "constant" has none."""
@@ -228,7 +230,6 @@ class Recipe(Table):
     """Where metrics go."""
     distributed: Distributed = Distributed()
     """How processes work together."""
-
 
 
 def free_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> set[str]:

@@ -71,7 +71,9 @@ class WandB:
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"W&B cannot start ({error})", "log in with `wandb login`, or set WANDB_MODE=offline", "tracking.trackers"
+                f"W&B cannot start ({error})",
+                "log in with `wandb login`, or set WANDB_MODE=offline",
+                "tracking.trackers",
             ) from error
         marker.write_text(run_id)
 
