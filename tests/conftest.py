@@ -15,14 +15,14 @@ from finetune.runtime.logging import quiet_libraries
 
 quiet_libraries()
 
-from finetune.data.synthetic import RECORDINGS, write_clips
-
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of twelve real clips with captions. Copy it before changing it."""
+    from finetune.data.synthetic import RECORDINGS, write_clips
+
     folder = tmp_path_factory.mktemp("data") / "clips"
     write_clips(folder, RECORDINGS)
     return folder
