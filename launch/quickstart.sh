@@ -20,4 +20,5 @@ python -m finetune sample --recipe recipes/quickstart.toml --set train.micro_bat
   --adapter "$out/lora_run/lora" --compare --out "$out/samples"
 python -m finetune plot --run "$out/lora_run"
 python launch/judge.py "$out/lora_run"
+echo "(the tiny pipeline has random weights, so its videos are noise: what the LoRA learnt shows in the loss)"
 echo "quickstart finished in $(($(date +%s) - started)) s; look at $out/samples/contact_sheet.png and $out/lora_run/loss.png"
