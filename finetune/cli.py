@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,9 +70,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_error(error: UserError) -> None:
-    """Every rank ends with the error; one process a node prints it, so that it is read once."""
+    """Every rank ends with the error; one process a node prints it, and torchrun's closing summary repeats it."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         console.print(f"error: {error}", markup=False, style="red")
+    if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(summary).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
 
 
 def _with_runtime(recipe: Recipe, body) -> int:

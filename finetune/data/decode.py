@@ -16,7 +16,8 @@ import numpy as np
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
-_PTS_SLACK = 1e-6  # seconds; times are sums of rounded container ticks
+_TICK_SLACK = 1.5  # a container rounds a time by half a tick, and the duration that the frame rate comes from by one
+_FRAME_SLACK = 0.1  # of a frame: where ticks are long, how much earlier than its time a frame may be shown
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class VideoInfo:
 
     def frames_at(self, fps: float) -> int:
         """How many frames the clip fills at a frame rate."""
-        return max(1, int(self.duration * fps + 1e-3))
+        return max(1, int(self.duration * fps + _FRAME_SLACK))
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,12 @@ def _timeline(path: Path) -> _Timeline:
     """The times of all frames, from the packets alone."""
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
-        packets = sorted(
-            (p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None and not p.is_discard
-        )
+        stored = [packet for packet in container.demux(stream) if packet.pts is not None]
         announced, time_base, rate = stream.frames, stream.time_base, stream.average_rate
-    if len(packets) < max(announced, 1):
+    packets = sorted((p.pts, p.duration or 0) for p in stored if not p.is_discard)  # an edit list hides some
+    if len(stored) < announced or not packets:
         raise UserError(
-            f"the file is cut off: {len(packets)} of the {announced or 'unknown number of'} frames it announces are there",
+            f"the file is cut off: {len(stored)} of the {announced or 'unknown number of'} frames it announces are there",
             "copy or export it again, or remove it",
             str(path),
         )
@@ -106,15 +106,17 @@ def _video_stream(container: av.container.InputContainer, path: Path) -> av.Vide
     return container.streams.video[0]
 
 
-def frame_indices(times: Sequence[float], fps: float, count: int) -> list[int]:
+def frame_indices(times: Sequence[float], tick: float, fps: float, count: int) -> list[int]:
     """Which frames to show at 0, 1/fps, 2/fps, ... seconds: the one that is on screen then.
 
     Args:
         times: presentation times of all frames in seconds, ascending from 0.
+        tick: the unit they are rounded to (Matroska and WebM: a millisecond), in seconds. Without regard to it a clip
+            at its own rate would repeat one frame and lose the next wherever a time was rounded up.
     Returns:
         `count` indices into `times`, non-decreasing.
     """
-    slack = _PTS_SLACK + 1e-3 / fps
+    slack = min(_TICK_SLACK * tick, _FRAME_SLACK / fps)
     return [max(0, bisect_right(times, k / fps + slack) - 1) for k in range(count)]
 
 
@@ -127,15 +129,19 @@ def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarra
         UserError: the file breaks before the last frame that is needed.
     """
     timeline = _timeline(path)
-    wanted = frame_indices(timeline.times, fps, bucket.frames)
+    wanted = frame_indices(timeline.times, float(timeline.time_base), fps, bucket.frames)
     frames = np.empty((*bucket, 3), dtype=np.uint8)
-    filled = 0
+    filled, shown = 0, timeline.ticks[0]
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
-                index = bisect_right(timeline.ticks, frame.pts) - 1
+                if frame.pts is None or frame.pts < shown:  # H.264 with B-frames in AVI
+                    cure = f"convert it: ffmpeg -i {path.name} {path.stem}.mp4"
+                    raise UserError("the file does not say when its frames are shown", cure, str(path))
+                shown = frame.pts
+                index = bisect_right(timeline.ticks, shown) - 1
                 first = filled
                 while filled < len(wanted) and wanted[filled] <= index:
                     filled += 1

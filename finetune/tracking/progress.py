@@ -19,11 +19,11 @@ class ProgressLine:
         if enabled and console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
                 TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[text]}"),
+                BarColumn(bar_width=12),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
                 console=console,
             )
             self.bar.start()

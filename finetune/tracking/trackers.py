@@ -1,6 +1,7 @@
 """Where metrics go, behind one small interface: `log(step, values)`, `video(step, name, path)`, `close()`."""
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,7 +59,7 @@ class WandB:
         except ImportError:
             raise _missing("wandb") from None
         marker = folder / "wandb_id"
-        run_id = marker.read_text().strip() if marker.exists() else wandb.util.generate_id()
+        run_id = marker.read_text().strip() if marker.exists() else uuid.uuid4().hex[:8]
         try:
             self.run = wandb.init(
                 project=project,

@@ -1,0 +1,36 @@
+"""Videos and contact sheets are files that other programs read."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image
+
+from finetune.data.synthetic import scene
+from finetune.tracking.media import contact_sheet, write_video
+
+
+def test_a_written_video_has_the_frames_rate_and_size_that_ffmpeg_reads(tmp_path: Path) -> None:
+    video, _ = scene(0, 17, 64, 97)
+    write_video(video, tmp_path / "a.mp4", fps=24)
+    report = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "a.mp4", "-f", "null", "-"], capture_output=True, text=True, check=True
+    ).stderr
+    assert "h264" in report
+    assert "96x64" in report
+    assert "24 fps" in report
+    assert re.findall(r"frame=\s*(\d+)", report)[-1] == "17"
+
+
+def test_a_contact_sheet_shows_a_row_a_video(tmp_path: Path) -> None:
+    red, _ = scene(0, 9, 64, 96)
+    blue, _ = scene(2, 9, 64, 96)
+    contact_sheet([("red", red), ("blue", blue)], tmp_path / "sheet.png", columns=3, tile_height=64)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    upper, lower = np.array_split(sheet, 2)
+    is_red = lambda pixels: ((pixels[..., 0] > 180) & (pixels[..., 2] < 80)).sum()  # noqa: E731
+    is_blue = lambda pixels: ((pixels[..., 2] > 180) & (pixels[..., 0] < 80)).sum()  # noqa: E731
+    assert is_red(upper) > 500 > is_blue(upper)
+    assert is_blue(lower) > 500 > is_red(lower)
