@@ -25,6 +25,8 @@ python -m finetune schema                    JSON Schema of recipes, for editors
 python -m finetune families                  model families
 """
 
+_LET_RANK_0_SPEAK = 1.0  # seconds; torchrun ends all processes of a node as soon as one has ended
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; returns the exit status."""
@@ -71,10 +73,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_error(error: UserError) -> None:
     """Every rank ends with the error; one process a node prints it, and torchrun's closing summary repeats it."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        console.print(f"error: {error}", markup=False, style="red")
     if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(summary).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        console.print(f"error: {error}", markup=False, style="red")
+    else:
+        time.sleep(_LET_RANK_0_SPEAK)
 
 
 def _with_runtime(recipe: Recipe, body) -> int:

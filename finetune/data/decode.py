@@ -8,10 +8,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
@@ -46,10 +48,6 @@ class _Timeline:
     ticks: list[int]
     last_ticks: int  # how long the last frame stays
     time_base: Fraction
-
-    @property
-    def times(self) -> list[float]:
-        return [float((tick - self.ticks[0]) * self.time_base) for tick in self.ticks]
 
     @property
     def duration(self) -> float:
@@ -131,7 +129,7 @@ def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarra
     timeline = _timeline(path)
     wanted = frame_indices(timeline.times, float(timeline.time_base), fps, bucket.frames)
     frames = np.empty((*bucket, 3), dtype=np.uint8)
-    filled, shown = 0, timeline.ticks[0]
+    filled, shown = 0, float("-inf")
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -166,12 +164,12 @@ def _display_size(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> tuple[
     return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
 
 
-def _cover(frame: av.VideoFrame, clip: VideoInfo, bucket: Bucket) -> np.ndarray:
+def _cover(frame: av.VideoFrame, clip: VideoInfo, bucket: Bucket, scaler: VideoReformatter) -> np.ndarray:
     """One frame as uint8 (H, W, 3): scaled to cover the bucket, rotated upright, cropped at the centre."""
     scale = max(bucket.height / clip.height, bucket.width / clip.width)
     height, width = max(bucket.height, round(clip.height * scale)), max(bucket.width, round(clip.width * scale))
     rows, columns = (width, height) if frame.rotation % 180 else (height, width)
-    scaled = frame.reformat(width=columns, height=rows, format="rgb24", interpolation="BICUBIC").to_ndarray()
+    scaled = scaler.reformat(frame, columns, rows, "rgb24", interpolation="BICUBIC").to_ndarray()
     upright = np.rot90(scaled, k=frame.rotation // 90) if frame.rotation else scaled
     top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
     return upright[top : top + bucket.height, left : left + bucket.width]

@@ -6,7 +6,7 @@ the commands know families only through this class.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import FlowMatching
@@ -39,15 +40,14 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; copies overlap with computation if its memory is pinned."""
-        move = lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value  # noqa: E731
-        inputs = {name: move(value) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, target=move(self.target), weight=move(self.weight))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The loader's hook: page-locked copies, for asynchronous transfer."""
-        pin = lambda value: value.pin_memory() if isinstance(value, Tensor) else value  # noqa: E731
-        inputs = {name: pin(value) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, target=pin(self.target), weight=pin(self.weight))
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(*tree_map_only(Tensor, function, (self.inputs, self.target, self.weight)))
 
 
 class SampleLike(Protocol):
