@@ -1,14 +1,33 @@
 """Everything about a recipe that can be wrong, found before a weight is read: recipe against itself, model and clips."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
+from finetune.data.cache import Cache
 from finetune.models import family_class
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
 from finetune.recipe import Bucket, Recipe, load_recipe
 from finetune.recipe.load import differences
+from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
+from finetune.survey import survey
+
+
+def check_all(recipe: Recipe, runtime: Runtime) -> list[Problem]:
+    """Everything that is wrong with recipe, output folder, model folder and clips. Collective."""
+    problems = check_recipe(recipe, runtime.world_size)
+    cache = Cache(recipe.data.cache)
+    datasets = [path for path in (recipe.data.path, recipe.validation.heldout) if path]
+    parts: list[Callable[[], object]] = [lambda: check_output(recipe), lambda: open_family(recipe)]
+    parts += [partial(survey, recipe.data, path, cache, runtime) for path in datasets]
+    for part in parts:
+        try:
+            part()
+        except UserError as error:
+            problems += error.problems
+    return problems
 
 
 def check_recipe(recipe: Recipe, world_size: int) -> list[Problem]:

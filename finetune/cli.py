@@ -110,26 +110,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    from finetune.check import check_output, check_recipe, open_family
-    from finetune.data.cache import Cache
-    from finetune.prepare import survey
+    from finetune.check import check_all
 
     def body(runtime) -> int:
-        problems = check_recipe(recipe, runtime.world_size)
-        for step in (
-            lambda: check_output(recipe),
-            lambda: open_family(recipe),
-            *(
-                lambda path=path: survey(recipe, path, runtime, Cache(recipe.data.cache))
-                for path in (recipe.data.path, recipe.validation.heldout)
-                if path
-            ),
-        ):
-            try:
-                step()
-            except UserError as error:
-                problems += error.problems
-        if problems:
+        if problems := check_all(recipe, runtime):
             raise UserError.of(problems)
         say("nothing wrong found")
         return 0

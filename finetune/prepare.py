@@ -3,24 +3,20 @@
 Ranks share the work and never encode the same thing twice; a run that was killed continues where it stopped.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from finetune.data import decode
-from finetune.data.buckets import Fit, fit
-from finetune.data.cache import Cache, content_hash, digest
+from finetune.data.cache import Cache, digest
 from finetune.data.loader import Item
-from finetune.data.manifest import Clip, read_manifest
 from finetune.engine.precision import DTYPES
 from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
-from finetune.runtime.logging import say
+from finetune.survey import refuse_or_skip, require, survey
 from finetune.tracking.progress import ProgressLine
 
 _ROUND = 4  # items a rank encodes between two meetings: bounds waiting, and errors surface early
@@ -69,12 +65,12 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     datasets = []
     for path in (recipe.data.path, recipe.validation.heldout):
         items = []
-        for clip, info, fitted in survey(recipe, path, runtime, cache) if path else []:
-            video = digest("video", family.name, video_mark, info["hash"], str(fitted.bucket), fitted.fps, "head")
+        for clip, clip_hash, info, fitted in survey(recipe.data, path, cache, runtime) if path else []:
+            video = digest("video", family.name, video_mark, clip_hash, str(fitted.bucket), fitted.fps, "head")
             item = Item(clip.path, clip.caption, fitted.bucket, fitted.fps, video, text_key(clip.caption))
             items.append(item)
             work.append(_Encoding("text", item.text_key, clip.caption))
-            work.append(_Encoding("video", video, str(clip.path), item, _info(info)))
+            work.append(_Encoding("video", video, str(clip.path), item, info))
         datasets.append(items)
     if recipe.data.caption_dropout:
         work.append(_Encoding("text", text_key(""), ""))
@@ -84,54 +80,10 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
 
     failed = _encode(work, "text", lambda: _text_job(family, runtime, dtype), cache, runtime)
     failed += _encode(work, "video", lambda: _video_job(family, runtime, dtype, recipe), cache, runtime)
-    broken = _refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
+    broken = refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
     train, heldout = ([item for item in items if str(item.path) not in broken] for items in datasets)
-    _require(train, recipe.data.path)
+    require(train, recipe.data.path)
     return Prepared(cache, train, heldout, text_key(""))
-
-
-def survey(recipe: Recipe, path: Path, runtime: Runtime, cache: Cache) -> list[tuple[Clip, dict, Fit]]:
-    """Every usable clip of a dataset with its facts and its bucket; ranks share the reading of files.
-
-    Raises:
-        UserError: clips that cannot be used, unless data.bad_clips is "skip".
-    """
-    data = recipe.data
-    with runtime.together():
-        clips = read_manifest(path, data.video_column, data.caption_column, data.id_token)
-    paths = sorted({clip.path for clip in clips})
-    mine: dict[Path, dict | UserError] = {}
-    for video in paths[runtime.rank :: runtime.world_size]:
-        try:
-            known = cache.files.get(video)
-            if known is None or "frames" not in known:
-                facts = asdict(decode.probe(video))
-                known = cache.files.put(video, hash=content_hash(video), **facts)
-            mine[video] = known
-        except UserError as error:
-            mine[video] = error
-    facts: dict[Path, dict | UserError] = {}
-    for share in runtime.gather(mine):
-        facts |= share
-    cache.files.entries |= {str(p.resolve()): entry for p, entry in facts.items() if isinstance(entry, dict)}
-
-    usable, problems = [], []
-    for clip in clips:
-        try:
-            entry = facts[clip.path]
-            if isinstance(entry, UserError):
-                raise entry
-            usable.append((clip, entry, fit(_info(entry), data.buckets, data.fps, str(clip.path))))
-        except UserError as error:
-            problems += error.problems
-    _refuse_or_skip(problems, data.bad_clips, "used")
-    _require(usable, path)
-    _report(path, usable)
-    return usable
-
-
-def _info(entry: dict) -> decode.VideoInfo:
-    return decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
 
 
 def _fingerprints(recipe: Recipe, family: Family, cache: Cache) -> tuple[str, str]:
@@ -186,30 +138,3 @@ def _encode(
     del encode
     runtime.device.empty_cache()
     return problems
-
-
-def _refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> set[str]:
-    """Raise for clips that cannot be used, or say which are left out; returns their paths."""
-    if problems and policy == "refuse":
-        raise UserError.of(
-            problems,
-            f'{len(problems)} clips cannot be {verb} (data.bad_clips = "skip" goes on without them):',
-        )
-    for problem in problems:
-        say(f"skipped {problem.where}: {problem.what}")
-    return {problem.where for problem in problems}
-
-
-def _require(found: Sequence, path: Path) -> None:
-    if not found:
-        raise UserError("not one usable clip is left", "add clips that can be decoded and fill a bucket", str(path))
-
-
-def _report(path: Path, usable: Sequence[tuple[Clip, dict, Fit]]) -> None:
-    """One line a bucket: how many clips, and what is lost to it."""
-    buckets = Counter(str(fitted.bucket) for _, _, fitted in usable)
-    trimmed = sum(fitted.trimmed > 0 for _, _, fitted in usable)
-    cropped = sum(fitted.cropped > 0.02 for _, _, fitted in usable)
-    enlarged = sum(fitted.enlarged > 1.0 for _, _, fitted in usable)
-    shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
-    say(f"{path}: {len(usable)} clips, {shapes}; {trimmed} trimmed at the end, {cropped} cropped, {enlarged} enlarged")

@@ -82,7 +82,7 @@ def _timeline(path: Path) -> _Timeline:
         stream = _video_stream(container, path)
         stored = [packet for packet in container.demux(stream) if packet.pts is not None]
         announced, time_base, rate = stream.frames, stream.time_base, stream.average_rate
-    packets = sorted((p.pts, p.duration or 0) for p in stored if not p.is_discard)  # an edit list hides some
+    packets = sorted((p.pts, p.duration or 0) for p in stored if _is_shown(p))
     if len(stored) < announced or not packets:
         raise UserError(
             f"the file is cut off: {len(stored)} of the {announced or 'unknown number of'} frames it announces are there",
@@ -126,30 +126,56 @@ def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarra
     Raises:
         UserError: the file breaks before the last frame that is needed.
     """
-    timeline = _timeline(path)
-    wanted = frame_indices(timeline.times, float(timeline.time_base), fps, bucket.frames)
     frames = np.empty((*bucket, 3), dtype=np.uint8)
     filled, shown = 0, float("-inf")
+    scaler = VideoReformatter()  # one for all frames: to set up its filters takes as long as to scale a frame
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
+            packets = _packets(container, stream, bucket.frames / fps)
+            ticks = sorted(packet.pts for packet in packets if _is_shown(packet))
+            times = [float((tick - ticks[0]) * stream.time_base) for tick in ticks]
+            wanted = frame_indices(times, float(stream.time_base), fps, bucket.frames)
+            for frame in chain.from_iterable(stream.decode(packet) for packet in (*packets, None)):
                 if frame.pts is None or frame.pts < shown:  # H.264 with B-frames in AVI
                     cure = f"convert it: ffmpeg -i {path.name} {path.stem}.mp4"
                     raise UserError("the file does not say when its frames are shown", cure, str(path))
                 shown = frame.pts
-                index = bisect_right(timeline.ticks, shown) - 1
+                index = bisect_right(ticks, shown) - 1
                 first = filled
                 while filled < len(wanted) and wanted[filled] <= index:
                     filled += 1
                 if filled > first:
-                    frames[first:filled] = _cover(frame, clip, bucket)
+                    frames[first:filled] = _cover(frame, clip, bucket, scaler)
                 if filled == len(wanted):
                     return frames
     except av.error.FFmpegError as error:
-        raise _broken(path, filled, len(wanted), error.strerror) from None
-    raise _broken(path, filled, len(wanted), "the stream ends early")
+        raise _broken(path, filled, bucket.frames, error.strerror) from None
+    raise _broken(path, filled, bucket.frames, "the stream ends early")
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream, seconds: float) -> list[av.Packet]:
+    """The compressed frames of a stream's first `seconds`, in decoding order; the rest of a long file is not read.
+
+    A frame is decoded before it is shown: after a decoding time later than that, nothing earlier comes.
+    """
+    packets: list[av.Packet] = []
+    start = None
+    for packet in container.demux(stream):
+        if not packet.size:  # the end of the file
+            continue
+        packets.append(packet)
+        if _is_shown(packet):
+            start = packet.pts if start is None else min(start, packet.pts)
+        if start is not None and packet.dts is not None and (packet.dts - start) * stream.time_base > seconds:
+            break
+    return packets
+
+
+def _is_shown(packet: av.Packet) -> bool:
+    """Whether the packet is a frame on the timeline: an edit list hides some."""
+    return packet.pts is not None and not packet.is_discard
 
 
 def _broken(path: Path, got: int, wanted: int, why: str) -> UserError:

@@ -30,12 +30,15 @@ class ModelFolder:
         return _json(self.path / component / name)
 
     def weight_files(self, component: str) -> list[Path]:
-        """The component's weight files, by its index if it is sharded. Raises UserError if any is missing."""
+        """The component's weight files, by its index if it is sharded. Raises UserError if there are none."""
         folder = self.path / component
         for stem in ("diffusion_pytorch_model", "model"):
             shards = folder / f"{stem}.safetensors.index.json"
             if shards.is_file():
-                return [folder / name for name in sorted(set(_json(shards)["weight_map"].values()))]
+                weight_map = _json(shards).get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise UserError("this file has no weight_map", "download it again", str(shards))
+                return [folder / name for name in sorted(set(weight_map.values()))]
             if (folder / f"{stem}.safetensors").is_file():
                 return [folder / f"{stem}.safetensors"]
         raise UserError("there are no safetensors weights in it", "download the component again", str(folder))
@@ -132,8 +135,11 @@ def _header_problem(file: Path) -> Problem | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("this file is missing", "download the model again, or mend model.path", str(path)) from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"this file cannot be read ({error})", "download it again", str(path)) from None
+    if not isinstance(value, dict):
+        raise UserError("this file cannot be read (not a JSON object)", "download it again", str(path))
+    return value

@@ -95,7 +95,9 @@ class LTXVideo(Family):
 
     def inputs(self, noisy: Tensor, sigma: Tensor, text: Tensors, samples: Sequence[SampleLike]) -> dict[str, Any]:
         frames, height, width = noisy.shape[2:]
-        fps = torch.tensor([sample.fps for sample in samples], dtype=torch.float32).view(-1, 1, 1, 1, 1)
+        seconds = torch.tensor([self.temporal / sample.fps for sample in samples]).view(
+            -1, 1, 1, 1, 1
+        )  # of a latent frame
         return {
             "hidden_states": pack(noisy).to(text["encoder_hidden_states"].dtype),
             "timestep": sigma * 1000,
@@ -103,7 +105,7 @@ class LTXVideo(Family):
             "num_frames": frames,
             "height": height,
             "width": width,
-            "rope_interpolation_scale": (self.temporal / fps, self.spatial, self.spatial),
+            "rope_interpolation_scale": (seconds, self.spatial, self.spatial),
         }
 
     def target(self, target: Tensor) -> Tensor:

@@ -63,17 +63,21 @@ def scheduler_shift(config: dict) -> Shift:
     Resolution-dependent ("dynamic") shifting: mu is linear in the number of tokens, s = exp(mu). `shift_terminal`
     stretches the schedule so that it ends there; its first-step value is taken in the limit of many steps.
     """
+    terminal = config.get("shift_terminal") or 0.0
+
+    def stretch(shifted: Tensor) -> Tensor:
+        return 1 - (1 - shifted) * (1 - terminal)
+
     if not config.get("use_dynamic_shifting", False):
-        return constant_shift(config.get("shift", 1.0))
+        fixed = constant_shift(config.get("shift", 1.0))
+        return lambda sigma, tokens: stretch(fixed(sigma, tokens))
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (top - base) / (high - low)
-    terminal = config.get("shift_terminal") or 0.0
     exponential = config.get("time_shift_type", "exponential") == "exponential"
 
     def shift(sigma: Tensor, tokens: int) -> Tensor:
         mu = tokens * slope + base - slope * low
-        shifted = constant_shift(math.exp(mu) if exponential else mu)(sigma, tokens)
-        return 1 - (1 - shifted) * (1 - terminal)
+        return stretch(constant_shift(math.exp(mu) if exponential else mu)(sigma, tokens))
 
     return shift

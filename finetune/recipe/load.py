@@ -93,7 +93,9 @@ def _merge_unions(errors: list) -> list:
     """One report for each key: pydantic reports every branch of a union by itself, told apart by a last element."""
     merged: dict[Key, Any] = {}
     for detail in errors:
-        key = tuple(part for part in detail["loc"] if _is_key_part(part))
+        key = detail["loc"]
+        if detail["type"] != "extra_forbidden":  # there the last element is what the user wrote
+            key = tuple(part for part in key if _is_key_part(part))
         if key in merged and merged[key]["type"] != "extra_forbidden":
             merged[key] = {**merged[key], "msg": f"{merged[key]['msg']}, or: {detail['msg']}"}
         else:
@@ -108,7 +110,7 @@ def _is_key_part(part: str | int) -> bool:
 def _problem(detail: Any, file: str, lines: dict[Key, int], origin: dict[Key, str]) -> Problem:
     key: Key = detail["loc"]
     dotted = _dotted(key)
-    where = origin.get(key) or _at_line(file, key, lines)
+    where = _override_of(key, origin) or _at_line(file, key, lines)
     if detail["type"] == "extra_forbidden":
         return Problem(f"unknown key {dotted!r}", where, _suggest(key))
     if detail["type"] == "missing":
@@ -125,6 +127,11 @@ def _problem(detail: Any, file: str, lines: dict[Key, int], origin: dict[Key, st
     return Problem(f"{shown}: {message}", where, _description(key))
 
 
+def _override_of(key: Key, origin: dict[Key, str]) -> str | None:
+    """The --set that wrote a key, the list it is an element of, or something inside it."""
+    return next((where for written, where in origin.items() if written[: len(key)] == key[: len(written)]), None)
+
+
 def _at_line(file: str, key: Key, lines: dict[Key, int]) -> str:
     for length in range(len(key), 0, -1):
         if key[:length] in lines:
@@ -137,13 +144,17 @@ def _dotted(key: Key) -> str:
 
 
 def _suggest(key: Key) -> str:
-    """The nearest key of the same table, else the nearest key anywhere."""
+    """The key of that name in another table, else the nearest key of the same table, else the nearest anywhere."""
     name, table = str(key[-1]), _annotation(key[:-1])
     siblings = list(table.model_fields) if table else []
+    everywhere: dict[str, str] = {}
+    for dotted, _ in _all_keys():
+        everywhere.setdefault(dotted.rsplit(".", 1)[-1], dotted)
+    if name in everywhere:
+        return f"did you mean {everywhere[name]!r}?"
     near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if near:
         return f"did you mean {_dotted((*key[:-1], near[0]))!r}?"
-    everywhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted, _ in _all_keys()}
     near = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.7)
     if near:
         return f"did you mean {everywhere[near[0]]!r}?"
@@ -208,15 +219,19 @@ def _apply_override(values: dict, override: str, origin: dict[Key, str]) -> list
 
 def _typed(text: str, annotation: Any) -> Any:
     """`text` as a string where the schema wants one, as a TOML value elsewhere."""
+    if _wants(annotation, list) and not text.startswith("["):
+        try:
+            return tomli.loads(f"value = [{text}]")["value"]
+        except tomli.TOMLDecodeError:
+            return [part.strip() for part in text.split(",")]
     try:
         value = tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
-        if _wants(annotation, list) and not text.startswith("["):
-            return [part.strip() for part in text.split(",")]
         return text
-    if not isinstance(value, str | list) and _wants(annotation, str) and not _wants(annotation, type(value)):
+    kinds = (int, float) if type(value) is int else (type(value),)  # a float may be written without a point
+    if not isinstance(value, str | list) and _wants(annotation, str) and not any(_wants(annotation, k) for k in kinds):
         return text
-    return [value] if _wants(annotation, list) and not isinstance(value, list) else value
+    return value
 
 
 def _wants(annotation: Any, kind: type) -> bool:

@@ -1,0 +1,95 @@
+"""What a dataset holds: every clip inspected, given a bucket, or refused with its reason; nothing is encoded yet."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.data import decode
+from finetune.data.buckets import Fit, fit
+from finetune.data.cache import Cache, content_hash
+from finetune.data.manifest import Clip, read_manifest
+from finetune.recipe.schema import Data
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.logging import say
+
+
+class Usable(NamedTuple):
+    """A clip that can be trained on: what it is, the hash of its bytes, what it holds, and its bucket."""
+
+    clip: Clip
+    hash: str
+    info: decode.VideoInfo
+    fit: Fit
+
+
+def survey(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[Usable]:
+    """Inspect a dataset; ranks share the reading of files. Collective, with the same result on every rank.
+
+    Args:
+        path: `data.path`, or another dataset read by the same rules.
+    Raises:
+        UserError: clips that cannot be used, unless data.bad_clips is "skip".
+    """
+    with runtime.together():
+        clips = read_manifest(path, data.video_column, data.caption_column, data.id_token)
+        paths = sorted({clip.path for clip in clips})
+        mine = {video: _inspect(video, cache) for video in paths[runtime.rank :: runtime.world_size]}
+    facts: dict[Path, dict | UserError] = {}
+    for share in runtime.gather(mine):
+        facts |= share
+    cache.files.entries |= {str(p.resolve()): entry for p, entry in facts.items() if isinstance(entry, dict)}
+
+    usable, problems = [], []
+    for clip in clips:
+        try:
+            entry = facts[clip.path]
+            if isinstance(entry, UserError):
+                raise entry
+            info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
+            usable.append(Usable(clip, entry["hash"], info, fit(info, data.buckets, data.fps, str(clip.path))))
+        except UserError as error:
+            problems += error.problems
+    refuse_or_skip(problems, data.bad_clips, "used")
+    require(usable, path)
+    _report(path, usable)
+    return usable
+
+
+def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> set[str]:
+    """Raise for clips that cannot be used, or say which are left out; returns their paths."""
+    if problems and policy == "refuse":
+        title = f'{len(problems)} clips cannot be {verb} (data.bad_clips = "skip" goes on without them):'
+        raise UserError.of(problems, title)
+    for problem in problems:
+        say(f"skipped {problem.where}: {problem.what}")
+    return {problem.where for problem in problems}
+
+
+def require(found: Sequence, path: Path) -> None:
+    """Raise if nothing is left of a dataset."""
+    if not found:
+        raise UserError("not one usable clip is left", "add clips that can be decoded and fill a bucket", str(path))
+
+
+def _inspect(video: Path, cache: Cache) -> dict | UserError:
+    """A file's hash and `VideoInfo` fields, from memory if it has not changed."""
+    try:
+        known = cache.files.get(video)
+        if known is None or "frames" not in known:
+            known = cache.files.put(video, hash=content_hash(video), **asdict(decode.probe(video)))
+        return known
+    except UserError as error:
+        return error
+
+
+def _report(path: Path, usable: Sequence[Usable]) -> None:
+    """One line: how many clips in which bucket, and what is lost to it."""
+    buckets = Counter(str(entry.fit.bucket) for entry in usable)
+    trimmed = sum(entry.fit.trimmed > 0 for entry in usable)
+    cropped = sum(entry.fit.cropped > 0.02 for entry in usable)
+    enlarged = sum(entry.fit.enlarged > 1.0 for entry in usable)
+    shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
+    say(f"{path}: {len(usable)} clips, {shapes}; {trimmed} trimmed at the end, {cropped} cropped, {enlarged} enlarged")
