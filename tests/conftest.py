@@ -1,10 +1,14 @@
 """Shared fixtures: one tiny pipeline, one set of real clips and one cache for the whole session."""
 
+from __future__ import annotations
+
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from finetune.runtime.logging import quiet_libraries
 
 quiet_libraries()
+
+if TYPE_CHECKING:
+    from finetune.job import Job
+    from finetune.runtime.distributed import Runtime
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +33,16 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("data") / "clips"
     write_clips(folder, RECORDINGS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips of other scenes, for the held-out loss."""
+    from finetune.data.synthetic import RECORDINGS, write_clips
+
+    folder = tmp_path_factory.mktemp("data") / "heldout"
+    write_clips(folder, RECORDINGS[:3], first_scene=len(RECORDINGS))
     return folder
 
 
@@ -72,6 +90,84 @@ lr = 1e-3
 """
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    """A process group of this process alone, for tests that build jobs in it."""
+    from finetune.runtime import distributed
+
+    yield distributed.start(timeout_seconds=60)
+    distributed.stop()
+
+
+@pytest.fixture
+def build_job(recipe_file: Path, runtime: Runtime) -> Callable[..., Job]:
+    """Build a training in this process, of the small recipe if no other is given: `build_job("train.method=full")`."""
+    from finetune.check import open_family
+    from finetune.job import build
+    from finetune.prepare import prepare
+    from finetune.recipe import load_recipe
+
+    def make(*overrides: str, recipe_file: Path = recipe_file) -> Job:
+        recipe = load_recipe(recipe_file, overrides)
+        family = open_family(recipe)
+        return build(recipe, runtime, family, prepare(recipe, family, runtime))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def parity_recipe(
+    tmp_path_factory: pytest.TempPathFactory, tiny_ltx: Path, clips: Path, heldout: Path, cache: Path
+) -> Path:
+    """What tests/engine/parity_worker.py trains: two buckets, dropped captions, clipped gradients, a moving rate."""
+    path = tmp_path_factory.mktemp("parity") / "recipe.toml"
+    path.write_text(
+        f"""
+output = "{path.parent / "run"}"
+[model]
+family = "ltx"
+path = "{tiny_ltx}"
+[data]
+path = "{clips}"
+buckets = ["17x64x96", "9x64x64"]
+caption_dropout = 0.2
+cache = "{cache}"
+workers = 0
+[train]
+steps = 10
+global_batch_size = 4
+precision = "float32"
+max_grad_norm = 0.1
+[objective]
+weighting = "cosmap"
+[optimizer]
+weight_decay = 1e-2
+[schedule]
+name = "cosine"
+warmup_steps = 3
+[validation]
+heldout = "{heldout}"
+sigmas = 3
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def parity(parity_recipe: Path) -> dict[int, dict]:
+    """Figures of every configuration of tests/engine/parity_worker.py, by number of processes."""
+    figures = {}
+    for processes in (1, 2):
+        out = parity_recipe.with_name(f"{processes}.json")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        worker = [ROOT / "tests" / "engine" / "parity_worker.py", parity_recipe, out]
+        start = [sys.executable, *(torchrun if processes > 1 else []), *worker]
+        done = subprocess.run(start, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        figures[processes] = json.loads(out.read_text())
+    return figures
 
 
 Finetune = Callable[..., subprocess.CompletedProcess]

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -76,11 +76,12 @@ class Cache:
     def sweep(self) -> None:
         """Remove what killed runs left behind: partial files of dead processes of this host, or a day old."""
         host = socket.gethostname()
-        for partial in self.folder.glob("*/*/.partial-*"):
+        for partial in self.folder.rglob(".partial-*"):
             owner, _, pid = partial.name.removeprefix(".partial-").split("~")[0].rpartition("-")
             dead = owner == host and not Path(f"/proc/{pid}").exists()
-            if dead or time.time() - partial.stat().st_mtime > _STALE_SECONDS:
-                partial.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its writer has just given it its name
+                if dead or time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+                    partial.unlink()
 
 
 @contextmanager
@@ -100,7 +101,8 @@ def atomic(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise disk_error(error, path) from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 def disk_error(error: Exception, path: Path) -> UserError:
@@ -109,7 +111,7 @@ def disk_error(error: Exception, path: Path) -> UserError:
         return UserError(
             "the disk is full", "free some space, then run the same command: it goes on where it stopped", str(path)
         )
-    return UserError(f"cannot be written ({error})", "check the folder's permissions", str(path))
+    return UserError(f"cannot be written ({error})", "check the folder and its permissions", str(path))
 
 
 class FileFacts:

@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def _read_columns(folder: Path, videos_file: Path, captions_file: Path | None) -
 
 
 def _lines(path: Path) -> list[str]:
-    lines = _text(path).splitlines()
+    lines = _text(path).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     blank = [
@@ -171,12 +172,16 @@ def _rows(path: Path) -> list[tuple[str, object]]:
     suffix = path.suffix.lower()
     text = _text(path)
     if suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        return [(f"{path.name}, line {reader.line_num}", row) for row in reader]
+        reader = csv.DictReader(io.StringIO(text), strict=True)
+        try:
+            return [(f"{path.name}, line {reader.line_num}", row) for row in reader]
+        except csv.Error as error:
+            where = f"{path}, line {reader.reader.line_num}"
+            raise UserError(f"not valid CSV: {error}", "close every quote that is opened", where) from None
     try:
         if suffix == ".jsonl":
             rows = []
-            for number, line in enumerate(text.splitlines(), start=1):
+            for number, line in enumerate(text.split("\n"), start=1):
                 if line.strip():
                     rows.append((f"{path.name}, line {number}", json.loads(line)))
             return rows
@@ -192,6 +197,7 @@ def _rows(path: Path) -> list[tuple[str, object]]:
 
 
 def _text(path: Path) -> str:
+    """A file's text, with "\\n" between lines; str.splitlines would also break at characters that captions may hold."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:

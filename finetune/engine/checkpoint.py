@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,6 +23,7 @@ from finetune.runtime.errors import UserError
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 _STATE, _FACTS, _PARTIAL = "state", "trainer.json", ".partial-"
+_FAILURE = (Exception, CheckpointException)  # DCP's own is a BaseException
 
 
 class Checkpoints:
@@ -55,12 +57,13 @@ class Checkpoints:
             UserError: on every rank, if any could not write; older checkpoints stay.
         """
         final = self.path(step)
-        if self.runtime.from_main(final.exists() if self.runtime.is_main else None):
+        if self.runtime.from_main((final / _FACTS).exists() if self.runtime.is_main else None):
             return final
         partial = self.folder / f"{_PARTIAL}{final.name}"
         with self.runtime.together():
             if self.runtime.is_main:
                 self._clear(self.folder)
+                shutil.rmtree(final, ignore_errors=True)  # half copied: it has no facts
                 partial.mkdir(parents=True)
         state = {"model": get_model_state_dict(model, options=TRAINED_ONLY)}
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED_ONLY)
@@ -72,7 +75,7 @@ class Checkpoints:
                     (partial / _FACTS).write_text(json.dumps({"step": step, **facts}, indent=1))
                     partial.rename(final)
                     self._prune()
-        except Exception as error:
+        except _FAILURE as error:
             if self.runtime.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise self._explain(error, step) from error
@@ -86,7 +89,7 @@ class Checkpoints:
         try:
             dcp.load(state, checkpoint_id=path / _STATE, process_group=self.runtime.control)
             facts = json.loads((path / _FACTS).read_text())
-        except Exception as error:
+        except _FAILURE as error:
             older = [known for known in self.steps() if known < step]
             then = f"the run then goes on from step {older[-1]}" if older else "the run then starts anew"
             raise UserError(
@@ -108,7 +111,7 @@ class Checkpoints:
         for leftover in folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover)
 
-    def _explain(self, error: Exception, step: int) -> Exception:
+    def _explain(self, error: BaseException, step: int) -> BaseException:
         reason = _reason(error)
         if "No space left" not in reason and "os error 28" not in reason:
             return error

@@ -21,8 +21,11 @@ class JsonLines:
     """metrics.jsonl: one object a line with "step" and the values. A resumed run drops what the killed one wrote ahead."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        # A run without a checkpoint measures step 0 again.
+        kept = [line for line in _complete_lines(path) if first_step and json.loads(line)["step"] <= first_step]
+        partial = path.with_name(f".partial-{path.name}")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,0 +1,152 @@
+"""What the training loop costs over a bare torch loop, per step, on a tiny model.
+
+`python -m benchmarks.overhead [--blocks N] [--steps N] [--workers N]`. `finetune.trainer.run` runs as it does in a training, with loader
+processes, metrics and the progress line; after each block of its steps the bare loops take a block of as many, on
+batches kept in memory: forward, loss, backward, clipping, AdamW, loss to the host. One bare loop works on the run's own
+parallelised model, the other on the same model without FSDP.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.paired import print_table
+from finetune.check import open_family
+from finetune.demo import make_demo
+from finetune.engine.optimizer import build_optimizer
+from finetune.engine.parallel import trained_parameters
+from finetune.engine.precision import storage_dtype
+from finetune.engine.step import StepResult
+from finetune.job import Job, build
+from finetune.models import lora
+from finetune.models.family import Batch, Family
+from finetune.prepare import prepare
+from finetune.recipe import Recipe
+from finetune.report import Report
+from finetune.runtime import distributed
+from finetune.trainer import run
+
+MAX_NORM = 1.0
+
+
+def recipe_in(folder: Path, steps: int, workers: int) -> Recipe:
+    """A LoRA of the demo's model on its clips."""
+    return Recipe.model_validate(
+        {
+            "output": str(folder / "run"),
+            "model": {"family": "ltx", "path": str(folder / "model")},
+            "data": {
+                "path": str(folder / "clips"),
+                "buckets": ["17x64x96"],
+                "cache": str(folder / "cache"),
+                "workers": workers,
+            },
+            "train": {"steps": steps, "precision": "float32", "max_grad_norm": MAX_NORM},
+            "lora": {"rank": 16},
+            "memory": {"activation_checkpointing": "none"},
+            "checkpoint": {"every": steps},
+        }
+    )
+
+
+def plain_model(recipe: Recipe, family: Family) -> nn.Module:
+    """The trained model without FSDP."""
+    model = family.load_transformer(storage_dtype(recipe.train.method, recipe.train.precision))
+    model.requires_grad_(False)
+    lora.add(model, family, recipe.lora, recipe.train.seed)
+    return model.train()
+
+
+def bare_loop(model: nn.Module, recipe: Recipe, family: Family, batches: list[Batch]) -> Callable[[int], None]:
+    """A function that takes a number of steps with nothing around them."""
+    parameters = trained_parameters(model)
+    optimizer = build_optimizer(parameters, recipe.optimizer)
+
+    def steps(count: int) -> None:
+        for index in range(count):
+            batch = batches[index % len(batches)]
+            prediction = family.predict(model, batch.inputs)
+            loss = (prediction.float() - batch.target).square().mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+    return steps
+
+
+class TakingTurns(Report):
+    """The run's own report; after each block of steps it lets the bare loops have theirs, and keeps the times."""
+
+    def __init__(self, job: Job, block: int, others: dict[str, Callable[[int], None]]) -> None:
+        super().__init__(job, done=0)
+        self.block, self.others = block, others
+        self.milliseconds: dict[str, list[np.ndarray]] = {name: [] for name in ("finetune", *others)}
+
+    def step(self, step: int, result: StepResult) -> None:
+        super().step(step, result)
+        if step % self.block:
+            return
+        if step > self.block:  # the first block warms up
+            self.milliseconds["finetune"].append(self.a_step())
+        for name, steps in self.others.items():
+            self.start = clocks()
+            steps(self.block)
+            if step > self.block:
+                self.milliseconds[name].append(self.a_step())
+        self.last = time.monotonic()  # the report's own clock
+        self.start = clocks()
+
+    def a_step(self) -> np.ndarray:
+        """Milliseconds a step of the block that ends now, by both clocks."""
+        return (clocks() - self.start) / self.block * 1e3
+
+
+def clocks() -> np.ndarray:
+    """Seconds: of the wall, and of the processor in this thread, which other programs do not lengthen."""
+    return np.array([time.perf_counter(), time.thread_time()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20, help="of a block")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as torchrun has it
+    runtime = distributed.start(600)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_demo(folder, "ltx")
+        recipe = recipe_in(folder, (arguments.blocks + 1) * arguments.steps, arguments.workers)
+        recipe.output.mkdir()
+        family = open_family(recipe)
+        job = build(recipe, runtime, family, prepare(recipe, family, runtime))
+        in_memory = [job.micro_batches()[k] for k in range(16)]
+        others = {
+            "bare, same model": bare_loop(job.state.transformer, recipe, family, in_memory),
+            "bare, no FSDP": bare_loop(plain_model(recipe, family), recipe, family, in_memory),
+        }
+        with TakingTurns(job, arguments.steps, others) as report:
+            run(job, 0, report)
+    distributed.stop()
+    ours = np.array(report.milliseconds["finetune"])  # (blocks, clocks)
+    rows = []
+    for name, blocks in report.milliseconds.items():
+        row = [name, *(f"{value:.2f}" for value in np.median(blocks, 0))]
+        over = [f"{value:+.2f}" for value in np.median(ours - blocks, 0)]
+        rows.append([*row, *over] if name in others else [*row, "", ""])
+    print(f"\n{arguments.blocks} blocks of {arguments.steps} steps each, in turn, {arguments.workers} loader processes;")
+    print("milliseconds a step, and how many finetune takes more: medians over blocks\n")
+    print_table(["loop", "wall", "processor", "finetune - it, wall", "processor"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""The cache: whole items or none, and nothing encoded twice."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from finetune.check import open_family
+from finetune.data.cache import Cache, atomic, content_hash, digest
+from finetune.data.synthetic import RECORDINGS, Recording, record, scene, write_clips
+from finetune.prepare import Prepared, prepare
+from finetune.recipe import Recipe, write_recipe
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import UserError
+
+TENSORS = {"mean": torch.arange(6.0).view(2, 3), "mask": torch.tensor([True, False]), "half": torch.ones(3).bfloat16()}
+KEY = digest("some", "key")
+NOBODY = 2**22 + 1  # above Linux's largest process id
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def item(store: Cache) -> Path:
+    """The file of one stored item."""
+    store.write("video", KEY, TENSORS, "a clip")
+    return store.path("video", KEY)
+
+
+def files(store: Cache) -> list[Path]:
+    return [path for path in store.folder.rglob("*") if path.is_file()]
+
+
+# --- items ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_item_is_read_as_it_was_written(store: Cache, item: Path) -> None:
+    found = store.read("video", KEY)
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in TENSORS.items())
+
+
+def test_an_item_says_what_it_was_made_of(item: Path) -> None:
+    with safe_open(item, "pt") as opened:
+        assert opened.metadata() == {"source": "a clip"}
+
+
+def test_kinds_do_not_mix(store: Cache, item: Path) -> None:
+    assert store.has("video", KEY)
+    assert not store.has("text", KEY)
+
+
+def test_a_part_of_a_key_that_differs_gives_another_key() -> None:
+    keys = {
+        digest("video", "ltx", 25.0),
+        digest("video", "ltx", 24.0),
+        digest("videoltx", 25.0),
+        digest(["video", "ltx"], 25.0),
+    }
+    assert len(keys) == 4
+
+
+def write_half(path: Path) -> None:
+    with atomic(path) as partial:
+        partial.write_bytes(b"half")
+        raise ZeroDivisionError
+
+
+def test_a_write_that_fails_leaves_nothing(store: Cache) -> None:
+    with pytest.raises(ZeroDivisionError):
+        write_half(store.path("video", KEY))
+    assert files(store) == []
+
+
+def test_a_failed_write_leaves_the_old_content(store: Cache, item: Path) -> None:
+    before = item.read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        write_half(item)
+    assert item.read_bytes() == before
+
+
+def test_a_half_written_item_does_not_count(store: Cache, item: Path) -> None:
+    item.rename(item.with_name(f".partial-{socket.gethostname()}-{NOBODY}~{item.name}"))
+    assert not store.has("video", KEY)
+
+
+@pytest.mark.parametrize("left", [0, 5, 60, -1], ids=["nothing", "size", "header", "all_but_a_byte"])
+def test_a_damaged_item_does_not_count_and_is_removed(store: Cache, item: Path, left: int) -> None:
+    item.write_bytes(item.read_bytes()[:left])
+    assert not store.has("video", KEY)
+    assert not item.exists()
+
+
+def test_reading_a_damaged_item_says_what_to_do(store: Cache, item: Path) -> None:
+    item.write_bytes(item.read_bytes()[:-1])
+    with pytest.raises(UserError, match="run the same command again: it is encoded anew") as caught:
+        store.read("video", KEY)
+    assert caught.value.problems[0].where == str(item)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match="cannot be written"):
+        Cache(tmp_path / "cache").write("video", KEY, TENSORS, "a clip")
+
+
+def leftover(store: Cache, host: str, process: int, hours: float = 0.0) -> Path:
+    """What a killed run leaves behind."""
+    path = store.folder / "video" / "ab" / f".partial-{host}-{process}~abcd.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half")
+    written = time.time() - 3600 * hours
+    os.utime(path, (written, written))
+    return path
+
+
+@pytest.mark.parametrize(
+    "host, process, hours, kept",
+    [
+        (socket.gethostname(), NOBODY, 0, False),
+        (socket.gethostname(), os.getpid(), 0, True),
+        ("another-host", NOBODY, 1, True),
+        ("another-host", NOBODY, 25, False),
+    ],
+    ids=["dead", "alive", "elsewhere", "a_day_old"],
+)
+def test_leftovers_of_the_dead_are_swept(store: Cache, host: str, process: int, hours: float, kept: bool) -> None:
+    path = leftover(store, host, process, hours)
+    store.sweep()
+    assert path.exists() == kept
+
+
+# --- what is known of files -------------------------------------------------------------------------------------------
+
+
+def test_facts_are_remembered_until_the_file_changes(store: Cache, tmp_path: Path) -> None:
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"one")
+    store.files.put(video, frames=5)
+    store.files.save()
+    assert Cache(store.folder).files.get(video)["frames"] == 5
+    video.write_bytes(b"other")
+    assert Cache(store.folder).files.get(video) is None
+
+
+def test_a_hash_follows_the_bytes(store: Cache, tmp_path: Path) -> None:
+    video, copy = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    video.write_bytes(b"one")
+    before = store.file_hash(video)
+    shutil.copy(video, copy)
+    video.write_bytes(b"two!")
+    assert store.file_hash(copy) == before != store.file_hash(video)
+
+
+def test_a_file_of_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"weights")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert content_hash(tmp_path / "model.safetensors") == "ab" * 32
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00"])
+def test_damaged_facts_are_learnt_again(store: Cache, text: str) -> None:
+    store.folder.mkdir()
+    (store.folder / "files.json").write_text(text)
+    assert Cache(store.folder).files.entries == {}
+
+
+# --- encoding into it -------------------------------------------------------------------------------------------------
+
+
+def items(folder: Path) -> dict[str, int]:
+    """Every item that counts, with the time it was written."""
+    found = (path for path in folder.glob("*/*/*") if not path.name.startswith("."))
+    return {os.fspath(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
+
+
+def kinds(names: set[str]) -> list[str]:
+    return sorted(name.split(os.sep)[0] for name in names)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime, make_recipe) -> Recipe:
+    """Three clips and a recipe whose cache holds them. Copy all of it before changing it."""
+    folder = tmp_path_factory.mktemp("first")
+    write_clips(folder / "clips", RECORDINGS[:3])
+    recipe = make_recipe(folder / "clips", folder / "cache")
+    prepare(recipe, open_family(recipe), runtime)
+    return recipe
+
+
+Again = Callable[..., tuple[Prepared, set[str], set[str]]]
+
+
+@pytest.fixture
+def again(first: Recipe, tmp_path: Path, runtime: Runtime, make_recipe) -> Again:
+    """Change a copy of the clips or of the cache, prepare again; returns the result, what is new and what was rewritten."""
+    data, cache = tmp_path / "clips", tmp_path / "cache"
+    shutil.copytree(first.data.path, data)
+    shutil.copytree(first.data.cache, cache)
+
+    def run(change: Callable[[Path, Path], object], *overrides: str) -> tuple[Prepared, set[str], set[str]]:
+        before = items(cache)
+        change(data, cache)
+        recipe = make_recipe(data, cache, *overrides)
+        prepared = prepare(recipe, open_family(recipe), runtime)
+        after = items(cache)
+        kept = before.keys() & after.keys()
+        return prepared, after.keys() - before.keys(), {name for name in kept if before[name] != after[name]}
+
+    return run
+
+
+def nothing(data: Path, cache: Path) -> None:
+    pass
+
+
+def test_each_clip_and_each_caption_is_an_item(first: Recipe) -> None:
+    assert kinds(set(items(first.data.cache))) == ["text"] * 3 + ["video"] * 3
+
+
+def test_what_is_there_is_not_encoded_again(again: Again) -> None:
+    prepared, new, rewritten = again(nothing)
+    assert (len(prepared.train), new, rewritten) == (3, set(), set())
+
+
+def test_a_changed_caption_encodes_one_text(again: Again) -> None:
+    _, new, rewritten = again(lambda data, cache: (data / "wide.txt").write_text("something else"))
+    assert (kinds(new), rewritten) == (["text"], set())
+
+
+def test_changed_bytes_of_a_clip_encode_one_video(again: Again) -> None:
+    other = Recording("wide.mp4", 128, 192, 25, 25)
+    _, new, rewritten = again(lambda data, cache: record(scene(7, 25, 128, 192)[0], data / "wide.mp4", other))
+    assert (kinds(new), rewritten) == (["video"], set())
+
+
+def test_a_renamed_clip_is_known_by_its_bytes(again: Again) -> None:
+    def rename(data: Path, cache: Path) -> None:
+        (data / "wide.mp4").rename(data / "renamed.mp4")
+        (data / "wide.txt").rename(data / "renamed.txt")
+
+    prepared, new, rewritten = again(rename)
+    assert [item.path.name for item in prepared.train] == ["long.mp4", "renamed.mp4", "small.mp4"]
+    assert (new, rewritten) == (set(), set())
+
+
+def test_a_caption_that_two_clips_share_is_one_item(again: Again) -> None:
+    def share(data: Path, cache: Path) -> None:
+        shutil.copy(data / "wide.txt", data / "small.txt")
+
+    prepared, new, _ = again(share)
+    assert len({item.text_key for item in prepared.train}) == 2
+    assert new == set()
+
+
+@pytest.mark.parametrize("kind", ["text", "video"])
+def test_a_damaged_item_is_encoded_anew(again: Again, kind: str) -> None:
+    def damage(data: Path, cache: Path) -> None:
+        path = sorted((cache / kind).glob("*/*"))[0]
+        path.write_bytes(path.read_bytes()[:-1])
+
+    prepared, new, rewritten = again(damage)
+    assert (new, kinds(rewritten)) == (set(), [kind])
+    for entry in prepared.train:
+        assert prepared.cache.read("video", entry.video_key)
+        assert prepared.cache.read("text", entry.text_key)
+
+
+@pytest.mark.parametrize(
+    "override, new_kinds",
+    [
+        ("data.id_token=afkx", ["text"] * 3),
+        ("data.buckets=17x64x64", ["video"] * 3),
+        ("data.fps=24", ["video"] * 2),  # small.mp4 has 24 of its own
+        ("train.precision=bf16", ["text"] * 3 + ["video"] * 3),
+        ("vae.tiling=true", ["video"] * 3),
+        ("data.caption_dropout=0.1", ["text"]),
+        ("lora.rank=8", []),
+        ("train.seed=1", []),
+    ],
+)
+def test_a_setting_encodes_what_it_changes(again: Again, override: str, new_kinds: list[str]) -> None:
+    _, new, rewritten = again(nothing, override)
+    assert (kinds(new), rewritten) == (new_kinds, set())
+
+
+def test_an_encoded_clip_is_the_families_encoding_of_its_frames(first: Recipe, runtime: Runtime) -> None:
+    """Read back, an item is what diffusers' VAE says of the decoded clip."""
+    from diffusers import AutoencoderKLLTXVideo
+
+    from finetune.data.decode import decode, probe
+
+    prepared = prepare(first, open_family(first), runtime)
+    entry = next(item for item in prepared.train if item.path.name == "wide.mp4")
+    frames = decode(entry.path, probe(entry.path), entry.bucket, entry.fps)
+    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    vae = AutoencoderKLLTXVideo.from_pretrained(first.model.path, subfolder="vae")
+    with torch.no_grad():
+        expected = vae.encode(video).latent_dist
+    found = prepared.cache.read("video", entry.video_key)
+    torch.testing.assert_close(found["mean"], expected.mean[0])
+    torch.testing.assert_close(found["logvar"], expected.logvar[0])
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def kill_when(recipe: Path, folder: Path, count: int) -> int:
+    """Start `prepare`, kill it with SIGKILL as soon as `count` items exist; returns the exit status."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", "prepare", "--recipe", str(recipe)], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(items(folder)) < count and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    return process.wait(timeout=60)
+
+
+def test_a_run_that_is_killed_while_it_encodes_leaves_whole_items_and_the_next_goes_on(
+    clips: Path, tmp_path: Path, make_recipe, runtime: Runtime
+) -> None:
+    recipe = make_recipe(clips, tmp_path / "cache")
+    write_recipe(recipe, tmp_path / "recipe.toml")
+    total = len(RECORDINGS) + len({path.read_text() for path in clips.glob("*.txt")})
+    for count in (2, total - 8):
+        before = items(tmp_path / "cache")
+        assert kill_when(tmp_path / "recipe.toml", tmp_path / "cache", count) == -signal.SIGKILL
+        after = items(tmp_path / "cache")
+        assert count <= len(after) < total
+        assert before.items() <= after.items()
+        assert all(load_file(tmp_path / "cache" / name) for name in after)
+
+    prepared = prepare(recipe, open_family(recipe), runtime)
+    whole = items(tmp_path / "cache")
+    assert after.items() <= whole.items()
+    assert (len(prepared.train), len(whole)) == (len(RECORDINGS), total)
+    assert list((tmp_path / "cache").rglob(".partial-*")) == []
+    assert json.loads((tmp_path / "cache" / "files.json").read_text())

@@ -1,0 +1,380 @@
+"""Reading recipes: every problem at once, with its line and its cure; --set typed by the schema."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.recipe import Bucket, Recipe, load_recipe, write_recipe
+from finetune.recipe.load import differences
+from finetune.recipe.schema import free_keys
+from finetune.runtime.errors import Problem, UserError
+
+MINIMAL = """\
+[model]
+family = "ltx"
+path = "models/ltx"
+[data]
+path = "clips"
+buckets = ["17x64x96"]
+"""
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    """Write a recipe text and return its path."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems(path: Path, *overrides: str) -> tuple[Problem, ...]:
+    """What is wrong with a recipe."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    return caught.value.problems
+
+
+def problem(path: Path, *overrides: str) -> Problem:
+    """The one thing that is wrong with a recipe."""
+    (found,) = problems(path, *overrides)
+    return found
+
+
+# --- problems of the file ---------------------------------------------------------------------------------------------
+
+
+def test_reports_every_problem_at_once(written) -> None:
+    path = written(
+        """\
+[model]
+family = "ltx"
+[data]
+path = "clips"
+buckets = ["17x64"]
+[train]
+steps = "many"
+precision = "fp16"
+rank = 4
+[optimiser]
+lr = 1e-4
+"""
+    )
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    assert {(found.where, found.what.split(":")[0]) for found in caught.value.problems} == {
+        (f"{path}, line 1", "missing key 'model.path'"),
+        (f"{path}, line 5", "data.buckets[0] = '17x64'"),
+        (f"{path}, line 7", "train.steps = 'many'"),
+        (f"{path}, line 8", "train.precision = 'fp16'"),
+        (f"{path}, line 9", "unknown key 'train.rank'"),
+        (f"{path}, line 10", "unknown key 'optimiser'"),
+    }
+    assert str(caught.value).startswith(f"{path}: 6 problems\n")
+
+
+@pytest.mark.parametrize(
+    "text, line, what, cure",
+    [
+        ("[lora]\nrnk = 4\n", 8, "unknown key 'lora.rnk'", "did you mean 'lora.rank'?"),
+        ("[lora]\nRank = 4\n", 8, "unknown key 'lora.Rank'", "did you mean 'lora.rank'?"),
+        ("[lora]\nrank2 = 4\n", 8, "unknown key 'lora.rank2'", "did you mean 'lora.rank'?"),
+        ("[Lora]\nrank = 4\n", 7, "unknown key 'Lora'", "did you mean 'lora'?"),
+        ("[train]\nlr = 1e-4\n", 8, "unknown key 'train.lr'", "did you mean 'optimizer.lr'?"),
+        ("[lora]\nsteps = 4\n", 8, "unknown key 'lora.steps'", "did you mean 'train.steps'?"),
+        ("fsp = 24\n", 7, "unknown key 'data.fsp'", "did you mean 'data.fps'?"),
+        ("[[validation.prompts]]\ntext = 'a'\ncuont = 2\n", 9, "unknown key 'validation.prompts[0].cuont'",
+         "did you mean 'validation.prompts[0].count'?"),
+        ("[vae]\nbanana = 1\n", 8, "unknown key 'vae.banana'", "keys here are: slicing, tiling"),
+    ],
+)  # fmt: skip
+def test_unknown_key_names_the_nearest_that_exists(written, text: str, line: int, what: str, cure: str) -> None:
+    path = written(MINIMAL + text)
+    assert problem(path) == Problem(what, f"{path}, line {line}", cure)
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("[train]\nsteps = 3.5", "train.steps = 3.5: should be a valid integer"),
+        ("[train]\nsteps = '3'", "train.steps = '3': should be a valid integer"),
+        ("[train]\nsteps = true", "train.steps = True: should be a valid integer"),
+        ("[train]\nsteps = 0", "train.steps = 0: should be greater than or equal to 1"),
+        ("[train]\nmax_grad_norm = 'off'", "train.max_grad_norm = 'off': should be a valid number, or: should be 'none'"),
+        ("[train]\nmethod = 'dora'", "train.method = 'dora': should be 'lora' or 'full'"),
+        ("[optimizer]\nlr = '1e-4'", "optimizer.lr = '1e-4': should be a valid number"),
+        ("[optimizer]\nlr = 0", "optimizer.lr = 0: should be greater than 0"),
+        ("[optimizer]\nbetas = [0.9, 1.5]", "optimizer.betas[1] = 1.5: should be less than 1"),
+        ("[lora]\ntargets = 'to_q'", "lora.targets = 'to_q': should be a valid list"),
+        ("[vae]\ntiling = 1", "vae.tiling = 1: should be a valid boolean"),
+        ("id_token = 7", "data.id_token = 7: should be a valid string"),
+        ("caption_dropout = 1.5", "data.caption_dropout = 1.5: should be less than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_wrong_type_or_value_says_what_should_be_there(written, text: str, what: str) -> None:
+    found = problem(written(MINIMAL + text + "\n"))
+    assert (found.what, found.where.rpartition(", ")[2]) == (what, f"line {7 if '[' not in text[:1] else 8}")
+
+
+@pytest.mark.parametrize("bucket", ["17x64", "17*64*96", "0x64x96", "17x64x96.5", ""])
+def test_malformed_bucket_says_the_form(written, bucket: str) -> None:
+    found = problem(written(MINIMAL.replace("17x64x96", bucket)))
+    assert 'write frames x height x width, like "49x512x768"' in found.what
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("# a comment\n" + MINIMAL + "[train]\nsteps = 0\n", 9),
+        ("train.steps = 0\n" + MINIMAL, 1),
+        ("train = {seed = 3, steps = 0}\n" + MINIMAL, 1),
+        (MINIMAL + "[ train ]   # a table\n'steps'=0\n", 8),
+        ('output = """\n[train]\nsteps = 5"""\n' + MINIMAL + "[train]\nsteps = 0\n", 11),
+        (MINIMAL + "[train]\r\nsteps = 0\r\n", 8),
+        (MINIMAL + '[[validation.prompts]]\ntext = "a"\n[[validation.prompts]]\ntext = "b"\nsteps = 0\n', 11),
+    ],
+)
+def test_line_is_found_however_the_key_is_written(written, text: str, line: int) -> None:
+    path = written(text)
+    assert problem(path).where == f"{path}, line {line}"
+
+
+def test_missing_table_says_what_to_add(written) -> None:
+    found = problem(written('[model]\nfamily = "ltx"\npath = "m"\n'))
+    assert (found.what, found.cure) == ("missing table [data]", "add it: What it is trained on.")
+
+
+def test_missing_key_says_what_to_add(written) -> None:
+    found = problem(written(MINIMAL.replace('family = "ltx"\n', "")))
+    assert found.what == "missing key 'model.family'"
+    assert found.cure.startswith("add `family = ...` under [model]: Which model family")
+
+
+def test_broken_toml_names_the_line(written) -> None:
+    path = written(MINIMAL + "[train]\nprecision = bf16\n")
+    found = problem(path)
+    assert found.where == str(path)
+    assert "line 8" in found.what
+    assert "strings need quotes" in found.cure
+
+
+def test_missing_file_suggests_the_nearest_name(written) -> None:
+    path = written(MINIMAL)
+    found = problem(path.with_name("recpie.toml"))
+    assert (found.what, found.cure) == ("no such recipe", f"did you mean {path}?")
+
+
+@pytest.mark.parametrize("make", [lambda p: p.mkdir(), lambda p: p.write_bytes(b"\xff\xfe\x00\x01")])
+def test_what_is_no_text_file_is_refused(tmp_path: Path, make) -> None:
+    make(tmp_path / "recipe.toml")
+    found = problem(tmp_path / "recipe.toml")
+    assert found.what.startswith("cannot be read as a recipe")
+    assert found.cure == "give --recipe a TOML text file"
+
+
+# --- --set ------------------------------------------------------------------------------------------------------------
+
+
+def value_of(recipe: Recipe, dotted: str) -> object:
+    value: object = recipe
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("train.steps=5", 5),
+        ("train.seed = 7", 7),
+        ("optimizer.lr=1e-3", 1e-3),
+        ("optimizer.lr=1", 1.0),
+        ("lora.alpha=16", 16.0),
+        ("data.fps=24", 24.0),
+        ("objective.shift=3", 3.0),
+        ("objective.shift=scheduler", "scheduler"),
+        ("train.max_grad_norm=1", 1.0),
+        ("train.max_grad_norm=0.5", 0.5),
+        ("checkpoint.keep_last=3", 3),
+        ("checkpoint.keep_last=all", "all"),
+        ("vae.tiling=true", True),
+        ("train.precision=float32", "float32"),
+        ('train.precision="float32"', "float32"),
+        ("data.id_token=afkx", "afkx"),
+        ("data.id_token=42", "42"),
+        ("data.id_token=1e-3", "1e-3"),
+        ("data.id_token=007", "007"),
+        ("data.id_token=true", "true"),
+        ("data.id_token=2026-01-01", "2026-01-01"),
+        ("data.id_token=two words", "two words"),
+        ('data.id_token=""', ""),
+        ("data.id_token=a=b", "a=b"),
+        ("model.revision=1.5", "1.5"),
+        ("tracking.name=12", "12"),
+        ("data.path=other/clips", Path("other/clips")),
+        ("data.cache=123", Path("123")),
+        ("output=runs/x", Path("runs/x")),
+        ("data.path=~/clips", Path.home() / "clips"),
+        ("data.buckets=25x64x96", [Bucket(25, 64, 96)]),
+        ("data.buckets=17x64x96,25x96x64", [Bucket(17, 64, 96), Bucket(25, 96, 64)]),
+        ('data.buckets=["17x64x96", "25x96x64"]', [Bucket(17, 64, 96), Bucket(25, 96, 64)]),
+        ("lora.targets=to_q", ["to_q"]),
+        ("lora.targets=to_q, to_out.0", ["to_q", "to_out.0"]),
+        ("lora.targets=[]", []),
+        ("optimizer.betas=0.9,0.99", [0.9, 0.99]),
+        ("optimizer.betas=[0.9, 0]", [0.9, 0.0]),
+        ("tracking.trackers=tensorboard,wandb", ["tensorboard", "wandb"]),
+    ],
+)
+def test_set_reads_the_value_as_the_schema_wants_it(written, override: str, value: object) -> None:
+    recipe = load_recipe(written(MINIMAL), [override])
+    found = value_of(recipe, override.partition("=")[0].strip())
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "table, key",
+    [("data", "fps"), ("validation", "every"), ("validation", "heldout"), ("tracking", "name")],
+)
+def test_set_none_unsets_an_optional_key(written, table: str, key: str) -> None:
+    value = {"fps": "24", "every": "5", "heldout": '"held"', "name": '"n"'}[key]
+    text = MINIMAL.replace("[data]", f"[data]\n{key} = {value}") if table == "data" else None
+    path = written(text or f"{MINIMAL}[{table}]\n{key} = {value}\n")
+    assert value_of(load_recipe(path), f"{table}.{key}") is not None
+    assert value_of(load_recipe(path, [f"{table}.{key}=none"]), f"{table}.{key}") is None
+
+
+def test_set_none_is_a_value_where_the_schema_has_one(written) -> None:
+    recipe = load_recipe(written(MINIMAL), ["train.max_grad_norm=none", "objective.weighting=none"])
+    assert (recipe.train.max_grad_norm, recipe.objective.weighting) == ("none", "none")
+
+
+def test_the_last_set_of_a_key_holds(written) -> None:
+    assert load_recipe(written(MINIMAL), ["train.steps=5", "train.steps=6"]).train.steps == 6
+
+
+def test_set_mends_a_mistake_of_the_file(written) -> None:
+    path = written(MINIMAL + "[train]\nsteps = 0\n")
+    assert load_recipe(path, ["train.steps=5"]).train.steps == 5
+
+
+@pytest.mark.parametrize(
+    "override, what, cure",
+    [
+        ("lora.rnk=4", "unknown key 'lora.rnk'", "did you mean 'lora.rank'?"),
+        ("lr=4", "unknown key 'lr'", "did you mean 'optimizer.lr'?"),
+        ("train.steps=many", "train.steps = 'many': should be a valid integer", "Optimizer steps in all."),
+        ("optimizer.betas=0.9,1.5", "optimizer.betas[1] = 1.5: should be less than 1", "Adam's moment decays."),
+        ("train.steps", "not an override", "write --set table.key=value"),
+        ("train..steps=3", "not an override", "write --set table.key=value"),
+        ("model.path.name=3", "'path' is no table", "write --set table.key=value"),
+    ],
+)
+def test_problem_of_a_set_names_the_set(written, override: str, what: str, cure: str) -> None:
+    assert problem(written(MINIMAL), override) == Problem(what, f"--set {override}", cure)
+
+
+def test_problems_of_file_and_sets_come_together(written) -> None:
+    path = written(MINIMAL + "[train]\nsteps = 0\n")
+    where = {found.where for found in problems(path, "lora.rnk=4", "vae.tiling=maybe")}
+    assert where == {f"{path}, line 8", "--set lora.rnk=4", "--set vae.tiling=maybe"}
+
+
+# --- writing and comparing --------------------------------------------------------------------------------------------
+
+EVERYTHING = (
+    MINIMAL
+    + """\
+fps = 23.976
+id_token = "say \\"hi\\" \\\\ ünï"
+[train]
+max_grad_norm = "none"
+[lora]
+targets = ["to_q", "to_out.0"]
+[objective]
+shift = 3
+[checkpoint]
+keep_last = "all"
+[validation]
+every = 7
+heldout = "held out"
+[[validation.prompts]]
+text = "first"
+shape = "17x64x96"
+guidance = 0.0
+[[validation.prompts]]
+text = "second"
+"""
+)
+
+
+@pytest.mark.parametrize("text", [MINIMAL, EVERYTHING], ids=["minimal", "everything"])
+def test_a_written_recipe_reads_back_equal(written, tmp_path: Path, text: str) -> None:
+    recipe = load_recipe(written(text))
+    write_recipe(recipe, tmp_path / "effective.toml")
+    assert load_recipe(tmp_path / "effective.toml") == recipe
+
+
+def test_a_written_recipe_spells_defaults_out(written, tmp_path: Path) -> None:
+    write_recipe(load_recipe(written(MINIMAL)), tmp_path / "effective.toml")
+    assert "weight_decay = 0.0001" in (tmp_path / "effective.toml").read_text()
+
+
+FREE = [
+    "output=elsewhere",
+    "data.cache=elsewhere",
+    "data.workers=0",
+    "train.steps=9",
+    "train.micro_batch_size=2",
+    "memory.activation_checkpointing=none",
+    "checkpoint.every=1",
+    "checkpoint.keep_last=all",
+    "validation.every=3",
+    "validation.heldout=held",
+    "validation.sigmas=2",
+    "tracking.trackers=wandb",
+    "tracking.project=p",
+    "tracking.name=n",
+    "distributed.timeout_seconds=5",
+]
+
+
+@pytest.mark.parametrize("override", FREE)
+def test_a_free_key_may_change_on_resume(written, override: str) -> None:
+    path = written(MINIMAL)
+    assert differences(load_recipe(path, [override]), load_recipe(path)) == []
+
+
+def test_prompts_may_change_on_resume(written, tmp_path: Path) -> None:
+    write_recipe(load_recipe(written(MINIMAL)), tmp_path / "before.toml")
+    after = load_recipe(written(MINIMAL + '[[validation.prompts]]\ntext = "a"\n'))
+    assert differences(after, load_recipe(tmp_path / "before.toml")) == []
+
+
+def test_no_other_key_is_free() -> None:
+    assert free_keys() == {override.partition("=")[0] for override in FREE} | {"validation.prompts"}
+
+
+@pytest.mark.parametrize(
+    "override, shown",
+    [
+        ("train.seed=1", "train.seed = 42 there, 1 here"),
+        ("train.global_batch_size=8", "train.global_batch_size = 1 there, 8 here"),
+        ("lora.targets=to_q", "lora.targets = [] there, ['to_q'] here"),
+        ("data.buckets=25x64x96", "data.buckets = ['17x64x96'] there, ['25x64x96'] here"),
+        ("data.fps=24", "data.fps = 'unset' there, 24.0 here"),
+        ("model.path=other", "model.path = 'models/ltx' there, 'other' here"),
+    ],
+)
+def test_any_other_change_is_named_with_both_values(written, override: str, shown: str) -> None:
+    path = written(MINIMAL)
+    assert differences(load_recipe(path, [override]), load_recipe(path)) == [shown]
+
+
+def test_a_key_that_is_set_to_its_default_is_no_difference(written, tmp_path: Path) -> None:
+    before = load_recipe(written(MINIMAL))
+    assert differences(load_recipe(written(MINIMAL + "[lora]\nrank = 64\n")), before) == []
