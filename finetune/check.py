@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from finetune.data.cache import Cache
-from finetune.models import family_class
+from finetune.models import family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
 from finetune.recipe import Bucket, Recipe, load_recipe
@@ -41,8 +41,8 @@ def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
     if train.global_batch_size % share:
         nearest = max(1, round(train.global_batch_size / share)) * share
         yield Problem(
-            f"a global batch of {train.global_batch_size} cannot be split over {world_size} ranks that take "
-            f"{train.micro_batch_size} samples at a time",
+            f"a global batch of {train.global_batch_size} cannot be split over {world_size} rank(s) taking "
+            f"{train.micro_batch_size} at a time",
             "train.global_batch_size",
             f"set train.global_batch_size = {nearest}",
         )
@@ -68,7 +68,7 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def open_family(recipe: Recipe) -> Family:
-    """Find the model, check its files by their headers, and the recipe's buckets against it.
+    """Find the model, check its files by their headers, and the recipe's buckets and targets against it.
 
     Raises:
         UserError: every problem of model folder and buckets at once.
@@ -84,6 +84,8 @@ def open_family(recipe: Recipe) -> Family:
     wrong = [Problem(f"{shape}: {text}", key) for key, shape in shapes if (text := family.bucket_problem(shape))]
     if wrong:
         raise UserError.of(wrong)
+    if recipe.lora.targets:
+        lora.check_targets(family.empty_transformer(), family, recipe.lora.targets)
     return family
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,8 +61,9 @@ def survey(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[Usabl
 def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> set[str]:
     """Raise for clips that cannot be used, or say which are left out; returns their paths."""
     if problems and policy == "refuse":
-        title = f'{len(problems)} clips cannot be {verb} (data.bad_clips = "skip" goes on without them):'
-        raise UserError.of(problems, title)
+        hint = 'or data.bad_clips = "skip" goes on without it'
+        problems = [replace(problem, cure=f"{problem.cure}; {hint}") for problem in problems]
+        raise UserError.of(problems, f"{len(problems)} clips cannot be {verb}:")
     for problem in problems:
         say(f"skipped {problem.where}: {problem.what}")
     return {problem.where for problem in problems}

@@ -63,8 +63,8 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     lr = state.schedule.get_last_lr()[0]
     total = torch.zeros((), device=device.torch_device)
     for index, batch in enumerate(micro_batches):
-        is_last = index + 1 == len(micro_batches)
-        state.transformer.set_requires_gradient_sync(is_last or not state.defer_reduction)
+        if state.defer_reduction and len(micro_batches) > 1:
+            state.transformer.set_requires_gradient_sync(index + 1 == len(micro_batches))
         batch = batch.to(device.torch_device)
         prediction = state.family.predict(state.transformer, batch.inputs)
         loss = sample_losses(prediction, batch).mean() / len(micro_batches)

@@ -24,20 +24,25 @@ def target_pattern(family: Family, targets: list[str]) -> str:
     return rf"({lists})\.\d+\.(.+\.)?({names})"
 
 
-def add(transformer: nn.Module, family: Family, settings: Lora, seed: int) -> None:
-    """Add an adapter in place; its initial weights depend on the seed alone.
-
-    Raises:
-        UserError: a target matches no linear layer of the blocks.
-    """
+def check_targets(transformer: nn.Module, family: Family, targets: list[str]) -> None:
+    """Raise UserError for a target that names no linear layer of the blocks; a transformer on meta will do."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    for target in settings.targets:
+    for target in targets:
         if not any(re.fullmatch(target_pattern(family, [target]), name) for name in linear):
             inside = {name for name in linear if re.match(rf"({'|'.join(family.block_lists)})\.0\.", name)}
             known = sorted({re.sub(r"^.*?\.0\.", "", name, count=1) for name in inside})
             raise UserError(
                 f"{target!r} names no linear layer of the blocks", f"layers are: {', '.join(known)}", "lora.targets"
             )
+
+
+def add(transformer: nn.Module, family: Family, settings: Lora, seed: int) -> None:
+    """Add an adapter in place; its initial weights depend on the seed alone.
+
+    Raises:
+        UserError: a target matches no linear layer of the blocks.
+    """
+    check_targets(transformer, family, settings.targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

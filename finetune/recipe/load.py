@@ -114,14 +114,18 @@ def _problem(detail: Any, file: str, lines: dict[Key, int], origin: dict[Key, st
     if detail["type"] == "extra_forbidden":
         return Problem(f"unknown key {dotted!r}", where, _suggest(key))
     if detail["type"] == "missing":
-        table = ".".join(map(str, key[:-1]))
+        table = ".".join(part for part in key[:-1] if isinstance(part, str))
         what = f"missing key {dotted!r}" if table else f"missing table [{dotted}]"
         cure = (
-            f"add `{key[-1]} = ...` under [{table}]: {_description(key)}" if table else f"add it: {_description(key)}"
+            f"add `{key[-1]} = ...` to its table [{table}]: {_description(key)}"
+            if table
+            else f"add it: {_description(key)}"
         )
         return Problem(what, where, cure)
-    message = re.sub(r"^(Value error, |Input )", "", detail["msg"])
-    message = message.replace("Input should", "should")
+    message = re.sub(r"^(Value error, |Input )", "", detail["msg"]).replace("Input should", "should")
+    message = {"is_instance_of": "should be a path, in quotes", "model_type": "should be a table"}.get(
+        detail["type"], message
+    )
     value = detail["input"]
     shown = f"{dotted} = {value!r}" if not isinstance(value, dict) else dotted
     return Problem(f"{shown}: {message}", where, _description(key))

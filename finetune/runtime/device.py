@@ -70,4 +70,8 @@ class Device:
 
     def reseed(self, seed: int) -> None:
         """Seed the generators that operations on this device draw from (dropout, stochastic rounding)."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed asks every accelerator that torch knows, each step
+        if not self.is_cpu:
+            self._module.manual_seed(seed)

@@ -1,6 +1,7 @@
 """The order of samples: complete, of one bucket a step, and a pure function of seed and step."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -71,10 +72,16 @@ def test_a_plan_depends_on_seed_and_step_alone(dataset) -> None:
     assert [order.plan(step) for step in reversed(range(40))] == forward[::-1]
 
 
-def test_each_epoch_is_shuffled_anew() -> None:
-    order = Order([WIDE] * 16 + [TALL] * 16, 4, seed=1)
-    orders = {tuple(plan.items for plan in epoch(order, number)) for number in range(5)}
-    assert len(orders) == 5
+def test_clips_meet_other_clips_in_each_epoch() -> None:
+    order = Order([WIDE] * 16, 4, seed=1)
+    batches = [{frozenset(plan.items) for plan in epoch(order, number)} for number in range(5)]
+    assert all(one.isdisjoint(other) for one, other in pairwise(batches))
+
+
+def test_buckets_come_in_another_sequence_in_each_epoch() -> None:
+    order = Order([Bucket(1, 32, 32 * width) for width in range(1, 17)], 1, seed=1)
+    sequences = {tuple(plan.bucket for plan in epoch(order, number)) for number in range(5)}
+    assert len(sequences) == 5
 
 
 def test_batches_of_different_buckets_are_mixed() -> None:

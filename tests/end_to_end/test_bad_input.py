@@ -157,11 +157,12 @@ AGAIN = "copy or export it again, or remove it"
 def test_a_clip_that_cannot_be_used(bad_clips_run: Result, bad_clips: Path, name: str, what: str, cure: str) -> None:
     problem, told = about(messages(bad_clips_run), bad_clips / name)
     assert problem.startswith(what)
-    assert told == cure
+    assert told == f'{cure}; or data.bad_clips = "skip" goes on without it'
 
 
 def test_bad_clips_are_counted_and_good_ones_not_mentioned(bad_clips_run: Result) -> None:
-    assert 'error: 8 clips cannot be used (data.bad_clips = "skip" goes on without them):' in bad_clips_run.stderr
+    assert "error: 8 clips cannot be used:" in bad_clips_run.stderr
+    assert bad_clips_run.stderr.count('data.bad_clips = "skip"') >= 8
     assert GOOD.name not in bad_clips_run.stderr
 
 
@@ -192,7 +193,7 @@ def first_check(finetune, tiny_ltx: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_a_batch_that_cannot_be_split(first_check: tuple[Path, Result]) -> None:
     assert about(messages(first_check[1]), "train.global_batch_size") == (
-        "a global batch of 4 cannot be split over 1 ranks that take 3 samples at a time",
+        "a global batch of 4 cannot be split over 1 rank(s) taking 3 at a time",
         "set train.global_batch_size = 3",
     )
 
@@ -308,7 +309,8 @@ def test_a_clip_that_only_another_rank_reads_ends_both_ranks(
     shutil.copy(bad_clips / "no_end.mp4", tmp_path / "clips" / "b.mp4")  # paths are dealt out in turn
     result = finetune("--recipe", recipe_text(tmp_path, hollow_model, tmp_path / "clips"), processes=2)
     problem, cure = about(messages(result, status=1), tmp_path / "clips" / "b.mp4")
-    assert (problem.startswith("the file is cut off"), cure) == (True, AGAIN)
+    assert problem.startswith("the file is cut off")
+    assert cure.startswith(AGAIN)
     assert ended(tmp_path)
 
 

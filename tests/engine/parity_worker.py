@@ -20,35 +20,36 @@ FULL = ["train.method=full", "optimizer.lr=1e-3"]
 UNCHECKPOINTED = ["memory.activation_checkpointing=none"]
 DROPOUT = ["lora.dropout=0.2"]
 
-# name: (accumulation steps, measure the held-out loss between steps, overrides)
+# name: (accumulation steps, when the held-out loss is measured, overrides)
 CONFIGURATIONS = {
-    "lora": (1, False, LORA),
-    "lora, accumulated": (2, False, LORA),
-    "lora, not checkpointed": (1, False, LORA + UNCHECKPOINTED),
-    "lora, dropout": (1, False, LORA + DROPOUT),
-    "lora, dropout, validated": (1, True, LORA + DROPOUT),
-    "lora, dropout, not checkpointed": (1, False, LORA + DROPOUT + UNCHECKPOINTED),
-    "full": (1, False, FULL),
-    "full, accumulated": (2, False, FULL),
-    "full, not checkpointed": (1, False, FULL + UNCHECKPOINTED),
+    "lora": (1, "first and last", LORA),
+    "lora, accumulated": (2, "first and last", LORA),
+    "lora, not checkpointed": (1, "never", LORA + UNCHECKPOINTED),
+    "lora, dropout": (1, "never", LORA + DROPOUT),
+    "lora, dropout, validated": (1, "now and then", LORA + DROPOUT),
+    "lora, dropout, not checkpointed": (1, "never", LORA + DROPOUT + UNCHECKPOINTED),
+    "full": (1, "first and last", FULL),
+    "full, accumulated": (2, "first and last", FULL),
+    "full, not checkpointed": (1, "never", FULL + UNCHECKPOINTED),
 }
 
 
-def figures(job: Job, validate: bool) -> dict[str, list[float]]:
-    """Train to the recipe's last step; loss and gradient norm of each, held-out loss before and after."""
+def figures(job: Job, validate: str) -> dict[str, list[float]]:
+    """Train to the recipe's last step: loss and gradient norm of each step, and the held-out losses."""
+    total = job.recipe.train.steps
+    measured = {"never": (), "first and last": (0, total), "now and then": range(0, total + 1, 3)}[validate]
     batches = iter(job.batches(0))
-    before = job.heldout_loss()
-    steps = []
-    for step in range(job.recipe.train.steps):
-        steps.append(job.step(step, [next(batches) for _ in range(job.layout.accumulation)]))
-        if validate:
-            job.heldout_loss()
-    after = job.heldout_loss()
+    steps, heldout = [], []
+    for step in range(total + 1):
+        if step in measured:
+            heldout.append(job.heldout_loss())
+        if step < total:
+            steps.append(job.step(step, [next(batches) for _ in range(job.layout.accumulation)]))
     return {
         "loss": [step.loss for step in steps],
         "grad_norm": [step.grad_norm for step in steps],
-        "heldout": [before.loss, after.loss],
-        "heldout_zero": [before.zero_loss, after.zero_loss],
+        "heldout": [figure.loss for figure in heldout],
+        "heldout_zero": [figure.zero_loss for figure in heldout],
     }
 
 

@@ -345,7 +345,16 @@ def as_video(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
-def test_latents_decode_to_what_a_posterior_sample_decodes_to(family: LTXVideo, pipeline: LTXPipeline) -> None:
+@pytest.mark.parametrize("scaling_factor", [1.0, 0.5])
+def test_latents_decode_to_what_a_posterior_sample_decodes_to(
+    tiny_ltx: Path, tmp_path: Path, scaling_factor: float
+) -> None:
+    folder = Path(shutil.copytree(tiny_ltx, tmp_path / "model"))
+    AutoencoderKLLTXVideo.from_pretrained(folder, subfolder="vae", scaling_factor=scaling_factor).save_pretrained(
+        folder / "vae"
+    )
+    family, pipeline = LTXVideo(ModelFolder(folder)), load_pipeline(folder)
+    assert pipeline.vae.config.scaling_factor == scaling_factor
     frames, _ = scene(0, *SHAPE)
     moments = family.video_encoder(CPU, torch.float32, Vae())(frames)
     latents = family.latents(moments, generator(5))
@@ -372,7 +381,6 @@ def test_a_clip_comes_back_from_its_cached_moments(tiny_ltx: Path, tmp_path: Pat
     shutil.copytree(tiny_ltx, folder)
     vae = AutoencoderKLLTXVideo.from_pretrained(folder, subfolder="vae")
     learn(vae, as_video(frames), steps=200)
-    vae.register_to_config(scaling_factor=0.7)
     vae.save_pretrained(folder / "vae")
 
     family = LTXVideo(ModelFolder(folder))

@@ -150,7 +150,7 @@ def test_missing_table_says_what_to_add(written) -> None:
 def test_missing_key_says_what_to_add(written) -> None:
     found = problem(written(MINIMAL.replace('family = "ltx"\n', "")))
     assert found.what == "missing key 'model.family'"
-    assert found.cure.startswith("add `family = ...` under [model]: Which model family")
+    assert found.cure.startswith("add `family = ...` to its table [model]: Which model family")
 
 
 def test_broken_toml_names_the_line(written) -> None:

@@ -16,7 +16,10 @@ def test_a_written_video_has_the_frames_rate_and_size_that_ffmpeg_reads(tmp_path
     video, _ = scene(0, 17, 64, 97)
     write_video(video, tmp_path / "a.mp4", fps=24)
     report = subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "a.mp4", "-f", "null", "-"], capture_output=True, text=True, check=True
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "a.mp4", "-f", "null", "-"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stderr
     assert "h264" in report
     assert "96x64" in report
