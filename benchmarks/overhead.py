@@ -1,9 +1,9 @@
 """What the training loop costs over a bare torch loop, per step, on a tiny model.
 
-`python -m benchmarks.overhead [--blocks N] [--steps N] [--workers N]`. `finetune.trainer.run` runs as it does in a training, with loader
-processes, metrics and the progress line; after each block of its steps the bare loops take a block of as many, on
-batches kept in memory: forward, loss, backward, clipping, AdamW, loss to the host. One bare loop works on the run's own
-parallelised model, the other on the same model without FSDP.
+`python -m benchmarks.overhead [--workers N]`. `finetune.trainer.run` runs as it does in a training, with its loader,
+metrics.jsonl and the progress line; after each block of its steps the bare loops take a block of as many, on batches
+kept in memory: forward, loss, backward, clipping, AdamW, loss to the host. One bare loop works on the run's own
+parallelised model, the other on the same model without FSDP; both have the run's optimizer settings.
 """
 
 import argparse
@@ -143,8 +143,9 @@ def main() -> None:
         row = [name, *(f"{value:.2f}" for value in np.median(blocks, 0))]
         over = [f"{value:+.2f}" for value in np.median(ours - blocks, 0)]
         rows.append([*row, *over] if name in others else [*row, "", ""])
-    print(f"\n{arguments.blocks} blocks of {arguments.steps} steps each, in turn, {arguments.workers} loader processes;")
-    print("milliseconds a step, and how many finetune takes more: medians over blocks\n")
+    workers = f"{arguments.workers} loader processes"
+    print(f"\n{arguments.blocks} blocks of {arguments.steps} steps, in turn, one process of one thread, {workers};")
+    print("milliseconds a step, and how many more finetune takes: medians over blocks\n")
     print_table(["loop", "wall", "processor", "finetune - it, wall", "processor"], rows)
 
 

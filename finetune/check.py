@@ -3,13 +3,15 @@
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 
 from finetune.data.cache import Cache
-from finetune.models import family_class, lora
+from finetune.models import FAMILIES, family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
 from finetune.recipe import Bucket, Recipe, load_recipe
 from finetune.recipe.load import differences
+from finetune.recipe.schema import Lora
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
 from finetune.survey import survey
@@ -59,12 +61,31 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
             "schedule.warmup_steps",
             f"set it to at most {recipe.train.steps}",
         )
-    if recipe.validation.every and not recipe.validation.heldout:
-        yield Problem("there is nothing to validate on", "validation.every", "set validation.heldout to a dataset")
-    if recipe.train.method == "full" and recipe.lora != type(recipe.lora)():
+    if recipe.train.method == "full" and recipe.lora != Lora():
         yield Problem(
             '[lora] has no effect with method = "full"', "lora", 'remove the table, or set train.method = "lora"'
         )
+    for key, effective, cure in _needs(recipe):
+        table, _, name = key.partition(".")
+        default = type(getattr(recipe, table)).model_fields[name].default
+        if getattr(getattr(recipe, table), name) != default and not effective:
+            yield Problem("this key has no effect here", key, f"remove it, or {cure}")
+    for package in recipe.tracking.trackers:
+        if find_spec(package) is None:
+            yield Problem(f"{package} is not installed", "tracking.trackers", f'pip install "finetune[{package}]"')
+
+
+def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
+    """(key, whether it has an effect, what it needs) of keys that depend on another."""
+    sampling, schedule = recipe.objective.sigma_sampling, recipe.schedule.name
+    for key in ("objective.logit_mean", "objective.logit_std"):
+        yield key, sampling == "logit_normal", 'set objective.sigma_sampling = "logit_normal"'
+    yield "objective.mode_scale", sampling == "mode", 'set objective.sigma_sampling = "mode"'
+    yield "schedule.cycles", schedule == "cosine_with_restarts", 'set schedule.name = "cosine_with_restarts"'
+    yield "schedule.power", schedule == "polynomial", 'set schedule.name = "polynomial"'
+    for key in ("validation.every", "validation.sigmas"):
+        yield key, recipe.validation.heldout is not None, "set validation.heldout to a dataset"
+    yield "tracking.project", "wandb" in recipe.tracking.trackers, 'add "wandb" to tracking.trackers'
 
 
 def open_family(recipe: Recipe) -> Family:
@@ -75,6 +96,11 @@ def open_family(recipe: Recipe) -> Family:
     """
     cls = family_class(recipe.model.family)
     folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, cls.components))
+    if folder.pipeline_class != cls.pipeline_class:
+        fitting = [name for name in FAMILIES if family_class(name).pipeline_class == folder.pipeline_class]
+        cure = f'set model.family = "{fitting[0]}"' if fitting else f"families are: {', '.join(FAMILIES)}"
+        what = f"this is a {folder.pipeline_class}, and family {recipe.model.family!r} trains a {cls.pipeline_class}"
+        raise UserError(what, cure, str(folder.path))
     problems = folder.problems(cls.components)
     if problems:
         raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")

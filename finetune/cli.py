@@ -8,7 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.recipe import Bucket, Recipe, load_recipe
+from pydantic import ValidationError
+
+from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.schema import Prompt
 from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.logging import console, quiet_libraries, say
@@ -31,9 +33,8 @@ _LET_RANK_0_SPEAK = 1.0  # seconds; torchrun ends all processes of a node as soo
 def main(arguments: Sequence[str]) -> int:
     """Run a command; returns the exit status."""
     quiet_libraries()
-    parsed = _parser().parse_args(
-        arguments if arguments and not arguments[0].startswith("--rec") else ["train", *arguments]
-    )
+    is_train = bool(arguments) and arguments[0].startswith("--") and arguments[0] != "--help"
+    parsed = _parser().parse_args(["train", *arguments] if is_train else arguments)
     try:
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
@@ -55,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
             command.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
             command.add_argument("--shape", help="frames x height x width of --prompt")
-            command.add_argument("--steps", type=int, default=30, help="denoising steps of --prompt")
-            command.add_argument("--seed", type=int, default=0, help="seed of --prompt")
+            command.add_argument("--steps", type=int, help="denoising steps of --prompt")
+            command.add_argument("--seed", type=int, help="seed of --prompt")
             command.add_argument("--out", type=Path, help="folder; OUTPUT/samples if not given")
         if name == "export":
             command.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
@@ -138,50 +139,47 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def _sample(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    prompts = list(recipe.validation.prompts)
     if arguments.prompt:
-        shape = _bucket(arguments.shape) if arguments.shape else None
-        prompts = [
-            Prompt(text=text, shape=None, steps=arguments.steps, seed=arguments.seed).model_copy(
-                update={"shape": shape}
-            )
-            for text in arguments.prompt
-        ]
-    if not prompts:
+        given = {"shape": arguments.shape, "steps": arguments.steps, "seed": arguments.seed}
+        given = {key: value for key, value in given.items() if value is not None}
+        try:
+            prompts = [Prompt(text=text, **given) for text in arguments.prompt]
+        except ValidationError as error:
+            raise UserError(error.errors()[0]["msg"], "", f"--{error.errors()[0]['loc'][0]}") from None
+        validation = recipe.validation.model_copy(update={"prompts": prompts})
+        recipe = recipe.model_copy(update={"validation": validation})
+    if not recipe.validation.prompts:
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
     from finetune.check import open_family
     from finetune.sample import sample
 
     def body(runtime) -> int:
+        if runtime.world_size > 1:
+            raise UserError("sample runs in one process", "start it with python -m finetune sample")
         out = arguments.out or recipe.output / "samples"
-        sample(recipe, open_family(recipe), runtime, prompts, out, arguments.adapter, arguments.compare)
+        sample(recipe, open_family(recipe), runtime, out, arguments.adapter, arguments.compare)
         return 0
 
     return _with_runtime(recipe, body)
 
 
-def _bucket(text: str) -> Bucket:
-    try:
-        return Bucket.parse(text)
-    except ValueError as error:
-        raise UserError(str(error), "", "--shape") from None
-
-
 def _export(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    from finetune.check import open_family
-    from finetune.job import build
-    from finetune.prepare import prepare
+    from finetune.check import check_output, open_family
+    from finetune.job import build_state, export_weights, open_checkpoints
 
     def body(runtime) -> int:
-        family = open_family(recipe)
-        job = build(recipe, runtime, family, prepare(recipe, family, runtime))
-        step = arguments.step or job.checkpoints.latest()
-        if step is None or step not in job.checkpoints.steps():
-            known = ", ".join(map(str, job.checkpoints.steps())) or "none"
-            raise UserError(f"no checkpoint of step {step}", f"steps are: {known}", str(recipe.output / "checkpoints"))
-        job.checkpoints.load(step, job.state.transformer, job.state.optimizer)
-        job.export(arguments.out)
+        with runtime.together():
+            check_output(recipe)
+            family = open_family(recipe)
+        checkpoints = open_checkpoints(recipe, runtime)
+        step = checkpoints.latest() if arguments.step is None else arguments.step
+        if step is None or step not in checkpoints.steps():
+            known = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise UserError(f"no checkpoint of step {step}", f"steps are: {known}", str(checkpoints.folder))
+        state = build_state(recipe, runtime, family)
+        checkpoints.load(step, state.transformer, state.optimizer)
+        export_weights(state, recipe.train.method, arguments.out)
         say(f"exported step {step} to {arguments.out}")
         return 0
 

@@ -1,12 +1,11 @@
 """From a recipe to a built job: `build` then `job.step(batches)`, the same on GPUs, on CPUs and in simulation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torchdata.stateful_dataloader import StatefulDataLoader
-
+from finetune.data.cache import digest
 from finetune.data.loader import Layout, MicroBatches, open_loader
 from finetune.data.sampler import Order
 from finetune.engine import export
@@ -21,6 +20,7 @@ from finetune.models.objective import FlowMatching
 from finetune.prepare import Prepared
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime, mesh
+from finetune.runtime.errors import UserError
 
 
 @dataclass
@@ -39,15 +39,14 @@ class Job:
         """One optimizer step; see `run_step`."""
         return run_step(self.state, step, micro_batches, stop)
 
-    def batches(self, first_step: int) -> StatefulDataLoader:
-        """This rank's micro-batches from a step to the end."""
-        return open_loader(
-            self.micro_batches(),
-            first_step,
-            self.recipe.train.steps,
-            self.recipe.data.workers,
-            pin_memory=not self.state.runtime.device.is_cpu,
-        )
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from a step to the end, read ahead by worker processes."""
+        pin = not self.state.runtime.device.is_cpu
+        last_step, workers = self.recipe.train.steps, self.recipe.data.workers
+        for batch in open_loader(self.micro_batches(), first_step, last_step, workers, pin):
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     def micro_batches(self) -> MicroBatches:
         """The same by index, read in this process."""
@@ -67,20 +66,38 @@ class Job:
         latest = self.checkpoints.latest()
         if latest is None:
             return 0
-        facts = self.checkpoints.load(latest, self.state.transformer, self.state.optimizer)
-        set_schedule_step(self.state.schedule, facts["step"])
-        return facts["step"]
+        with self.state.runtime.together():
+            self._check_identity(self.checkpoints.facts(latest))
+        self.checkpoints.load(latest, self.state.transformer, self.state.optimizer)
+        set_schedule_step(self.state.schedule, latest)
+        return latest
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint continues besides its recipe: the clips and captions in their order, and the base weights."""
+        base = self.state.family.folder.fingerprint(
+            "transformer", lambda file: f"{file.resolve().name} {file.stat().st_size}"
+        )
+        clips = [[item.video_key, item.text_key] for item in self.prepared.train]
+        return {"clips": digest(clips), "base": digest(base)}
+
+    def _check_identity(self, facts: dict) -> None:
+        for key, what in (("clips", "clips or captions"), ("base", "weights in model.path")):
+            if facts[key] != self.identity()[key]:
+                raise UserError(
+                    f"the {what} are not those that the checkpoint of step {facts['step']} was trained with",
+                    "put them back to resume, or set `output` to a new folder for a new training",
+                    str(self.recipe.output),
+                )
 
     def save(self, step: int) -> Path:
         """Checkpoint after `step` optimizer steps, with the adapter as diffusers loads it. Collective."""
         adapter = self.recipe.train.method == "lora"
         write = lambda folder: self.export(folder / "lora") if adapter else None  # noqa: E731
-        return self.checkpoints.save(step, self.state.transformer, self.state.optimizer, {}, write)
+        return self.checkpoints.save(step, self.state.transformer, self.state.optimizer, self.identity(), write)
 
     def export(self, folder: Path) -> None:
         """Write the trained weights for diffusers, and verify them. Collective."""
-        write = export.export_lora if self.recipe.train.method == "lora" else export.export_transformer
-        write(self.state.transformer, self.state.family, folder, self.state.runtime)
+        export_weights(self.state, self.recipe.train.method, folder)
 
     def heldout_loss(self) -> HeldOut | None:
         """Loss on the held-out clips, if the recipe names any. Collective."""
@@ -90,15 +107,18 @@ class Job:
         return heldout_loss(self.state, self.objective, self.prepared.heldout, self.prepared.cache, quantiles)
 
 
-def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) -> Job:
-    """Load the transformer, make it trainable, and put optimizer, schedule and data around it. Collective."""
+def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
+    """Load the transformer, make it trainable, and put optimizer and schedule around it. Collective.
+
+    Each rank holds the whole transformer in host memory while it loads.
+    """
     train = recipe.train
     with runtime.together():
         transformer = family.load_transformer(storage_dtype(train.method, train.precision))
-        transformer = parallelize(transformer, family, recipe, mesh(runtime))
+    transformer = parallelize(transformer, family, recipe, mesh(runtime))
     parameters = trained_parameters(transformer)
     optimizer = build_optimizer(parameters, recipe.optimizer)
-    state = StepState(
+    return StepState(
         family=family,
         transformer=transformer,
         parameters=parameters,
@@ -109,7 +129,13 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         defer_reduction=train.method == "lora",
         seed=train.seed,
     )
-    keep = None if recipe.checkpoint.keep_last == "all" else recipe.checkpoint.keep_last
+
+
+def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) -> Job:
+    """The training of a recipe on a prepared dataset. Collective."""
+    train = recipe.train
+    state = build_state(recipe, runtime, family)
+    runtime.device.reset_peak()
     return Job(
         recipe=recipe,
         state=state,
@@ -117,5 +143,17 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         prepared=prepared,
         order=Order([item.bucket for item in prepared.train], train.global_batch_size, train.seed),
         layout=Layout(runtime.rank, runtime.world_size, train.global_batch_size, train.micro_batch_size),
-        checkpoints=Checkpoints(recipe.output / "checkpoints", keep, runtime),
+        checkpoints=open_checkpoints(recipe, runtime),
     )
+
+
+def open_checkpoints(recipe: Recipe, runtime: Runtime) -> Checkpoints:
+    """The checkpoints of a recipe's run."""
+    keep = None if recipe.checkpoint.keep_last == "all" else recipe.checkpoint.keep_last
+    return Checkpoints(recipe.output / "checkpoints", keep, runtime)
+
+
+def export_weights(state: StepState, method: str, folder: Path) -> None:
+    """Write the trained weights for diffusers, and verify them. Collective."""
+    write = export.export_lora if method == "lora" else export.export_transformer
+    write(state.transformer, state.family, folder, state.runtime)

@@ -55,18 +55,18 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         if runtime.is_main:
             cache.sweep()
     with runtime.together():
-        marks = _fingerprints(recipe, family, cache) if runtime.is_main else None
-    text_mark, video_mark = runtime.from_main(marks)
+        fingerprints = _fingerprints(recipe, family, cache) if runtime.is_main else None
+    text_fingerprint, video_fingerprint = runtime.from_main(fingerprints)
 
     def text_key(caption: str) -> str:
-        return digest("text", family.name, text_mark, caption)
+        return digest("text", family.name, text_fingerprint, caption)
 
     work: list[_Encoding] = []
     datasets = []
     for path in (recipe.data.path, recipe.validation.heldout):
         items = []
         for clip, clip_hash, info, fitted in survey(recipe.data, path, cache, runtime) if path else []:
-            video = digest("video", family.name, video_mark, clip_hash, str(fitted.bucket), fitted.fps, "head")
+            video = digest("video", family.name, video_fingerprint, clip_hash, str(fitted.bucket), fitted.fps, "head")
             item = Item(clip.path, clip.caption, fitted.bucket, fitted.fps, video, text_key(clip.caption))
             items.append(item)
             work.append(_Encoding("text", item.text_key, clip.caption))
@@ -74,12 +74,9 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         datasets.append(items)
     if recipe.data.caption_dropout:
         work.append(_Encoding("text", text_key(""), ""))
-    with runtime.together():
-        if runtime.is_main:
-            cache.files.save()
 
-    failed = _encode(work, "text", lambda: _text_job(family, runtime, dtype), cache, runtime)
-    failed += _encode(work, "video", lambda: _video_job(family, runtime, dtype, recipe), cache, runtime)
+    failed = _encode(work, "text", lambda: _text_encoder(family, runtime, dtype), cache, runtime)
+    failed += _encode(work, "video", lambda: _video_encoder(family, runtime, dtype, recipe), cache, runtime)
     broken = refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
     train, heldout = ([item for item in items if str(item.path) not in broken] for items in datasets)
     require(train, recipe.data.path)
@@ -96,12 +93,12 @@ def _fingerprints(recipe: Recipe, family: Family, cache: Cache) -> tuple[str, st
 Encode = Callable[[_Encoding], dict[str, torch.Tensor]]
 
 
-def _text_job(family: Family, runtime: Runtime, dtype: torch.dtype) -> Encode:
+def _text_encoder(family: Family, runtime: Runtime, dtype: torch.dtype) -> Encode:
     encode = family.text_encoder(runtime.device.torch_device, dtype)
     return lambda work: encode(work.source)
 
 
-def _video_job(family: Family, runtime: Runtime, dtype: torch.dtype, recipe: Recipe) -> Encode:
+def _video_encoder(family: Family, runtime: Runtime, dtype: torch.dtype, recipe: Recipe) -> Encode:
     encode = family.video_encoder(runtime.device.torch_device, dtype, recipe.vae)
     return lambda work: encode(decode.decode(work.item.path, work.info, work.item.bucket, work.item.fps))
 

@@ -7,6 +7,7 @@ from finetune.engine.step import StepResult
 from finetune.engine.validation import HeldOut
 from finetune.job import Job
 from finetune.recipe.load import recipe_values
+from finetune.runtime.files import writing
 from finetune.runtime.logging import say
 from finetune.tracking.progress import ProgressLine
 from finetune.tracking.trackers import Tracker, open_trackers
@@ -36,10 +37,9 @@ class Report:
                 f"{job.layout.global_batch} = {job.layout.world_size} ranks x {job.layout.micro} samples x "
                 f"{job.layout.accumulation} accumulation; {trained:,} trained parameters"
             )
-            name = recipe.tracking.name or recipe.output.name
-            self.trackers = open_trackers(
-                recipe.tracking.trackers, recipe.output, recipe.tracking.project, name, recipe_values(recipe), self.done
-            )
+        with job.state.runtime.together():
+            if self.enabled:
+                self.trackers = open_trackers(recipe.tracking, recipe.output, recipe_values(recipe), self.done)
         self.progress = ProgressLine("step", recipe.train.steps, self.done, self.enabled)
         self.last = time.monotonic()
         return self
@@ -66,8 +66,8 @@ class Report:
                 "epoch": self.job.order.plan(step - 1).epoch,
                 "seconds_per_step": seconds,
                 "samples_per_second": samples,
-                "memory_allocated_gib": memory.allocated / GIB,
-                "memory_reserved_gib": memory.reserved / GIB,
+                "peak_memory_allocated_gib": memory.allocated / GIB,
+                "peak_memory_reserved_gib": memory.reserved / GIB,
             },
         )
         self.progress.update(
@@ -90,5 +90,6 @@ class Report:
         self.last = time.monotonic()
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.log(step, values)
+        with writing(self.job.recipe.output):
+            for tracker in self.trackers:
+                tracker.log(step, values)

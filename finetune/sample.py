@@ -1,6 +1,5 @@
 """Generate videos with the base model and, optionally, a trained adapter, through the family's diffusers pipeline."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -22,12 +21,11 @@ def sample(
     recipe: Recipe,
     family: Family,
     runtime: Runtime,
-    prompts: Sequence[Prompt],
     out: Path,
     adapter: Path | None = None,
     compare: bool = False,
 ) -> None:
-    """Generate every prompt; write one mp4 a video and `out/contact_sheet.png`.
+    """Generate the recipe's validation prompts; write one mp4 a video and `out/contact_sheet.png`.
 
     Args:
         adapter: folder of an exported LoRA, or the file in it; None for the base model.
@@ -43,7 +41,7 @@ def sample(
         if weights is not None:
             load_adapter(pipeline, weights)
         made[version] = []
-        for index, prompt in enumerate(prompts):
+        for index, prompt in enumerate(recipe.validation.prompts):
             for seed in range(prompt.seed, prompt.seed + prompt.count):
                 frames = generate(pipeline, family, prompt, seed, recipe)
                 path = out / f"{index:02d}_seed{seed}_{version}.mp4"
@@ -104,4 +102,8 @@ def generate(
         **arguments,
         **family.sampling_arguments(prompt.fps),
     ).frames[0]
-    return (np.nan_to_num(frames) * 255).round().astype(np.uint8)
+    if not np.isfinite(frames).all():
+        raise UserError(
+            "the video holds NaN", 'set train.precision = "float32", or use weights that are sound', prompt.text
+        )
+    return (frames * 255).round().astype(np.uint8)

@@ -41,6 +41,9 @@ def survey(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[Usabl
     for share in runtime.gather(mine):
         facts |= share
     cache.files.entries |= {str(p.resolve()): entry for p, entry in facts.items() if isinstance(entry, dict)}
+    with runtime.together():
+        if runtime.is_main:
+            cache.files.save()
 
     usable, problems = [], []
     for clip in clips:

@@ -8,10 +8,12 @@ from finetune.engine.export import LORA_FILE
 from finetune.engine.step import StepResult
 from finetune.job import Job, build
 from finetune.prepare import prepare
-from finetune.recipe import Recipe, write_recipe
+from finetune.recipe import Recipe, load_recipe, write_recipe
+from finetune.recipe.load import changes
 from finetune.report import Report
 from finetune.runtime.distributed import Runtime, describe
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import FolderLock, atomic, writing
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
 
@@ -29,9 +31,7 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     prepared = prepare(recipe, family, runtime)
     with runtime.together():
-        if runtime.is_main:
-            recipe.output.mkdir(parents=True, exist_ok=True)
-            write_recipe(recipe, recipe.output / "recipe.toml")
+        lock = _claim_output(recipe) if runtime.is_main else None
     job = build(recipe, runtime, family, prepared)
     done = job.resume()
     with Report(job, done) as report:
@@ -39,14 +39,30 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
     if stopped is not None:
         say(f"stopped by {stopped.name}; the same command goes on from the checkpoint")
         return 128 + stopped
-    return finish(job)
+    status = finish(job)
+    del lock
+    return status
+
+
+def _claim_output(recipe: Recipe) -> FolderLock:
+    """Lock the output folder, and write the effective recipe; say what has changed since the run began."""
+    saved = recipe.output / "recipe.toml"
+    with writing(recipe.output):
+        recipe.output.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(recipe.output)
+    if saved.exists():
+        for change in changes(recipe, load_recipe(saved)):
+            say(f"changed since the run began: {change}")
+    with atomic(saved) as partial:
+        write_recipe(recipe, partial)
+    return lock
 
 
 def run(job: Job, done: int, report: Report) -> signal.Signals | None:
     """Train from step `done` to the recipe's last; returns the signal that ended the run early, or None."""
     stop = StopRequest()
     recipe = job.recipe
-    batches = iter(job.batches(done))
+    batches = job.batches(done)
     if done == 0:
         report.heldout(0, job.heldout_loss())
     for step in range(done, recipe.train.steps):
@@ -69,7 +85,8 @@ def finish(job: Job) -> int:
     """Export the trained weights, and say where they lie and how to use them."""
     lora = job.recipe.train.method == "lora"
     folder = (job.recipe.output / ("lora" if lora else "transformer")).absolute()
-    job.export(folder)
+    with writing(folder):
+        job.export(folder)
     say(f"\ndone. The {'LoRA' if lora else 'transformer'} lies in {folder}\nUse it with diffusers:\n")
     pipeline, model = job.state.family.pipeline_class, job.recipe.model.path
     dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
@@ -90,6 +107,6 @@ def _not_finite(job: Job, step: int, result: StepResult) -> UserError:
     clips: list[Path] = [job.prepared.train[index].path for index in job.order.plan(step).items]
     return UserError(
         f"loss {result.loss}, gradient norm {result.grad_norm} in step {step + 1}: no update was made{saved}",
-        'lower optimizer.lr, raise schedule.warmup_steps or use train.precision = "float32"; '
-        f"the step's samples: {', '.join(sorted({str(clip) for clip in clips}))}",
+        "lower optimizer.lr or train.max_grad_norm, then run the same command; if it comes back, look at the step's "
+        f"clips: {', '.join(sorted({str(clip) for clip in clips}))}",
     )

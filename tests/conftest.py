@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from processes import ROOT, Finetune, command
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,8 +23,6 @@ quiet_libraries()
 if TYPE_CHECKING:
     from finetune.job import Job
     from finetune.runtime.distributed import Runtime
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -170,9 +169,6 @@ def parity(parity_recipe: Path) -> dict[int, dict]:
     return figures
 
 
-Finetune = Callable[..., subprocess.CompletedProcess]
-
-
 @pytest.fixture(scope="session")
 def finetune() -> Finetune:
     """Run the command line as a user does: `finetune("--recipe", path, processes=2)` starts torchrun."""
@@ -189,11 +185,3 @@ def finetune() -> Finetune:
         )
 
     return run
-
-
-def command(arguments: Sequence[object], processes: int) -> list[str]:
-    """The command line of `python -m finetune`, under torchrun if `processes` is not 0."""
-    head = [sys.executable, "-m"]
-    if processes:
-        head += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    return [*head, "finetune", *map(str, arguments)]

@@ -6,11 +6,10 @@ killed at any moment leaves either the whole item or nothing; two runs may share
 
 import hashlib
 import json
-import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import atomic
 
 FORMAT = 1  # part of every key: a change of meaning starts a new generation of items
 _STALE_SECONDS = 24 * 3600
@@ -82,36 +82,6 @@ class Cache:
             with suppress(FileNotFoundError):  # its writer has just given it its name
                 if dead or time.time() - partial.stat().st_mtime > _STALE_SECONDS:
                     partial.unlink()
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to; on leaving, its bytes are on disk and carry the final name, or nothing does.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    partial = path.parent / f".partial-{socket.gethostname()}-{os.getpid()}~{path.name}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise disk_error(error, path) from None
-    finally:
-        if partial.exists():
-            partial.unlink()
-
-
-def disk_error(error: Exception, path: Path) -> UserError:
-    """What a failed write means for the user."""
-    if "No space left" in str(error) or "os error 28" in str(error):
-        return UserError(
-            "the disk is full", "free some space, then run the same command: it goes on where it stopped", str(path)
-        )
-    return UserError(f"cannot be written ({error})", "check the folder and its permissions", str(path))
 
 
 class FileFacts:

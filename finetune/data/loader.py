@@ -17,6 +17,7 @@ from finetune.data.cache import Cache
 from finetune.data.sampler import Order
 from finetune.recipe import Bucket
 from finetune.runtime import seeds
+from finetune.runtime.errors import UserError
 from finetune.runtime.signals import leave_group
 
 
@@ -41,7 +42,6 @@ class Sample:
     bucket: Bucket
     fps: float
     generator: torch.Generator
-    position: int  # within the global batch
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,11 @@ class MicroBatches(Dataset):
     def __getitem__(self, k: int) -> Any:
         step, micro_step = divmod(k, self.layout.accumulation)
         plan = self.order.plan(step)
-        return self.assemble(
-            [self._sample(step, position, plan.items) for position in self.layout.positions(micro_step)]
-        )
+        try:
+            samples = [self._sample(step, position, plan.items) for position in self.layout.positions(micro_step)]
+        except UserError as error:
+            return error  # for the consumer to raise: a worker's exceptions arrive as text
+        return self.assemble(samples)
 
     def _sample(self, step: int, position: int, items: Sequence[int]) -> Sample:
         item = self.items[items[position]]
@@ -103,7 +105,6 @@ class MicroBatches(Dataset):
             bucket=item.bucket,
             fps=item.fps,
             generator=generator,
-            position=position,
         )
 
 

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import disk_error
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 _STATE, _FACTS, _PARTIAL = "state", "trainer.json", ".partial-"
@@ -51,7 +52,7 @@ class Checkpoints:
         """Write a checkpoint; a step that is already saved is left alone.
 
         Args:
-            facts: small JSON values, returned by `load`.
+            facts: small JSON values, returned by `facts`.
             export: called on every rank with the unfinished folder, to add files of its own.
         Raises:
             UserError: on every rank, if any could not write; older checkpoints stay.
@@ -60,14 +61,14 @@ class Checkpoints:
         if self.runtime.from_main((final / _FACTS).exists() if self.runtime.is_main else None):
             return final
         partial = self.folder / f"{_PARTIAL}{final.name}"
-        with self.runtime.together():
-            if self.runtime.is_main:
-                self._clear(self.folder)
-                shutil.rmtree(final, ignore_errors=True)  # half copied: it has no facts
-                partial.mkdir(parents=True)
         state = {"model": get_model_state_dict(model, options=TRAINED_ONLY)}
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED_ONLY)
         try:
+            with self.runtime.together():
+                if self.runtime.is_main:
+                    self._clear(self.folder)
+                    shutil.rmtree(final, ignore_errors=True)  # half copied: it has no facts
+                    partial.mkdir(parents=True)
             dcp.save(state, checkpoint_id=partial / _STATE, process_group=self.runtime.control)
             export(partial)
             with self.runtime.together():
@@ -81,23 +82,29 @@ class Checkpoints:
             raise self._explain(error, step) from error
         return final
 
-    def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Restore weights and optimizer state in place, on any number of ranks; returns the checkpoint's facts."""
-        path = self.path(step)
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was noted with a checkpoint."""
+        try:
+            return json.loads((self.path(step) / _FACTS).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise self._unreadable(step, error) from error
+
+    def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+        """Restore weights and optimizer state in place, on any number of ranks."""
         state = {"model": get_model_state_dict(model, options=TRAINED_ONLY)}
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED_ONLY)
         try:
-            dcp.load(state, checkpoint_id=path / _STATE, process_group=self.runtime.control)
-            facts = json.loads((path / _FACTS).read_text())
+            dcp.load(state, checkpoint_id=self.path(step) / _STATE, process_group=self.runtime.control)
         except _FAILURE as error:
-            older = [known for known in self.steps() if known < step]
-            then = f"the run then goes on from step {older[-1]}" if older else "the run then starts anew"
-            raise UserError(
-                f"the checkpoint cannot be read ({_reason(error)})", f"remove this folder; {then}", str(path)
-            ) from error
+            raise self._unreadable(step, error) from error
         set_model_state_dict(model, state["model"], options=TRAINED_ONLY)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=TRAINED_ONLY)
-        return facts
+
+    def _unreadable(self, step: int, error: BaseException) -> UserError:
+        older = [known for known in self.steps() if known < step]
+        then = f"the run then goes on from step {older[-1]}" if older else "the run then starts anew"
+        what = f"the checkpoint cannot be read ({_reason(error)})"
+        return UserError(what, f"remove this folder; {then}", str(self.path(step)))
 
     def _prune(self) -> None:
         """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""
@@ -112,8 +119,8 @@ class Checkpoints:
             shutil.rmtree(leftover)
 
     def _explain(self, error: BaseException, step: int) -> BaseException:
-        reason = _reason(error)
-        if "No space left" not in reason and "os error 28" not in reason:
+        cause = disk_error(RuntimeError(_reason(error)), self.folder)
+        if cause is None or "full" not in str(cause):
             return error
         free = shutil.disk_usage(self.folder).free / 2**20
         known = self.steps()

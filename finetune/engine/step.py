@@ -72,7 +72,7 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
         total += loss.detach()
 
     norm = grad_norm(state.parameters, state.max_grad_norm)
-    report = torch.stack([total / state.runtime.world_size, torch.tensor(float(stop)).to(total)])
+    report = torch.stack([total / state.runtime.world_size, torch.full((), float(stop), device=total.device)])
     if state.runtime.world_size > 1:
         dist.all_reduce(report)
     mean_loss, votes, host_norm = device.read(torch.cat([report, norm.view(1)]))

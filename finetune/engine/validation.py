@@ -44,7 +44,6 @@ def heldout_loss(
             bucket=item.bucket,
             fps=item.fps,
             generator=seeds.generator(state.seed, "heldout", index),
-            position=0,
         )
         batch = state.family.batch([sample], objective, torch.tensor([u])).to(device)
         prediction = state.family.predict(state.transformer, batch.inputs)

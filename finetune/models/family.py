@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import FlowMatching
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Vae
+from finetune.recipe.schema import Objective, Vae
 
 Tensors = dict[str, Tensor]
 
@@ -58,19 +58,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Bytes:
-    """A CPU tensor as numpy carries it (numpy has no bfloat16)."""
+    """A CPU tensor as numpy carries it: its memory and how it lies in it, so that arithmetic on it gives the same bits."""
 
-    data: np.ndarray
+    memory: np.ndarray
     dtype: torch.dtype
+    offset: int
     shape: torch.Size
+    stride: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_Bytes":
-        return cls(tensor.flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+        memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+        return cls(memory, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def tensor(self) -> Tensor:
-        """In torch's own memory: arithmetic on tensors that are aligned otherwise can differ in the last bit."""
-        return torch.from_numpy(self.data).view(self.dtype).view(self.shape).clone()
+        memory = torch.from_numpy(self.memory).clone()  # torch aligns its own
+        return torch.empty(0, dtype=self.dtype).set_(memory.untyped_storage(), self.offset, self.shape, self.stride)
 
 
 def _unpickle(*parts: Any) -> Batch:
@@ -85,7 +88,6 @@ class SampleLike(Protocol):
     bucket: Bucket
     fps: float
     generator: torch.Generator
-    position: int
 
 
 class Family(ABC):
@@ -97,7 +99,6 @@ class Family(ABC):
     components: ClassVar[tuple[str, ...]] = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled and sharded by the block
-    float32_modules: ClassVar[tuple[str, ...]] = ()  # name parts of modules that are kept in float32
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, folder: ModelFolder) -> None:
@@ -137,7 +138,7 @@ class Family(ABC):
         """Number of video tokens the transformer attends over."""
 
     @abstractmethod
-    def objective(self, settings) -> FlowMatching:
+    def objective(self, settings: Objective) -> FlowMatching:
         """The training objective for a recipe's [objective]."""
 
     @abstractmethod

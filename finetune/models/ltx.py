@@ -1,4 +1,4 @@
-"""LTX-Video (HaCohen et al. 2024): 2B 0.9.0-0.9.6 and 13B 0.9.7-0.9.8, text-to-video.
+"""LTX-Video (HaCohen et al. 2024): checkpoints saved in the form of LTXPipeline, text-to-video.
 
 Training inverts diffusers' LTXPipeline: a video becomes normalised VAE latents, packed to one token per latent pixel;
 the transformer is asked for the velocity noise - x0 at timestep 1000 sigma; RoPE is given in seconds and pixels.
@@ -78,7 +78,7 @@ class LTXVideo(Family):
         @torch.no_grad()
         def encode(frames: np.ndarray) -> Tensors:
             video = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None]  # (1, 3, F, H, W) uint8
-            posterior = model.encode(video.to(dtype) / 127.5 - 1).latent_dist
+            posterior = model.encode((video.float() / 127.5 - 1).to(dtype)).latent_dist
             return {"mean": posterior.mean[0], "logvar": posterior.logvar[0]}
 
         return encode

@@ -61,16 +61,23 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude_none=True)
 
 
+def changes(ours: Recipe, other: Recipe) -> list[str]:
+    """Every key whose value differs, as text with both values."""
+    return [text for _, text in _changes(ours, other)]
+
+
 def differences(ours: Recipe, other: Recipe) -> list[str]:
-    """Dotted keys that must not change when a run is resumed and yet do, with both values."""
+    """The changes that would make it another training, and so must not happen when a run is resumed."""
     free = free_keys()
+    is_free = lambda key: any(key == name or key.startswith(name + ".") for name in free)  # noqa: E731
+    return [text for key, text in _changes(ours, other) if not is_free(key)]
+
+
+def _changes(ours: Recipe, other: Recipe) -> Iterator[tuple[str, str]]:
     left, right = dict(_flatten(recipe_values(ours))), dict(_flatten(recipe_values(other)))
-    changed = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
-    return [
-        f"{key} = {right.get(key, 'unset')!r} there, {left.get(key, 'unset')!r} here"
-        for key in changed
-        if not any(key == name or key.startswith(name + ".") for name in free)
-    ]
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            yield key, f"{key} = {right.get(key, 'unset')!r} there, {left.get(key, 'unset')!r} here"
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

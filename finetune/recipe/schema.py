@@ -59,8 +59,8 @@ class Data(Table):
     """Resample clips to this frame rate; unset: every clip keeps its own."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that a sample is trained with the family's unconditional prompt, for classifier-free guidance."""
-    bad_clips: Literal["refuse", "skip"] = "refuse"
-    """What to do when clips cannot be used: end with a list of them, or list them and go on without."""
+    bad_clips: Literal["refuse", "skip"] = Free("refuse")
+    """What to do with clips that cannot be decoded or fill no bucket: end with a list of them, or go on without."""
     cache: PathText = Free(Path("cache"))
     """Folder of encoded clips and captions. Content-addressed, so runs share it."""
     workers: Annotated[int, Field(ge=0)] = Free(2)
@@ -68,8 +68,8 @@ class Data(Table):
 
 
 class Vae(Table):
-    slicing: bool = False
-    """Encode and decode one video of a batch at a time (saves memory)."""
+    slicing: bool = Free(False)
+    """Encode and decode one video of a batch at a time (saves memory where several are decoded together)."""
     tiling: bool = False
     """Encode and decode in overlapping tiles (saves memory; differs slightly from whole frames, so it is part of the cache key)."""
 
@@ -87,7 +87,7 @@ class Train(Table):
     """Seeds order, noise, adapter initialisation and everything else that is random."""
     precision: Literal["bf16", "float32"] = "bf16"
     """Compute precision. Trained weights are float32 in both; frozen weights are held in this precision."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | Literal["none"] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | Literal["none"] = Free(1.0)
     """Clip the global gradient norm to this, once per optimizer step; "none" does not clip."""
 
 
@@ -120,7 +120,7 @@ class Objective(Table):
 class Optimizer(Table):
     name: Literal["adamw"] = "adamw"
     """Optimizer."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Annotated[float, Field(gt=0)] = Free(1e-4)
     """Peak learning rate."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """Adam's moment decays."""
@@ -135,7 +135,7 @@ class Schedule(Table):
         "constant"
     )
     """Learning-rate schedule, as diffusers' `get_scheduler` names it."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = Free(0)
     """Optimizer steps of linear warm-up; "constant" has none."""
     cycles: Annotated[int, Field(ge=1)] = 1
     """Restarts of "cosine_with_restarts"."""

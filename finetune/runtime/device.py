@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes since the last `reset_peak`. On a CPU both figures are the process's peak resident set."""
+    """Peak bytes since `reset_peak`. On a CPU both figures are the process's peak resident set."""
 
     allocated: int
     reserved: int

@@ -58,7 +58,7 @@ class Runtime:
 
         The block itself must contain no collective that a failing rank would miss. A `UserError` of one rank is
         raised on all with its text; any other exception keeps its type and traceback where it happened, and the
-        other ranks get a `LostPeer` that names the rank.
+        other ranks get a `LostPeer` that names the rank. KeyboardInterrupt is left alone: it ends the process.
         """
         error: Exception | None = None
         try:
@@ -92,7 +92,7 @@ def start(timeout_seconds: float) -> Runtime:
     device = _pick_device(local_rank)
     backend = "gloo" if device.is_cpu else f"cpu:gloo,{device.kind}:{dist.get_default_backend_for_device(device.kind)}"
     timeout = timedelta(seconds=timeout_seconds)
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)

@@ -1,12 +1,14 @@
-"""Where metrics go, behind one small interface: `log(step, values)`, `video(step, name, path)`, `close()`."""
+"""Where metrics go, behind one small interface: `log(step, values)` and `close()`."""
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from finetune.recipe.schema import Tracking
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import writing
 
 
 class Tracker(Protocol):
@@ -88,15 +90,15 @@ class WandB:
         self.run.finish()
 
 
-def open_trackers(
-    names: Sequence[str], folder: Path, project: str, name: str, config: Mapping[str, Any], first_step: int
-) -> list[Tracker]:
+def open_trackers(settings: Tracking, folder: Path, config: Mapping[str, Any], first_step: int) -> list[Tracker]:
     """metrics.jsonl and the trackers a recipe names. `first_step` is the step the run resumes after, 0 if it is new."""
-    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", first_step)]
-    if "tensorboard" in names:
+    trackers: list[Tracker] = []
+    with writing(folder):
+        trackers.append(JsonLines(folder / "metrics.jsonl", first_step))
+    if "tensorboard" in settings.trackers:
         trackers.append(TensorBoard(folder / "tensorboard", first_step))
-    if "wandb" in names:
-        trackers.append(WandB(folder, project, name, config))
+    if "wandb" in settings.trackers:
+        trackers.append(WandB(folder, settings.project, settings.name or folder.name, config))
     return trackers
 
 

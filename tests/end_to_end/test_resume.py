@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Finetune, command
+from processes import ROOT, Finetune, command
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -225,6 +225,7 @@ def test_old_checkpoints_are_pruned_across_restarts(disturbed: Disturbed) -> Non
     assert checkpoints(disturbed.finished.output) == [STEPS - 2, STEPS]
 
 
+@pytest.mark.full
 def test_a_finished_run_is_not_trained_further(straight: Run, finetune: Finetune, recipe: Path) -> None:
     before = (straight.output / "metrics.jsonl").read_bytes()
     again = finetune("--recipe", recipe, "--set", f"output={straight.output}", processes=0)

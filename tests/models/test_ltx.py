@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from PIL import Image
 from torch import Tensor
 
 from finetune.data.loader import Sample
@@ -43,7 +44,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> LTXPipeli
 
 def sample_of(bucket: Bucket = SHAPE, fps: float = 25.0, text: dict[str, Tensor] | None = None) -> Sample:
     """What `Family.inputs` is told of a clip, without its latents."""
-    return Sample({}, text or {}, bucket, fps, torch.Generator(), 0)
+    return Sample({}, text or {}, bucket, fps, torch.Generator())
 
 
 def generator(seed: int) -> torch.Generator:
@@ -89,7 +90,7 @@ def test_a_batch_is_made_of_the_clips_latents(family: LTXVideo) -> None:
     means = torch.randn(3, 16, 3, 2, 3)
     text = {"encoder_hidden_states": torch.zeros(128, 32)}
     samples = [
-        Sample({"mean": mean, "logvar": torch.full_like(mean, -30)}, text, SHAPE, 25.0, generator(i), i)
+        Sample({"mean": mean, "logvar": torch.full_like(mean, -30)}, text, SHAPE, 25.0, generator(i))
         for i, mean in enumerate(means)
     ]
     batch = family.batch(samples, family.objective(Objective()))
@@ -102,7 +103,7 @@ def test_a_batch_is_made_of_the_clips_latents(family: LTXVideo) -> None:
 def test_each_sample_of_a_batch_has_standard_normal_noise_of_its_own(family: LTXVideo) -> None:
     zeros = {"mean": family.mean.expand(16, 3, 16, 16), "logvar": torch.full((16, 3, 16, 16), -30.0)}
     text = {"encoder_hidden_states": torch.zeros(128, 32)}
-    samples = [Sample(zeros, text, Bucket(17, 512, 512), 25.0, generator(i), i) for i in range(4)]
+    samples = [Sample(zeros, text, Bucket(17, 512, 512), 25.0, generator(i)) for i in range(4)]
     noise = family.batch(samples, family.objective(Objective())).target.flatten(1)
     torch.testing.assert_close(torch.corrcoef(noise), torch.eye(4), rtol=0, atol=0.05)
     torch.testing.assert_close(noise.std(1), torch.ones(4), rtol=0, atol=0.02)
@@ -181,7 +182,7 @@ def test_drawn_sigmas_are_distributed_as_diffusers(family: LTXVideo, sampling: s
     oracle = compute_density_for_timestep_sampling(sampling, 100_000, 0.0, 1.0, 1.29, generator=seed)
     moments = {"mean": torch.zeros(16, 1, 1, 1), "logvar": torch.zeros(16, 1, 1, 1)}
     text = {"encoder_hidden_states": torch.zeros(1, 1)}
-    samples = [Sample(moments, text, Bucket(1, 32, 32), 25.0, generator(i), i) for i in range(4000)]
+    samples = [Sample(moments, text, Bucket(1, 32, 32), 25.0, generator(i)) for i in range(4000)]
     sigma = family.batch(samples, objective).inputs["timestep"] / 1000
     levels = torch.linspace(0.05, 0.95, 19)
     torch.testing.assert_close(sigma.quantile(levels), oracle.quantile(levels), rtol=0, atol=0.03)
@@ -407,6 +408,18 @@ def learn(vae: AutoencoderKLLTXVideo, clip: Tensor, steps: int) -> None:
         latents = vae.eval().encode(clip).latent_dist.mode()
     vae.latents_mean.copy_(latents.mean((0, 2, 3, 4)))
     vae.latents_std.copy_(latents.std((0, 2, 3, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_frames_reach_the_vae_as_diffusers_prepares_them(tiny_ltx: Path, family: LTXVideo, dtype: torch.dtype) -> None:
+    frames, _ = scene(0, *SHAPE)
+    moments = family.video_encoder(CPU, dtype, Vae())(frames)
+    pipeline = load_pipeline(tiny_ltx, dtype)
+    video = pipeline.video_processor.preprocess_video([Image.fromarray(frame) for frame in frames]).to(dtype)
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(video).latent_dist
+    assert torch.equal(moments["mean"], posterior.mean[0])
+    assert torch.equal(moments["logvar"], posterior.logvar[0])
 
 
 @pytest.mark.parametrize("setting", ["slicing", "tiling"])

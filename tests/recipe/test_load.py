@@ -340,6 +340,11 @@ FREE = [
     "tracking.project=p",
     "tracking.name=n",
     "distributed.timeout_seconds=5",
+    "data.bad_clips=skip",
+    "vae.slicing=true",
+    "train.max_grad_norm=none",
+    "optimizer.lr=1e-3",
+    "schedule.warmup_steps=3",
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from finetune.recipe.schema import Tracking
 from finetune.runtime.errors import UserError
 from finetune.tracking.trackers import JsonLines, open_trackers
 
@@ -31,7 +32,7 @@ def test_a_resumed_run_drops_what_the_killed_one_wrote_ahead(tmp_path: Path) -> 
 
 def test_tensorboard_gets_every_value_and_a_resumed_run_replaces_later_steps(tmp_path: Path) -> None:
     for first_step, steps in ((0, range(1, 5)), (2, range(3, 6))):
-        trackers = open_trackers(["tensorboard"], tmp_path, "project", "name", {}, first_step)
+        trackers = open_trackers(Tracking(trackers=["tensorboard"]), tmp_path, {}, first_step)
         for step in steps:
             for tracker in trackers:
                 tracker.log(step, {"loss": step + 10.0 * first_step})
@@ -52,7 +53,7 @@ def test_wandb_runs_offline_and_resumes_under_the_same_id(tmp_path: Path, monkey
     monkeypatch.setenv("WANDB_MODE", "offline")
     ids = set()
     for first_step in (0, 1):
-        trackers = open_trackers(["wandb"], tmp_path, "project", "name", {"train": {"steps": 2}}, first_step)
+        trackers = open_trackers(Tracking(trackers=["wandb"]), tmp_path, {"train": {"steps": 2}}, first_step)
         trackers[1].log(first_step + 1, {"loss": 1.0})
         ids.add(trackers[1].run.id)
         for tracker in trackers:
@@ -67,4 +68,4 @@ def test_wandb_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(UserError, match="WANDB_MODE=offline"):
-        open_trackers(["wandb"], tmp_path, "project", "name", {}, 0)
+        open_trackers(Tracking(trackers=["wandb"]), tmp_path, {}, 0)

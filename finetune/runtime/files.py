@@ -1,0 +1,75 @@
+"""Files that are whole or absent, folders that one run holds at a time, and disks that are full."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.runtime.errors import UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path to write to; on leaving, its bytes are on disk and carry the final name, or nothing does.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    partial = path.parent / f".partial-{socket.gethostname()}-{os.getpid()}~{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except Exception as error:
+        raise disk_error(error, path) or error from None
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk, or a folder that cannot be written, into a UserError that says so."""
+    try:
+        yield
+    except Exception as error:
+        raise disk_error(error, path) or error from None
+
+
+def disk_error(error: BaseException, path: Path) -> UserError | None:
+    """What a failed write means for the user; None if the error is about something else."""
+    reason = str(error)
+    if "No space left" in reason or "os error 28" in reason:
+        return UserError(
+            "the disk is full", "free some space, then run the same command: it goes on where it stopped", str(path)
+        )
+    if isinstance(error, OSError) or "I/O error" in reason:
+        return UserError(f"cannot be written ({reason})", "check the folder and its permissions", str(path))
+    return None
+
+
+class FolderLock:
+    """Holds a folder for this process until it ends; two runs in one folder would delete each other's files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError if another process holds it."""
+        path = folder / ".lock"
+        with writing(path):
+            self.file = path.open("a+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "unknown"
+            raise UserError(
+                f"another run is using this folder (process {holder})",
+                "wait for it or end it, or set `output` to another folder",
+                str(folder),
+            ) from None
+        self.file.truncate(0)
+        self.file.write(f"{os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
