@@ -115,7 +115,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
     train = recipe.train
     with runtime.together():
         transformer = family.load_transformer(storage_dtype(train.method, train.precision))
-    transformer = parallelize(transformer, family, recipe, mesh(runtime))
+    transformer = parallelize(transformer, family, train, recipe.lora, recipe.memory, mesh(runtime))
     parameters = trained_parameters(transformer)
     optimizer = build_optimizer(parameters, recipe.optimizer)
     return StepState(

@@ -80,6 +80,11 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     broken = refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
     train, heldout = ([item for item in items if str(item.path) not in broken] for items in datasets)
     require(train, recipe.data.path)
+    trained = {item.video_key for item in train}
+    if both := [
+        Problem("this held-out clip is trained on, too", str(i.path)) for i in heldout if i.video_key in trained
+    ]:
+        raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
     return Prepared(cache, train, heldout, text_key(""))
 
 

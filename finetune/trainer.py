@@ -90,6 +90,8 @@ def finish(job: Job) -> int:
     say(f"\ndone. The {'LoRA' if lora else 'transformer'} lies in {folder}\nUse it with diffusers:\n")
     pipeline, model = job.state.family.pipeline_class, job.recipe.model.path
     dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
+    if job.recipe.model.revision != "main":
+        model += f'", revision="{job.recipe.model.revision}'
     if lora:
         say(f'    pipe = diffusers.{pipeline}.from_pretrained("{model}", torch_dtype={dtype})')
         say(f'    pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')

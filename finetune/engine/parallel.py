@@ -7,27 +7,29 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from finetune.engine import activation, precision
 from finetune.models import lora
 from finetune.models.family import Family
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Lora, Memory, Train
 
 
-def parallelize(transformer: nn.Module, family: Family, recipe: Recipe, mesh: DeviceMesh) -> nn.Module:
+def parallelize(
+    transformer: nn.Module, family: Family, train: Train, adapter: Lora, memory: Memory, mesh: DeviceMesh
+) -> nn.Module:
     """Prepare a transformer, loaded on the CPU in its storage dtype, for the step.
 
     Returns:
         the same module, an FSDPModule on the mesh's device; only what is trained requires gradients.
     """
     # 1. The adapter, while weights are whole: its initialisation must not differ between ranks.
-    transformer.requires_grad_(recipe.train.method == "full")
-    if recipe.train.method == "lora":
-        lora.add(transformer, family, recipe.lora, recipe.train.seed)
+    transformer.requires_grad_(train.method == "full")
+    if train.method == "lora":
+        lora.add(transformer, family, adapter, train.seed)
     precision.trained_weights_to_float32(transformer)
 
     # 2. Activation checkpointing inside the sharded unit, so that recomputation gathers a block's weights once.
     lists = [getattr(transformer, name) for name in family.block_lists]
-    activation.checkpoint_blocks(lists, recipe.memory.activation_checkpointing)
+    activation.checkpoint_blocks(lists, memory.activation_checkpointing)
 
     # 3. Sharding: one unit a block, the rest with the root.
-    policy = precision.policy(recipe.train.precision)
+    policy = precision.policy(train.precision)
     for blocks in lists:
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -1,0 +1,91 @@
+"""Combinations that cannot work, or would do nothing, are refused before anything is read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune.check import check_output, check_recipe, open_family
+from finetune.prepare import prepare
+from finetune.recipe import load_recipe, write_recipe
+from finetune.runtime.errors import UserError
+
+
+def refused(recipe_file: Path, *overrides: str, world_size: int = 1) -> list[str]:
+    return [problem.where for problem in check_recipe(load_recipe(recipe_file, overrides), world_size)]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.mode_scale=2"],
+        ["objective.logit_mean=1", "objective.sigma_sampling=uniform"],
+        ["schedule.power=2"],
+        ["schedule.cycles=3", "schedule.name=cosine"],
+        ["schedule.warmup_steps=2"],
+        ["validation.every=2"],
+        ["validation.sigmas=8"],
+        ["tracking.project=mine"],
+    ],
+)
+def test_a_key_without_effect_is_refused(recipe_file: Path, overrides: list[str]) -> None:
+    assert refused(recipe_file, *overrides) == [overrides[0].partition("=")[0]]
+
+
+def test_the_same_keys_pass_where_they_have_an_effect(recipe_file: Path) -> None:
+    assert refused(recipe_file) == []
+    assert refused(recipe_file, "objective.mode_scale=2", "objective.sigma_sampling=mode") == []
+    assert refused(recipe_file, "schedule.power=2", "schedule.name=polynomial", "schedule.warmup_steps=2") == []
+    assert refused(recipe_file, "validation.every=2", "validation.heldout=clips") == []
+
+
+def test_an_adapter_table_beside_full_finetuning_is_refused(recipe_file: Path) -> None:
+    assert refused(recipe_file, "train.method=full") == ["lora"]
+
+
+def test_a_model_folder_of_another_pipeline_is_named(recipe_file: Path, tiny_ltx: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_ltx, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanPipeline"}))
+    with pytest.raises(UserError, match="this is a WanPipeline, and family 'ltx' trains a LTXPipeline"):
+        open_family(load_recipe(recipe_file, [f"model.path={folder}"]))
+
+
+def test_a_folder_of_another_training_is_refused_and_free_keys_may_change(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    recipe.output.mkdir()
+    write_recipe(recipe, recipe.output / "recipe.toml")
+    check_output(load_recipe(recipe_file, ["optimizer.lr=0.5", "train.steps=20"]))
+    with pytest.raises(UserError, match=r"lora.rank = 4 there, 8 here"):
+        check_output(load_recipe(recipe_file, ["lora.rank=8"]))
+
+
+def test_a_held_out_clip_that_is_trained_on_is_refused(recipe_file: Path, runtime, clips: Path, tmp_path: Path) -> None:
+    for name in ("wide.mp4", "wide.txt"):
+        (tmp_path / "heldout").mkdir(exist_ok=True)
+        shutil.copy(clips / name, tmp_path / "heldout" / name)
+    recipe = load_recipe(recipe_file, [f"validation.heldout={tmp_path / 'heldout'}"])
+    with pytest.raises(UserError, match="this held-out clip is trained on, too"):
+        prepare(recipe, open_family(recipe), runtime)
+
+
+@pytest.mark.parametrize("change", ["caption", "base"])
+def test_resuming_with_other_clips_or_another_base_is_refused(
+    build_job, recipe_file: Path, clips: Path, tiny_ltx: Path, tmp_path: Path, change: str
+) -> None:
+    own_clips, own_model = tmp_path / "clips", tmp_path / "model"
+    shutil.copytree(clips, own_clips)
+    shutil.copytree(tiny_ltx, own_model)
+    overrides = [f"data.path={own_clips}", f"model.path={own_model}"]
+    job = build_job(*overrides)
+    job.save(1)
+    assert build_job(*overrides).resume() == 1
+    if change == "caption":
+        (own_clips / "wide.txt").write_text("something else\n")
+    else:
+        config = json.loads((own_model / "transformer" / "config.json").read_text())
+        (own_model / "transformer" / "config.json").write_text(json.dumps({**config, "norm_eps": 1e-5}))
+    with pytest.raises(UserError, match="clips or captions" if change == "caption" else "weights in model.path"):
+        build_job(*overrides).resume()
