@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 STEPS = 20
 DEADLINE = 100.0  # seconds that any one wait may take
+RUNS: list["Run"] = []
 
 
 class Run:
@@ -34,6 +35,7 @@ class Run:
             self.process = subprocess.Popen(
                 command(arguments, processes), cwd=ROOT, stdout=log, stderr=log, start_new_session=True
             )
+        RUNS.append(self)
 
     @property
     def said(self) -> str:
@@ -89,6 +91,14 @@ def resumed_after(said: str) -> int:
     match = re.search(r"resuming after step (\d+):", said)
     assert match or "starting:" in said, said
     return int(match[1]) if match else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    for run in RUNS:
+        if run.process.poll() is None:
+            run.kill_all()
 
 
 @pytest.fixture(scope="module")
