@@ -65,7 +65,7 @@ def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers
     """The whole pipeline on the device, in the recipe's precision."""
     diffusers.utils.logging.disable_progress_bar()
     cls = getattr(diffusers, family.pipeline_class)
-    pipeline = cls.from_pretrained(family.folder.path, torch_dtype=DTYPES[recipe.train.precision])
+    pipeline = cls.from_pretrained(family.folder.path, dtype=DTYPES[recipe.train.precision])
     if recipe.vae.slicing:
         pipeline.vae.enable_slicing()
     if recipe.vae.tiling:

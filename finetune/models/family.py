@@ -118,7 +118,7 @@ class Family(ABC):
 
     def load_transformer(self, dtype: torch.dtype) -> nn.Module:
         """The pretrained transformer, on the CPU."""
-        return self._transformer_class.from_pretrained(self.folder.path, subfolder="transformer", torch_dtype=dtype)
+        return self._transformer_class.from_pretrained(self.folder.path, subfolder="transformer", dtype=dtype)
 
     def empty_transformer(self) -> nn.Module:
         """The transformer without weights, on the meta device."""

@@ -69,7 +69,7 @@ class LTXVideo(Family):
         return encode
 
     def video_encoder(self, device: torch.device, dtype: torch.dtype, vae: Vae) -> Callable[[np.ndarray], Tensors]:
-        model = AutoencoderKLLTXVideo.from_pretrained(self.folder.path, subfolder="vae", torch_dtype=dtype).to(device)
+        model = AutoencoderKLLTXVideo.from_pretrained(self.folder.path, subfolder="vae", dtype=dtype).to(device)
         if vae.slicing:
             model.enable_slicing()
         if vae.tiling:

@@ -1,10 +1,10 @@
-"""A stop that is asked for politely (SIGTERM, SIGINT, SIGUSR1) ends the run at the next step, with a checkpoint."""
+"""A stop that is asked for politely (SIGTERM, SIGINT, SIGHUP, SIGUSR1) ends the run at the next step, with a checkpoint."""
 
 import os
 import signal
 from types import FrameType
 
-POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -13,7 +13,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         for number in POLITE:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._handle)
 
     @property
     def requested(self) -> bool:
