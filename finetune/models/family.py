@@ -46,9 +46,13 @@ class Batch:
         """The loader's hook: page-locked copies, for asynchronous transfer."""
         return self._map(Tensor.pin_memory)
 
+    def contiguous(self) -> "Batch":
+        """Every tensor laid out in order: how a tensor lies in memory decides the last bits of a sum over it."""
+        return self._map(Tensor.contiguous)
+
     def __reduce__(self) -> tuple:
-        """Pickled by value: torch's own way to share a tensor with another process takes a socket, a file descriptor and
-        shared memory for each, which costs the receiver half a millisecond and containers have little of.
+        """Sent to another process by value: torch's own way takes a file descriptor and shared memory for each tensor,
+        which costs the receiver half a millisecond and of which containers have little.
         """
         return _unpickle, tree_map_only(Tensor, _Bytes.of, (self.inputs, self.target, self.weight))
 
@@ -58,22 +62,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Bytes:
-    """A CPU tensor as numpy carries it: its memory and how it lies in it, so that arithmetic on it gives the same bits."""
+    """A contiguous CPU tensor as numpy carries it (numpy has no bfloat16)."""
 
-    memory: np.ndarray
+    data: np.ndarray
     dtype: torch.dtype
-    offset: int
     shape: torch.Size
-    stride: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_Bytes":
-        memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
-        return cls(memory, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return cls(tensor.flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
 
     def tensor(self) -> Tensor:
-        memory = torch.from_numpy(self.memory).clone()  # torch aligns its own
-        return torch.empty(0, dtype=self.dtype).set_(memory.untyped_storage(), self.offset, self.shape, self.stride)
+        return torch.from_numpy(self.data).clone().view(self.dtype).view(self.shape)  # torch aligns its own memory
 
 
 def _unpickle(*parts: Any) -> Batch:
@@ -171,7 +171,8 @@ class Family(ABC):
         sigma = objective.sigma(torch.stack(drawn) if u is None else u, self.tokens(samples[0].bucket))
         noisy, target = objective.noised(torch.stack(x0), torch.stack(noise), sigma)
         text = {name: torch.stack([sample.text[name] for sample in samples]) for name in samples[0].text}
-        return Batch(self.inputs(noisy, sigma, text, samples), self.target(target), objective.weight(sigma))
+        batch = Batch(self.inputs(noisy, sigma, text, samples), self.target(target), objective.weight(sigma))
+        return batch.contiguous()
 
     @classmethod
     @abstractmethod
