@@ -54,7 +54,7 @@ def sample(
     if len(made) == 2:
         pairs = zip(made["base"], made["lora"], strict=True)
         change = np.mean([np.abs(a.astype(int) - b.astype(int)).mean() for (_, a), (_, b) in pairs])
-        say(f"the adapter changes a pixel by {change:.1f} of 255 on average")
+        say(f"the adapter changes a pixel by {change:.2g} of 255 on average")
         if change == 0:
             raise UserError(
                 "the adapter changes nothing", "train for more steps or with a higher optimizer.lr", str(adapter)

@@ -34,6 +34,12 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
         lock = _claim_output(recipe) if runtime.is_main else None
     job = build(recipe, runtime, family, prepared)
     done = job.resume()
+    if done > recipe.train.steps:
+        raise UserError(
+            f"this run is already at step {done}, past train.steps = {recipe.train.steps}",
+            f"raise train.steps, or write an earlier state with: python -m finetune export --step N ({job.checkpoints.folder})",
+            str(recipe.output),
+        )
     with Report(job, done) as report:
         stopped = run(job, done, report)
     if stopped is not None:
@@ -87,20 +93,31 @@ def finish(job: Job) -> int:
     folder = (job.recipe.output / ("lora" if lora else "transformer")).absolute()
     with writing(folder):
         job.export(folder)
-    say(f"\ndone. The {'LoRA' if lora else 'transformer'} lies in {folder}\nUse it with diffusers:\n")
-    pipeline, model = job.state.family.pipeline_class, job.recipe.model.path
-    dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
-    if job.recipe.model.revision != "main":
-        model += f'", revision="{job.recipe.model.revision}'
-    if lora:
-        say(f'    pipe = diffusers.{pipeline}.from_pretrained("{model}", torch_dtype={dtype})')
-        say(f'    pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')
-    else:
-        transformer = job.state.family.transformer_class
-        say(f'    transformer = diffusers.{transformer}.from_pretrained("{folder}", torch_dtype={dtype})')
-        say(f'    pipe = diffusers.{pipeline}.from_pretrained("{model}", transformer=transformer, torch_dtype={dtype})')
-    say('    video = pipe("your prompt").frames[0]')
+    what = "LoRA, verified by loading it back," if lora else "transformer"
+    say(f"\ndone. The {what} lies in {folder}\nUse it with diffusers:\n")
+    say("\n".join(f"    {line}" for line in _usage(job, folder)))
     return 0
+
+
+def _usage(job: Job, folder: Path) -> list[str]:
+    """A script that generates with the trained weights, ready to paste."""
+    family, model, shape = job.state.family, job.recipe.model, job.recipe.data.buckets[0]
+    dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
+    source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
+    lines = ["import torch, diffusers", "from diffusers.utils import export_to_video"]
+    if job.recipe.train.method == "lora":
+        lines.append(f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, torch_dtype={dtype})")
+        lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')
+    else:
+        lines.append(f'model = diffusers.{family.transformer_class}.from_pretrained("{folder}", torch_dtype={dtype})')
+        lines.append(
+            f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, transformer=model, torch_dtype={dtype})"
+        )
+    size = f"num_frames={shape.frames}, height={shape.height}, width={shape.width}"
+    device = job.state.runtime.device.kind
+    lines.append(f'video = pipe.to("{device}")("your prompt", {size}).frames[0]')
+    lines.append(f'export_to_video(video, "video.mp4", fps={job.recipe.data.fps or 25:g})')
+    return lines
 
 
 def _not_finite(job: Job, step: int, result: StepResult) -> UserError:
