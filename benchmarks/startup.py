@@ -5,6 +5,7 @@ when its lines appear. In turn with it, a bare interpreter imports what no train
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -45,7 +46,8 @@ def phase_ends(command: Sequence[str], texts: Sequence[str]) -> list[float]:
     ends: list[float] = []
     lines: list[str] = []
     start = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun and the quickstart have it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         for line in process.stderr:
             lines.append(line)
             if len(ends) < len(texts) and texts[len(ends)] in line:
