@@ -9,8 +9,9 @@ from finetune.data.cache import Cache
 from finetune.models import FAMILIES, family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
-from finetune.recipe import Bucket, Recipe, load_recipe
+from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.load import differences
+from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Lora
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
@@ -65,10 +66,16 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             '[lora] has no effect with method = "full"', "lora", 'remove the table, or set train.method = "lora"'
         )
+    if recipe.validation.heldout and recipe.validation.heldout_clips:
+        yield Problem(
+            "held-out clips are both named and taken out of data.path",
+            "validation.heldout_clips",
+            "remove it, or validation.heldout",
+        )
+    if recipe.objective.sigma_min >= recipe.objective.sigma_max:
+        yield Problem("sigma_min is not below sigma_max", "objective.sigma_min", "lower it")
     for key, effective, cure in _needs(recipe):
-        table, _, name = key.partition(".")
-        default = type(getattr(recipe, table)).model_fields[name].default
-        if getattr(getattr(recipe, table), name) != default and not effective:
+        if _is_set(recipe, key) and not effective:
             yield Problem("this key has no effect here", key, f"remove it, or {cure}")
     for package in recipe.tracking.trackers:
         if find_spec(package) is None:
@@ -79,12 +86,15 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     """(key, whether it has an effect, what it needs) of keys that depend on another."""
     sampling, schedule = recipe.objective.sigma_sampling, recipe.schedule.name
     for key in ("objective.logit_mean", "objective.logit_std"):
-        yield key, sampling == "logit_normal", 'set objective.sigma_sampling = "logit_normal"'
+        yield key, sampling in (None, "logit_normal"), 'set objective.sigma_sampling = "logit_normal"'
     yield "objective.mode_scale", sampling == "mode", 'set objective.sigma_sampling = "mode"'
     yield "schedule.cycles", schedule == "cosine_with_restarts", 'set schedule.name = "cosine_with_restarts"'
     yield "schedule.power", schedule == "polynomial", 'set schedule.name = "polynomial"'
+    validation = recipe.validation
     for key in ("validation.every", "validation.sigmas"):
-        yield key, recipe.validation.heldout is not None, "set validation.heldout to a dataset"
+        yield key, bool(validation.heldout or validation.heldout_clips), "set validation.heldout to a dataset"
+    prompts = bool(validation.prompts or validation.prompts_file)
+    yield "validation.samples_every", prompts, "add [[validation.prompts]]"
     yield "tracking.project", "wandb" in recipe.tracking.trackers, 'add "wandb" to tracking.trackers'
 
 
@@ -96,23 +106,44 @@ def open_family(recipe: Recipe) -> Family:
     """
     cls = family_class(recipe.model.family)
     folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, cls.components))
-    if folder.pipeline_class != cls.pipeline_class:
-        fitting = [name for name in FAMILIES if family_class(name).pipeline_class == folder.pipeline_class]
+    if folder.pipeline_class not in cls.pipeline_classes:
+        fitting = [name for name in FAMILIES if folder.pipeline_class in family_class(name).pipeline_classes]
         cure = f'set model.family = "{fitting[0]}"' if fitting else f"families are: {', '.join(FAMILIES)}"
-        what = f"this is a {folder.pipeline_class}, and family {recipe.model.family!r} trains a {cls.pipeline_class}"
-        raise UserError(what, cure, str(folder.path))
+        trains = f"family {recipe.model.family!r} trains {' or '.join(cls.pipeline_classes)}"
+        raise UserError(f"this is {folder.pipeline_class}, and {trains}", cure, str(folder.path))
     problems = folder.problems(cls.components)
     if problems:
         raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
     family = cls(folder)
-    shapes: list[tuple[str, Bucket]] = [("data.buckets", bucket) for bucket in recipe.data.buckets]
-    shapes += [("validation.prompts", prompt.shape) for prompt in recipe.validation.prompts if prompt.shape]
-    wrong = [Problem(f"{shape}: {text}", key) for key, shape in shapes if (text := family.bucket_problem(shape))]
-    if wrong:
+    if wrong := [*_unused(recipe, family), *_shape_problems(recipe, family)]:
         raise UserError.of(wrong)
     if recipe.lora.targets:
         lora.check_targets(family.empty_transformer(), family, recipe.lora.targets)
     return family
+
+
+def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:
+    """Settings that mean nothing to this checkpoint."""
+    for key, why in family.unused_keys().items():
+        if _is_set(recipe, key):
+            yield Problem(f"this key has no effect here: {why}", key, "remove it")
+
+
+def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
+    for bucket in recipe.data.buckets:
+        if text := family.bucket_problem(bucket):
+            yield Problem(f"{bucket}: {text}", "data.buckets")
+    for prompt in validation_prompts(recipe.validation):
+        if prompt.shape and (text := family.bucket_problem(prompt.shape)):
+            yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
+        if text := family.prompt_problem(prompt):
+            yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")
+
+
+def _is_set(recipe: Recipe, key: str) -> bool:
+    """Whether a key differs from its default."""
+    table, _, name = key.partition(".")
+    return getattr(getattr(recipe, table), name) != type(getattr(recipe, table)).model_fields[name].default
 
 
 def check_output(recipe: Recipe) -> None:

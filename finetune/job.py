@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from finetune.data.cache import digest
-from finetune.data.loader import Layout, MicroBatches, open_loader
+from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader
 from finetune.data.sampler import Order
 from finetune.engine import export
 from finetune.engine.checkpoint import Checkpoints
@@ -16,7 +16,7 @@ from finetune.engine.precision import storage_dtype
 from finetune.engine.step import StepResult, StepState, run_step
 from finetune.engine.validation import HeldOut, heldout_loss
 from finetune.models.family import Batch, Family
-from finetune.models.objective import FlowMatching
+from finetune.models.objective import Objective
 from finetune.prepare import Prepared
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime, mesh
@@ -29,7 +29,7 @@ class Job:
 
     recipe: Recipe
     state: StepState
-    objective: FlowMatching
+    objective: Objective
     prepared: Prepared
     order: Order
     layout: Layout
@@ -57,8 +57,7 @@ class Job:
             self.prepared.cache,
             partial(self.state.family.batch, objective=self.objective),
             self.recipe.train.seed,
-            self.recipe.data.caption_dropout,
-            self.prepared.unconditional_key,
+            Dropout(self.recipe.data.caption_dropout, self.recipe.data.image_dropout, self.prepared.unconditional_key),
         )
 
     def resume(self) -> int:

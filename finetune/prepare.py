@@ -16,7 +16,7 @@ from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
-from finetune.survey import refuse_or_skip, require, survey
+from finetune.survey import Usable, refuse_or_skip, require, survey
 from finetune.tracking.progress import ProgressLine
 
 _ROUND = 4  # items a rank encodes between two meetings: bounds waiting, and errors surface early
@@ -61,11 +61,17 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     def text_key(caption: str) -> str:
         return digest("text", family.name, text_fingerprint, caption)
 
+    usable = survey(recipe.data, recipe.data.path, cache, runtime)
+    named = recipe.validation.heldout
+    if named:
+        split = usable, survey(recipe.data, named, cache, runtime)
+    else:
+        split = carve(usable, recipe.validation.heldout_clips, recipe.train.seed)
     work: list[_Encoding] = []
     datasets = []
-    for path in (recipe.data.path, recipe.validation.heldout):
+    for part in split:
         items = []
-        for clip, clip_hash, info, fitted in survey(recipe.data, path, cache, runtime) if path else []:
+        for clip, clip_hash, info, fitted in part:
             video = digest("video", family.name, video_fingerprint, clip_hash, str(fitted.bucket), fitted.fps, "head")
             item = Item(clip.path, clip.caption, fitted.bucket, fitted.fps, video, text_key(clip.caption))
             items.append(item)
@@ -88,10 +94,27 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     return Prepared(cache, train, heldout, text_key(""))
 
 
+def carve(usable: Sequence[Usable], count: int, seed: int) -> tuple[list[Usable], list[Usable]]:
+    """(clips to train on, clips held out): `count` files, chosen by content and seed, so that renaming changes nothing.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    hashes = sorted({entry.hash for entry in usable}, key=lambda content: digest("heldout", seed, content))
+    if count and count >= len(hashes):
+        raise UserError(
+            f"{count} of {len(hashes)} clips would be held out, and none trained on",
+            f"set it to at most {len(hashes) - 1}",
+            "validation.heldout_clips",
+        )
+    out = set(hashes[:count])
+    return [entry for entry in usable if entry.hash not in out], [entry for entry in usable if entry.hash in out]
+
+
 def _fingerprints(recipe: Recipe, family: Family, cache: Cache) -> tuple[str, str]:
     """What the two encoders' outputs depend on besides the clip and the caption."""
     text = [family.folder.fingerprint(name, cache.file_hash) for name in family.text_components]
-    video = [family.folder.fingerprint("vae", cache.file_hash), recipe.vae.tiling]
+    video = [family.folder.fingerprint("vae", cache.file_hash), recipe.vae.tiling, recipe.vae.image_noise]
     return digest(text, recipe.train.precision), digest(video, recipe.train.precision)
 
 

@@ -35,13 +35,27 @@ class Item:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a step: cached tensors, and the generator that makes its every random draw."""
+    """One sample of a step: cached tensors, and the generator that makes its every random draw.
+
+    `stratum` is its place in the global batch and the batch's size.
+    """
 
     moments: dict[str, Tensor]
     text: dict[str, Tensor]
     bucket: Bucket
     fps: float
     generator: torch.Generator
+    stratum: tuple[int, int] = (0, 1)
+    image_dropped: bool = False
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """How often a sample is trained without its caption (it gets the text item `unconditional_key`) or its image."""
+
+    caption: float
+    image: float
+    unconditional_key: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,6 @@ class MicroBatches(Dataset):
 
     Args:
         assemble: turns samples of one bucket into what the step consumes.
-        caption_dropout: probability that a sample gets the text item `unconditional_key`.
     """
 
     def __init__(
@@ -79,12 +92,10 @@ class MicroBatches(Dataset):
         cache: Cache,
         assemble: Callable[[list[Sample]], Any],
         seed: int,
-        caption_dropout: float,
-        unconditional_key: str,
+        dropout: Dropout,
     ) -> None:
         self.items, self.order, self.layout, self.cache = items, order, layout, cache
-        self.assemble, self.seed = assemble, seed
-        self.caption_dropout, self.unconditional_key = caption_dropout, unconditional_key
+        self.assemble, self.seed, self.dropout = assemble, seed, dropout
 
     def __getitem__(self, k: int) -> Any:
         step, micro_step = divmod(k, self.layout.accumulation)
@@ -98,13 +109,16 @@ class MicroBatches(Dataset):
     def _sample(self, step: int, position: int, items: Sequence[int]) -> Sample:
         item = self.items[items[position]]
         generator = seeds.generator(self.seed, "sample", step, position)
-        dropped = torch.rand((), generator=generator).item() < self.caption_dropout
+        dropped = torch.rand((), generator=generator).item() < self.dropout.caption
+        image_dropped = torch.rand((), generator=seeds.generator(self.seed, "image", step, position)).item()
         return Sample(
             moments=self.cache.read("video", item.video_key),
-            text=self.cache.read("text", self.unconditional_key if dropped else item.text_key),
+            text=self.cache.read("text", self.dropout.unconditional_key if dropped else item.text_key),
             bucket=item.bucket,
             fps=item.fps,
             generator=generator,
+            stratum=(position, self.layout.global_batch),
+            image_dropped=image_dropped < self.dropout.image,
         )
 
 

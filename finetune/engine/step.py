@@ -86,8 +86,12 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
 
 
 def sample_losses(prediction: Tensor, batch: Batch) -> Tensor:
-    """Weighted mean squared error per sample, float32 (B,)."""
-    return batch.weight * (prediction.float() - batch.target).square().flatten(1).mean(1)
+    """Weighted mean squared error per sample over what the batch counts, float32 (B,)."""
+    errors = (prediction.float() - batch.target).square()
+    if batch.counted is None:
+        return batch.weight * errors.flatten(1).mean(1)
+    counted = batch.counted.expand_as(errors).flatten(1)
+    return batch.weight * (errors.flatten(1) * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
 def grad_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from finetune.data.cache import Cache
 from finetune.data.loader import Item, Sample
 from finetune.engine.step import StepState, sample_losses
-from finetune.models.objective import FlowMatching
+from finetune.models.objective import Objective
 from finetune.runtime import seeds
 
 
@@ -22,7 +22,7 @@ class HeldOut:
 
 @torch.no_grad()
 def heldout_loss(
-    state: StepState, objective: FlowMatching, items: Sequence[Item], cache: Cache, quantiles: int
+    state: StepState, objective: Objective, items: Sequence[Item], cache: Cache, quantiles: int
 ) -> HeldOut:
     """Measure the loss on clips that are not trained on.
 

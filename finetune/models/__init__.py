@@ -7,7 +7,12 @@ from finetune.models.family import Family
 from finetune.runtime.errors import UserError
 
 FAMILIES = {
+    "cogvideox": "finetune.models.cogvideox:CogVideoX",
+    "cogvideox_i2v": "finetune.models.cogvideox:CogVideoXImageToVideo",
+    "hunyuan": "finetune.models.hunyuan:HunyuanVideo",
     "ltx": "finetune.models.ltx:LTXVideo",
+    "ltx_i2v": "finetune.models.ltx:LTXImageToVideo",
+    "mochi": "finetune.models.mochi:Mochi",
 }
 
 

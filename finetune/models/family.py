@@ -1,7 +1,8 @@
 """The contract of a model family: everything a model needs to be trained, and nothing about how.
 
 A family is one file that reads like the model's paper: encode, noise, predict, target. The engine, the data path and
-the commands know families only through this class.
+the commands know families only through this class. What most of diffusers' video pipelines share is done here; what
+follows from a model's own configs is the family's.
 """
 
 from abc import ABC, abstractmethod
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from finetune.models.folder import ModelFolder
-from finetune.models.objective import FlowMatching
+from finetune.models.objective import FlowMatching, Objective, recipe_shift
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Objective, Vae
+from finetune.recipe.schema import Objective as ObjectiveSettings
+from finetune.recipe.schema import Prompt, Vae
 
 Tensors = dict[str, Tensor]
 
@@ -32,11 +34,13 @@ class Batch:
         inputs: the transformer's keyword arguments; tensors have the batch first, in the dtype the model expects.
         target: float32, shaped like the model's output.
         weight: loss weight per sample, float32 (B,).
+        counted: which elements of the target the loss counts, float32 0 or 1, broadcastable to it; None counts all.
     """
 
     inputs: dict[str, Any]
     target: Tensor
     weight: Tensor
+    counted: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; copies overlap with computation if its memory is pinned."""
@@ -54,10 +58,14 @@ class Batch:
         """Sent to another process by value: torch's own way takes a file descriptor and shared memory for each tensor,
         which costs the receiver half a millisecond and of which containers have little.
         """
-        return _unpickle, tree_map_only(Tensor, _Bytes.of, (self.inputs, self.target, self.weight))
+        return _unpickle, tree_map_only(Tensor, _Bytes.of, self._parts)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(*tree_map_only(Tensor, function, (self.inputs, self.target, self.weight)))
+        return Batch(*tree_map_only(Tensor, function, self._parts))
+
+    @property
+    def _parts(self) -> tuple:
+        return self.inputs, self.target, self.weight, self.counted
 
 
 @dataclass(frozen=True)
@@ -88,33 +96,113 @@ class SampleLike(Protocol):
     bucket: Bucket
     fps: float
     generator: torch.Generator
+    stratum: tuple[int, int]
+    image_dropped: bool
 
 
 class Family(ABC):
-    """A model family, opened on one checkpoint. Only configs and a few small tensors are read at construction."""
+    """A model family, opened on one checkpoint. Only configs and a few small tensors are read at construction.
+
+    A family sets `spatial` and `temporal`, its VAE's compression, and where they differ from 1 `patch` and `patch_t`, the
+    latent pixels and frames of a video token.
+    """
 
     name: ClassVar[str]
-    pipeline_class: ClassVar[str]  # the diffusers class that generates with it
+    title: ClassVar[str]  # what people call it
+    pipeline_classes: ClassVar[tuple[str, ...]]  # of the folders it is trained from; the first generates with it
     transformer_class: ClassVar[str]  # the diffusers class of the transformer
     components: ClassVar[tuple[str, ...]] = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    # text tensors by the transformer's argument -> the pipeline's argument; its negative prompt's has "negative_" before it
+    text_arguments: ClassVar[dict[str, str]] = {
+        "encoder_hidden_states": "prompt_embeds",
+        "encoder_attention_mask": "prompt_attention_mask",
+    }
+    variants: ClassVar[tuple[str, ...]] = ()  # checkpoints that differ in more than size; `tiny` makes the first
+    takes_image: ClassVar[bool] = False  # whether the pipeline is given a condition image
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled and sharded by the block
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    spatial: int
+    temporal: int
+    patch: int = 1
+    patch_t: int = 1
 
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
 
-    @abstractmethod
+    @property
+    def pipeline_class(self) -> str:
+        """The diffusers class that generates with this checkpoint."""
+        return self.pipeline_classes[0]
+
+    # Shapes
+
+    def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """Latent frames, height and width that the transformer is given for a bucket."""
+        return (bucket.frames - 1) // self.temporal + 1, bucket.height // self.spatial, bucket.width // self.spatial
+
+    def tokens(self, bucket: Bucket) -> int:
+        """Number of video tokens the transformer attends over."""
+        frames, height, width = self.latent_shape(bucket)
+        return frames // self.patch_t * (height // self.patch) * (width // self.patch)
+
     def bucket_problem(self, bucket: Bucket) -> str | None:
         """Why the model cannot be trained at a shape, naming the nearest one that works; None if it can."""
+        frames, side = self.temporal, self.spatial * self.patch
+        nearest = nearest_bucket(bucket, frames, side)
+        if nearest == bucket:
+            return None
+        return f"{self.title} needs {frames}k + 1 frames and sides that {side} divides; the nearest is {nearest}"
 
-    @abstractmethod
+    def unused_keys(self) -> dict[str, str]:
+        """Keys of a recipe that have no effect with this checkpoint -> why."""
+        keys = {"objective.guidance": f"{self.title} takes no guidance embedding"}
+        if not self.takes_image:
+            keys["data.image_dropout"] = keys["vae.image_noise"] = f"{self.title} takes no condition image"
+        return keys
+
+    # Encoding
+
     def text_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensors]:
         """Load the text encoders; returns caption -> tensors without a batch dimension, as the model is given them."""
+        pipeline = self.pipeline(**{name: self._text_component(name, device, dtype) for name in self.text_components})
+
+        @torch.no_grad()
+        def encode(caption: str) -> Tensors:
+            return {name: tensor[0] for name, tensor in self.encode_text(pipeline, caption, device).items()}
+
+        return encode
+
+    def encode_text(self, pipeline: diffusers.DiffusionPipeline, caption: str, device: torch.device) -> Tensors:
+        """One caption through the pipeline's own `encode_prompt`, by the names of the transformer's arguments."""
+        embeds, mask, _, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, device=device)
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+    def video_encoder(self, device: torch.device, dtype: torch.dtype, settings: Vae) -> Callable[[np.ndarray], Tensors]:
+        """Load the VAE; returns uint8 frames (F, H, W, 3) -> moments: mean and logvar, each (C, F', H', W')."""
+        vae = self.load_vae(dtype, settings).to(device)
+
+        @torch.no_grad()
+        def encode(frames: np.ndarray) -> Tensors:
+            pixels = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None]  # (1, 3, F, H, W) uint8
+            return self.encode_video(vae, pixels.float() / 127.5 - 1, settings)
+
+        return encode
+
+    def encode_video(self, vae: nn.Module, video: Tensor, settings: Vae) -> Tensors:
+        """Moments of a video, float32 (1, 3, F, H, W) in [-1, 1]."""
+        posterior = vae.encode(video.to(vae.dtype)).latent_dist
+        return {"mean": posterior.mean[0], "logvar": posterior.logvar[0]}
+
+    def latents(self, moments: Tensors, generator: torch.Generator) -> Tensor:
+        """A posterior sample in the transformer's normalisation, float32 (C, F', H', W')."""
+        return self.normalise(posterior_sample(moments["mean"], moments["logvar"], generator))
 
     @abstractmethod
-    def video_encoder(self, device: torch.device, dtype: torch.dtype, vae: Vae) -> Callable[[np.ndarray], Tensors]:
-        """Load the VAE; returns uint8 frames (F, H, W, 3) -> moments: mean and logvar, each (C, F', H', W')."""
+    def normalise(self, z: Tensor) -> Tensor:
+        """VAE latents (C, F', H', W') in the transformer's normalisation: the inverse of what the pipeline decodes."""
+
+    # Loading
 
     def load_transformer(self, dtype: torch.dtype) -> nn.Module:
         """The pretrained transformer, on the CPU."""
@@ -125,56 +213,134 @@ class Family(ABC):
         with torch.device("meta"):
             return self._transformer_class.from_config(self.folder.config("transformer"))
 
+    def load_vae(self, dtype: torch.dtype, settings: Vae) -> nn.Module:
+        """The VAE, on the CPU."""
+        vae_class = getattr(diffusers, self.folder.class_name("vae"))
+        vae = vae_class.from_pretrained(self.folder.path, subfolder="vae", dtype=dtype)
+        if settings.slicing:
+            vae.enable_slicing()
+        if settings.tiling:
+            vae.enable_tiling()
+        return vae
+
+    def pipeline(self, **components: Any) -> diffusers.DiffusionPipeline:
+        """The family's pipeline of these components, and None for the others."""
+        cls = getattr(diffusers, self.pipeline_class)
+        required, optional = cls._get_signature_keys(cls)
+        index = self.folder.index
+        saved = {name: index[name] for name in optional if name in index and not isinstance(index[name], list)}
+        return cls(**{name: components.get(name) for name in required}, **saved)
+
     @property
     def _transformer_class(self) -> type[diffusers.ModelMixin]:
         return getattr(diffusers, self.transformer_class)
 
-    @abstractmethod
-    def latents(self, moments: Tensors, generator: torch.Generator) -> Tensor:
-        """A posterior sample in the transformer's normalisation, float32 (C, F', H', W')."""
+    def _text_component(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+        import transformers
 
-    @abstractmethod
-    def tokens(self, bucket: Bucket) -> int:
-        """Number of video tokens the transformer attends over."""
+        folder = self.folder.path / name
+        if name.startswith("tokenizer"):
+            return transformers.AutoTokenizer.from_pretrained(folder)
+        return getattr(transformers, self.folder.class_name(name)).from_pretrained(folder, dtype=dtype).to(device)
 
-    @abstractmethod
-    def objective(self, settings: Objective) -> FlowMatching:
+    # Training
+
+    def objective(self, settings: ObjectiveSettings) -> Objective:
         """The training objective for a recipe's [objective]."""
+        return FlowMatching(settings, recipe_shift(settings, self.folder.config("scheduler")))
+
+    def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
+        """What the model is given of a sample besides noised latents and text: images, controls, guidance.
+
+        Args:
+            x0: the sample's latents (C, F', H', W').
+        Returns:
+            tensors without a batch dimension; `inputs` and `counted` get them stacked.
+        """
+        return {}
 
     @abstractmethod
-    def inputs(self, noisy: Tensor, sigma: Tensor, text: Tensors, samples: Sequence[SampleLike]) -> dict[str, Any]:
+    def inputs(
+        self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
+    ) -> dict[str, Any]:
         """The transformer's keyword arguments for noised latents (B, C, F', H', W') at noise levels (B,)."""
 
     def target(self, target: Tensor) -> Tensor:
-        """The target (B, C, F', H', W') in the layout of the model's output."""
+        """The objective's target (B, C, F', H', W') in the layout and sign of the model's output."""
         return target
+
+    def counted(self, condition: Tensors, target: Tensor) -> Tensor | None:
+        """Which elements of a target the loss counts; see `Batch`."""
+        return None
 
     def predict(self, transformer: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The model's output for a batch's inputs."""
         return transformer(**inputs, return_dict=False)[0]
 
-    def sampling_arguments(self, fps: float) -> dict[str, Any]:
-        """Arguments of the pipeline's call that only this family has."""
-        return {}
-
-    def batch(self, samples: Sequence[SampleLike], objective: FlowMatching, u: Tensor | None = None) -> Batch:
+    def batch(self, samples: Sequence[SampleLike], objective: Objective, u: Tensor | None = None) -> Batch:
         """Draw posterior, noise and noise level of samples of one bucket, and assemble the model's inputs.
 
         Args:
             u: where on the distribution of noise levels each sample lies, float32 (B,) in (0, 1); drawn if None.
         """
-        x0, noise, drawn = [], [], []
+        x0, noise, drawn, conditions = [], [], [], []
         for sample in samples:
             x0.append(self.latents(sample.moments, sample.generator))
             noise.append(torch.randn(x0[-1].shape, generator=sample.generator))
-            drawn.append(torch.rand((), generator=sample.generator).clamp(1e-6, 1 - 1e-6))
-        sigma = objective.sigma(torch.stack(drawn) if u is None else u, self.tokens(samples[0].bucket))
-        noisy, target = objective.noised(torch.stack(x0), torch.stack(noise), sigma)
-        text = {name: torch.stack([sample.text[name] for sample in samples]) for name in samples[0].text}
-        batch = Batch(self.inputs(noisy, sigma, text, samples), self.target(target), objective.weight(sigma))
-        return batch.contiguous()
+            drawn.append(torch.rand((), generator=sample.generator))
+            if objective.settings.stratified:
+                position, count = sample.stratum
+                drawn[-1] = (position + drawn[-1]) / count
+            conditions.append(self.condition(sample, x0[-1], objective.settings))
+        if u is None:
+            u = torch.stack(drawn).clamp(1e-6, 1 - 1e-6)
+        level = objective.level(u, self.tokens(samples[0].bucket))
+        noisy, target = objective.noised(torch.stack(x0), torch.stack(noise), level)
+        text, condition = _stack([sample.text for sample in samples]), _stack(conditions)
+        target = self.target(target)
+        inputs = self.inputs(noisy, level, text, condition, samples)
+        return Batch(inputs, target, objective.weight(level), self.counted(condition, target)).contiguous()
+
+    # Generating
+
+    def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
+        """Arguments of the pipeline's call that depend on the family."""
+        return {} if prompt.guidance is None else {"guidance_scale": prompt.guidance}
+
+    def prompt_problem(self, prompt: Prompt) -> str | None:
+        """Why the pipeline cannot generate a prompt; None if it can."""
+        if self.takes_image and prompt.image is None:
+            return f"{self.title} needs a condition image: set `image` to a file, an http(s) address or a training clip"
+        if prompt.image is not None and not self.takes_image:
+            return f"{self.title} takes no condition image: remove `image`"
+        if prompt.true_guidance is not None:
+            return f"{self.title} takes no `true_guidance`: use `guidance`"
+        return None
 
     @classmethod
     @abstractmethod
-    def tiny(cls, path: Path, seed: int = 0) -> None:
-        """Save a complete random-weight pipeline of a few MB, real tokenizer and VAE included, at `path`."""
+    def tiny(cls, path: Path, seed: int = 0, variant: str | None = None) -> None:
+        """Save a complete random-weight pipeline of a few MB, real tokenizer and VAE included, at `path`.
+
+        Args:
+            variant: one of `variants`; the first if None.
+        """
+
+
+def posterior_sample(mean: Tensor, logvar: Tensor, generator: torch.Generator) -> Tensor:
+    """A sample of the VAE's posterior, float32."""
+    mean, logvar = mean.float(), logvar.float()
+    return mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+
+
+def nearest_bucket(bucket: Bucket, frames: int, side: int) -> Bucket:
+    """The nearest shape with `frames` k + 1 frames and sides that `side` divides."""
+    return Bucket(
+        round((bucket.frames - 1) / frames) * frames + 1,
+        max(1, round(bucket.height / side)) * side,
+        max(1, round(bucket.width / side)) * side,
+    )
+
+
+def _stack(parts: Sequence[Tensors]) -> Tensors:
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}

@@ -24,6 +24,10 @@ class ModelFolder:
     def pipeline_class(self) -> str:
         return self.index.get("_class_name", "unknown")
 
+    def class_name(self, component: str) -> str:
+        """Name of the class that a component was saved from."""
+        return self.index[component][1]
+
     def config(self, component: str) -> dict[str, Any]:
         """A component's config.json (scheduler_config.json for the scheduler)."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
@@ -55,14 +59,15 @@ class ModelFolder:
                 )
                 continue
             try:
-                if component != "tokenizer":
+                is_tokenizer = component.startswith("tokenizer")
+                if not is_tokenizer:
                     self.config(component)
-                files = self.weight_files(component) if component not in ("scheduler", "tokenizer") else []
+                files = [] if is_tokenizer or component == "scheduler" else self.weight_files(component)
             except UserError as error:
                 found += error.problems
                 continue
             found += [problem for file in files if (problem := _header_problem(file))]
-            if component == "tokenizer" and not (self.path / component).is_dir():
+            if is_tokenizer and not (self.path / component).is_dir():
                 found.append(Problem("the folder is missing", str(self.path / component), "download it again"))
         return found
 
@@ -78,7 +83,7 @@ class ModelFolder:
 
     def fingerprint(self, component: str, file_hash: Callable[[Path], str]) -> list[Any]:
         """What a component's output depends on: its config and the content of its files."""
-        if component == "tokenizer":
+        if component.startswith("tokenizer"):
             files = sorted(file for file in (self.path / component).iterdir() if file.is_file())
             return [[file.name, file_hash(file)] for file in files]
         config = {

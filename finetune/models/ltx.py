@@ -1,30 +1,41 @@
-"""LTX-Video (HaCohen et al. 2024): checkpoints saved in the form of LTXPipeline, text-to-video.
+"""LTX-Video (HaCohen et al. 2024), 0.9.0 to 0.9.8, text-to-video and image-to-video.
 
-Training inverts diffusers' LTXPipeline: a video becomes normalised VAE latents, packed to one token per latent pixel;
-the transformer is asked for the velocity noise - x0 at timestep 1000 sigma; RoPE is given in seconds and pixels.
+Training inverts diffusers' pipelines: a video becomes normalised VAE latents, packed to one token per latent pixel; the
+transformer is asked for the velocity noise - x0 at timestep 1000 sigma; RoPE is given in seconds and pixels.
+
+There are two forms. 0.9.0 and 0.9.1 generate with LTXPipeline or LTXImageToVideoPipeline. From 0.9.5 on it is
+LTXConditionPipeline, with longer prompts, T5 called with its mask, and positions passed as coordinates: its first latent
+frame is one video frame long and lies at 0 s. An image condition is the clean first latent frame, at timestep 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import diffusers
 import torch
-from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
+    LTXVideoTransformer3DModel,
+)
 from torch import Tensor
 
 from finetune.models import tiny
 from finetune.models.family import Family, SampleLike, Tensors
 from finetune.models.folder import ModelFolder
-from finetune.models.objective import FlowMatching, constant_shift, scheduler_shift
-from finetune.recipe import Bucket
-from finetune.recipe.schema import Objective, Vae
+from finetune.recipe.schema import Objective, Prompt
 
 
 class LTXVideo(Family):
+    """LTX-Video 0.9.0 to 0.9.8, text-to-video."""
+
     name = "ltx"
-    pipeline_class = "LTXPipeline"
+    title = "LTX-Video"
+    pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
     transformer_class = "LTXVideoTransformer3DModel"
+    variants = ("0.9.1", "0.9.7")
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
@@ -35,90 +46,60 @@ class LTXVideo(Family):
         self.scaling_factor = vae["scaling_factor"]
         self.mean = folder.tensor("vae", "latents_mean").float().view(-1, 1, 1, 1)
         self.std = folder.tensor("vae", "latents_std").float().view(-1, 1, 1, 1)
+        # Folders of 0.9.5 and 0.9.6 do not name the condition pipeline, but no longer shift by resolution.
+        by_resolution = folder.config("scheduler").get("use_dynamic_shifting", False)
+        self.by_coordinates = folder.pipeline_class == "LTXConditionPipeline" or not by_resolution
 
-    def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """Latent frames, height and width of a bucket."""
-        return (bucket.frames - 1) // self.temporal + 1, bucket.height // self.spatial, bucket.width // self.spatial
+    @property
+    def pipeline_class(self) -> str:
+        return "LTXConditionPipeline" if self.by_coordinates else self.pipeline_classes[0]
 
-    def tokens(self, bucket: Bucket) -> int:
-        frames, height, width = self.latent_shape(bucket)
-        return frames * height * width
-
-    def bucket_problem(self, bucket: Bucket) -> str | None:
-        nearest = Bucket(
-            round((bucket.frames - 1) / self.temporal) * self.temporal + 1,
-            max(1, round(bucket.height / self.spatial)) * self.spatial,
-            max(1, round(bucket.width / self.spatial)) * self.spatial,
-        )
-        if nearest == bucket:
-            return None
-        return f"LTX-Video needs {self.temporal}k + 1 frames and sides that {self.spatial} divides; the nearest is {nearest}"
-
-    def text_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensors]:
-        from transformers import AutoTokenizer, T5EncoderModel
-
-        encoder = T5EncoderModel.from_pretrained(self.folder.path / "text_encoder", dtype=dtype).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(self.folder.path / "tokenizer")
-        pipeline = LTXPipeline(scheduler=None, vae=None, text_encoder=encoder, tokenizer=tokenizer, transformer=None)
-
-        @torch.no_grad()
-        def encode(caption: str) -> Tensors:
-            embeds, mask, _, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, device=device)
-            return {"encoder_hidden_states": embeds[0], "encoder_attention_mask": mask[0]}
-
-        return encode
-
-    def video_encoder(self, device: torch.device, dtype: torch.dtype, vae: Vae) -> Callable[[np.ndarray], Tensors]:
-        model = AutoencoderKLLTXVideo.from_pretrained(self.folder.path, subfolder="vae", dtype=dtype).to(device)
-        if vae.slicing:
-            model.enable_slicing()
-        if vae.tiling:
-            model.enable_tiling()
-
-        @torch.no_grad()
-        def encode(frames: np.ndarray) -> Tensors:
-            video = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None]  # (1, 3, F, H, W) uint8
-            posterior = model.encode((video.float() / 127.5 - 1).to(dtype)).latent_dist
-            return {"mean": posterior.mean[0], "logvar": posterior.logvar[0]}
-
-        return encode
-
-    def latents(self, moments: Tensors, generator: torch.Generator) -> Tensor:
-        mean, logvar = moments["mean"].float(), moments["logvar"].float()
-        z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+    def normalise(self, z: Tensor) -> Tensor:
         return (z - self.mean) * self.scaling_factor / self.std
 
-    def objective(self, settings: Objective) -> FlowMatching:
-        scheduler = self.folder.config("scheduler")
-        shift = scheduler_shift(scheduler) if settings.shift == "scheduler" else constant_shift(settings.shift)
-        return FlowMatching(settings, shift)
-
-    def inputs(self, noisy: Tensor, sigma: Tensor, text: Tensors, samples: Sequence[SampleLike]) -> dict[str, Any]:
+    def inputs(
+        self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
+    ) -> dict[str, Any]:
         frames, height, width = noisy.shape[2:]
-        seconds = torch.tensor([self.temporal / sample.fps for sample in samples]).view(
-            -1, 1, 1, 1, 1
-        )  # of a latent frame
-        return {
-            "hidden_states": pack(noisy).to(text["encoder_hidden_states"].dtype),
-            "timestep": sigma * 1000,
-            **text,
+        timestep = level * 1000
+        inputs = {"hidden_states": pack(noisy).to(text["encoder_hidden_states"].dtype), **text}
+        if self.by_coordinates:
+            rates = torch.tensor([sample.fps for sample in samples])
+            return inputs | {"timestep": timestep[:, None], "video_coords": self.coordinates(noisy.shape[2:], rates)}
+        seconds = torch.tensor([self.temporal / sample.fps for sample in samples])  # of a latent frame
+        return inputs | {
+            "timestep": timestep,
             "num_frames": frames,
             "height": height,
             "width": width,
-            "rope_interpolation_scale": (seconds, self.spatial, self.spatial),
+            "rope_interpolation_scale": (seconds.view(-1, 1, 1, 1, 1), self.spatial, self.spatial),
         }
+
+    def coordinates(self, shape: Sequence[int], rates: Tensor) -> Tensor:
+        """Seconds and pixels at which each token begins, float32 (B, 3, tokens), for frame rates (B,).
+
+        As LTXConditionPipeline._scale_video_ids: the first latent frame holds one video frame, the others `temporal`.
+        """
+        frames, height, width = (torch.arange(size) for size in shape)
+        frames = (frames * self.temporal + 1 - self.temporal).clamp(min=0)
+        grid = torch.meshgrid(frames, height * self.spatial, width * self.spatial, indexing="ij")
+        coordinates = torch.stack(grid).flatten(1).float().repeat(len(rates), 1, 1)
+        coordinates[:, 0] *= (1.0 / rates)[:, None]
+        return coordinates
 
     def target(self, target: Tensor) -> Tensor:
         return pack(target)
 
-    def sampling_arguments(self, fps: float) -> dict[str, Any]:
+    def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
+        arguments = super().sampling_arguments(prompt) | {"frame_rate": prompt.fps}
         if self.folder.config("vae")["timestep_conditioning"]:  # from 0.9.1; values of the model's card
-            return {"frame_rate": fps, "decode_timestep": 0.05, "decode_noise_scale": 0.025}
-        return {"frame_rate": fps}
+            arguments |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
+        return arguments
 
     @classmethod
-    def tiny(cls, path: Path, seed: int = 0) -> None:
+    def tiny(cls, path: Path, seed: int = 0, variant: str | None = None) -> None:
         torch.manual_seed(seed)
+        by_coordinates = variant == "0.9.7"
         tokenizer = tiny.t5_tokenizer(max_length=128)
         text_encoder = tiny.t5_encoder(tokenizer, width=32)
         vae = AutoencoderKLLTXVideo(
@@ -139,15 +120,39 @@ class LTXVideo(Family):
             caption_channels=32,
             num_layers=2,
         )
-        scheduler = FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True,
-            base_shift=0.95,
-            max_shift=2.05,
-            base_image_seq_len=1024,
-            max_image_seq_len=4096,
-            shift_terminal=0.1,
-        )
-        LTXPipeline(scheduler, vae, text_encoder, tokenizer, transformer).save_pretrained(path)
+        shift = {"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1}
+        lengths = {"base_image_seq_len": 1024, "max_image_seq_len": 4096}
+        scheduler = FlowMatchEulerDiscreteScheduler(**({} if by_coordinates else shift | lengths))
+        pipeline = LTXConditionPipeline if by_coordinates else getattr(diffusers, cls.pipeline_classes[0])
+        pipeline(scheduler, vae, text_encoder, tokenizer, transformer).save_pretrained(path)
+
+
+class LTXImageToVideo(LTXVideo):
+    """LTX-Video 0.9.0 to 0.9.8, image-to-video: the first frame is given."""
+
+    name = "ltx_i2v"
+    pipeline_classes = ("LTXImageToVideoPipeline", "LTXPipeline", "LTXConditionPipeline")
+    takes_image = True
+
+    def unused_keys(self) -> dict[str, str]:
+        return super().unused_keys() | {"vae.image_noise": "the condition is the clip's own first latent frame"}
+
+    def condition(self, sample: SampleLike, x0: Tensor, settings: Objective) -> Tensors:
+        given = torch.zeros(x0.shape[1:])
+        given[0] = 0.0 if sample.image_dropped else 1.0
+        return {"given": given, "x0": x0}
+
+    def inputs(
+        self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
+    ) -> dict[str, Any]:
+        given = condition["given"].bool()  # (B, F, H, W)
+        noisy = torch.where(given[:, None], condition["x0"], noisy)
+        inputs = super().inputs(noisy, level, text, {}, samples)
+        inputs["timestep"] = level[:, None] * 1000 * (1 - condition["given"].flatten(1))  # (B, tokens)
+        return inputs
+
+    def counted(self, condition: Tensors, target: Tensor) -> Tensor | None:
+        return 1 - condition["given"].flatten(1)[..., None]
 
 
 def pack(latents: Tensor) -> Tensor:

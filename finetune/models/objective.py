@@ -1,60 +1,116 @@
-"""Flow matching: x_sigma = (1 - sigma) x0 + sigma noise, target noise - x0 (Lipman et al. 2022; Esser et al. 2024).
+"""What a model is trained to predict: flow matching, or v-prediction on a discrete schedule.
 
-Everything here maps u, uniform on (0, 1), to a noise level, so that training (u random), held-out loss (u at fixed
-quantiles) and tests use the same functions.
+An objective maps u, uniform on (0, 1), to a noise level, so that training (u random), held-out loss (u at fixed
+quantiles) and tests use the same functions. A family picks one; a new objective is a class with the same four members.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
-from finetune.recipe.schema import Objective
+from finetune.recipe.schema import Objective as Settings
 
 Shift = Callable[[Tensor, int], Tensor]  # (sigma, tokens) -> sigma
 
 
+class Objective(Protocol):
+    """How clean latents become what the model sees and what it is asked for."""
+
+    settings: Settings
+
+    def level(self, u: Tensor, tokens: int) -> Tensor:
+        """Noise levels of any shape, for u in (0, 1), float32 like the result or a count of timesteps; see the classes.
+
+        Args:
+            tokens: number of video tokens, for shifts that depend on the resolution.
+        """
+
+    def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """(noised latents, target), both float32 like x0 (B, C, F, H, W); level (B,)."""
+
+    def weight(self, level: Tensor) -> Tensor:
+        """Loss weight per sample, float32 (B,)."""
+
+
 @dataclass(frozen=True)
 class FlowMatching:
-    """Noise levels, noised latents, targets and weights of flow matching.
+    """x_sigma = (1 - sigma) x0 + sigma noise, target noise - x0 (Lipman et al. 2022; Esser et al. 2024).
 
-    `shift` moves sigma as the checkpoint's scheduler does at inference; it is given the number of video tokens.
+    A level is sigma, float32 in (0, 1). `shift` moves it as the checkpoint's scheduler does at inference.
     """
 
-    settings: Objective
+    settings: Settings
     shift: Shift
 
-    def sigma(self, u: Tensor, tokens: int) -> Tensor:
-        """Noise level, float32 like `u`, of any shape, for u in (0, 1)."""
-        return self.shift(self._density(u), tokens)
+    def level(self, u: Tensor, tokens: int) -> Tensor:
+        return rescale(self.shift(density(u, self.settings, "logit_normal"), tokens), self.settings)
 
-    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(noised latents, target), both like x0 (B, C, F, H, W); sigma (B,)."""
-        s = sigma.view(-1, *[1] * (x0.ndim - 1))
+    def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        s = level.view(-1, *[1] * (x0.ndim - 1))
         return (1 - s) * x0 + s * noise, noise - x0
 
-    def weight(self, sigma: Tensor) -> Tensor:
-        """Loss weight per sample, (B,): none, or SD3's sigma^-2 and cosmap (diffusers' training_utils)."""
+    def weight(self, level: Tensor) -> Tensor:
+        """None, or SD3's sigma^-2 and cosmap (diffusers' training_utils)."""
         if self.settings.weighting == "sigma_sqrt":
-            return sigma**-2.0
+            return level**-2.0
         if self.settings.weighting == "cosmap":
-            return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-        return torch.ones_like(sigma)
+            return 2 / (math.pi * (1 - 2 * level + 2 * level**2))
+        return torch.ones_like(level)
 
-    def _density(self, u: Tensor) -> Tensor:
-        s = self.settings
-        if s.sigma_sampling == "logit_normal":
-            return torch.sigmoid(s.logit_mean + s.logit_std * torch.special.ndtri(u))
-        if s.sigma_sampling == "mode":
-            return 1 - u - s.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
-        return u
+
+@dataclass(frozen=True)
+class VPrediction:
+    """v = sqrt(abar) noise - sqrt(1 - abar) x0 at integer timesteps (Salimans & Ho 2022), on CogVideoX's own schedule.
+
+    A level is a timestep, int64. Plain mean squared error on v is what the model was trained with. The scheduler's
+    functions take abar in the dtype of the sample, so they are called in float32.
+    """
+
+    settings: Settings
+    scheduler: CogVideoXDDIMScheduler
+
+    def level(self, u: Tensor, tokens: int) -> Tensor:
+        count = self.scheduler.config.num_train_timesteps
+        part = rescale(density(u, self.settings, "uniform"), self.settings)
+        return (part * count).long().clamp(max=count - 1)
+
+    def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scheduler.add_noise(x0, noise, level), self.scheduler.get_velocity(x0, noise, level)
+
+    def weight(self, level: Tensor) -> Tensor:
+        return torch.ones(level.shape)
+
+
+def density(u: Tensor, settings: Settings, default: str) -> Tensor:
+    """Quantiles of the recipe's distribution of noise levels on (0, 1) (Esser et al. 2024, section 3.1)."""
+    name = settings.sigma_sampling or default
+    if name == "logit_normal":
+        return torch.sigmoid(settings.logit_mean + settings.logit_std * torch.special.ndtri(u))
+    if name == "mode":
+        return 1 - u - settings.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    return u
+
+
+def rescale(level: Tensor, settings: Settings) -> Tensor:
+    """(0, 1) onto (sigma_min, sigma_max): clamping would pile samples up at the ends."""
+    if (settings.sigma_min, settings.sigma_max) == (0.0, 1.0):
+        return level
+    return settings.sigma_min + (settings.sigma_max - settings.sigma_min) * level
 
 
 def constant_shift(s: float) -> Shift:
     """sigma' = s sigma / (1 + (s - 1) sigma)."""
     return lambda sigma, tokens: s * sigma / (1 + (s - 1) * sigma)
+
+
+def recipe_shift(settings: Settings, scheduler: dict) -> Shift:
+    """The recipe's shift, which may be the scheduler's."""
+    return scheduler_shift(scheduler) if settings.shift == "scheduler" else constant_shift(settings.shift)
 
 
 def scheduler_shift(config: dict) -> Shift:

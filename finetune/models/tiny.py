@@ -1,11 +1,29 @@
 """Parts of tiny pipelines: real tokenizers and encoders with random weights, small enough for tests and the quickstart."""
 
 import math
+import re
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5TokenizerFast
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace, Punctuation, Sequence, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CORPUS = (
     "a red ball moves to the left over a dark floor",
@@ -19,12 +37,75 @@ CORPUS = (
 
 def t5_tokenizer(max_length: int) -> PreTrainedTokenizerBase:
     """A T5 tokenizer (Unigram, as the original) of the captions' words and characters, weighted by how often they occur."""
-    words = [f"\N{LOWER ONE EIGHTH BLOCK}{word}" for caption in CORPUS for word in caption.split()]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *_pieces(CORPUS)]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=max_length)
+
+
+def llama_tokenizer(template: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with Llama 3's special tokens; the template's words are one token each, so that it leaves room."""
+    special = ["<|end_of_text|>", "<unk>", "<|begin_of_text|>", *sorted(set(re.findall(r"<\|\w+\|>", template)))]
+    words = re.sub(r"<\|\w+\|>", " ", template)
+    vocabulary = [*((token, 0.0) for token in special), *_pieces([*CORPUS, *re.findall(r"\w+|[^\w\s]", words)])]
+    tokenizer = Tokenizer(Unigram(vocabulary, unk_id=1))
+    tokenizer.pre_tokenizer = Sequence([Punctuation(), WhitespaceSplit(), Metaspace()])
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|end_of_text|>",
+        unk_token="<unk>",
+        bos_token="<|begin_of_text|>",
+        additional_special_tokens=special[3:],
+        padding_side="right",
+    )
+
+
+def clip_tokenizer() -> PreTrainedTokenizerBase:
+    """A CLIP tokenizer that knows single bytes alone."""
+    letters = sorted(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def _pieces(captions: Iterable[str]) -> list[tuple[str, float]]:
+    """Words and characters with the logarithm of their share."""
+    words = [f"\N{LOWER ONE EIGHTH BLOCK}{word}" for caption in captions for word in caption.split()]
     pieces = Counter(words) + Counter("".join(words))  # counted, not trained: tokenizers' trainer is not deterministic
     total = sum(pieces.values())
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    vocabulary += [(piece, math.log(count / total)) for piece, count in sorted(pieces.items())]
-    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=max_length)
+    return [(piece, math.log(count / total)) for piece, count in sorted(pieces.items())]
+
+
+def llama_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> LlamaModel:
+    """A three-layer Llama: pipelines take the state before the last two layers."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaModel(config).eval()
+
+
+def clip_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> CLIPTextModel:
+    """A two-layer CLIP text encoder."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
 
 
 def t5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel:
@@ -46,14 +127,24 @@ def t5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel
 
 @torch.no_grad()
 def normalise_latents(vae: nn.Module, frames: int, size: int) -> None:
-    """Set `latents_mean` and `latents_std` from videos of a few moving rectangles on plain dark floors.
+    """Set a VAE's `latents_mean` and `latents_std` buffers so that latents have about unit variance, as real ones do."""
+    z = latents(vae, frames, size)
+    vae.latents_mean.copy_(z.mean((0, 2, 3, 4)))
+    vae.latents_std.copy_(z.std((0, 2, 3, 4)))
 
-    Normalised latents of such clips then have about unit variance, as those of real checkpoints do.
-    """
+
+@torch.no_grad()
+def scale_latents(vae: nn.Module, frames: int, size: int) -> None:
+    """The same for a VAE with a `scaling_factor` alone."""
+    z = latents(vae, frames, size)
+    vae.register_to_config(scaling_factor=1 / z.square().mean().sqrt().item())
+
+
+@torch.no_grad()
+def latents(vae: nn.Module, frames: int, size: int) -> Tensor:
+    """Latents (8, C, F, H, W) of videos of a few rectangles on plain dark floors."""
     floor = torch.rand(8, 3, 1, 1, 1) * 0.4 - 0.9
     shape = torch.rand(8, 3, 1, 1, 1) * 2 - 1
     video = torch.where(torch.rand(8, 1, 3, 4, 4) < 0.15, shape, floor)
     video = nn.functional.interpolate(video, (frames, size, size), mode="nearest")
-    z = vae.eval().encode(video).latent_dist.mode()
-    vae.latents_mean.copy_(z.mean((0, 2, 3, 4)))
-    vae.latents_std.copy_(z.std((0, 2, 3, 4)))
+    return vae.eval().encode(video).latent_dist.mode()

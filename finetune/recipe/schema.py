@@ -59,6 +59,8 @@ class Data(Table):
     """Resample clips to this frame rate; unset: every clip keeps its own."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that a sample is trained with the family's unconditional prompt, for classifier-free guidance."""
+    image_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that an image-to-video sample is trained without its condition image."""
     bad_clips: Literal["refuse", "skip"] = Free("refuse")
     """What to do with clips that cannot be decoded or fill no bucket: end with a list of them, or go on without."""
     cache: PathText = Free(Path("cache"))
@@ -72,6 +74,9 @@ class Vae(Table):
     """Encode and decode one video of a batch at a time (saves memory where several are decoded together)."""
     tiling: bool = False
     """Encode and decode in overlapping tiles (saves memory; differs slightly from whole frames, so it is part of the cache key)."""
+    image_noise: bool = False
+    """Add noise of random strength, exp(N(-3, 0.5)), to condition images before they are encoded, as CogVideoX image-to-video
+    was trained. Drawn once for each clip."""
 
 
 class Train(Table):
@@ -103,8 +108,11 @@ class Lora(Table):
 
 
 class Objective(Table):
-    sigma_sampling: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
-    """Distribution of sigma before the shift (Stable Diffusion 3 paper, section 3.1)."""
+    sigma_sampling: Literal["uniform", "logit_normal", "mode"] | None = None
+    """Distribution of sigma before the shift (Stable Diffusion 3 paper, section 3.1); unset: logit_normal for flow matching,
+    uniform for v-prediction, where sigma is timestep / 1000."""
+    stratified: bool = False
+    """Spread the samples of a global batch evenly over the distribution of sigma: less noise in the loss of a step."""
     logit_mean: float = 0.0
     """Mean of the normal behind "logit_normal"."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
@@ -113,8 +121,14 @@ class Objective(Table):
     """Scale of "mode"."""
     shift: Annotated[float, Field(gt=0)] | Literal["scheduler"] = "scheduler"
     """Flow shift s, sigma' = s sigma / (1 + (s - 1) sigma); "scheduler" does what the checkpoint's own scheduler does."""
+    sigma_min: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Least sigma; the distribution is rescaled to the limits, not cut off."""
+    sigma_max: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Largest sigma."""
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     """Loss weight as a function of sigma."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """Embedded guidance scale that the model is told, for guidance-distilled checkpoints (HunyuanVideo)."""
 
 
 class Optimizer(Table):
@@ -169,20 +183,38 @@ class Prompt(Table):
     steps: Annotated[int, Field(ge=1)] = 30
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=0)] | None = None
-    """Classifier-free guidance scale; unset: the pipeline's default."""
+    """Guidance scale; unset: the pipeline's default."""
+    true_guidance: Annotated[float, Field(gt=1)] | None = None
+    """HunyuanVideo: classifier-free guidance with the negative prompt, beside the embedded `guidance`."""
+    image: str | None = None
+    """Image-to-video: the condition image, a file, an http(s) address, or a video, whose first frame is taken."""
     fps: Annotated[float, Field(gt=0)] = 25.0
     """Frame rate of the video."""
 
 
+def split_prompts(value: object) -> object:
+    """finetrainers' form, `prompt@@@49x512x768:::prompt` with or without shapes, as tables; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip().partition("@@@") for part in value.split(":::") if part.strip()]
+    return [{"text": text.strip(), **({"shape": shape.strip()} if mark else {})} for text, mark, shape in parts]
+
+
 class Validation(Table):
     every: Annotated[int, Field(ge=1)] | None = Free(None)
-    """Measure the held-out loss each this many steps; unset: at the start and the end. Needs `heldout`."""
+    """Measure the held-out loss each this many steps; unset: at the start and the end. Needs `heldout` or `heldout_clips`."""
     heldout: PathText | None = Free(None)
     """A dataset like `data.path`, never trained on, for the held-out loss."""
+    heldout_clips: Annotated[int, Field(ge=0)] = 0
+    """Instead: take this many clips out of `data.path`, chosen by their content and the seed."""
     sigmas: Annotated[int, Field(ge=1)] = Free(4)
     """The held-out loss is measured at this many fixed quantiles of sigma."""
-    prompts: list[Prompt] = Free([])
-    """What `python -m finetune sample` generates when it is given no --prompt."""
+    samples_every: Annotated[int, Field(ge=1)] | None = Free(None)
+    """Generate the prompts each this many steps; unset: at the start and the end."""
+    prompts: Annotated[list[Prompt], BeforeValidator(split_prompts)] = Free([])
+    """What to generate, as tables or as one string "prompt@@@49x512x768:::prompt..."."""
+    prompts_file: PathText | None = Free(None)
+    """More of them from a .txt (one a line), .toml, .json or .jsonl file."""
 
 
 class Tracking(Table):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.check import open_family
-from finetune.data.loader import Layout, MicroBatches, open_loader
+from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader
 from finetune.data.sampler import Order
 from finetune.models.family import Batch, Family
 from finetune.models.ltx import pack
@@ -43,8 +43,8 @@ def open_batches(recipe: Recipe, family: Family, prepared: Prepared):
     def build(layout: Layout, seed: int = 42, dropout: float = recipe.data.caption_dropout) -> MicroBatches:
         order = Order([item.bucket for item in prepared.train], layout.global_batch, seed)
         assemble = partial(family.batch, objective=family.objective(recipe.objective))
-        key = prepared.unconditional_key
-        return MicroBatches(prepared.train, order, layout, prepared.cache, assemble, seed, dropout, key)
+        drop = Dropout(dropout, 0.0, prepared.unconditional_key)
+        return MicroBatches(prepared.train, order, layout, prepared.cache, assemble, seed, drop)
 
     return build
 

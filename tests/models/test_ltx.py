@@ -145,7 +145,7 @@ def test_shift_is_the_schedulers_in_the_limit_of_many_steps(config: dict, tokens
 def test_the_tiny_pipelines_own_scheduler_is_what_its_objective_uses(family: LTXVideo, pipeline: LTXPipeline) -> None:
     objective = family.objective(Objective(sigma_sampling="uniform", shift="scheduler"))
     sigma = pipeline_schedule(pipeline.scheduler, family.tokens(SHAPE), steps=1_000_000)
-    shifted = objective.sigma(sigma, family.tokens(SHAPE))
+    shifted = objective.level(sigma, family.tokens(SHAPE))
     torch.testing.assert_close(shifted.float(), pipeline.scheduler.sigmas[:-1], rtol=0, atol=2e-5)
 
 
@@ -153,7 +153,7 @@ def test_a_shift_of_the_recipe_replaces_the_schedulers(family: LTXVideo) -> None
     objective = family.objective(Objective(sigma_sampling="uniform", shift=7.0))
     fixed = FlowMatchEulerDiscreteScheduler(shift=7.0)
     sigma = pipeline_schedule(fixed, tokens=18, steps=50)
-    torch.testing.assert_close(objective.sigma(sigma, 18).float(), fixed.sigmas[:-1])
+    torch.testing.assert_close(objective.level(sigma, 18).float(), fixed.sigmas[:-1])
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 1.6)])
@@ -161,7 +161,7 @@ def test_logit_normal_sigmas_are_diffusers(mean: float, std: float) -> None:
     seed = generator(0)
     oracle = compute_density_for_timestep_sampling("logit_normal", 1000, mean, std, generator=seed)
     u = torch.special.ndtr(torch.randn(1000, generator=generator(0), dtype=torch.float32).double())
-    ours = unshifted(Objective(sigma_sampling="logit_normal", logit_mean=mean, logit_std=std)).sigma(u, tokens=1)
+    ours = unshifted(Objective(sigma_sampling="logit_normal", logit_mean=mean, logit_std=std)).level(u, tokens=1)
     torch.testing.assert_close(ours.float(), oracle, rtol=0, atol=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_mode_sigmas_are_diffusers(scale: float) -> None:
     seed = generator(0)
     oracle = compute_density_for_timestep_sampling("mode", 1000, mode_scale=scale, generator=seed)
     u = torch.rand(1000, generator=generator(0))
-    ours = unshifted(Objective(sigma_sampling="mode", mode_scale=scale)).sigma(u, tokens=1)
+    ours = unshifted(Objective(sigma_sampling="mode", mode_scale=scale)).level(u, tokens=1)
     torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-6)
 
 
@@ -238,7 +238,7 @@ def record_calls(pipeline: LTXPipeline, prompt: str, shape: Bucket, fps: float) 
 
 def training_inputs(family: LTXVideo, dtype: torch.dtype, call: SimpleNamespace, prompt: str, fps: float) -> dict:
     text = {name: value[None] for name, value in family.text_encoder(CPU, dtype)(prompt).items()}
-    return family.inputs(call.latents, call.sigma, text, [sample_of(fps=fps)])
+    return family.inputs(call.latents, call.sigma, text, {}, [sample_of(fps=fps)])
 
 
 @pytest.mark.parametrize("fps", [24.0, 25.0, 29.97])
@@ -293,6 +293,7 @@ def test_a_batch_of_clips_of_different_frame_rates_is_the_same_as_each_alone(
         torch.cat([call.latents for call in calls]),
         torch.cat([call.sigma for call in calls]),
         {name: torch.stack([text[name] for text in texts]) for name in texts[0]},
+        {},
         [sample_of(fps=fps) for fps in rates],
     )
     with torch.no_grad():

@@ -88,7 +88,7 @@ lr = 1e-4
         ("fsp = 24\n", 7, "unknown key 'data.fsp'", "did you mean 'data.fps'?"),
         ("[[validation.prompts]]\ntext = 'a'\ncuont = 2\n", 9, "unknown key 'validation.prompts[0].cuont'",
          "did you mean 'validation.prompts[0].count'?"),
-        ("[vae]\nbanana = 1\n", 8, "unknown key 'vae.banana'", "keys here are: slicing, tiling"),
+        ("[vae]\nbanana = 1\n", 8, "unknown key 'vae.banana'", "keys here are: slicing, tiling, image_noise"),
     ],
 )  # fmt: skip
 def test_unknown_key_names_the_nearest_that_exists(written, text: str, line: int, what: str, cure: str) -> None:
@@ -336,6 +336,9 @@ FREE = [
     "validation.every=3",
     "validation.heldout=held",
     "validation.sigmas=2",
+    "validation.samples_every=2",
+    "validation.prompts=a cat@@@9x64x64:::a dog",
+    "validation.prompts_file=prompts.txt",
     "tracking.trackers=wandb",
     "tracking.project=p",
     "tracking.name=n",

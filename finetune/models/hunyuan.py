@@ -1,0 +1,123 @@
+"""HunyuanVideo (Kong et al. 2024), text-to-video.
+
+Training inverts diffusers' HunyuanVideoPipeline: flow matching on VAE latents times one factor; text from a Llama within
+a prompt template, and from CLIP, pooled; the checkpoint is distilled, so the model is told a guidance scale. Image-to-
+video would add its image's tokens in `encode_text` and its first frame in `condition`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from torch import Tensor
+
+from finetune.models import tiny
+from finetune.models.family import Family, SampleLike, Tensors
+from finetune.models.folder import ModelFolder
+from finetune.recipe.schema import Objective, Prompt
+
+
+class HunyuanVideo(Family):
+    """HunyuanVideo, text-to-video."""
+
+    name = "hunyuan"
+    title = "HunyuanVideo"
+    pipeline_classes = ("HunyuanVideoPipeline",)
+    transformer_class = "HunyuanVideoTransformer3DModel"
+    text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    components = ("scheduler", "vae", "transformer", *text_components)
+    text_arguments: ClassVar[dict[str, str]] = {
+        "encoder_hidden_states": "prompt_embeds",
+        "encoder_attention_mask": "prompt_attention_mask",
+        "pooled_projections": "pooled_prompt_embeds",
+    }
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
+
+    def __init__(self, folder: ModelFolder) -> None:
+        super().__init__(folder)
+        vae, transformer = folder.config("vae"), folder.config("transformer")
+        self.spatial, self.temporal = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
+        self.scaling_factor = vae["scaling_factor"]
+        self.patch, self.patch_t = transformer["patch_size"], transformer["patch_size_t"]
+        self.guided = transformer["guidance_embeds"]
+
+    def unused_keys(self) -> dict[str, str]:
+        keys = super().unused_keys()
+        if self.guided:
+            del keys["objective.guidance"]
+        return keys
+
+    def encode_text(self, pipeline: diffusers.DiffusionPipeline, caption: str, device: torch.device) -> Tensors:
+        embeds, pooled, mask = pipeline.encode_prompt(caption, device=device)
+        mask = mask.to(embeds.dtype)
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "pooled_projections": pooled}
+
+    def normalise(self, z: Tensor) -> Tensor:
+        return z * self.scaling_factor
+
+    def condition(self, sample: SampleLike, x0: Tensor, settings: Objective) -> Tensors:
+        return {"guidance": torch.tensor(settings.guidance)}
+
+    def inputs(
+        self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
+    ) -> dict[str, Any]:
+        dtype = text["encoder_hidden_states"].dtype
+        return {
+            "hidden_states": noisy.to(dtype),
+            "timestep": level * 1000,
+            "guidance": condition["guidance"].to(dtype) * 1000.0,  # rounded as the pipeline does
+            **text,
+        }
+
+    def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
+        arguments = super().sampling_arguments(prompt)
+        return arguments if prompt.true_guidance is None else arguments | {"true_cfg_scale": prompt.true_guidance}
+
+    def prompt_problem(self, prompt: Prompt) -> str | None:
+        if prompt.negative and prompt.true_guidance is None:
+            return "HunyuanVideo's embedded guidance uses no negative prompt: set `true_guidance`, or remove `negative`"
+        return super().prompt_problem(prompt.model_copy(update={"true_guidance": None}))
+
+    @classmethod
+    def tiny(cls, path: Path, seed: int = 0, variant: str | None = None) -> None:
+        torch.manual_seed(seed)
+        tokenizer, tokenizer_2 = tiny.llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"]), tiny.clip_tokenizer()
+        vae = AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+        )
+        vae.quant_conv.bias.data[4:] = -10  # log-variances: a trained VAE's posterior is narrow
+        tiny.scale_latents(vae, frames=17, size=64)
+        transformer = HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            guidance_embeds=True,
+            text_embed_dim=32,
+            pooled_projection_dim=32,
+            rope_axes_dim=(4, 6, 6),
+        )
+        HunyuanVideoPipeline(
+            text_encoder=tiny.llama_encoder(tokenizer, width=32),
+            tokenizer=tokenizer,
+            transformer=transformer,
+            vae=vae,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            text_encoder_2=tiny.clip_encoder(tokenizer_2, width=32),
+            tokenizer_2=tokenizer_2,
+        ).save_pretrained(path)

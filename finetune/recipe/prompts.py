@@ -1,0 +1,83 @@
+"""Validation prompts from a file, or from one string as finetrainers takes them: `prompt@@@49x512x768:::prompt...`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tomli
+from pydantic import ValidationError
+
+from finetune.recipe.schema import Prompt, Validation, split_prompts
+from finetune.runtime.errors import Problem, UserError
+
+# finetrainers' names in a JSON file of validation prompts
+_NAMES = {
+    "caption": "text",
+    "prompt": "text",
+    "negative_prompt": "negative",
+    "image_path": "image",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "frame_rate": "fps",
+}
+_SIZES = ("num_frames", "height", "width")
+
+
+def validation_prompts(settings: Validation) -> list[Prompt]:
+    """The recipe's prompts, and those of its file.
+
+    Raises:
+        UserError: the file is missing or an entry of it is wrong.
+    """
+    return [*settings.prompts, *(read_prompts(settings.prompts_file) if settings.prompts_file else [])]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a .txt file (one a line, or finetrainers' form), or of a .toml, .json or .jsonl file with a recipe's keys."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        entries = _READERS[path.suffix.lower()](text)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", "mend validation.prompts_file", str(path)) from None
+    except KeyError:
+        raise UserError("unknown kind of file", f"use one of {', '.join(_READERS)}", str(path)) from None
+    except (ValueError, TypeError) as error:  # of JSON, TOML and UTF-8
+        raise UserError(f"cannot be read ({error})", "mend the file", str(path)) from None
+    prompts, problems = [], []
+    for number, entry in enumerate(entries, 1):
+        try:
+            prompts.append(Prompt.model_validate(_renamed(entry)))
+        except ValidationError as error:
+            for detail in error.errors():
+                key = ".".join(map(str, detail["loc"]))
+                problems.append(Problem(f"{key}: {detail['msg']}", f"{path}, prompt {number}", "mend this prompt"))
+    if problems:
+        raise UserError.of(problems)
+    if not prompts:
+        raise UserError("there is no prompt in it", "add one, or remove validation.prompts_file", str(path))
+    return prompts
+
+
+def _renamed(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    renamed = {_NAMES.get(key, key): value for key, value in entry.items() if key not in _SIZES and value is not None}
+    if all(entry.get(size) for size in _SIZES):
+        renamed["shape"] = "x".join(str(entry[size]) for size in _SIZES)
+    return renamed
+
+
+def _entries(value: Any) -> list[Any]:
+    """The list in a JSON or TOML file: itself, or under "prompts" or finetrainers' "data"."""
+    found = value if isinstance(value, list) else value.get("prompts", value.get("data"))
+    if not isinstance(found, list):
+        raise ValueError('no list of prompts in it: name it "prompts"')
+    return found
+
+
+_READERS = {
+    ".txt": lambda text: [entry for line in text.split("\n") for entry in split_prompts(line.strip())],
+    ".json": lambda text: _entries(json.loads(text)),
+    ".jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()],
+    ".toml": lambda text: _entries(tomli.loads(text)),
+}
