@@ -6,6 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from finetune.data.cache import Cache
+from finetune.data.images import missing_image
 from finetune.models import FAMILIES, family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
@@ -138,6 +139,8 @@ def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
             yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
         if text := family.prompt_problem(prompt):
             yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")
+        elif prompt.image and (missing := missing_image(prompt.image)):
+            yield missing
 
 
 def _is_set(recipe: Recipe, key: str) -> bool:

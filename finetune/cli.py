@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--adapter", type=Path, help="folder of an exported LoRA")
             command.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
             command.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
+            command.add_argument("--image", help="condition image of --prompt, for image-to-video")
             command.add_argument("--shape", help="frames x height x width of --prompt")
             command.add_argument("--steps", type=int, help="denoising steps of --prompt")
             command.add_argument("--seed", type=int, help="seed of --prompt")
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", usage=USAGE)
     demo.add_argument("--out", type=Path, required=True)
     demo.add_argument("--family", default="ltx")
+    demo.add_argument("--variant", help="which checkpoint of the family; see `families`")
     commands.add_parser("schema", usage=USAGE)
     commands.add_parser("families", usage=USAGE)
     return parser
@@ -146,15 +148,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
     if arguments.prompt:
-        given = {"shape": arguments.shape, "steps": arguments.steps, "seed": arguments.seed}
+        given = {name: getattr(arguments, name) for name in ("shape", "steps", "seed", "image")}
         given = {key: value for key, value in given.items() if value is not None}
         try:
             prompts = [Prompt(text=text, **given) for text in arguments.prompt]
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"], "", f"--{error.errors()[0]['loc'][0]}") from None
-        validation = recipe.validation.model_copy(update={"prompts": prompts})
+        validation = recipe.validation.model_copy(update={"prompts": prompts, "prompts_file": None})
         recipe = recipe.model_copy(update={"validation": validation})
-    if not recipe.validation.prompts:
+    if not (recipe.validation.prompts or recipe.validation.prompts_file):
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
     from finetune.check import open_family
     from finetune.sample import sample
@@ -202,7 +204,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from finetune.demo import make_demo
 
-    make_demo(arguments.out, arguments.family)
+    make_demo(arguments.out, arguments.family, arguments.variant)
     return 0
 
 
@@ -215,7 +217,8 @@ def _families(arguments: argparse.Namespace) -> int:
     from finetune.models import FAMILIES, family_class
 
     for name in FAMILIES:
-        print(f"{name:12} {(family_class(name).__doc__ or '').strip()}")
+        cls = family_class(name)
+        print(f"{name:14} {(cls.__doc__ or '').strip()} {', '.join(cls.variants)}".rstrip())
     return 0
 
 

@@ -6,13 +6,17 @@ from pathlib import Path
 
 from finetune.data.synthetic import RECORDINGS, write_clips
 from finetune.models import family_class
+from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 
 
-def make_demo(out: Path, family: str) -> None:
+def make_demo(out: Path, family: str, variant: str | None = None) -> None:
     """Write `out/model` (a pipeline of a few MB), `out/clips` and `out/heldout`; what is there already is kept."""
+    cls = family_class(family)
+    if variant and variant not in cls.variants:
+        raise UserError(f"{family} has no variant {variant!r}", f"variants are: {', '.join(cls.variants)}", "--variant")
     parts = {
-        "model": family_class(family).tiny,
+        "model": lambda folder: cls.tiny(folder, variant=variant),
         "clips": lambda folder: write_clips(folder, RECORDINGS),
         "heldout": lambda folder: write_clips(
             folder, [replace(r, name=f"heldout_{r.name}") for r in RECORDINGS[:3]], first_scene=len(RECORDINGS)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from finetune.data.cache import digest
-from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader
+from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
 from finetune.engine import export
 from finetune.engine.checkpoint import Checkpoints
@@ -97,6 +99,13 @@ class Job:
     def export(self, folder: Path) -> None:
         """Write the trained weights for diffusers, and verify them. Collective."""
         export_weights(self.state, self.recipe.train.method, folder)
+
+    def idle_batch(self) -> Batch:
+        """The training clip that costs least, for calls that only keep ranks in step."""
+        family = self.state.family
+        item = min(self.prepared.train, key=lambda item: family.tokens(item.bucket))
+        sample = read_sample(item, self.prepared.cache, torch.Generator())
+        return family.batch([sample], self.objective)
 
     def heldout_loss(self) -> HeldOut | None:
         """Loss on the held-out clips, if the recipe names any. Collective."""

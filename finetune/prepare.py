@@ -5,21 +5,36 @@ Ranks share the work and never encode the same thing twice; a run that was kille
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from finetune.data import decode
 from finetune.data.cache import Cache, digest
+from finetune.data.images import is_address, load_image, missing_image
 from finetune.data.loader import Item
 from finetune.engine.precision import DTYPES
 from finetune.models.family import Family
-from finetune.recipe import Recipe
+from finetune.recipe import Bucket, Recipe
+from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.schema import Prompt
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
 from finetune.survey import Usable, refuse_or_skip, require, survey
 from finetune.tracking.progress import ProgressLine
 
 _ROUND = 4  # items a rank encodes between two meetings: bounds waiting, and errors surface early
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A validation prompt and its files in the cache."""
+
+    prompt: Prompt
+    bucket: Bucket
+    text_key: str
+    negative_key: str
+    image_key: str | None
 
 
 @dataclass(frozen=True)
@@ -30,15 +45,17 @@ class Prepared:
     train: list[Item]
     heldout: list[Item]
     unconditional_key: str
+    prompts: list[PreparedPrompt]
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """A thing to encode: where it goes and, for a video, what to decode."""
+    """A thing to encode: where it goes and, for a video or an image, what to decode."""
 
     kind: str
     key: str
     source: str
+    bucket: Bucket | None = None
     item: Item | None = None
     info: decode.VideoInfo | None = None
 
@@ -76,11 +93,20 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
             item = Item(clip.path, clip.caption, fitted.bucket, fitted.fps, video, text_key(clip.caption))
             items.append(item)
             work.append(_Encoding("text", item.text_key, clip.caption))
-            work.append(_Encoding("video", video, str(clip.path), item, info))
+            work.append(_Encoding("video", video, str(clip.path), item.bucket, item, info))
         datasets.append(items)
     if recipe.data.caption_dropout:
         work.append(_Encoding("text", text_key(""), ""))
+    prompts = []
+    for prompt in validation_prompts(recipe.validation):
+        bucket = prompt.shape or recipe.data.buckets[0]
+        image = _image_key(prompt.image, bucket, cache) if prompt.image else None
+        prompts.append(PreparedPrompt(prompt, bucket, text_key(prompt.text), text_key(prompt.negative), image))
+        work += [_Encoding("text", text_key(text), text) for text in (prompt.text, prompt.negative)]
+        work += [_Encoding("image", image, prompt.image, bucket)] if image else []
 
+    if unusable := _encode(work, "image", lambda: _image_encoder, cache, runtime):
+        raise UserError.of(unusable)
     failed = _encode(work, "text", lambda: _text_encoder(family, runtime, dtype), cache, runtime)
     failed += _encode(work, "video", lambda: _video_encoder(family, runtime, dtype, recipe), cache, runtime)
     broken = refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
@@ -91,7 +117,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         Problem("this held-out clip is trained on, too", str(i.path)) for i in heldout if i.video_key in trained
     ]:
         raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
-    return Prepared(cache, train, heldout, text_key(""))
+    return Prepared(cache, train, heldout, text_key(""), prompts)
 
 
 def carve(usable: Sequence[Usable], count: int, seed: int) -> tuple[list[Usable], list[Usable]]:
@@ -118,6 +144,14 @@ def _fingerprints(recipe: Recipe, family: Family, cache: Cache) -> tuple[str, st
     return digest(text, recipe.train.precision), digest(video, recipe.train.precision)
 
 
+def _image_key(source: str, bucket: Bucket, cache: Cache) -> str:
+    """A file by its content; an address by itself, so that it is fetched once."""
+    if missing := missing_image(source):
+        raise UserError.of([missing])
+    content = source if is_address(source) else cache.file_hash(Path(source).expanduser())
+    return digest("image", content, bucket.height, bucket.width)
+
+
 Encode = Callable[[_Encoding], dict[str, torch.Tensor]]
 
 
@@ -129,6 +163,10 @@ def _text_encoder(family: Family, runtime: Runtime, dtype: torch.dtype) -> Encod
 def _video_encoder(family: Family, runtime: Runtime, dtype: torch.dtype, recipe: Recipe) -> Encode:
     encode = family.video_encoder(runtime.device.torch_device, dtype, recipe.vae)
     return lambda work: encode(decode.decode(work.item.path, work.info, work.item.bucket, work.item.fps))
+
+
+def _image_encoder(work: _Encoding) -> dict[str, torch.Tensor]:
+    return {"pixels": torch.from_numpy(load_image(work.source, work.bucket.height, work.bucket.width).copy())}
 
 
 def _encode(
@@ -144,7 +182,7 @@ def _encode(
     problems: list[Problem] = []
     with runtime.together():
         encode = load() if mine else None
-    label = "encoding captions" if kind == "text" else "encoding clips"
+    label = {"text": "encoding captions", "video": "encoding clips", "image": "reading images"}[kind]
     rounds = -(-len(missing) // (runtime.world_size * _ROUND))
     with ProgressLine(label, len(missing), enabled=runtime.is_main) as progress:
         for turn in range(rounds):

@@ -11,6 +11,7 @@ from finetune.runtime.files import writing
 from finetune.runtime.logging import say
 from finetune.tracking.progress import ProgressLine
 from finetune.tracking.trackers import Tracker, open_trackers
+from finetune.validate import Samples
 
 GIB = 2**30
 
@@ -81,6 +82,15 @@ class Report:
         if self.enabled and figures is not None:
             say(f"held-out loss after step {step}: {figures.loss:.4f} (predicting zero: {figures.zero_loss:.4f})")
             self._log(step, {"heldout_loss": figures.loss, "heldout_zero_loss": figures.zero_loss})
+        self.last = time.monotonic()
+
+    def samples(self, step: int, samples: Samples | None) -> None:
+        """Videos of the validation prompts after `step` steps; 0 is the base model."""
+        if self.enabled and samples is not None:
+            say(f"samples after step {step}: {len(samples.videos)} videos in {samples.sheet.parent}")
+            with writing(self.job.recipe.output):
+                for tracker in self.trackers:
+                    tracker.log_videos(step, samples.videos, samples.sheet)
         self.last = time.monotonic()
 
     def saved(self, path: Path) -> None:

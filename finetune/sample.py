@@ -4,17 +4,18 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
-import torch
 
+from finetune.data.images import load_image
 from finetune.engine.export import LORA_FILE
 from finetune.engine.precision import DTYPES
+from finetune.engine.sampling import call_arguments, finite_video
 from finetune.models.family import Family
 from finetune.recipe import Recipe
-from finetune.recipe.schema import Prompt
+from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
-from finetune.tracking.media import contact_sheet, write_video
+from finetune.tracking.media import contact_sheet, strip, write_video
 
 
 def sample(
@@ -41,15 +42,19 @@ def sample(
         if weights is not None:
             load_adapter(pipeline, weights)
         made[version] = []
-        for index, prompt in enumerate(recipe.validation.prompts):
+        for index, prompt in enumerate(validation_prompts(recipe.validation)):
+            shape = prompt.shape or recipe.data.buckets[0]
+            image = load_image(prompt.image, shape.height, shape.width) if prompt.image else None
             for seed in range(prompt.seed, prompt.seed + prompt.count):
-                frames = generate(pipeline, family, prompt, seed, recipe)
+                arguments = call_arguments(family, prompt, shape, seed, image)
+                made_frames = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments).frames[0]
+                frames = finite_video(made_frames, prompt)
                 path = out / f"{index:02d}_seed{seed}_{version}.mp4"
                 write_video(frames, path, prompt.fps)
                 say(f"wrote {path}")
                 made[version].append((f"{version}: {prompt.text}  (seed {seed})", frames))
     rows = [row for pair in zip(*made.values(), strict=True) for row in pair]
-    contact_sheet(rows, out / "contact_sheet.png")
+    contact_sheet([(label, strip(frames)) for label, frames in rows], out / "contact_sheet.png")
     say(f"wrote {out / 'contact_sheet.png'}")
     if len(made) == 2:
         pairs = zip(made["base"], made["lora"], strict=True)
@@ -82,28 +87,3 @@ def load_adapter(pipeline: diffusers.DiffusionPipeline, adapter: Path) -> None:
             f"there is no {LORA_FILE} in it", "give the folder that training named at its end", str(adapter)
         )
     pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-
-
-def generate(
-    pipeline: diffusers.DiffusionPipeline, family: Family, prompt: Prompt, seed: int, recipe: Recipe
-) -> np.ndarray:
-    """One video, uint8 (F, H, W, 3); its noise is drawn on the CPU, so a seed means the same on every device."""
-    shape = prompt.shape or recipe.data.buckets[0]
-    arguments = {"guidance_scale": prompt.guidance} if prompt.guidance is not None else {}
-    frames = pipeline(
-        prompt=prompt.text,
-        negative_prompt=prompt.negative,
-        num_frames=shape.frames,
-        height=shape.height,
-        width=shape.width,
-        num_inference_steps=prompt.steps,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="np",
-        **arguments,
-        **family.sampling_arguments(prompt.fps),
-    ).frames[0]
-    if not np.isfinite(frames).all():
-        raise UserError(
-            "the video holds NaN", 'set train.precision = "float32", or use weights that are sound', prompt.text
-        )
-    return (frames * 255).round().astype(np.uint8)

@@ -16,6 +16,7 @@ from finetune.runtime.errors import UserError
 from finetune.runtime.files import FolderLock, atomic, writing
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
+from finetune.validate import validation_samples
 
 
 def train(recipe: Recipe, runtime: Runtime) -> int:
@@ -71,6 +72,7 @@ def run(job: Job, done: int, report: Report) -> signal.Signals | None:
     batches = job.batches(done)
     if done == 0:
         report.heldout(0, job.heldout_loss())
+        report.samples(0, validation_samples(job, 0))
     for step in range(done, recipe.train.steps):
         micro_batches = [next(batches) for _ in range(job.layout.accumulation)]
         result = job.step(step, micro_batches, stop=stop.requested)
@@ -78,13 +80,19 @@ def run(job: Job, done: int, report: Report) -> signal.Signals | None:
         if not result.updated:
             raise _not_finite(job, step, result)
         is_last = step + 1 == recipe.train.steps
-        if is_last or (recipe.validation.every and (step + 1) % recipe.validation.every == 0):
+        if is_last or _due(recipe.validation.every, step + 1):
             report.heldout(step + 1, job.heldout_loss())
-        if is_last or result.stop or (step + 1) % recipe.checkpoint.every == 0:
+        if is_last or result.stop or _due(recipe.checkpoint.every, step + 1):
             report.saved(job.save(step + 1))
+        if is_last or (_due(recipe.validation.samples_every, step + 1) and not result.stop):
+            report.samples(step + 1, validation_samples(job, step + 1))  # after saving: it needs the most memory
         if result.stop and not is_last:
             return stop.signal or signal.SIGTERM  # another rank may have been asked first
     return None
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
 def finish(job: Job) -> int:
@@ -104,7 +112,8 @@ def _usage(job: Job, folder: Path) -> list[str]:
     family, model, shape = job.state.family, job.recipe.model, job.recipe.data.buckets[0]
     dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
     source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
-    lines = ["import torch, diffusers", "from diffusers.utils import export_to_video"]
+    helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"
+    lines = ["import torch, diffusers", f"from diffusers.utils import {helpers}"]
     if job.recipe.train.method == "lora":
         lines.append(f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, torch_dtype={dtype})")
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')
@@ -114,8 +123,9 @@ def _usage(job: Job, folder: Path) -> list[str]:
             f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, transformer=model, torch_dtype={dtype})"
         )
     size = f"num_frames={shape.frames}, height={shape.height}, width={shape.width}"
+    image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
     device = job.state.runtime.device.kind
-    lines.append(f'video = pipe.to("{device}")("your prompt", {size}).frames[0]')
+    lines.append(f'video = pipe.to("{device}")(prompt="your prompt", {image}{size}).frames[0]')
     lines.append(f'export_to_video(video, "video.mp4", fps={job.recipe.data.fps or 25:g})')
     return lines
 

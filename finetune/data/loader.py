@@ -77,6 +77,12 @@ class Layout:
         return range(start, start + self.micro)
 
 
+def read_sample(item: Item, cache: Cache, generator: torch.Generator) -> Sample:
+    """An item as it is, for validation."""
+    moments, text = cache.read("video", item.video_key), cache.read("text", item.text_key)
+    return Sample(moments, text, item.bucket, item.fps, generator)
+
+
 class MicroBatches(Dataset):
     """Micro-batch k of this rank, k = step x accumulation + accumulation step.
 

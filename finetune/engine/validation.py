@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from finetune.data.cache import Cache
-from finetune.data.loader import Item, Sample
+from finetune.data.loader import Item, read_sample
+from finetune.engine.sampling import evaluating
 from finetune.engine.step import StepState, sample_losses
 from finetune.models.objective import Objective
 from finetune.runtime import seeds
@@ -34,21 +35,13 @@ def heldout_loss(
     evaluations = [(index, (q + 0.5) / quantiles) for index in range(len(items)) for q in range(quantiles)]
     rounds = -(-len(evaluations) // world)
     losses: list[tuple[float, float]] = []
-    state.transformer.eval()
     for turn in range(rounds):
         index, u = evaluations[min(turn * world + rank, len(evaluations) - 1)]  # past the end: a call to keep in step
-        item = items[index]
-        sample = Sample(
-            moments=cache.read("video", item.video_key),
-            text=cache.read("text", item.text_key),
-            bucket=item.bucket,
-            fps=item.fps,
-            generator=seeds.generator(state.seed, "heldout", index),
-        )
+        sample = read_sample(items[index], cache, seeds.generator(state.seed, "heldout", index))
         batch = state.family.batch([sample], objective, torch.tensor([u])).to(device)
-        prediction = state.family.predict(state.transformer, batch.inputs)
+        with evaluating(state.transformer):
+            prediction = state.family.predict(state.transformer, batch.inputs)
         losses.append((sample_losses(prediction, batch), sample_losses(torch.zeros_like(prediction), batch)))
-    state.transformer.train()
     figures = torch.tensor([[float(loss), float(zero)] for loss, zero in losses], dtype=torch.float64)
     gathered = state.runtime.gather(figures.tolist())
     in_order = [gathered[i % world][i // world] for i in range(len(evaluations))]

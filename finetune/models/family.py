@@ -223,6 +223,10 @@ class Family(ABC):
             vae.enable_tiling()
         return vae
 
+    def load_scheduler(self) -> Any:
+        """The sampler that the checkpoint was saved with."""
+        return getattr(diffusers, self.folder.class_name("scheduler")).from_config(self.folder.config("scheduler"))
+
     def pipeline(self, **components: Any) -> diffusers.DiffusionPipeline:
         """The family's pipeline of these components, and None for the others."""
         cls = getattr(diffusers, self.pipeline_class)

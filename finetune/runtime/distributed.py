@@ -52,6 +52,14 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def any(self, vote: bool) -> bool:
+        """Whether any rank votes yes, on every rank."""
+        if self.world_size == 1:
+            return vote
+        votes = torch.tensor(vote, dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control)
+        return bool(votes)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Leave the block with one outcome: if it raised on any rank, it raises on all.

@@ -21,14 +21,18 @@ def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = 6, tile_height: int = 128) -> None:
-    """A PNG with one labelled row a video, `columns` evenly spaced frames each. Videos are uint8 (F, H, W, 3)."""
+def strip(frames: np.ndarray, columns: int = 6, height: int = 128) -> np.ndarray:
+    """`columns` evenly spaced frames of a video, uint8 (F, H, W, 3), made `height` pixels high."""
+    picked = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
+    width = round(height * frames.shape[2] / frames.shape[1])
+    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height))) for frame in picked])
+
+
+def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
+    """A PNG with one labelled row a video, given as its `strip`."""
     label_height, gap = 18, 4
-    tiles = []
-    for label, frames in rows:
-        picked = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
-        width = round(tile_height * frames.shape[2] / frames.shape[1])
-        tiles.append((label, [Image.fromarray(frame).resize((width, tile_height)) for frame in picked]))
+    tiles = [(label, [Image.fromarray(tile) for tile in row]) for label, row in rows]
+    tile_height = tiles[0][1][0].height
     sheet_width = max(sum(tile.width + gap for tile in row) for _, row in tiles) + gap
     sheet = Image.new("RGB", (sheet_width, (tile_height + label_height + gap) * len(tiles) + gap), "white")
     draw = ImageDraw.Draw(sheet)

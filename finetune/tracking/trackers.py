@@ -2,9 +2,12 @@
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
 
 from finetune.recipe.schema import Tracking
 from finetune.runtime.errors import UserError
@@ -15,6 +18,9 @@ class Tracker(Protocol):
     """A place for metrics. Steps are counted from 1: the first optimizer step logs as 1; 0 is the base model."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
+        """Generated videos, each a label and an mp4 file, and a PNG that shows all of them."""
 
     def close(self) -> None: ...
 
@@ -30,8 +36,11 @@ class JsonLines:
         partial.replace(path)
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float | str]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
+        self.log(step, {"samples": str(sheet.parent)})
 
     def close(self) -> None:
         self.file.close()
@@ -50,6 +59,9 @@ class TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+
+    def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
+        self.writer.add_image("samples", np.asarray(Image.open(sheet)), step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
@@ -85,6 +97,12 @@ class WandB:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
+
+    def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
+        import wandb
+
+        files = [wandb.Video(str(path), caption=label, format="mp4") for label, path in videos]
+        self.run.log({"samples": files, "contact_sheet": wandb.Image(str(sheet))}, step=step)
 
     def close(self) -> None:
         self.run.finish()

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.synthetic import scene
-from finetune.tracking.media import contact_sheet, write_video
+from finetune.tracking.media import contact_sheet, strip, write_video
 
 
 def test_a_written_video_has_the_frames_rate_and_size_that_ffmpeg_reads(tmp_path: Path) -> None:
@@ -30,7 +30,8 @@ def test_a_written_video_has_the_frames_rate_and_size_that_ffmpeg_reads(tmp_path
 def test_a_contact_sheet_shows_a_row_a_video(tmp_path: Path) -> None:
     red, _ = scene(0, 9, 64, 96)
     blue, _ = scene(2, 9, 64, 96)
-    contact_sheet([("red", red), ("blue", blue)], tmp_path / "sheet.png", columns=3, tile_height=64)
+    rows = [("red", strip(red, 3, 64)), ("blue", strip(blue, 3, 64))]
+    contact_sheet(rows, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     upper, lower = np.array_split(sheet, 2)
     is_red = lambda pixels: ((pixels[..., 0] > 180) & (pixels[..., 2] < 80)).sum()  # noqa: E731

@@ -1,0 +1,67 @@
+"""Validation samples: the recipe's prompts as videos of the model in training, spread over the ranks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from finetune.engine.precision import DTYPES
+from finetune.engine.sampling import Request, generate
+from finetune.job import Job
+from finetune.prepare import PreparedPrompt
+from finetune.runtime.files import writing
+from finetune.tracking.media import contact_sheet, strip, write_video
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was generated: (label, mp4) of each video in order, and all of them on one sheet."""
+
+    videos: list[tuple[str, Path]]
+    sheet: Path
+
+
+def validation_samples(job: Job, step: int) -> Samples | None:
+    """Generate the prompts after `step` steps into the run's `samples/step_...`; None without prompts. Collective."""
+    wanted = [
+        (index, prompt, seed)
+        for index, prompt in enumerate(job.prepared.prompts)
+        for seed in range(prompt.prompt.seed, prompt.prompt.seed + prompt.prompt.count)
+    ]
+    if not wanted:
+        return None
+    recipe, runtime = job.recipe, job.state.runtime
+    folder = recipe.output / "samples" / f"step_{step:08d}"
+    mine = wanted[runtime.rank :: runtime.world_size]
+    made: list[tuple[str, Path, np.ndarray]] = []
+
+    def write(turn: int, frames: np.ndarray) -> None:
+        index, prompt, seed = mine[turn]
+        path = folder / f"{index:02d}_seed{seed}.mp4"
+        with writing(folder):
+            write_video(frames, path, prompt.prompt.fps)
+        made.append((f"{prompt.prompt.text}  (seed {seed})", path, strip(frames)))
+
+    requests = [_request(job, prompt, seed) for _, prompt, seed in mine]
+    generate(job.state, requests, job.idle_batch, recipe.vae, DTYPES[recipe.train.precision], write)
+    shares = runtime.gather(made)
+    in_order = [shares[i % runtime.world_size][i // runtime.world_size] for i in range(len(wanted))]
+    sheet = folder / "contact_sheet.png"
+    with runtime.together(), writing(folder):
+        if runtime.is_main:
+            contact_sheet([(label, frames) for label, _, frames in in_order], sheet)
+    return Samples([(label, path) for label, path, _ in in_order], sheet)
+
+
+def _request(job: Job, prepared: PreparedPrompt, seed: int) -> Request:
+    cache = job.prepared.cache
+    image: torch.Tensor | None = cache.read("image", prepared.image_key)["pixels"] if prepared.image_key else None
+    return Request(
+        prompt=prepared.prompt,
+        seed=seed,
+        bucket=prepared.bucket,
+        text=cache.read("text", prepared.text_key),
+        negative=cache.read("text", prepared.negative_key),
+        image=None if image is None else image.numpy(),
+    )
