@@ -95,7 +95,8 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     for key in ("validation.every", "validation.sigmas"):
         yield key, bool(validation.heldout or validation.heldout_clips), "set validation.heldout to a dataset"
     prompts = bool(validation.prompts or validation.prompts_file)
-    yield "validation.samples_every", prompts, "add [[validation.prompts]]"
+    for key in ("validation.samples_every", "validation.tiling"):
+        yield key, prompts, "add [[validation.prompts]]"
     yield "tracking.project", "wandb" in recipe.tracking.trackers, 'add "wandb" to tracking.trackers'
 
 
@@ -116,11 +117,17 @@ def open_family(recipe: Recipe) -> Family:
     if problems:
         raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
     family = cls(folder)
-    if wrong := [*_unused(recipe, family), *_shape_problems(recipe, family)]:
+    if wrong := list(family_problems(recipe, family)):
         raise UserError.of(wrong)
     if recipe.lora.targets:
         lora.check_targets(family.empty_transformer(), family, recipe.lora.targets)
     return family
+
+
+def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
+    """Settings of a recipe that its checkpoint cannot use; no weight is read."""
+    yield from _unused(recipe, family)
+    yield from _shape_problems(recipe, family)
 
 
 def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:

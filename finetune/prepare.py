@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     text_fingerprint, video_fingerprint = runtime.from_main(fingerprints)
 
     def text_key(caption: str) -> str:
-        return digest("text", family.name, text_fingerprint, caption)
+        return digest("text", family.pipeline_class, text_fingerprint, caption)  # whose encode_prompt it is
 
     usable = survey(recipe.data, recipe.data.path, cache, runtime)
     named = recipe.validation.heldout

@@ -8,7 +8,7 @@ import numpy as np
 from finetune.data.images import load_image
 from finetune.engine.export import LORA_FILE
 from finetune.engine.precision import DTYPES
-from finetune.engine.sampling import call_arguments, finite_video
+from finetune.engine.sampling import call_arguments, checked
 from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts
@@ -48,7 +48,7 @@ def sample(
             for seed in range(prompt.seed, prompt.seed + prompt.count):
                 arguments = call_arguments(family, prompt, shape, seed, image)
                 made_frames = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments).frames[0]
-                frames = finite_video(made_frames, prompt)
+                frames = checked(made_frames, prompt, shape)
                 path = out / f"{index:02d}_seed{seed}_{version}.mp4"
                 write_video(frames, path, prompt.fps)
                 say(f"wrote {path}")

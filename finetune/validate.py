@@ -10,6 +10,7 @@ from finetune.engine.precision import DTYPES
 from finetune.engine.sampling import Request, generate
 from finetune.job import Job
 from finetune.prepare import PreparedPrompt
+from finetune.recipe.schema import Vae
 from finetune.runtime.files import writing
 from finetune.tracking.media import contact_sheet, strip, write_video
 
@@ -43,8 +44,9 @@ def validation_samples(job: Job, step: int) -> Samples | None:
             write_video(frames, path, prompt.prompt.fps)
         made.append((f"{prompt.prompt.text}  (seed {seed})", path, strip(frames)))
 
-    requests = [_request(job, prompt, seed) for _, prompt, seed in mine]
-    generate(job.state, requests, job.idle_batch, recipe.vae, DTYPES[recipe.train.precision], write)
+    requests = [request_of(job, prompt, seed) for _, prompt, seed in mine]
+    vae = Vae(slicing=True, tiling=recipe.validation.tiling)
+    generate(job.state, requests, job.idle_batch, vae, DTYPES[recipe.train.precision], write)
     shares = runtime.gather(made)
     in_order = [shares[i % runtime.world_size][i // runtime.world_size] for i in range(len(wanted))]
     sheet = folder / "contact_sheet.png"
@@ -54,7 +56,8 @@ def validation_samples(job: Job, step: int) -> Samples | None:
     return Samples([(label, path) for label, path, _ in in_order], sheet)
 
 
-def _request(job: Job, prepared: PreparedPrompt, seed: int) -> Request:
+def request_of(job: Job, prepared: PreparedPrompt, seed: int) -> Request:
+    """A prompt with what the cache holds of it."""
     cache = job.prepared.cache
     image: torch.Tensor | None = cache.read("image", prepared.image_key)["pixels"] if prepared.image_key else None
     return Request(

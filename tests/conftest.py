@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache as cache_calls
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,13 +47,25 @@ def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_ltx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LTX-Video pipeline on disk. Copy it before changing it."""
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny pipeline on disk, made when it is first asked for: `tiny_model("ltx", "0.9.7")`. Copy it before changing it."""
     from finetune.models import family_class
 
-    folder = tmp_path_factory.mktemp("models") / "ltx"
-    family_class("ltx").tiny(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("models")
+
+    @cache_calls
+    def make(family: str, variant: str | None = None) -> Path:
+        path = folder / (f"{family}-{variant}" if variant else family)
+        family_class(family).tiny(path, variant=variant)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_ltx(tiny_model: Callable[..., Path]) -> Path:
+    """A tiny LTX-Video pipeline on disk. Copy it before changing it."""
+    return tiny_model("ltx")
 
 
 @pytest.fixture(scope="session")
@@ -155,18 +168,95 @@ sigmas = 3
 
 
 @pytest.fixture(scope="session")
+def few_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five real clips with captions, for what is done with every family. Copy it before changing it."""
+    from finetune.data.synthetic import RECORDINGS, write_clips
+
+    folder = tmp_path_factory.mktemp("data") / "few"
+    write_clips(folder, RECORDINGS[:5])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family_recipe(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path], few_clips: Path, cache: Path
+) -> Callable[..., Path]:
+    """A recipe of a family and variant, in float32, that has in it all that must be the same however it is run.
+
+    Dropped captions and images, stratified noise levels, clipped gradients, a moving rate, a clip held out.
+    """
+    from finetune.models import family_class
+
+    folder = tmp_path_factory.mktemp("families")
+
+    @cache_calls
+    def make(family: str, variant: str | None = None) -> Path:
+        path = folder / (f"{family}-{variant}.toml" if variant else f"{family}.toml")
+        path.write_text(
+            f"""
+output = "{path.with_suffix("")}"
+[model]
+family = "{family}"
+path = "{tiny_model(family, variant)}"
+[data]
+path = "{few_clips}"
+buckets = ["{"13x64x96" if family == "mochi" else "17x64x96"}"]
+caption_dropout = 0.4
+{"image_dropout = 0.4" if family_class(family).takes_image else ""}
+cache = "{cache}"
+workers = 0
+[train]
+steps = 5
+global_batch_size = 2
+micro_batch_size = 2
+precision = "float32"
+max_grad_norm = 0.05
+[objective]
+stratified = true
+[optimizer]
+lr = 1e-2
+weight_decay = 1e-2
+[schedule]
+name = "cosine"
+warmup_steps = 2
+[validation]
+heldout_clips = 1
+sigmas = 3
+"""
+        )
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def parity(parity_recipe: Path) -> dict[int, dict]:
     """Figures of every configuration of tests/engine/parity_worker.py, by number of processes."""
-    figures = {}
-    for processes in (1, 2):
-        out = parity_recipe.with_name(f"{processes}.json")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        worker = [ROOT / "tests" / "engine" / "parity_worker.py", parity_recipe, out]
-        start = [sys.executable, *(torchrun if processes > 1 else []), *worker]
-        done = subprocess.run(start, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
-        figures[processes] = json.loads(out.read_text())
-    return figures
+    folder = parity_recipe.parent
+    return {processes: figures_of("parity_worker.py", processes, folder, [parity_recipe]) for processes in (1, 2)}
+
+
+@pytest.fixture(scope="session")
+def families_parity(
+    tmp_path_factory: pytest.TempPathFactory, family_recipe: Callable[..., Path]
+) -> dict[int, dict[str, dict]]:
+    """Figures of tests/engine/families_worker.py for every family and variant, by number of processes."""
+    from every_family import MODELS
+
+    recipes = [family_recipe(*model) for model in MODELS]
+    folder = tmp_path_factory.mktemp("families-parity")
+    return {processes: figures_of("families_worker.py", processes, folder, recipes) for processes in (1, 2)}
+
+
+def figures_of(worker: str, processes: int, folder: Path, arguments: list[Path]) -> dict:
+    """What a worker of tests/engine writes, started plainly or under torchrun."""
+    out = folder / f"{processes}.json"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    start = [sys.executable, *(torchrun if processes > 1 else [])]
+    start += [ROOT / "tests" / "engine" / worker, out, *arguments]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
     whole = get_model_state_dict(transformer, options=_WHOLE_TRAINED)
     with runtime.together():
         if runtime.is_main:
-            layers = {name.replace(f".{ADAPTER}.", "."): value for name, value in whole.items()}  # peft's file names
+            # By peft's file names; a persistent buffer (CogVideoX-I2V's learned positions) is no part of the adapter.
+            adapter = {name: value for name, value in whole.items() if f".{ADAPTER}." in name}
+            layers = {name.replace(f".{ADAPTER}.", "."): value for name, value in adapter.items()}
             config = transformer.peft_config[ADAPTER]
             pipeline = getattr(diffusers, family.pipeline_class)
             pipeline.save_lora_weights(

@@ -102,14 +102,14 @@ def video(pipeline: diffusers.DiffusionPipeline, family: Family, request: Reques
     """One video, uint8 (F, H, W, 3); its noise is drawn on the CPU, so a seed means the same on every device.
 
     Raises:
-        UserError: it is not finite.
+        UserError: it is not finite, or not of the shape that was asked for.
     """
     arguments = call_arguments(family, request.prompt, request.bucket, request.seed, request.image)
     embeddings = {}
     for sign, text in (("", request.text), ("negative_", request.negative)):
         for name, argument in family.text_arguments.items():
             embeddings[sign + argument] = text[name][None].to(device)
-    return finite_video(pipeline(**embeddings, **arguments).frames[0], request.prompt)
+    return checked(pipeline(**embeddings, **arguments).frames[0], request.prompt, request.bucket)
 
 
 def call_arguments(
@@ -129,8 +129,14 @@ def call_arguments(
     }
 
 
-def finite_video(frames: np.ndarray, prompt: Prompt) -> np.ndarray:
-    """Frames in [0, 1] as uint8. Raises UserError if they hold NaN."""
+def checked(frames: np.ndarray, prompt: Prompt, bucket: Bucket) -> np.ndarray:
+    """Frames in [0, 1] as uint8. Raises UserError if they hold NaN or have another shape than was asked for."""
+    if frames.shape[:3] != tuple(bucket):
+        raise UserError(
+            f"the video came out as {'x'.join(map(str, frames.shape[:3]))} instead of {bucket}",
+            "the VAE's tiles do not fit this shape: set validation.tiling = false",
+            prompt.text,
+        )
     if not np.isfinite(frames).all():
         raise UserError(
             "the video holds NaN", 'set train.precision = "float32", or use weights that are sound', prompt.text

@@ -90,7 +90,7 @@ class CogVideoX(Family):
     def inputs(
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
     ) -> dict[str, Any]:
-        rotary = self.config["use_rotary_positional_embeddings"]
+        rotary = self.config.get("use_rotary_positional_embeddings", False)
         return {
             "hidden_states": noisy.transpose(1, 2).to(text["encoder_hidden_states"].dtype),
             "timestep": level,
@@ -120,8 +120,8 @@ class CogVideoX(Family):
             latent_channels=8,
             layers_per_block=1,
             norm_num_groups=4,
-            sample_height=64,
-            sample_width=96,
+            sample_height=96,
+            sample_width=160,
             invert_scale_latents=cls.takes_image and variant in cls._PAIRED,
         )
         vae.encoder.conv_out.conv.bias.data[8:] = -10  # log-variances: a trained VAE's posterior is narrow
@@ -190,7 +190,7 @@ class CogVideoXImageToVideo(CogVideoX):
         if sample.image_dropped:
             z = torch.zeros_like(z)
         inverted = self.folder.config("vae").get("invert_scale_latents", False)
-        image = z / self.scaling_factor if inverted else z * self.scaling_factor
+        image = z * (1 / self.scaling_factor if inverted else self.scaling_factor)
         return {"image": pad(image, (0, 0, 0, 0, 0, x0.shape[1] - 1))}  # 1.5 has it on the frame that it pads with
 
     def inputs(

@@ -22,6 +22,7 @@ from finetune.models.objective import FlowMatching, Objective, recipe_shift
 from finetune.recipe import Bucket
 from finetune.recipe.schema import Objective as ObjectiveSettings
 from finetune.recipe.schema import Prompt, Vae
+from finetune.runtime.errors import UserError
 
 Tensors = dict[str, Tensor]
 
@@ -185,7 +186,15 @@ class Family(ABC):
         @torch.no_grad()
         def encode(frames: np.ndarray) -> Tensors:
             pixels = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None]  # (1, 3, F, H, W) uint8
-            return self.encode_video(vae, pixels.float() / 127.5 - 1, settings)
+            moments = self.encode_video(vae, pixels.float() / 127.5 - 1, settings)
+            if moments["mean"].shape[1:] != Family.latent_shape(self, Bucket(*frames.shape[:3])):
+                shape = "x".join(map(str, frames.shape[:3]))
+                raise UserError(
+                    f"the VAE's tiles do not fit {shape}: the latents come out wrong",
+                    "set vae.tiling = false",
+                    "vae.tiling",
+                )
+            return moments
 
         return encode
 
@@ -242,10 +251,10 @@ class Family(ABC):
     def _text_component(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
         import transformers
 
-        folder = self.folder.path / name
+        cls, folder = getattr(transformers, self.folder.class_name(name)), self.folder.path / name
         if name.startswith("tokenizer"):
-            return transformers.AutoTokenizer.from_pretrained(folder)
-        return getattr(transformers, self.folder.class_name(name)).from_pretrained(folder, dtype=dtype).to(device)
+            return cls.from_pretrained(folder)
+        return cls.from_pretrained(folder, dtype=dtype).to(device)
 
     # Training
 

@@ -11,6 +11,14 @@ from torch import Tensor
 from finetune.runtime.errors import Problem, UserError
 
 INDEX = "model_index.json"
+_NOT_NEEDED = [
+    "*.bin",
+    "*.msgpack",
+    "*.bf16.*",
+    "*.fp16.*",
+    "*.bf16-*",
+    "*.fp16-*",
+]  # other formats, and copies in half
 
 
 class ModelFolder:
@@ -113,9 +121,7 @@ def resolve(path: str, revision: str, components: Sequence[str]) -> Path:
 
     patterns = [INDEX, *(f"{component}/*" for component in components)]
     try:
-        return Path(
-            snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*.bin", "*.msgpack"])
-        )
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -64,8 +64,8 @@ class LTXVideo(Family):
         timestep = level * 1000
         inputs = {"hidden_states": pack(noisy).to(text["encoder_hidden_states"].dtype), **text}
         if self.by_coordinates:
-            rates = torch.tensor([sample.fps for sample in samples])
-            return inputs | {"timestep": timestep[:, None], "video_coords": self.coordinates(noisy.shape[2:], rates)}
+            seconds = torch.tensor([1.0 / sample.fps for sample in samples])  # of a video frame
+            return inputs | {"timestep": timestep[:, None], "video_coords": self.coordinates(noisy.shape[2:], seconds)}
         seconds = torch.tensor([self.temporal / sample.fps for sample in samples])  # of a latent frame
         return inputs | {
             "timestep": timestep,
@@ -75,16 +75,16 @@ class LTXVideo(Family):
             "rope_interpolation_scale": (seconds.view(-1, 1, 1, 1, 1), self.spatial, self.spatial),
         }
 
-    def coordinates(self, shape: Sequence[int], rates: Tensor) -> Tensor:
-        """Seconds and pixels at which each token begins, float32 (B, 3, tokens), for frame rates (B,).
+    def coordinates(self, shape: Sequence[int], seconds: Tensor) -> Tensor:
+        """Seconds and pixels at which each token begins, float32 (B, 3, tokens), for seconds a video frame (B,).
 
         As LTXConditionPipeline._scale_video_ids: the first latent frame holds one video frame, the others `temporal`.
         """
         frames, height, width = (torch.arange(size) for size in shape)
         frames = (frames * self.temporal + 1 - self.temporal).clamp(min=0)
         grid = torch.meshgrid(frames, height * self.spatial, width * self.spatial, indexing="ij")
-        coordinates = torch.stack(grid).flatten(1).float().repeat(len(rates), 1, 1)
-        coordinates[:, 0] *= (1.0 / rates)[:, None]
+        coordinates = torch.stack(grid).flatten(1).float().repeat(len(seconds), 1, 1)
+        coordinates[:, 0] *= seconds[:, None]
         return coordinates
 
     def target(self, target: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class LTXVideo(Family):
 
     def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
         arguments = super().sampling_arguments(prompt) | {"frame_rate": prompt.fps}
-        if self.folder.config("vae")["timestep_conditioning"]:  # from 0.9.1; values of the model's card
+        if self.folder.config("vae").get("timestep_conditioning", False):  # from 0.9.1; values of the model's card
             arguments |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
         return arguments
 

@@ -48,8 +48,9 @@ def llama_tokenizer(template: str) -> PreTrainedTokenizerBase:
     vocabulary = [*((token, 0.0) for token in special), *_pieces([*CORPUS, *re.findall(r"\w+|[^\w\s]", words)])]
     tokenizer = Tokenizer(Unigram(vocabulary, unk_id=1))
     tokenizer.pre_tokenizer = Sequence([Punctuation(), WhitespaceSplit(), Metaspace()])
+    # The pipeline cuts 95 tokens off the front, the template's length in Llama 3's tokens; here it has three fewer.
     tokenizer.post_processor = TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 2)]
+        single="<|begin_of_text|> " * 4 + "$A", special_tokens=[("<|begin_of_text|>", 2)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -69,7 +69,7 @@ def _renamed(entry: Any) -> Any:
 
 def _entries(value: Any) -> list[Any]:
     """The list in a JSON or TOML file: itself, or under "prompts" or finetrainers' "data"."""
-    found = value if isinstance(value, list) else value.get("prompts", value.get("data"))
+    found = value.get("prompts", value.get("data")) if isinstance(value, dict) else value
     if not isinstance(found, list):
         raise ValueError('no list of prompts in it: name it "prompts"')
     return found

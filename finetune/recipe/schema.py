@@ -211,6 +211,8 @@ class Validation(Table):
     """The held-out loss is measured at this many fixed quantiles of sigma."""
     samples_every: Annotated[int, Field(ge=1)] | None = Free(None)
     """Generate the prompts each this many steps; unset: at the start and the end."""
+    tiling: bool = Free(True)
+    """Decode samples in overlapping tiles where they are larger than one: much less memory, slightly different pictures."""
     prompts: Annotated[list[Prompt], BeforeValidator(split_prompts)] = Free([])
     """What to generate, as tables or as one string "prompt@@@49x512x768:::prompt..."."""
     prompts_file: PathText | None = Free(None)

@@ -337,6 +337,7 @@ FREE = [
     "validation.heldout=held",
     "validation.sigmas=2",
     "validation.samples_every=2",
+    "validation.tiling=false",
     "validation.prompts=a cat@@@9x64x64:::a dog",
     "validation.prompts_file=prompts.txt",
     "tracking.trackers=wandb",

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import wandb
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from finetune.data.synthetic import scene
 from finetune.recipe.schema import Tracking
 from finetune.runtime.errors import UserError
+from finetune.tracking.media import contact_sheet, strip, write_video
 from finetune.tracking.trackers import JsonLines, open_trackers
 
 
@@ -60,6 +63,37 @@ def test_wandb_runs_offline_and_resumes_under_the_same_id(tmp_path: Path, monkey
             tracker.close()
     assert len(ids) == 1
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> tuple[list[tuple[str, Path]], Path]:
+    """Two generated videos and their sheet."""
+    made = []
+    for index in range(2):
+        frames, _ = scene(index, 9, 64, 96)
+        write_video(frames, tmp_path / "step_2" / f"{index}.mp4", 24)
+        made.append((f"prompt {index}", frames, tmp_path / "step_2" / f"{index}.mp4"))
+    sheet = tmp_path / "step_2" / "contact_sheet.png"
+    contact_sheet([(label, strip(frames)) for label, frames, _ in made], sheet)
+    return [(label, path) for label, _, path in made], sheet
+
+
+def test_samples_reach_every_tracker(tmp_path: Path, videos, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers = open_trackers(Tracking(trackers=["tensorboard", "wandb"]), tmp_path, {}, 0)
+    for tracker in trackers:
+        tracker.log_videos(2, *videos)
+    run = Path(trackers[2].run.dir)
+    for tracker in trackers:
+        tracker.close()
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 2, "samples": str(tmp_path / "step_2")}]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    image = events.Images("samples")[0]
+    assert (image.step, image.height) == (2, Image.open(videos[1]).height)
+    kept = {path.read_bytes() for path in run.rglob("*.mp4")}
+    assert kept == {path.read_bytes() for _, path in videos[0]}
 
 
 def test_wandb_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

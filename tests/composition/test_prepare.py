@@ -1,0 +1,94 @@
+"""What a run takes from its dataset: clips to train on, clips held out, prompts."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.check import open_family
+from finetune.data.manifest import VIDEO_SUFFIXES
+from finetune.prepare import Prepared, prepare
+from finetune.recipe import load_recipe
+from finetune.runtime.errors import UserError
+
+
+@pytest.fixture
+def prepared(recipe_file: Path, runtime) -> Callable[..., Prepared]:
+    def make(*overrides: str) -> Prepared:
+        recipe = load_recipe(recipe_file, overrides)
+        return prepare(recipe, open_family(recipe), runtime)
+
+    return make
+
+
+def names(items) -> list[str]:
+    return sorted(item.path.name for item in items)
+
+
+def test_held_out_clips_are_taken_out_of_the_dataset(prepared: Callable[..., Prepared]) -> None:
+    whole, carved = prepared(), prepared("validation.heldout_clips=3")
+    assert whole.heldout == []
+    assert len(carved.heldout) == 3
+    assert sorted(names(carved.train) + names(carved.heldout)) == names(whole.train)
+
+
+def test_which_clips_are_held_out_depends_on_content_and_seed_alone(
+    prepared: Callable[..., Prepared], clips: Path, tmp_path: Path
+) -> None:
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    videos = [path for path in sorted(clips.iterdir(), reverse=True) if path.suffix in VIDEO_SUFFIXES]
+    for number, video in enumerate(videos):
+        shutil.copy(video, renamed / f"{number}{video.suffix}")
+        shutil.copy(video.with_suffix(".txt"), renamed / f"{number}.txt")
+    held = {item.video_key for item in prepared("validation.heldout_clips=3").heldout}
+    again = prepared("validation.heldout_clips=3", f"data.path={renamed}")
+    assert {item.video_key for item in again.heldout} == held
+    others = [prepared("validation.heldout_clips=3", f"train.seed={seed}").heldout for seed in range(3)]
+    assert any({item.video_key for item in other} != held for other in others)
+
+
+def test_copies_of_a_clip_are_held_out_together(prepared: Callable[..., Prepared], clips: Path, tmp_path: Path) -> None:
+    doubled = tmp_path / "doubled"
+    shutil.copytree(clips, doubled)
+    for video in clips.glob("*.mp4"):
+        shutil.copy(video, doubled / f"copy_{video.name}")
+        shutil.copy(video.with_suffix(".txt"), doubled / f"copy_{video.stem}.txt")
+    found = prepared("validation.heldout_clips=2", f"data.path={doubled}")
+    assert not {item.video_key for item in found.train} & {item.video_key for item in found.heldout}
+    assert len({item.video_key for item in found.heldout}) == 2
+
+
+def test_at_least_one_clip_is_left_to_train_on(prepared: Callable[..., Prepared]) -> None:
+    with pytest.raises(UserError, match=r"12 of \d+ clips would be held out"):
+        prepared("validation.heldout_clips=12")
+
+
+def test_captions_are_encoded_anew_for_another_pipeline(
+    prepared: Callable[..., Prepared], tiny_model: Callable[..., Path]
+) -> None:
+    """LTX's two forms may have the same text encoder, and do not use it alike."""
+    keys = [
+        {item.text_key for item in prepared(f"model.path={tiny_model('ltx', variant)}").train}
+        for variant in ("0.9.1", "0.9.7")
+    ]
+    assert not keys[0] & keys[1]
+
+
+def test_a_condition_image_is_cached_at_the_prompts_shape(
+    recipe_file: Path, runtime, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((200, 200, 3), (9, 99, 199), np.uint8)).save(tmp_path / "first.png")
+    prompt = f'{{text = "a", image = "{tmp_path / "first.png"}", shape = "9x64x32"}}'
+    overrides = ["model.family=ltx_i2v", f"model.path={tiny_model('ltx_i2v')}", f"validation.prompts=[{prompt}]"]
+    recipe = load_recipe(recipe_file, overrides)
+    found = prepare(recipe, open_family(recipe), runtime)
+    pixels = found.cache.read("image", found.prompts[0].image_key)["pixels"].numpy()
+    assert pixels.shape == (64, 32, 3)
+    assert (pixels == (9, 99, 199)).all()
+    (tmp_path / "first.png").write_text("no image")
+    with pytest.raises(UserError, match="no image can be read"):
+        prepare(recipe, open_family(recipe), runtime)

@@ -1,0 +1,149 @@
+"""Validation samples are what the diffusers pipeline generates, and leave the training as it was."""
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from every_family import FIRST, Model, every_model, title
+from PIL import Image
+from torch import Tensor
+
+from finetune.data.synthetic import scene
+from finetune.engine.export import LORA_FILE
+from finetune.engine.precision import DTYPES
+from finetune.engine.sampling import Request, generate
+from finetune.job import Job
+from finetune.recipe.schema import Vae
+from finetune.validate import request_of
+
+PROMPT = "a red ball moves to the left over a dark floor"
+NEGATIVE = "blurry"
+
+
+@pytest.fixture
+def prompted(family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[Model], Path]:
+    """A family's recipe with one prompt: two steps, guidance, a negative prompt, and an image if it takes one."""
+
+    def make(model: Model) -> Path:
+        Image.fromarray(scene(5, 1, 64, 96)[0][0]).save(tmp_path / "first.png")
+        lines = ["[[validation.prompts]]", f'text = "{PROMPT}"', f'negative = "{NEGATIVE}"', "steps = 2", "seed = 7"]
+        lines += ["guidance = 3.0"] + (["true_guidance = 2.0"] if model[0] == "hunyuan" else [])
+        lines += [f'image = "{tmp_path / "first.png"}"'] if model[0].endswith("i2v") else []
+        path = tmp_path / "recipe.toml"
+        path.write_text(family_recipe(*model).read_text() + "\n".join(lines))
+        return path
+
+    return make
+
+
+def live_video(job: Job, tiling: bool = False) -> np.ndarray:
+    """The recipe's prompt by the transformer in training."""
+    made: list[np.ndarray] = []
+    requests: list[Request] = [request_of(job, job.prepared.prompts[0], seed=7)]
+    dtype = DTYPES[job.recipe.train.precision]
+    generate(job.state, requests, job.idle_batch, Vae(tiling=tiling), dtype, lambda index, frames: made.append(frames))
+    return made[0]
+
+
+def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -> np.ndarray:
+    """The same by diffusers alone, from the model's folder and, if given, an exported adapter."""
+    family, prompt = job.state.family, job.prepared.prompts[0].prompt
+    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
+        family.folder.path, dtype=DTYPES[job.recipe.train.precision]
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    if tiling:
+        pipeline.vae.enable_tiling()
+    if folder is not None:
+        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+    special = {"frame_rate": 25} if family.name.startswith("ltx") else {}
+    if special and pipeline.vae.config.timestep_conditioning:
+        special |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
+    special |= {"true_cfg_scale": 2.0} if family.name == "hunyuan" else {}
+    special |= {"image": Image.open(prompt.image)} if prompt.image else {}
+    frames = pipeline(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        height=64,
+        width=96,
+        num_frames=13 if family.name == "mochi" else 17,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+        **special,
+    ).frames[0]
+    return (frames * 255).round().astype(np.uint8)
+
+
+def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Last bits of float32 may differ with the layout in memory: they turn a pixel in a thousand to its neighbour."""
+    assert ours.shape == theirs.shape
+    difference = np.abs(ours.astype(int) - theirs)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+@every_model
+def test_the_base_model_generates_what_its_pipeline_does(
+    build_job: Callable[..., Job], prompted: Callable[[Model], Path], model: Model
+) -> None:
+    job = build_job(recipe_file=prompted(model))
+    assert_same(live_video(job), pipeline_video(job))
+
+
+@pytest.mark.parametrize("model", FIRST, ids=title)
+def test_float32_masters_generate_in_the_precision_of_the_step(
+    build_job: Callable[..., Job], prompted: Callable[[Model], Path], model: Model
+) -> None:
+    job = build_job("train.method=full", "train.precision=bf16", recipe_file=prompted(model))
+    ours, theirs = live_video(job), pipeline_video(job)
+    if model[0] == "mochi":  # rounding to bf16 makes much of its attention's different order of sums
+        assert np.abs(ours.astype(int) - theirs).mean() < 3
+    else:
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("model", FIRST, ids=title)
+def test_a_trained_adapter_generates_what_its_export_does(
+    build_job: Callable[..., Job], prompted: Callable[[Model], Path], tmp_path: Path, model: Model
+) -> None:
+    job = build_job("optimizer.lr=0.05", recipe_file=prompted(model))
+    base = live_video(job)
+    batches = job.batches(0)
+    for step in range(5):
+        job.step(step, [next(batches) for _ in range(job.layout.accumulation)])
+    trained = live_video(job)
+    assert np.abs(trained.astype(int) - base).mean() > 0.5
+    job.export(tmp_path / "lora")
+    assert_same(trained, pipeline_video(job, tmp_path / "lora"))
+
+
+def test_samples_are_decoded_in_tiles(build_job: Callable[..., Job], prompted: Callable[[Model], Path]) -> None:
+    job = build_job(recipe_file=prompted(("cogvideox", "5b")))  # its tiles are half of its 64x96
+    assert_same(live_video(job, tiling=True), pipeline_video(job, tiling=True))
+    assert np.abs(live_video(job, tiling=True).astype(int) - live_video(job)).max() > 1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_nothing_stays_in_memory(build_job: Callable[..., Job], prompted: Callable[[Model], Path], method: str) -> None:
+    job = build_job(f"train.method={method}", recipe_file=prompted(("cogvideox_i2v", "5b-I2V")))
+    batches = job.batches(0)
+    job.step(0, [next(batches) for _ in range(job.layout.accumulation)])
+    live_video(job)  # what libraries keep from their first use
+    job.step(1, [next(batches) for _ in range(job.layout.accumulation)])
+    before = tensors_alive()
+    live_video(job)
+    job.heldout_loss()
+    assert tensors_alive() == before
+
+
+def tensors_alive() -> Counter:
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+    return Counter((tuple(tensor.shape), tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in alive)
