@@ -30,6 +30,7 @@ from finetune.prepare import prepare
 from finetune.recipe import Recipe
 from finetune.report import Report
 from finetune.runtime import distributed
+from finetune.runtime.signals import StopRequest
 from finetune.trainer import run
 
 MAX_NORM = 1.0
@@ -135,7 +136,7 @@ def main() -> None:
             "bare, no FSDP": bare_loop(plain_model(recipe, family), recipe, family, in_memory),
         }
         with TakingTurns(job, arguments.steps, others) as report:
-            run(job, 0, report)
+            run(job, 0, report, StopRequest())
     distributed.stop()
     ours = np.array(report.milliseconds["finetune"])  # (blocks, clocks)
     rows = []

@@ -132,7 +132,11 @@ def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
 
 def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:
     """Settings that mean nothing to this checkpoint."""
-    for key, why in family.unused_keys().items():
+    unused = family.unused_keys()
+    default = family.objective(recipe.objective).default_sampling
+    if recipe.objective.sigma_sampling is None and default != "logit_normal":
+        unused |= dict.fromkeys(("objective.logit_mean", "objective.logit_std"), f"sigma_sampling is {default}")
+    for key, why in unused.items():
         if _is_set(recipe, key):
             yield Problem(f"this key has no effect here: {why}", key, "remove it")
 
@@ -141,8 +145,8 @@ def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     for bucket in recipe.data.buckets:
         if text := family.bucket_problem(bucket):
             yield Problem(f"{bucket}: {text}", "data.buckets")
-    for prompt in validation_prompts(recipe.validation):
-        if prompt.shape and (text := family.bucket_problem(prompt.shape)):
+    for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
+        if text := family.bucket_problem(prompt.shape):
             yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
         if text := family.prompt_problem(prompt):
             yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")

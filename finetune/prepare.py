@@ -28,10 +28,9 @@ _ROUND = 4  # items a rank encodes between two meetings: bounds waiting, and err
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A validation prompt and its files in the cache."""
+    """A validation prompt, with its shape, and its files in the cache."""
 
     prompt: Prompt
-    bucket: Bucket
     text_key: str
     negative_key: str
     image_key: str | None
@@ -89,7 +88,9 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     for part in split:
         items = []
         for clip, clip_hash, info, fitted in part:
-            video = digest("video", family.name, video_fingerprint, clip_hash, str(fitted.bucket), fitted.fps, "head")
+            video = digest(
+                "video", family.moments, video_fingerprint, clip_hash, str(fitted.bucket), fitted.fps, "head"
+            )
             item = Item(clip.path, clip.caption, fitted.bucket, fitted.fps, video, text_key(clip.caption))
             items.append(item)
             work.append(_Encoding("text", item.text_key, clip.caption))
@@ -97,13 +98,14 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         datasets.append(items)
     if recipe.data.caption_dropout:
         work.append(_Encoding("text", text_key(""), ""))
+    with runtime.together():
+        wanted = validation_prompts(recipe.validation, recipe.data.buckets[0]) if runtime.is_main else []
+        images = [_image_key(prompt.image, prompt.shape, cache) if prompt.image else None for prompt in wanted]
     prompts = []
-    for prompt in validation_prompts(recipe.validation):
-        bucket = prompt.shape or recipe.data.buckets[0]
-        image = _image_key(prompt.image, bucket, cache) if prompt.image else None
-        prompts.append(PreparedPrompt(prompt, bucket, text_key(prompt.text), text_key(prompt.negative), image))
+    for prompt, image in runtime.from_main(list(zip(wanted, images, strict=True))):
+        prompts.append(PreparedPrompt(prompt, text_key(prompt.text), text_key(prompt.negative), image))
         work += [_Encoding("text", text_key(text), text) for text in (prompt.text, prompt.negative)]
-        work += [_Encoding("image", image, prompt.image, bucket)] if image else []
+        work += [_Encoding("image", image, prompt.image, prompt.shape)] if image else []
 
     if unusable := _encode(work, "image", lambda: _image_encoder, cache, runtime):
         raise UserError.of(unusable)
@@ -141,7 +143,7 @@ def _fingerprints(recipe: Recipe, family: Family, cache: Cache) -> tuple[str, st
     """What the two encoders' outputs depend on besides the clip and the caption."""
     text = [family.folder.fingerprint(name, cache.file_hash) for name in family.text_components]
     video = [family.folder.fingerprint("vae", cache.file_hash), recipe.vae.tiling, recipe.vae.image_noise]
-    return digest(text, recipe.train.precision), digest(video, recipe.train.precision)
+    return digest(text, family.pipeline_options, recipe.train.precision), digest(video, recipe.train.precision)
 
 
 def _image_key(source: str, bucket: Bucket, cache: Cache) -> str:

@@ -42,13 +42,12 @@ def sample(
         if weights is not None:
             load_adapter(pipeline, weights)
         made[version] = []
-        for index, prompt in enumerate(validation_prompts(recipe.validation)):
-            shape = prompt.shape or recipe.data.buckets[0]
-            image = load_image(prompt.image, shape.height, shape.width) if prompt.image else None
-            for seed in range(prompt.seed, prompt.seed + prompt.count):
-                arguments = call_arguments(family, prompt, shape, seed, image)
+        for index, prompt in enumerate(validation_prompts(recipe.validation, recipe.data.buckets[0])):
+            image = load_image(prompt.image, prompt.shape.height, prompt.shape.width) if prompt.image else None
+            for seed in prompt.seeds:
+                arguments = call_arguments(family, prompt, seed, image)
                 made_frames = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments).frames[0]
-                frames = checked(made_frames, prompt, shape)
+                frames = checked(made_frames, prompt)
                 path = out / f"{index:02d}_seed{seed}_{version}.mp4"
                 write_video(frames, path, prompt.fps)
                 say(f"wrote {path}")
@@ -71,9 +70,7 @@ def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers
     diffusers.utils.logging.disable_progress_bar()
     cls = getattr(diffusers, family.pipeline_class)
     pipeline = cls.from_pretrained(family.folder.path, dtype=DTYPES[recipe.train.precision])
-    if recipe.vae.slicing:
-        pipeline.vae.enable_slicing()
-    if recipe.vae.tiling:
+    if recipe.validation.tiling:
         pipeline.vae.enable_tiling()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(runtime.device.torch_device)

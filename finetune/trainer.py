@@ -41,14 +41,20 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
             f"raise train.steps, or write an earlier state with: python -m finetune export --step N ({job.checkpoints.folder})",
             str(recipe.output),
         )
+    stop = StopRequest()
     with Report(job, done) as report:
-        stopped = run(job, done, report)
-    if stopped is not None:
-        say(f"stopped by {stopped.name}; the same command goes on from the checkpoint")
-        return 128 + stopped
-    status = finish(job)
+        stopped = run(job, done, report, stop)
+        if not stopped:
+            exported = export(job)
+            if done < recipe.train.steps:  # after the weights are safe: samples need the most memory
+                report.samples(recipe.train.steps, validation_samples(job, recipe.train.steps, lambda: stop.requested))
+    if stopped:
+        signal_ = stop.signal or signal.SIGTERM  # another rank may have been asked first
+        say(f"stopped by {signal_.name}; the same command goes on from the newest checkpoint")
+        return 128 + signal_
+    say_usage(job, exported)
     del lock
-    return status
+    return 0
 
 
 def _claim_output(recipe: Recipe) -> FolderLock:
@@ -65,14 +71,13 @@ def _claim_output(recipe: Recipe) -> FolderLock:
     return lock
 
 
-def run(job: Job, done: int, report: Report) -> signal.Signals | None:
-    """Train from step `done` to the recipe's last; returns the signal that ended the run early, or None."""
-    stop = StopRequest()
-    recipe = job.recipe
+def run(job: Job, done: int, report: Report, stop: StopRequest) -> bool:
+    """Train from step `done` to the recipe's last; returns whether the run was asked to end before it."""
+    recipe, validation = job.recipe, job.recipe.validation
     batches = job.batches(done)
     if done == 0:
         report.heldout(0, job.heldout_loss())
-        report.samples(0, validation_samples(job, 0))
+        report.samples(0, validation_samples(job, 0, lambda: stop.requested))
     for step in range(done, recipe.train.steps):
         micro_batches = [next(batches) for _ in range(job.layout.accumulation)]
         result = job.step(step, micro_batches, stop=stop.requested)
@@ -80,31 +85,34 @@ def run(job: Job, done: int, report: Report) -> signal.Signals | None:
         if not result.updated:
             raise _not_finite(job, step, result)
         is_last = step + 1 == recipe.train.steps
-        if is_last or _due(recipe.validation.every, step + 1):
+        if is_last or _due(validation.every, step + 1):
             report.heldout(step + 1, job.heldout_loss())
         if is_last or result.stop or _due(recipe.checkpoint.every, step + 1):
             report.saved(job.save(step + 1))
-        if is_last or (_due(recipe.validation.samples_every, step + 1) and not result.stop):
-            report.samples(step + 1, validation_samples(job, step + 1))  # after saving: it needs the most memory
         if result.stop and not is_last:
-            return stop.signal or signal.SIGTERM  # another rank may have been asked first
-    return None
+            return True
+        if not is_last and _due(validation.samples_every, step + 1):
+            report.samples(step + 1, validation_samples(job, step + 1, lambda: stop.requested))
+    return False
 
 
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def finish(job: Job) -> int:
-    """Export the trained weights, and say where they lie and how to use them."""
-    lora = job.recipe.train.method == "lora"
-    folder = (job.recipe.output / ("lora" if lora else "transformer")).absolute()
+def export(job: Job) -> Path:
+    """Write the trained weights; returns their folder."""
+    folder = (job.recipe.output / ("lora" if job.recipe.train.method == "lora" else "transformer")).absolute()
     with writing(folder):
         job.export(folder)
-    what = "LoRA, verified by loading it back," if lora else "transformer"
+    return folder
+
+
+def say_usage(job: Job, folder: Path) -> None:
+    """Say where the trained weights lie and how to use them."""
+    what = "LoRA, verified by loading it back," if job.recipe.train.method == "lora" else "transformer"
     say(f"\ndone. The {what} lies in {folder}\nUse it with diffusers:\n")
     say("\n".join(f"    {line}" for line in _usage(job, folder)))
-    return 0
 
 
 def _usage(job: Job, folder: Path) -> list[str]:

@@ -1,16 +1,15 @@
 """Validation samples: the recipe's prompts as videos of the model in training, spread over the ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from finetune.engine.precision import DTYPES
 from finetune.engine.sampling import Request, generate
 from finetune.job import Job
 from finetune.prepare import PreparedPrompt
-from finetune.recipe.schema import Vae
 from finetune.runtime.files import writing
 from finetune.tracking.media import contact_sheet, strip, write_video
 
@@ -23,12 +22,16 @@ class Samples:
     sheet: Path
 
 
-def validation_samples(job: Job, step: int) -> Samples | None:
-    """Generate the prompts after `step` steps into the run's `samples/step_...`; None without prompts. Collective."""
+def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: False) -> Samples | None:
+    """Generate the prompts after `step` steps into the run's `samples/step_...`. Collective.
+
+    Args:
+        stop: whether this rank is asked to end the run.
+    Returns:
+        None without prompts, or if the run is to end before all are made.
+    """
     wanted = [
-        (index, prompt, seed)
-        for index, prompt in enumerate(job.prepared.prompts)
-        for seed in range(prompt.prompt.seed, prompt.prompt.seed + prompt.prompt.count)
+        (index, prompt, seed) for index, prompt in enumerate(job.prepared.prompts) for seed in prompt.prompt.seeds
     ]
     if not wanted:
         return None
@@ -44,9 +47,14 @@ def validation_samples(job: Job, step: int) -> Samples | None:
             write_video(frames, path, prompt.prompt.fps)
         made.append((f"{prompt.prompt.text}  (seed {seed})", path, strip(frames)))
 
-    requests = [request_of(job, prompt, seed) for _, prompt, seed in mine]
-    vae = Vae(slicing=True, tiling=recipe.validation.tiling)
-    generate(job.state, requests, job.idle_batch, vae, DTYPES[recipe.train.precision], write)
+    with runtime.together():
+        requests = [request_of(job, prompt, seed) for _, prompt, seed in mine]
+        idle = job.idle_batch()
+    dtype = DTYPES[recipe.train.precision]
+    whole = generate(job.state, requests, idle, recipe.validation.tiling, dtype, write, stop)
+    runtime.device.reset_peak()  # what is reported of a step is the step's
+    if not whole:
+        return None
     shares = runtime.gather(made)
     in_order = [shares[i % runtime.world_size][i // runtime.world_size] for i in range(len(wanted))]
     sheet = folder / "contact_sheet.png"
@@ -59,12 +67,10 @@ def validation_samples(job: Job, step: int) -> Samples | None:
 def request_of(job: Job, prepared: PreparedPrompt, seed: int) -> Request:
     """A prompt with what the cache holds of it."""
     cache = job.prepared.cache
-    image: torch.Tensor | None = cache.read("image", prepared.image_key)["pixels"] if prepared.image_key else None
     return Request(
         prompt=prepared.prompt,
         seed=seed,
-        bucket=prepared.bucket,
         text=cache.read("text", prepared.text_key),
         negative=cache.read("text", prepared.negative_key),
-        image=None if image is None else image.numpy(),
+        image=cache.read("image", prepared.image_key)["pixels"].numpy() if prepared.image_key else None,
     )

@@ -239,13 +239,20 @@ def parity(parity_recipe: Path) -> dict[int, dict]:
 @pytest.fixture(scope="session")
 def families_parity(
     tmp_path_factory: pytest.TempPathFactory, family_recipe: Callable[..., Path]
-) -> dict[int, dict[str, dict]]:
-    """Figures of tests/engine/families_worker.py for every family and variant, by number of processes."""
-    from every_family import MODELS
+) -> Callable[..., dict[str, dict]]:
+    """Figures of tests/engine/families_worker.py for a family and variant by a number of processes.
 
-    recipes = [family_recipe(*model) for model in MODELS]
-    folder = tmp_path_factory.mktemp("families-parity")
-    return {processes: figures_of("families_worker.py", processes, folder, recipes) for processes in (1, 2)}
+    The first variants of all families are run together when one of them is first asked for, and so are all the others.
+    """
+    from every_family import FIRST, MODELS
+
+    @cache_calls
+    def run(first: bool, processes: int) -> dict[str, dict]:
+        folder = tmp_path_factory.mktemp("families-parity")
+        recipes = [family_recipe(*model) for model in MODELS if (model in FIRST) == first]
+        return figures_of("families_worker.py", processes, folder, recipes)
+
+    return lambda model, processes: run(model in FIRST, processes)[family_recipe(*model).stem]
 
 
 def figures_of(worker: str, processes: int, folder: Path, arguments: list[Path]) -> dict:

@@ -30,7 +30,7 @@ def digest(*parts: object) -> str:
 
 
 class Cache:
-    """Items under one folder, addressed by kind ("video", "text") and key."""
+    """Items under one folder, addressed by kind ("video", "text", "image") and key."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -44,7 +44,7 @@ def load_image(source: str, height: int, width: int) -> np.ndarray:
     try:
         data = _fetch(source) if is_address(source) else path.read_bytes()
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise UserError(f"no image can be read from it ({error})", "use a PNG, JPEG or WebP image", source) from None
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 

@@ -1,7 +1,8 @@
 """Videos from the transformer as it is in training, sharded and checkpointed, inside the family's diffusers pipeline."""
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from finetune.engine.step import StepState
 from finetune.models.family import Batch, Family, Tensors
-from finetune.recipe import Bucket
-from finetune.recipe.schema import Prompt, Vae
+from finetune.recipe.schema import Prompt
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
@@ -26,74 +26,98 @@ class Request:
 
     prompt: Prompt
     seed: int
-    bucket: Bucket
     text: Tensors
     negative: Tensors
     image: np.ndarray | None
 
 
+class Interrupted(Exception):
+    """Somebody asked the run to stop while videos were made."""
+
+
 def generate(
     state: StepState,
     requests: Sequence[Request],
-    idle: Callable[[], Batch],
-    vae: Vae,
+    idle: Batch,
+    tiling: bool,
     dtype: torch.dtype,
     done: Callable[[int, np.ndarray], None],
-) -> None:
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Generate this rank's videos; ranks may have different numbers of them, or none. Collective.
 
-    A sharded transformer gathers its weights from all ranks whenever it is called. So before each call the ranks ask
+    A sharded transformer gathers its weights from all ranks whenever it is called. So before each call the ranks vote
     whether anybody still generates, and one that has finished takes part with a batch nobody looks at.
 
     Args:
-        idle: makes a batch of the family's inputs for such calls.
+        idle: inputs of the family for such calls.
+        tiling: decode in overlapping tiles.
         dtype: compute precision, also of the VAE.
         done: is given the request's index and the frames, uint8 (F, H, W, 3), as soon as they are made.
+        stop: whether this rank is asked to end the run; then all give up together.
+    Returns:
+        whether all videos were made, on every rank.
     Raises:
         UserError: what went wrong on any rank, on all of them.
     """
-    runtime, device = state.runtime, state.runtime.device.torch_device
+    runtime, device = state.runtime, state.runtime.device
     error: Exception | None = None
-    with evaluating(state.transformer):
-        try:
-            if requests:
-                pipeline = live_pipeline(state, vae, dtype)
-                for index, request in enumerate(requests):
-                    done(index, video(pipeline, state.family, request, device))
-                del pipeline
-        except Exception as caught:
-            error = caught  # raised below, after the other ranks' calls
-        inputs: dict[str, Any] | None = None
-        while runtime.any(False):
-            inputs = inputs or idle().to(device).inputs
-            state.family.predict(state.transformer, inputs)
-    state.runtime.device.empty_cache()
+    live = LiveTransformer(state.transformer, runtime, dtype, stop)
+    try:
+        with evaluating(state.transformer):
+            try:
+                _videos(live, state.family, requests, tiling, done)
+            except Interrupted:
+                raise
+            except Exception as caught:
+                if live.inside:
+                    raise  # the other ranks are in the middle of the same call: there is no going on
+                error = caught  # raised below, after their calls
+                traceback.clear_frames(error.__traceback__)  # and with them what the failed pipeline held
+                device.empty_cache()
+            inputs = None
+            while live.somebody_generates():
+                inputs = inputs or idle.to(device.torch_device).inputs
+                state.family.predict(state.transformer, inputs)
+    except Interrupted:
+        return False
+    finally:
+        device.empty_cache()
     with runtime.together():
         if error is not None:
             raise error
+    return True
+
+
+def _videos(
+    live: "LiveTransformer",
+    family: Family,
+    requests: Sequence[Request],
+    tiling: bool,
+    done: Callable[[int, np.ndarray], None],
+) -> None:
+    if requests:
+        pipeline = live_pipeline(live, family, tiling)
+    for index, request in enumerate(requests):
+        done(index, video(pipeline, family, request, live.device))
 
 
 @contextmanager
-def evaluating(transformer: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout; afterwards the transformer is as a training step leaves it."""
+def evaluating(transformer: FSDPModule) -> Iterator[None]:
+    """Without gradients and dropout; afterwards in training mode, with no more than its shards in memory."""
     transformer.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         transformer.train()
-        if isinstance(transformer, FSDPModule):
-            transformer.reshard()  # a backward pass would have done it
+        transformer.reshard()  # the root's own weights stay gathered after a forward pass; a backward pass frees them
 
 
-def live_pipeline(state: StepState, vae: Vae, dtype: torch.dtype) -> diffusers.DiffusionPipeline:
+def live_pipeline(live: "LiveTransformer", family: Family, tiling: bool) -> diffusers.DiffusionPipeline:
     """The family's pipeline around the transformer in training; prompts must come encoded."""
-    family, device = state.family, state.runtime.device.torch_device
-    pipeline = family.pipeline(
-        scheduler=family.load_scheduler(),
-        vae=OnDemand(family.load_vae(dtype, vae), state.runtime),
-        transformer=LiveTransformer(state.transformer, state.runtime, device, dtype),
-    )
+    vae = OnDemand(family.load_vae(live.dtype, tiling), live.runtime)
+    pipeline = family.pipeline(scheduler=family.load_scheduler(), vae=vae, transformer=live)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -104,23 +128,21 @@ def video(pipeline: diffusers.DiffusionPipeline, family: Family, request: Reques
     Raises:
         UserError: it is not finite, or not of the shape that was asked for.
     """
-    arguments = call_arguments(family, request.prompt, request.bucket, request.seed, request.image)
+    arguments = call_arguments(family, request.prompt, request.seed, request.image)
     embeddings = {}
     for sign, text in (("", request.text), ("negative_", request.negative)):
         for name, argument in family.text_arguments.items():
             embeddings[sign + argument] = text[name][None].to(device)
-    return checked(pipeline(**embeddings, **arguments).frames[0], request.prompt, request.bucket)
+    return checked(pipeline(**embeddings, **arguments).frames[0], request.prompt)
 
 
-def call_arguments(
-    family: Family, prompt: Prompt, bucket: Bucket, seed: int, image: np.ndarray | None
-) -> dict[str, Any]:
+def call_arguments(family: Family, prompt: Prompt, seed: int, image: np.ndarray | None) -> dict[str, Any]:
     """Arguments of a pipeline's call, all but the texts."""
     condition = {} if image is None else {"image": Image.fromarray(image)}
     return {
-        "num_frames": bucket.frames,
-        "height": bucket.height,
-        "width": bucket.width,
+        "num_frames": prompt.shape.frames,
+        "height": prompt.shape.height,
+        "width": prompt.shape.width,
         "num_inference_steps": prompt.steps,
         "generator": torch.Generator().manual_seed(seed),
         "output_type": "np",
@@ -129,11 +151,11 @@ def call_arguments(
     }
 
 
-def checked(frames: np.ndarray, prompt: Prompt, bucket: Bucket) -> np.ndarray:
+def checked(frames: np.ndarray, prompt: Prompt) -> np.ndarray:
     """Frames in [0, 1] as uint8. Raises UserError if they hold NaN or have another shape than was asked for."""
-    if frames.shape[:3] != tuple(bucket):
+    if frames.shape[:3] != tuple(prompt.shape):
         raise UserError(
-            f"the video came out as {'x'.join(map(str, frames.shape[:3]))} instead of {bucket}",
+            f"the video came out as {'x'.join(map(str, frames.shape[:3]))} instead of {prompt.shape}",
             "the VAE's tiles do not fit this shape: set validation.tiling = false",
             prompt.text,
         )
@@ -150,21 +172,36 @@ class LiveTransformer(nn.Module):
     It is not registered as a submodule, so that nothing a pipeline does to its components reaches it.
     """
 
-    def __init__(self, transformer: nn.Module, runtime: Runtime, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, transformer: nn.Module, runtime: Runtime, dtype: torch.dtype, stop: Callable[[], bool]) -> None:
         super().__init__()
         self._live = (transformer,)
-        self.runtime, self.device, self.dtype = runtime, device, dtype
+        self.runtime, self.device, self.dtype, self.stop = runtime, runtime.device.torch_device, dtype, stop
+        self.inside = False  # whether a call of the transformer has begun and not ended
 
     @property
     def config(self) -> Any:
         return self._live[0].config
 
     def cache_context(self, name: str) -> Any:
-        return self._live[0].cache_context(name)
+        """No cache is used in training."""
+        return nullcontext()
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        self.runtime.any(True)
-        return self._live[0](*arguments, **keywords)
+        self._vote(generates=True)
+        self.inside = True
+        output = self._live[0](*arguments, **keywords)
+        self.inside = False
+        return output
+
+    def somebody_generates(self) -> bool:
+        """Whether another rank is about to call its transformer."""
+        return self._vote(generates=False)
+
+    def _vote(self, generates: bool) -> bool:
+        anybody, stopping = self.runtime.any(generates, self.stop())
+        if stopping:
+            raise Interrupted
+        return anybody
 
 
 class OnDemand:

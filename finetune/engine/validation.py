@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from finetune.data.cache import Cache
 from finetune.data.loader import Item, read_sample
@@ -21,7 +22,6 @@ class HeldOut:
     zero_loss: float
 
 
-@torch.no_grad()
 def heldout_loss(
     state: StepState, objective: Objective, items: Sequence[Item], cache: Cache, quantiles: int
 ) -> HeldOut:
@@ -30,20 +30,22 @@ def heldout_loss(
     Every clip is seen at sigma(u) for u = 1/2n, 3/2n, ... with noise that depends on the clip's place alone. Ranks
     share the evaluations and make the same number of transformer calls, since a sharded one needs all of them.
     """
-    rank, world = state.runtime.rank, state.runtime.world_size
-    device = state.runtime.device.torch_device
+    runtime, device = state.runtime, state.runtime.device
+    rank, world = runtime.rank, runtime.world_size
     evaluations = [(index, (q + 0.5) / quantiles) for index in range(len(items)) for q in range(quantiles)]
     rounds = -(-len(evaluations) // world)
-    losses: list[tuple[float, float]] = []
-    for turn in range(rounds):
-        index, u = evaluations[min(turn * world + rank, len(evaluations) - 1)]  # past the end: a call to keep in step
-        sample = read_sample(items[index], cache, seeds.generator(state.seed, "heldout", index))
-        batch = state.family.batch([sample], objective, torch.tensor([u])).to(device)
-        with evaluating(state.transformer):
+    losses: list[tuple[Tensor, Tensor]] = []
+    with evaluating(state.transformer):
+        for turn in range(rounds):
+            index, u = evaluations[min(turn * world + rank, len(evaluations) - 1)]  # past the end: to keep in step
+            with runtime.together():
+                sample = read_sample(items[index], cache, seeds.generator(state.seed, "heldout", index))
+                batch = state.family.batch([sample], objective, torch.tensor([u]))
+            batch = batch.to(device.torch_device)
             prediction = state.family.predict(state.transformer, batch.inputs)
-        losses.append((sample_losses(prediction, batch), sample_losses(torch.zeros_like(prediction), batch)))
+            losses.append((sample_losses(prediction, batch), sample_losses(torch.zeros_like(prediction), batch)))
     figures = torch.tensor([[float(loss), float(zero)] for loss, zero in losses], dtype=torch.float64)
-    gathered = state.runtime.gather(figures.tolist())
+    gathered = runtime.gather(figures.tolist())
     in_order = [gathered[i % world][i // world] for i in range(len(evaluations))]
     loss, zero = (sum(column) / len(evaluations) for column in zip(*in_order, strict=True))
     return HeldOut(loss, zero)

@@ -44,11 +44,12 @@ class CogVideoX(Family):
         self.spatial = 2 ** (len(vae["block_out_channels"]) - 1)
         self.temporal = int(vae["temporal_compression_ratio"])
         self.scaling_factor = vae["scaling_factor"]
+        self.inverted = vae.get("invert_scale_latents", False)  # of condition images alone
         self.patch = self.config["patch_size"]
         self.patch_t = self.config.get("patch_size_t") or 1
 
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        frames, height, width = super().latent_shape(bucket)
+        frames, height, width = self.vae_shape(bucket)
         return frames + frames % self.patch_t, height, width
 
     def bucket_problem(self, bucket: Bucket) -> str | None:
@@ -175,6 +176,7 @@ class CogVideoXImageToVideo(CogVideoX):
     pipeline_classes = ("CogVideoXImageToVideoPipeline",)
     variants = ("5b-I2V", "1.5-5B-I2V")
     takes_image = True
+    moments = ("mean", "logvar", "image_mean", "image_logvar")
 
     def encode_video(self, vae: nn.Module, video: Tensor, settings: Vae) -> Tensors:
         image = video[:, :, :1]
@@ -189,8 +191,7 @@ class CogVideoXImageToVideo(CogVideoX):
         z = posterior_sample(moments["image_mean"], moments["image_logvar"], sample.generator)  # (C, 1, H, W)
         if sample.image_dropped:
             z = torch.zeros_like(z)
-        inverted = self.folder.config("vae").get("invert_scale_latents", False)
-        image = z * (1 / self.scaling_factor if inverted else self.scaling_factor)
+        image = z * (1 / self.scaling_factor if self.inverted else self.scaling_factor)
         return {"image": pad(image, (0, 0, 0, 0, 0, x0.shape[1] - 1))}  # 1.5 has it on the frame that it pads with
 
     def inputs(

@@ -121,6 +121,8 @@ class Family(ABC):
     }
     variants: ClassVar[tuple[str, ...]] = ()  # checkpoints that differ in more than size; `tiny` makes the first
     takes_image: ClassVar[bool] = False  # whether the pipeline is given a condition image
+    takes_true_guidance: ClassVar[bool] = False  # whether it has classifier-free guidance beside an embedded one
+    moments: ClassVar[tuple[str, ...]] = ("mean", "logvar")  # what is cached of a clip
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled and sharded by the block
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     spatial: int
@@ -138,9 +140,13 @@ class Family(ABC):
 
     # Shapes
 
+    def vae_shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """Latent frames, height and width that the VAE makes of a bucket."""
+        return (bucket.frames - 1) // self.temporal + 1, bucket.height // self.spatial, bucket.width // self.spatial
+
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
         """Latent frames, height and width that the transformer is given for a bucket."""
-        return (bucket.frames - 1) // self.temporal + 1, bucket.height // self.spatial, bucket.width // self.spatial
+        return self.vae_shape(bucket)
 
     def tokens(self, bucket: Bucket) -> int:
         """Number of video tokens the transformer attends over."""
@@ -181,13 +187,13 @@ class Family(ABC):
 
     def video_encoder(self, device: torch.device, dtype: torch.dtype, settings: Vae) -> Callable[[np.ndarray], Tensors]:
         """Load the VAE; returns uint8 frames (F, H, W, 3) -> moments: mean and logvar, each (C, F', H', W')."""
-        vae = self.load_vae(dtype, settings).to(device)
+        vae = self.load_vae(dtype, settings.tiling).to(device)
 
         @torch.no_grad()
         def encode(frames: np.ndarray) -> Tensors:
             pixels = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None]  # (1, 3, F, H, W) uint8
             moments = self.encode_video(vae, pixels.float() / 127.5 - 1, settings)
-            if moments["mean"].shape[1:] != Family.latent_shape(self, Bucket(*frames.shape[:3])):
+            if moments["mean"].shape[1:] != self.vae_shape(Bucket(*frames.shape[:3])):
                 shape = "x".join(map(str, frames.shape[:3]))
                 raise UserError(
                     f"the VAE's tiles do not fit {shape}: the latents come out wrong",
@@ -222,13 +228,11 @@ class Family(ABC):
         with torch.device("meta"):
             return self._transformer_class.from_config(self.folder.config("transformer"))
 
-    def load_vae(self, dtype: torch.dtype, settings: Vae) -> nn.Module:
-        """The VAE, on the CPU."""
+    def load_vae(self, dtype: torch.dtype, tiling: bool) -> nn.Module:
+        """The VAE, on the CPU; it works in overlapping tiles on request."""
         vae_class = getattr(diffusers, self.folder.class_name("vae"))
         vae = vae_class.from_pretrained(self.folder.path, subfolder="vae", dtype=dtype)
-        if settings.slicing:
-            vae.enable_slicing()
-        if settings.tiling:
+        if tiling:
             vae.enable_tiling()
         return vae
 
@@ -239,10 +243,15 @@ class Family(ABC):
     def pipeline(self, **components: Any) -> diffusers.DiffusionPipeline:
         """The family's pipeline of these components, and None for the others."""
         cls = getattr(diffusers, self.pipeline_class)
-        required, optional = cls._get_signature_keys(cls)
-        index = self.folder.index
-        saved = {name: index[name] for name in optional if name in index and not isinstance(index[name], list)}
-        return cls(**{name: components.get(name) for name in required}, **saved)
+        required, _ = cls._get_signature_keys(cls)
+        return cls(**{name: components.get(name) for name in required}, **self.pipeline_options)
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        """What the checkpoint's model_index.json sets of the pipeline besides its components."""
+        cls, index = getattr(diffusers, self.pipeline_class), self.folder.index
+        _, optional = cls._get_signature_keys(cls)
+        return {name: index[name] for name in optional if name in index and not isinstance(index[name], list)}
 
     @property
     def _transformer_class(self) -> type[diffusers.ModelMixin]:
@@ -326,7 +335,7 @@ class Family(ABC):
             return f"{self.title} needs a condition image: set `image` to a file, an http(s) address or a training clip"
         if prompt.image is not None and not self.takes_image:
             return f"{self.title} takes no condition image: remove `image`"
-        if prompt.true_guidance is not None:
+        if prompt.true_guidance is not None and not self.takes_true_guidance:
             return f"{self.title} takes no `true_guidance`: use `guidance`"
         return None
 

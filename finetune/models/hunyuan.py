@@ -40,6 +40,7 @@ class HunyuanVideo(Family):
         "encoder_attention_mask": "prompt_attention_mask",
         "pooled_projections": "pooled_prompt_embeds",
     }
+    takes_true_guidance = True
     block_lists = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(self, folder: ModelFolder) -> None:
@@ -85,7 +86,7 @@ class HunyuanVideo(Family):
     def prompt_problem(self, prompt: Prompt) -> str | None:
         if prompt.negative and prompt.true_guidance is None:
             return "HunyuanVideo's embedded guidance uses no negative prompt: set `true_guidance`, or remove `negative`"
-        return super().prompt_problem(prompt.model_copy(update={"true_guidance": None}))
+        return super().prompt_problem(prompt)
 
     @classmethod
     def tiny(cls, path: Path, seed: int = 0, variant: str | None = None) -> None:

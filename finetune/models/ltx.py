@@ -5,7 +5,8 @@ transformer is asked for the velocity noise - x0 at timestep 1000 sigma; RoPE is
 
 There are two forms. 0.9.0 and 0.9.1 generate with LTXPipeline or LTXImageToVideoPipeline. From 0.9.5 on it is
 LTXConditionPipeline, with longer prompts, T5 called with its mask, and positions passed as coordinates: its first latent
-frame is one video frame long and lies at 0 s. An image condition is the clean first latent frame, at timestep 0.
+frame is one video frame long and lies at 0 s. An image condition is the clean first latent frame, at timestep 0; the
+condition pipeline by default adds a little noise to it while it samples (`image_cond_noise_scale`), training does not.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class LTXVideo(Family):
     title = "LTX-Video"
     pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
     transformer_class = "LTXVideoTransformer3DModel"
-    variants = ("0.9.1", "0.9.7")
+    variants = ("0.9.0", "0.9.7")
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
@@ -105,9 +106,10 @@ class LTXVideo(Family):
         vae = AutoencoderKLLTXVideo(
             latent_channels=16,
             block_out_channels=(16, 32, 32, 32),
-            decoder_block_out_channels=(16, 32, 32, 32),
+            decoder_block_out_channels=(32, 32, 32, 32) if by_coordinates else (16, 32, 32, 32),
             layers_per_block=(1, 1, 1, 1, 1),
             decoder_layers_per_block=(1, 1, 1, 1, 1),
+            timestep_conditioning=by_coordinates,  # from 0.9.1
         )
         vae.encoder.conv_out.conv.bias.data[-1] = -10  # the log-variance channel: a trained VAE's posterior is narrow
         tiny.normalise_latents(vae, frames=17, size=64)

@@ -111,9 +111,9 @@ class MaskedAttention:
         value = heads(value).transpose(1, 2)
 
         count = hidden_states.shape[1]
-        seen = torch.nn.functional.pad(attention_mask.bool(), (count, 0), value=True)
+        seen = nn.functional.pad(attention_mask.bool(), (count, 0), value=True)
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None, None])
-        mixed = (mixed.transpose(1, 2).flatten(2) * seen[..., None]).to(query.dtype)
+        mixed = mixed.transpose(1, 2).flatten(2) * seen[..., None]
         video, text = mixed[:, :count], mixed[:, count:]
         video = attn.to_out[1](attn.to_out[0](video))
         return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text

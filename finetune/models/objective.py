@@ -7,10 +7,10 @@ quantiles) and tests use the same functions. A family picks one; a new objective
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from diffusers import CogVideoXDDIMScheduler
+from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from finetune.recipe.schema import Objective as Settings
@@ -22,9 +22,10 @@ class Objective(Protocol):
     """How clean latents become what the model sees and what it is asked for."""
 
     settings: Settings
+    default_sampling: ClassVar[str]  # where the recipe names none
 
     def level(self, u: Tensor, tokens: int) -> Tensor:
-        """Noise levels of any shape, for u in (0, 1), float32 like the result or a count of timesteps; see the classes.
+        """Noise levels for u in (0, 1), shaped like it: sigma float32, or timestep int64.
 
         Args:
             tokens: number of video tokens, for shifts that depend on the resolution.
@@ -46,9 +47,10 @@ class FlowMatching:
 
     settings: Settings
     shift: Shift
+    default_sampling: ClassVar[str] = "logit_normal"
 
     def level(self, u: Tensor, tokens: int) -> Tensor:
-        return rescale(self.shift(density(u, self.settings, "logit_normal"), tokens), self.settings)
+        return rescale(self.shift(density(u, self.settings, self.default_sampling), tokens), self.settings)
 
     def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         s = level.view(-1, *[1] * (x0.ndim - 1))
@@ -73,10 +75,11 @@ class VPrediction:
 
     settings: Settings
     scheduler: CogVideoXDDIMScheduler
+    default_sampling: ClassVar[str] = "uniform"
 
     def level(self, u: Tensor, tokens: int) -> Tensor:
         count = self.scheduler.config.num_train_timesteps
-        part = rescale(density(u, self.settings, "uniform"), self.settings)
+        part = rescale(density(u, self.settings, self.default_sampling), self.settings)
         return (part * count).long().clamp(max=count - 1)
 
     def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,24 +116,25 @@ def recipe_shift(settings: Settings, scheduler: dict) -> Shift:
     return scheduler_shift(scheduler) if settings.shift == "scheduler" else constant_shift(settings.shift)
 
 
-def scheduler_shift(config: dict) -> Shift:
+def scheduler_shift(saved: dict[str, Any]) -> Shift:
     """What FlowMatchEulerDiscreteScheduler does to sigma in `set_timesteps`, from its saved config.
 
     Resolution-dependent ("dynamic") shifting: mu is linear in the number of tokens, s = exp(mu). `shift_terminal`
     stretches the schedule so that it ends there; its first-step value is taken in the limit of many steps.
     """
-    terminal = config.get("shift_terminal") or 0.0
+    config = FlowMatchEulerDiscreteScheduler.from_config(saved).config  # with its defaults
+    terminal = config.shift_terminal or 0.0
 
     def stretch(shifted: Tensor) -> Tensor:
         return 1 - (1 - shifted) * (1 - terminal)
 
-    if not config.get("use_dynamic_shifting", False):
-        fixed = constant_shift(config.get("shift", 1.0))
+    if not config.use_dynamic_shifting:
+        fixed = constant_shift(config.shift)
         return lambda sigma, tokens: stretch(fixed(sigma, tokens))
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    base, top = config.base_shift, config.max_shift
     slope = (top - base) / (high - low)
-    exponential = config.get("time_shift_type", "exponential") == "exponential"
+    exponential = config.time_shift_type == "exponential"
 
     def shift(sigma: Tensor, tokens: int) -> Tensor:
         mu = tokens * slope + base - slope * low

@@ -7,6 +7,7 @@ from typing import Any
 import tomli
 from pydantic import ValidationError
 
+from finetune.recipe.bucket import Bucket
 from finetune.recipe.schema import Prompt, Validation, split_prompts
 from finetune.runtime.errors import Problem, UserError
 
@@ -23,13 +24,14 @@ _NAMES = {
 _SIZES = ("num_frames", "height", "width")
 
 
-def validation_prompts(settings: Validation) -> list[Prompt]:
-    """The recipe's prompts, and those of its file.
+def validation_prompts(settings: Validation, default: Bucket) -> list[Prompt]:
+    """The recipe's prompts, and those of its file; `default` is the shape of those that have none.
 
     Raises:
         UserError: the file is missing or an entry of it is wrong.
     """
-    return [*settings.prompts, *(read_prompts(settings.prompts_file) if settings.prompts_file else [])]
+    prompts = [*settings.prompts, *(read_prompts(settings.prompts_file) if settings.prompts_file else [])]
+    return [prompt if prompt.shape else prompt.model_copy(update={"shape": default}) for prompt in prompts]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -62,8 +64,8 @@ def _renamed(entry: Any) -> Any:
     if not isinstance(entry, dict):
         return entry
     renamed = {_NAMES.get(key, key): value for key, value in entry.items() if key not in _SIZES and value is not None}
-    if all(entry.get(size) for size in _SIZES):
-        renamed["shape"] = "x".join(str(entry[size]) for size in _SIZES)
+    if any(entry.get(size) for size in _SIZES):
+        renamed["shape"] = "x".join(str(entry.get(size, "?")) for size in _SIZES)  # all or none: "?" is refused
     return renamed
 
 

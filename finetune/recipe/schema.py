@@ -70,10 +70,8 @@ class Data(Table):
 
 
 class Vae(Table):
-    slicing: bool = Free(False)
-    """Encode and decode one video of a batch at a time (saves memory where several are decoded together)."""
     tiling: bool = False
-    """Encode and decode in overlapping tiles (saves memory; differs slightly from whole frames, so it is part of the cache key)."""
+    """Encode clips in overlapping tiles (saves memory; differs slightly from whole frames, so it is part of the cache key)."""
     image_noise: bool = False
     """Add noise of random strength, exp(N(-3, 0.5)), to condition images before they are encoded, as CogVideoX image-to-video
     was trained. Drawn once for each clip."""
@@ -190,6 +188,11 @@ class Prompt(Table):
     """Image-to-video: the condition image, a file, an http(s) address, or a video, whose first frame is taken."""
     fps: Annotated[float, Field(gt=0)] = 25.0
     """Frame rate of the video."""
+
+    @property
+    def seeds(self) -> range:
+        """One for each video."""
+        return range(self.seed, self.seed + self.count)
 
 
 def split_prompts(value: object) -> object:

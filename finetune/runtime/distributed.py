@@ -52,13 +52,13 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def any(self, vote: bool) -> bool:
-        """Whether any rank votes yes, on every rank."""
+    def any(self, *votes: bool) -> list[bool]:
+        """For each question whether any rank votes yes, on every rank."""
         if self.world_size == 1:
-            return vote
-        votes = torch.tensor(vote, dtype=torch.int32)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control)
-        return bool(votes)
+            return list(votes)
+        counted = torch.tensor(votes, dtype=torch.int32)
+        dist.all_reduce(counted, dist.ReduceOp.MAX, group=self.control)
+        return [bool(vote) for vote in counted]
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """The same training in every way it can be spread: started once with one process and once with two, for the session.
 
-Usage: [torchrun ... ] parity_worker.py RECIPE OUT        writes the figures of every configuration to OUT as JSON.
+Usage: [torchrun ... ] parity_worker.py OUT RECIPE        writes the figures of every configuration to OUT as JSON.
 """
 
 import json
@@ -68,5 +68,5 @@ def main(recipe_file: str, out: Path, runtime: Runtime) -> None:
 
 if __name__ == "__main__":
     quiet_libraries()
-    main(sys.argv[1], Path(sys.argv[2]), distributed.start(timeout_seconds=60))
+    main(sys.argv[2], Path(sys.argv[1]), distributed.start(timeout_seconds=60))
     distributed.stop()

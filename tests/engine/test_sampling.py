@@ -18,7 +18,6 @@ from finetune.engine.export import LORA_FILE
 from finetune.engine.precision import DTYPES
 from finetune.engine.sampling import Request, generate
 from finetune.job import Job
-from finetune.recipe.schema import Vae
 from finetune.validate import request_of
 
 PROMPT = "a red ball moves to the left over a dark floor"
@@ -46,7 +45,7 @@ def live_video(job: Job, tiling: bool = False) -> np.ndarray:
     made: list[np.ndarray] = []
     requests: list[Request] = [request_of(job, job.prepared.prompts[0], seed=7)]
     dtype = DTYPES[job.recipe.train.precision]
-    generate(job.state, requests, job.idle_batch, Vae(tiling=tiling), dtype, lambda index, frames: made.append(frames))
+    generate(job.state, requests, job.idle_batch(), tiling, dtype, lambda index, frames: made.append(frames))
     return made[0]
 
 
@@ -97,7 +96,7 @@ def test_the_base_model_generates_what_its_pipeline_does(
     assert_same(live_video(job), pipeline_video(job))
 
 
-@pytest.mark.parametrize("model", FIRST, ids=title)
+@every_model
 def test_float32_masters_generate_in_the_precision_of_the_step(
     build_job: Callable[..., Job], prompted: Callable[[Model], Path], model: Model
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from conftest import figures_of
 from safetensors.torch import load_file
 
+from finetune.recipe import load_recipe, write_recipe
 from finetune.tracking.trackers import JsonLines
 
 PROMPTS = [("a red ball moves", 2, 1.0), ("a blue square falls", 4, 3.0), ("a green triangle grows", 3, 1.0)]
@@ -24,24 +25,24 @@ def runs(
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp(f"samples-{processes}")
         names = ["three"] if processes == 1 else [*COUNTS, "unwritable"]
-        recipes = [write_recipe(folder, name, family_recipe("ltx")) for name in names]
+        recipes = [written(folder, name, family_recipe("ltx")) for name in names]
         if processes == 2:
             (folder / "run-unwritable" / "samples" / "step_00000000" / "01_seed0.mp4").mkdir(parents=True)
         found[processes] = folder, figures_of("sampling_worker.py", processes, folder, recipes)
     return found
 
 
-def write_recipe(folder: Path, name: str, base: Path) -> Path:
+def written(folder: Path, name: str, base: Path) -> Path:
     prompts = [
-        f'[[validation.prompts]]\ntext = "{text}"\nsteps = {steps}\nguidance = {guidance}\n'
+        f'{{text = "{text}", steps = {steps}, guidance = {guidance}}}'
         for text, steps, guidance in PROMPTS[: COUNTS.get(name, 3)]
     ]
-    lines = base.read_text().replace(f'output = "{base.with_suffix("")}"', f'output = "{folder / f"run-{name}"}"')
-    lines = lines.replace("micro_batch_size = 4", "micro_batch_size = 2").replace("steps = 5", "steps = 4")
+    overrides = [f"output={folder / f'run-{name}'}", "train.steps=4"]
+    overrides += ["train.global_batch_size=4", "train.micro_batch_size=2"]
     if prompts:
-        lines = lines.replace("[validation]", "[validation]\nsamples_every = 2")
+        overrides += ["validation.samples_every=2", f"validation.prompts=[{', '.join(prompts)}]"]
     path = folder / f"{name}.toml"
-    path.write_text(lines + "".join(prompts))
+    write_recipe(load_recipe(base, overrides), path)
     return path
 
 

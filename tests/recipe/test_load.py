@@ -88,7 +88,7 @@ lr = 1e-4
         ("fsp = 24\n", 7, "unknown key 'data.fsp'", "did you mean 'data.fps'?"),
         ("[[validation.prompts]]\ntext = 'a'\ncuont = 2\n", 9, "unknown key 'validation.prompts[0].cuont'",
          "did you mean 'validation.prompts[0].count'?"),
-        ("[vae]\nbanana = 1\n", 8, "unknown key 'vae.banana'", "keys here are: slicing, tiling, image_noise"),
+        ("[vae]\nbanana = 1\n", 8, "unknown key 'vae.banana'", "keys here are: tiling, image_noise"),
     ],
 )  # fmt: skip
 def test_unknown_key_names_the_nearest_that_exists(written, text: str, line: int, what: str, cure: str) -> None:
@@ -345,7 +345,6 @@ FREE = [
     "tracking.name=n",
     "distributed.timeout_seconds=5",
     "data.bad_clips=skip",
-    "vae.slicing=true",
     "train.max_grad_norm=none",
     "optimizer.lr=1e-3",
     "schedule.warmup_steps=3",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe import load_recipe
+from finetune.recipe import Bucket, load_recipe
 from finetune.recipe.prompts import read_prompts, validation_prompts
 from finetune.recipe.schema import Prompt, Validation
 from finetune.runtime.errors import UserError
@@ -73,7 +73,9 @@ def test_a_file_of_finetrainers_is_read_with_its_own_names(tmp_path: Path) -> No
 def test_prompts_of_recipe_and_file_are_generated_both(tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("A dog\n")
     settings = Validation(prompts=[TWO[0]], prompts_file=tmp_path / "more.txt")
-    assert validation_prompts(settings) == TWO
+    default = Bucket(9, 64, 64)
+    dog = TWO[1].model_copy(update={"shape": default})
+    assert validation_prompts(settings, default) == [TWO[0], dog]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""The batches that families make: noise levels, the clip in the noised latents, and what the loss counts."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from recording import VARIANTS, TinyModel, generator, unpacked, variant_id, variants
+from torch import Tensor
+
+from finetune.data.loader import Sample
+from finetune.models.family import Batch
+from finetune.recipe.schema import Objective
+
+COGVIDEOX = pytest.mark.parametrize("model", variants("cogvideox", "cogvideox_i2v"), ids=variant_id, indirect=True)
+LTX_I2V = pytest.mark.parametrize("model", variants("ltx_i2v"), ids=variant_id, indirect=True)
+UNSHIFTED = {"shift": 1.0}
+
+
+def samples(model: TinyModel, count: int, dtype: torch.dtype = torch.float32, **fields: Any) -> list[Sample]:
+    """Clips of random latents, each the same whatever is drawn of its posterior."""
+    family, bucket = model.family, model.small
+    channels = model.pipeline().vae.config.latent_channels
+    frames = (bucket.frames - 1) // family.temporal + 1
+    made = []
+    for index in range(count):
+        z = torch.randn(channels, frames, *family.latent_shape(bucket)[1:], generator=generator(index))
+        exact = torch.full_like(z, -torch.inf)
+        moments = {"mean": z, "logvar": exact, "image_mean": z[:, :1], "image_logvar": exact[:, :1]}
+        text = model.text("a ball", dtype)
+        made.append(Sample(moments, text, bucket, 25.0, generator(index), (index, count), **fields))
+    return made
+
+
+def drawn(model: TinyModel, count: int, **settings: Any) -> Tensor:
+    """Noise levels of many samples in (0, 1): the share of noise, or CogVideoX's timestep / 1000."""
+    batch = model.family.batch(samples(model, count), model.family.objective(Objective(**settings)))
+    return level_of(model, batch)
+
+
+def level_of(model: TinyModel, batch: Batch) -> Tensor:
+    timestep = batch.inputs["timestep"].float()
+    level = (timestep if timestep.ndim == 1 else timestep.amax(1)) / 1000
+    return 1 - level if model.family.name == "mochi" else level
+
+
+# Noise levels
+
+
+def test_stratified_samples_share_the_noise_levels_out(model: TinyModel) -> None:
+    level = drawn(model, 50, stratified=True, sigma_sampling="uniform", **UNSHIFTED)
+    assert torch.equal((level * 50 + 1e-4).floor(), torch.arange(50.0))
+    plain = drawn(model, 50, stratified=False, sigma_sampling="uniform", **UNSHIFTED)
+    assert not torch.equal((plain * 50).floor().sort().values, torch.arange(50.0))
+
+
+def test_stratified_samples_lie_anywhere_in_their_share(model: TinyModel) -> None:
+    level = drawn(model, 50, stratified=True, sigma_sampling="uniform", **UNSHIFTED)
+    within = level * 50 - torch.arange(50)
+    assert within.min() < 0.2
+    assert within.max() > 0.8
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "mode"])
+def test_limits_rescale_the_noise_levels(model: TinyModel, sampling: str) -> None:
+    """The same draws, closer together: no two samples that differ fall together at a limit."""
+    free = drawn(model, 200, sigma_sampling=sampling)
+    limited = drawn(model, 200, sigma_sampling=sampling, sigma_min=0.2, sigma_max=0.6)
+    torch.testing.assert_close(limited, 0.2 + 0.4 * free, rtol=0, atol=1.01e-3)  # a timestep of CogVideoX
+    assert limited.min() >= 0.2
+    assert limited.max() < 0.6
+
+
+@COGVIDEOX
+@pytest.mark.parametrize("sampling", [None, "uniform", "logit_normal", "mode"])
+def test_timesteps_are_distributed_as_diffusers_densities(model: TinyModel, sampling: str | None) -> None:
+    """Uniform over all thousand if nothing is said, as CogVideoX was trained."""
+    seed = generator(1)
+    oracle = compute_density_for_timestep_sampling(sampling or "uniform", 100_000, 0.0, 1.0, 1.29, generator=seed)
+    u = torch.rand(100_000, generator=generator(2))
+    level = model.family.objective(Objective(sigma_sampling=sampling)).level(u, tokens=1)
+    assert level.dtype == torch.int64
+    points = torch.linspace(0.02, 0.98, 25)
+    torch.testing.assert_close(level.float().quantile(points), 1000 * oracle.quantile(points), rtol=0, atol=6)
+
+
+@COGVIDEOX
+def test_every_timestep_is_drawn_and_equally_often(model: TinyModel) -> None:
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    level = model.family.objective(Objective()).level(u, tokens=1)
+    assert torch.equal(level.bincount(), torch.full((1000,), 100))
+    assert model.family.objective(Objective()).level(torch.ones(1), tokens=1).item() == 999
+
+
+@pytest.mark.parametrize("model", variants("hunyuan", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True)
+def test_flow_matching_is_logit_normal_if_nothing_is_said(model: TinyModel) -> None:
+    torch.testing.assert_close(drawn(model, 20), drawn(model, 20, sigma_sampling="logit_normal"))
+    assert not torch.equal(drawn(model, 20), drawn(model, 20, sigma_sampling="uniform"))
+
+
+@COGVIDEOX
+def test_v_prediction_weighs_all_timesteps_alike(model: TinyModel) -> None:
+    weight = model.family.objective(Objective()).weight(torch.arange(1000))
+    assert torch.equal(weight, torch.ones(1000))
+
+
+# What a batch holds
+
+
+def test_a_batch_is_made_of_the_clips_latents(model: TinyModel) -> None:
+    """The model's own target, taken out of the noised latents as the noise level says, leaves each clip."""
+    pipeline, clips = model.pipeline(), samples(model, 3)
+    batch = model.family.batch(clips, model.family.objective(Objective()))
+    noisy = unpacked(pipeline, batch.inputs["hidden_states"], model.small)
+    target = unpacked(pipeline, batch.target, model.small)
+    if model.family.name.startswith("cogvideox"):
+        alpha = pipeline.scheduler.alphas_cumprod[batch.inputs["timestep"]].float().view(-1, 1, 1, 1, 1)
+        x0 = alpha.sqrt() * noisy - (1 - alpha).sqrt() * target
+    else:
+        sign = -1 if model.family.name == "mochi" else 1
+        x0 = noisy - sign * level_of(model, batch).view(-1, 1, 1, 1, 1) * target
+    expected = torch.stack([model.family.latents(clip.moments, generator()) for clip in clips])
+    given = 1 if model.family.name == "ltx_i2v" else 0
+    assert given == 0 or torch.equal(noisy[:, :, :1], expected[:, :, :1])
+    torch.testing.assert_close(x0[:, :, given:], expected[:, :, given:], rtol=0, atol=1e-5)
+
+
+def test_the_loss_is_taken_in_float32_whatever_the_models_precision(model: TinyModel) -> None:
+    batch = model.family.batch(samples(model, 2, torch.bfloat16), model.family.objective(Objective()))
+    assert batch.inputs["hidden_states"].dtype == torch.bfloat16
+    assert batch.target.dtype == batch.weight.dtype == torch.float32
+    output = model.family.predict(model.family.load_transformer(torch.bfloat16), batch.inputs)
+    assert output.shape == batch.target.shape
+
+
+def test_a_batch_is_a_function_of_its_samples_generators(model: TinyModel) -> None:
+    objective = model.family.objective(Objective())
+    first, second = (model.family.batch(samples(model, 2), objective) for _ in range(2))
+    other = model.family.batch(samples(model, 3)[1:], objective)
+    assert torch.equal(first.target, second.target)
+    assert torch.equal(first.inputs["hidden_states"], second.inputs["hidden_states"])
+    assert torch.equal(first.target[1], other.target[0])  # whatever else is in the batch
+    assert not torch.equal(first.target[0], first.target[1])
+
+
+@pytest.mark.parametrize("model", [each for each in VARIANTS if each[0] != "ltx_i2v"], ids=variant_id, indirect=True)
+def test_everything_counts_where_no_frame_is_given(model: TinyModel) -> None:
+    assert model.family.batch(samples(model, 2), model.family.objective(Objective())).counted is None
+
+
+@LTX_I2V
+def test_all_but_the_given_frame_counts(model: TinyModel) -> None:
+    """And the given frame's tokens are at timestep 0; a sample whose image is dropped is like text-to-video."""
+    with_image, dropped = samples(model, 1)[0], samples(model, 1, image_dropped=True)[0]
+    batch = model.family.batch([with_image, dropped], model.family.objective(Objective()))
+    counted = unpacked(model.pipeline(), batch.counted.expand_as(batch.target), model.small)
+    expected = torch.ones_like(counted)
+    expected[0, :, 0] = 0
+    assert torch.equal(counted, expected)
+    given = 1 - expected[:, 0].flatten(1)
+    timestep = batch.inputs["timestep"]
+    assert torch.equal(timestep == 0, given.bool())
+    assert (timestep[1] == timestep[1, 0]).all()
+    assert torch.equal(batch.target[0], batch.target[1])  # the draws do not depend on it
