@@ -6,7 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from finetune.data.cache import Cache
-from finetune.data.images import missing_image
+from finetune.data.images import load_image, missing_image
 from finetune.models import FAMILIES, family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
@@ -16,7 +16,7 @@ from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Lora
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
-from finetune.survey import survey
+from finetune.survey import carve, survey
 
 
 def check_all(recipe: Recipe, runtime: Runtime) -> list[Problem]:
@@ -25,13 +25,28 @@ def check_all(recipe: Recipe, runtime: Runtime) -> list[Problem]:
     cache = Cache(recipe.data.cache)
     datasets = [path for path in (recipe.data.path, recipe.validation.heldout) if path]
     parts: list[Callable[[], object]] = [lambda: check_output(recipe), lambda: open_family(recipe)]
-    parts += [partial(survey, recipe.data, path, cache, runtime) for path in datasets]
+    parts += [partial(survey, recipe.data, path, cache, runtime) for path in datasets[1:]]
+    parts += [lambda: carve(survey(recipe.data, recipe.data.path, cache, runtime), recipe)]
+    parts += [partial(_load_images, recipe)]
     for part in parts:
         try:
             part()
         except UserError as error:
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
     return problems
+
+
+def _load_images(recipe: Recipe) -> None:
+    """Read every condition image, wherever it is; missing files are `family_problems`' business."""
+    problems = []
+    for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
+        try:
+            if prompt.image and not missing_image(prompt.image):
+                load_image(prompt.image, *prompt.shape[1:])
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError.of(problems)
 
 
 def check_recipe(recipe: Recipe, world_size: int) -> list[Problem]:
@@ -91,9 +106,14 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "objective.mode_scale", sampling == "mode", 'set objective.sigma_sampling = "mode"'
     yield "schedule.cycles", schedule == "cosine_with_restarts", 'set schedule.name = "cosine_with_restarts"'
     yield "schedule.power", schedule == "polynomial", 'set schedule.name = "polynomial"'
+    checkpointing = recipe.memory.activation_checkpointing
+    need = 'set memory.activation_checkpointing = "{}"'
+    yield "memory.checkpoint_every", checkpointing == "every_n", need.format("every_n")
+    yield "memory.keep_gib", checkpointing == "selective", need.format("selective")
     validation = recipe.validation
+    heldout = bool(validation.heldout or validation.heldout_clips)
     for key in ("validation.every", "validation.sigmas"):
-        yield key, bool(validation.heldout or validation.heldout_clips), "set validation.heldout to a dataset"
+        yield key, heldout, "set validation.heldout_clips, or validation.heldout to a dataset"
     prompts = bool(validation.prompts or validation.prompts_file)
     for key in ("validation.samples_every", "validation.tiling"):
         yield key, prompts, "add [[validation.prompts]]"
@@ -110,7 +130,8 @@ def open_family(recipe: Recipe) -> Family:
     folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, cls.components))
     if folder.pipeline_class not in cls.pipeline_classes:
         fitting = [name for name in FAMILIES if folder.pipeline_class in family_class(name).pipeline_classes]
-        cure = f'set model.family = "{fitting[0]}"' if fitting else f"families are: {', '.join(FAMILIES)}"
+        right = f'set model.family = "{fitting[0]}", or model.path to a checkpoint of {cls.title}' if fitting else ""
+        cure = right or f"families are: {', '.join(FAMILIES)}"
         trains = f"family {recipe.model.family!r} trains {' or '.join(cls.pipeline_classes)}"
         raise UserError(f"this is {folder.pipeline_class}, and {trains}", cure, str(folder.path))
     problems = folder.problems(cls.components)

@@ -20,7 +20,7 @@ USAGE = """\
 torchrun ... -m finetune --recipe R          train, or resume (encodes the dataset first if it must)
 python -m finetune check    --recipe R       recipe, model folder and clips: every problem at once
 torchrun ... -m finetune prepare --recipe R  encode clips and captions into the cache
-python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEXT]
+python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEXT [--shape FxHxW] [--image FILE] ...]
 python -m finetune export   --recipe R [--step N] --out DIR
 python -m finetune plot     --run DIR        loss curve of a run, as loss.png in it
 python -m finetune demo     --out DIR        a tiny random pipeline and real clips to try things on
@@ -56,14 +56,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--recipe", required=True, help="a TOML recipe")
         command.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
         if name == "sample":
-            command.add_argument("--adapter", type=Path, help="folder of an exported LoRA")
+            command.add_argument("--adapter", type=Path, help="folder of an exported LoRA or transformer")
             command.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
             command.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
             command.add_argument("--image", help="condition image of --prompt, for image-to-video")
             command.add_argument("--shape", help="frames x height x width of --prompt")
             command.add_argument("--steps", type=int, help="denoising steps of --prompt")
             command.add_argument("--seed", type=int, help="seed of --prompt")
-            command.add_argument("--out", type=Path, help="folder; OUTPUT/samples if not given")
+            command.add_argument("--out", type=Path, help="folder; OUTPUT/generated if not given")
         if name == "export":
             command.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
             command.add_argument("--out", type=Path, required=True)
@@ -147,6 +147,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def _sample(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
+    if arguments.compare and not arguments.adapter:
+        raise UserError(
+            "there is nothing to compare with", "give --adapter, the folder that training named", "--compare"
+        )
     if arguments.prompt:
         given = {name: getattr(arguments, name) for name in ("shape", "steps", "seed", "image")}
         given = {key: value for key, value in given.items() if value is not None}
@@ -156,6 +160,10 @@ def _sample(arguments: argparse.Namespace) -> int:
             raise UserError(error.errors()[0]["msg"], "", f"--{error.errors()[0]['loc'][0]}") from None
         validation = recipe.validation.model_copy(update={"prompts": prompts, "prompts_file": None})
         recipe = recipe.model_copy(update={"validation": validation})
+    elif unused := [
+        f"--{name}" for name in ("shape", "steps", "seed", "image") if getattr(arguments, name) is not None
+    ]:
+        raise UserError("this is about --prompt, which is not given", "give --prompt, or remove it", " ".join(unused))
     if not (recipe.validation.prompts or recipe.validation.prompts_file):
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
     from finetune.check import open_family
@@ -164,7 +172,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     def body(runtime) -> int:
         if runtime.world_size > 1:
             raise UserError("sample runs in one process", "start it with python -m finetune sample")
-        out = arguments.out or recipe.output / "samples"
+        out = arguments.out or recipe.output / "generated"
         sample(recipe, open_family(recipe), runtime, out, arguments.adapter, arguments.compare)
         return 0
 

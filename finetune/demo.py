@@ -14,7 +14,8 @@ def make_demo(out: Path, family: str, variant: str | None = None) -> None:
     """Write `out/model` (a pipeline of a few MB), `out/clips` and `out/heldout`; what is there already is kept."""
     cls = family_class(family)
     if variant and variant not in cls.variants:
-        raise UserError(f"{family} has no variant {variant!r}", f"variants are: {', '.join(cls.variants)}", "--variant")
+        cure = f"variants are: {', '.join(cls.variants)}" if cls.variants else "leave --variant out"
+        raise UserError(f"{family} has no variant {variant!r}", cure, "--variant")
     parts = {
         "model": lambda folder: cls.tiny(folder, variant=variant),
         "clips": lambda folder: write_clips(folder, RECORDINGS),

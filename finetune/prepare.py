@@ -20,7 +20,7 @@ from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Prompt
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
-from finetune.survey import Usable, refuse_or_skip, require, survey
+from finetune.survey import carve, refuse_or_skip, require, survey
 from finetune.tracking.progress import ProgressLine
 
 _ROUND = 4  # items a rank encodes between two meetings: bounds waiting, and errors surface early
@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     if named:
         split = usable, survey(recipe.data, named, cache, runtime)
     else:
-        split = carve(usable, recipe.validation.heldout_clips, recipe.train.seed)
+        split = carve(usable, recipe)
     work: list[_Encoding] = []
     datasets = []
     for part in split:
@@ -120,23 +120,6 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     ]:
         raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
     return Prepared(cache, train, heldout, text_key(""), prompts)
-
-
-def carve(usable: Sequence[Usable], count: int, seed: int) -> tuple[list[Usable], list[Usable]]:
-    """(clips to train on, clips held out): `count` files, chosen by content and seed, so that renaming changes nothing.
-
-    Raises:
-        UserError: nothing would be left to train on.
-    """
-    hashes = sorted({entry.hash for entry in usable}, key=lambda content: digest("heldout", seed, content))
-    if count and count >= len(hashes):
-        raise UserError(
-            f"{count} of {len(hashes)} clips would be held out, and none trained on",
-            f"set it to at most {len(hashes) - 1}",
-            "validation.heldout_clips",
-        )
-    out = set(hashes[:count])
-    return [entry for entry in usable if entry.hash not in out], [entry for entry in usable if entry.hash in out]
 
 
 def _fingerprints(recipe: Recipe, family: Family, cache: Cache) -> tuple[str, str]:

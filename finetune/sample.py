@@ -1,9 +1,10 @@
-"""Generate videos with the base model and, optionally, a trained adapter, through the family's diffusers pipeline."""
+"""Generate videos with the base model and with trained weights, through the family's diffusers pipeline."""
 
 from pathlib import Path
 
 import diffusers
 import numpy as np
+from safetensors import safe_open
 
 from finetune.data.images import load_image
 from finetune.engine.export import LORA_FILE
@@ -23,31 +24,35 @@ def sample(
     family: Family,
     runtime: Runtime,
     out: Path,
-    adapter: Path | None = None,
+    trained: Path | None = None,
     compare: bool = False,
 ) -> None:
     """Generate the recipe's validation prompts; write one mp4 a video and `out/contact_sheet.png`.
 
     Args:
-        adapter: folder of an exported LoRA, or the file in it; None for the base model.
-        compare: generate with the base model too, from the same noise, and say how much the adapter changes.
+        trained: folder of an exported LoRA, or the file in it, or of a transformer; None for the base model.
+        compare: generate with the base model too, from the same noise, and say how much training changes.
     Raises:
-        UserError: no adapter there, or one that changes nothing.
+        UserError: no weights there, weights of another model, or ones that change nothing.
     """
+    if trained is not None:
+        check_trained(trained, family)
+    prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
+    images = [load_image(prompt.image, *prompt.shape[1:]) if prompt.image else None for prompt in prompts]
     pipeline = load_pipeline(recipe, family, runtime)
-    versions = [("base", None)] if compare or adapter is None else []
-    versions += [("lora", adapter)] if adapter else []
+    versions = ["base"] if compare or trained is None else []
+    versions += ["trained"] if trained else []
     made: dict[str, list[tuple[str, np.ndarray]]] = {}
-    for version, weights in versions:
-        if weights is not None:
-            load_adapter(pipeline, weights)
+    for version in versions:
+        if version == "trained":
+            load_trained(pipeline, trained, family, recipe, runtime)
         made[version] = []
-        for index, prompt in enumerate(validation_prompts(recipe.validation, recipe.data.buckets[0])):
-            image = load_image(prompt.image, prompt.shape.height, prompt.shape.width) if prompt.image else None
+        for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             for seed in prompt.seeds:
+                runtime.device.reseed(seed)  # LTX's VAE draws noise of its own
                 arguments = call_arguments(family, prompt, seed, image)
-                made_frames = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments).frames[0]
-                frames = checked(made_frames, prompt)
+                output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments)
+                frames = checked(output.frames[0], prompt)
                 path = out / f"{index:02d}_seed{seed}_{version}.mp4"
                 write_video(frames, path, prompt.fps)
                 say(f"wrote {path}")
@@ -56,12 +61,12 @@ def sample(
     contact_sheet([(label, strip(frames)) for label, frames in rows], out / "contact_sheet.png")
     say(f"wrote {out / 'contact_sheet.png'}")
     if len(made) == 2:
-        pairs = zip(made["base"], made["lora"], strict=True)
+        pairs = zip(*made.values(), strict=True)
         change = np.mean([np.abs(a.astype(int) - b.astype(int)).mean() for (_, a), (_, b) in pairs])
-        say(f"the adapter changes a pixel by {change:.2g} of 255 on average")
+        say(f"training changes a pixel by {change:.2g} of 255 on average")
         if change == 0:
             raise UserError(
-                "the adapter changes nothing", "train for more steps or with a higher optimizer.lr", str(adapter)
+                "the trained weights change nothing", "train for more steps or with a higher optimizer.lr", str(trained)
             )
 
 
@@ -76,11 +81,36 @@ def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers
     return pipeline.to(runtime.device.torch_device)
 
 
-def load_adapter(pipeline: diffusers.DiffusionPipeline, adapter: Path) -> None:
-    """Load an exported LoRA, given its folder or the file in it."""
-    folder = adapter.parent if adapter.name == LORA_FILE else adapter
-    if not (folder / LORA_FILE).is_file():
+def check_trained(path: Path, family: Family) -> None:
+    """Raise UserError unless exported weights of this family's transformer lie there."""
+    if (path / "config.json").is_file():
+        return
+    file = path if path.name == LORA_FILE else path / LORA_FILE
+    if not file.is_file():
         raise UserError(
-            f"there is no {LORA_FILE} in it", "give the folder that training named at its end", str(adapter)
+            f"there is neither {LORA_FILE} nor a transformer in it",
+            "give the folder that training named at its end",
+            str(path),
         )
+    layers = {name for name, _ in family.empty_transformer().named_modules()}
+    with safe_open(file, "pt") as weights:
+        adapted = {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in weights.keys()}  # noqa: SIM118
+    if strange := sorted(adapted - layers):
+        raise UserError(
+            f"this LoRA is of another model: there is no {strange[0]} in {family.title}",
+            "set model.family and model.path to what it was trained on",
+            str(file),
+        )
+
+
+def load_trained(
+    pipeline: diffusers.DiffusionPipeline, path: Path, family: Family, recipe: Recipe, runtime: Runtime
+) -> None:
+    """Put an exported LoRA on the pipeline's transformer, or an exported transformer in its place."""
+    if (path / "config.json").is_file():
+        cls = getattr(diffusers, family.transformer_class)
+        transformer = cls.from_pretrained(path, dtype=DTYPES[recipe.train.precision])
+        pipeline.register_modules(transformer=transformer.to(runtime.device.torch_device))
+        return
+    folder = path.parent if path.name == LORA_FILE else path
     pipeline.load_lora_weights(folder, weight_name=LORA_FILE)

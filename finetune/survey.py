@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from finetune.data import decode
 from finetune.data.buckets import Fit, fit
-from finetune.data.cache import Cache, content_hash
+from finetune.data.cache import Cache, content_hash, digest
 from finetune.data.manifest import Clip, read_manifest
+from finetune.recipe import Recipe
 from finetune.recipe.schema import Data
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
@@ -59,6 +60,27 @@ def survey(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[Usabl
     require(usable, path)
     _report(path, usable)
     return usable
+
+
+def carve(usable: Sequence[Usable], recipe: Recipe) -> tuple[list[Usable], list[Usable]]:
+    """(clips to train on, clips held out): files chosen by content and seed, so that renaming changes nothing.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    count, seed = recipe.validation.heldout_clips, recipe.train.seed
+    hashes = sorted({entry.hash for entry in usable}, key=lambda content: digest("heldout", seed, content))
+    if count and count >= len(hashes):
+        raise UserError(
+            f"{count} of {len(hashes)} clips would be held out, and none trained on",
+            f"set it to at most {len(hashes) - 1}",
+            "validation.heldout_clips",
+        )
+    out = set(hashes[:count])
+    held = [entry for entry in usable if entry.hash in out]
+    if held:
+        say(f"held out: {', '.join(str(entry.clip.path) for entry in held)}")
+    return [entry for entry in usable if entry.hash not in out], held
 
 
 def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> set[str]:

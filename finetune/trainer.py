@@ -16,7 +16,7 @@ from finetune.runtime.errors import UserError
 from finetune.runtime.files import FolderLock, atomic, writing
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
-from finetune.validate import validation_samples
+from finetune.validate import has_samples, validation_samples
 
 
 def train(recipe: Recipe, runtime: Runtime) -> int:
@@ -77,7 +77,8 @@ def run(job: Job, done: int, report: Report, stop: StopRequest) -> bool:
     batches = job.batches(done)
     if done == 0:
         report.heldout(0, job.heldout_loss())
-        report.samples(0, validation_samples(job, 0, lambda: stop.requested))
+    if done == 0 or (_due(validation.samples_every, done) and not has_samples(job, done)):  # a stop came before them
+        report.samples(done, validation_samples(job, done, lambda: stop.requested))
     for step in range(done, recipe.train.steps):
         micro_batches = [next(batches) for _ in range(job.layout.accumulation)]
         result = job.step(step, micro_batches, stop=stop.requested)
@@ -121,7 +122,7 @@ def _usage(job: Job, folder: Path) -> list[str]:
     dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
     source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
     helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"
-    lines = ["import torch, diffusers", f"from diffusers.utils import {helpers}"]
+    lines = ["import torch, diffusers", f"from diffusers.utils import {helpers}  # pip install imageio imageio-ffmpeg"]
     if job.recipe.train.method == "lora":
         lines.append(f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, torch_dtype={dtype})")
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')

@@ -13,6 +13,8 @@ from finetune.prepare import PreparedPrompt
 from finetune.runtime.files import writing
 from finetune.tracking.media import contact_sheet, strip, write_video
 
+SHEET = "contact_sheet.png"  # written when all videos are
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -36,7 +38,7 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
     if not wanted:
         return None
     recipe, runtime = job.recipe, job.state.runtime
-    folder = recipe.output / "samples" / f"step_{step:08d}"
+    folder = samples_folder(job, step)
     mine = wanted[runtime.rank :: runtime.world_size]
     made: list[tuple[str, Path, np.ndarray]] = []
 
@@ -57,11 +59,20 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
         return None
     shares = runtime.gather(made)
     in_order = [shares[i % runtime.world_size][i // runtime.world_size] for i in range(len(wanted))]
-    sheet = folder / "contact_sheet.png"
+    sheet = folder / SHEET
     with runtime.together(), writing(folder):
         if runtime.is_main:
             contact_sheet([(label, frames) for label, _, frames in in_order], sheet)
     return Samples([(label, path) for label, path, _ in in_order], sheet)
+
+
+def samples_folder(job: Job, step: int) -> Path:
+    return job.recipe.output / "samples" / f"step_{step:08d}"
+
+
+def has_samples(job: Job, step: int) -> bool:
+    """Whether all samples of a step were made, as rank 0 sees it. Collective."""
+    return job.state.runtime.from_main((samples_folder(job, step) / SHEET).exists())
 
 
 def request_of(job: Job, prepared: PreparedPrompt, seed: int) -> Request:

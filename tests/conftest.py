@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache as cache_calls
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from processes import ROOT, Finetune, command
+from processes import ROOT, Finetune, command, figures_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -253,17 +251,6 @@ def families_parity(
         return figures_of("families_worker.py", processes, folder, recipes)
 
     return lambda model, processes: run(model in FIRST, processes)[family_recipe(*model).stem]
-
-
-def figures_of(worker: str, processes: int, folder: Path, arguments: list[Path]) -> dict:
-    """What a worker of tests/engine writes, started plainly or under torchrun."""
-    out = folder / f"{processes}.json"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    start = [sys.executable, *(torchrun if processes > 1 else [])]
-    start += [ROOT / "tests" / "engine" / worker, out, *arguments]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Running the command line as a user does."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,3 +16,14 @@ def command(arguments: Sequence[object], processes: int) -> list[str]:
     if processes:
         head += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     return [*head, "finetune", *map(str, arguments)]
+
+
+def figures_of(worker: str, processes: int, folder: Path, arguments: list[Path]) -> dict:
+    """What a worker of tests/engine writes, started plainly or under torchrun."""
+    out = folder / f"{processes}.json"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    start = [sys.executable, *(torchrun if processes > 1 else [])]
+    start += [ROOT / "tests" / "engine" / worker, out, *arguments]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())

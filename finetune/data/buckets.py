@@ -38,10 +38,11 @@ def fit(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: st
     available = clip.frames_at(rate)
     possible = [bucket for bucket in buckets if bucket.frames <= available]
     if not possible:
+        faster = "raise data.fps, " if fps and fps < clip.fps else ""
         shortest = min(bucket.frames for bucket in buckets)
         raise UserError(
             f"{available} frame{'s' if available > 1 else ''} at {rate:g} fps, but the shortest bucket has {shortest}",
-            f"add a bucket of at most {available} frames to data.buckets, or remove the clip",
+            f"add a bucket of at most {available} frames to data.buckets, {faster}or remove the clip",
             where,
         )
 

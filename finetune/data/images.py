@@ -45,7 +45,8 @@ def load_image(source: str, height: int, width: int) -> np.ndarray:
         data = _fetch(source) if is_address(source) else path.read_bytes()
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise UserError(f"no image can be read from it ({error})", "use a PNG, JPEG or WebP image", source) from None
+        reason = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"no image can be read from it ({reason})", "use a PNG, JPEG or WebP image", source) from None
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 

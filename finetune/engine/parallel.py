@@ -26,7 +26,7 @@ def parallelize(
 
     # 2. Activation checkpointing inside the sharded unit, so that recomputation gathers a block's weights once.
     lists = [getattr(transformer, name) for name in family.block_lists]
-    activation.checkpoint_blocks(lists, memory.activation_checkpointing)
+    activation.checkpoint_blocks(lists, memory)
 
     # 3. Sharding: one unit a block, the rest with the root.
     policy = precision.policy(train.precision)

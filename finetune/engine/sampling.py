@@ -99,6 +99,7 @@ def _videos(
     if requests:
         pipeline = live_pipeline(live, family, tiling)
     for index, request in enumerate(requests):
+        live.runtime.device.reseed(request.seed)  # LTX's VAE draws noise of its own; a step seeds itself
         done(index, video(pipeline, family, request, live.device))
 
 

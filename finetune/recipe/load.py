@@ -230,7 +230,7 @@ def _apply_override(values: dict, override: str, origin: dict[Key, str]) -> list
 
 def _typed(text: str, annotation: Any) -> Any:
     """`text` as a string where the schema wants one, as a TOML value elsewhere."""
-    if _wants(annotation, list) and not text.startswith("["):
+    if _wants(annotation, list) and not text.startswith(("[", '"')):
         if any(isinstance(part, type) and issubclass(part, BaseModel) for part in get_args(annotation)):
             return text  # a string that stands for a list of tables
         try:

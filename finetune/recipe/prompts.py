@@ -1,5 +1,6 @@
 """Validation prompts from a file, or from one string as finetrainers takes them: `prompt@@@49x512x768:::prompt...`."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,24 @@ def read_prompts(path: Path) -> list[Prompt]:
             prompts.append(Prompt.model_validate(_renamed(entry)))
         except ValidationError as error:
             for detail in error.errors():
-                key = ".".join(map(str, detail["loc"]))
-                problems.append(Problem(f"{key}: {detail['msg']}", f"{path}, prompt {number}", "mend this prompt"))
+                problems.append(_problem(detail, f"{path}, prompt {number}"))
     if problems:
         raise UserError.of(problems)
     if not prompts:
         raise UserError("there is no prompt in it", "add one, or remove validation.prompts_file", str(path))
     return prompts
+
+
+def _problem(detail: Any, where: str) -> Problem:
+    key = ".".join(map(str, detail["loc"]))
+    if detail["type"] != "extra_forbidden":
+        return Problem(f"{key}: {detail['msg']}" if key else detail["msg"], where, "mend this prompt")
+    near = difflib.get_close_matches(key, Prompt.model_fields, n=1)
+    return Problem(
+        f"unknown key {key!r}",
+        where,
+        f"did you mean {near[0]!r}?" if near else f"keys are: {', '.join(Prompt.model_fields)}",
+    )
 
 
 def _renamed(entry: Any) -> Any:
@@ -71,15 +83,28 @@ def _renamed(entry: Any) -> Any:
 
 def _entries(value: Any) -> list[Any]:
     """The list in a JSON or TOML file: itself, or under "prompts" or finetrainers' "data"."""
+    if isinstance(value, dict):
+        value = value.get("validation", value)  # as in a recipe
     found = value.get("prompts", value.get("data")) if isinstance(value, dict) else value
     if not isinstance(found, list):
         raise ValueError('no list of prompts in it: name it "prompts"')
     return found
 
 
+def _json_line(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error.msg}, at character {error.pos + 1}") from None
+
+
 _READERS = {
-    ".txt": lambda text: [entry for line in text.split("\n") for entry in split_prompts(line.strip())],
+    ".txt": lambda text: [
+        entry for line in text.split("\n") if not line.startswith("#") for entry in split_prompts(line.strip())
+    ],
     ".json": lambda text: _entries(json.loads(text)),
-    ".jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()],
+    ".jsonl": lambda text: [
+        _json_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
+    ],
     ".toml": lambda text: _entries(tomli.loads(text)),
 }

@@ -156,8 +156,13 @@ class Schedule(Table):
 
 
 class Memory(Table):
-    activation_checkpointing: Literal["none", "full"] = Free("full")
-    """Recompute transformer blocks in the backward pass instead of keeping their activations."""
+    activation_checkpointing: Literal["none", "full", "every_n", "selective"] = Free("full")
+    """Recompute transformer blocks in the backward pass instead of keeping their activations: all, every n-th, or all but their
+    attention and matrix products."""
+    checkpoint_every: Annotated[int, Field(ge=2)] = Free(2)
+    """Which blocks "every_n" recomputes."""
+    keep_gib: Annotated[float, Field(gt=0)] | None = Free(None)
+    """GiB of outputs that "selective" keeps over all blocks; unset: all of them."""
 
 
 class Checkpoint(Table):

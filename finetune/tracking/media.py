@@ -6,7 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 
 def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
@@ -35,10 +35,10 @@ def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
     tile_height = tiles[0][1][0].height
     sheet_width = max(sum(tile.width + gap for tile in row) for _, row in tiles) + gap
     sheet = Image.new("RGB", (sheet_width, (tile_height + label_height + gap) * len(tiles) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for index, (label, row) in enumerate(tiles):
         top = gap + index * (tile_height + label_height + gap)
-        draw.text((gap, top + 2), label, fill="black")
+        draw.text((gap, top + 2), label, fill="black", font=font)
         left = gap
         for tile in row:
             sheet.paste(tile, (left, top + label_height))

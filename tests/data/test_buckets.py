@@ -83,5 +83,5 @@ def test_a_clip_shorter_than_every_bucket_is_refused_with_its_length() -> None:
         fit(WIDE, [Bucket(57, 512, 768), Bucket(97, 512, 768)], 24, "clips/a.mp4")
     assert str(caught.value) == (
         "clips/a.mp4: 48 frames at 24 fps, but the shortest bucket has 57\n"
-        "    -> add a bucket of at most 48 frames to data.buckets, or remove the clip"
+        "    -> add a bucket of at most 48 frames to data.buckets, raise data.fps, or remove the clip"
     )

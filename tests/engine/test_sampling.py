@@ -18,7 +18,7 @@ from finetune.engine.export import LORA_FILE
 from finetune.engine.precision import DTYPES
 from finetune.engine.sampling import Request, generate
 from finetune.job import Job
-from finetune.validate import request_of
+from finetune.validate import request_of, validation_samples
 
 PROMPT = "a red ball moves to the left over a dark floor"
 NEGATIVE = "blurry"
@@ -146,3 +146,30 @@ def tensors_alive() -> Counter:
     gc.collect()
     alive = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
     return Counter((tuple(tensor.shape), tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in alive)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_polite_stop_ends_sampling_and_not_the_job(
+    build_job: Callable[..., Job], prompted: Callable[[Model], Path], tmp_path: Path, calls: int
+) -> None:
+    job = build_job(f"output={tmp_path / 'run'}", recipe_file=prompted(("ltx", None)))
+    votes = iter([False] * calls + [True])
+    assert validation_samples(job, 0, lambda: next(votes)) is None
+    assert list((tmp_path / "run").rglob("*.mp4")) == []
+    assert job.state.transformer.training
+    assert job.step(0, [job.micro_batches()[0]]).updated
+
+
+def test_an_error_inside_the_transformer_is_not_put_off(
+    build_job: Callable[..., Job], prompted: Callable[[Model], Path]
+) -> None:
+    """The other ranks are in the middle of the same call, and would wait for this one."""
+    job = build_job(recipe_file=prompted(("ltx", None)))
+    hook = job.state.transformer.transformer_blocks[1].register_forward_pre_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="in a block"):
+        live_video(job)
+    hook.remove()
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("in a block")

@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import figures_of
+from PIL import Image
+from processes import figures_of
 from safetensors.torch import load_file
 
 from finetune.recipe import load_recipe, write_recipe
@@ -61,12 +63,12 @@ def test_any_number_of_prompts_is_generated_on_two_ranks(runs: dict, name: str) 
 
 
 def test_a_prompt_gives_the_same_video_on_one_rank_and_on_two(runs: dict) -> None:
-    alone, spread = (samples(runs[processes][0] / "run-three" / "samples") for processes in (1, 2))
-    base = [name for name in alone if name.startswith("step_00000000")]
-    assert len(base) == 3
-    for name in base:
-        assert alone[name] == spread[name], name
-    assert len({alone[name] for name in base}) == 3
+    """Seen on the sheets, which show the frames as they were generated; H.264 does not encode noise twice alike."""
+    sheets = [runs[n][0] / "run-three" / "samples" / "step_00000000" / "contact_sheet.png" for n in (1, 2)]
+    alone, spread = (np.asarray(Image.open(sheet)) for sheet in sheets)
+    assert np.array_equal(alone, spread)
+    rows = np.array_split(alone, 3)
+    assert not np.array_equal(rows[0], rows[1])
 
 
 def test_training_with_samples_ends_in_the_same_bytes_as_without(runs: dict) -> None:

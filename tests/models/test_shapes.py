@@ -23,7 +23,7 @@ def generated_shape(model: TinyModel, bucket: Bucket) -> Bucket | None:
 
 
 @FREE
-@pytest.mark.parametrize("bucket", map(Bucket.parse, (*LENGTHS, *SIDES)), ids=str)
+@pytest.mark.parametrize("bucket", [Bucket.parse(text) for text in (*LENGTHS, *SIDES)], ids=str)
 def test_a_bucket_is_accepted_exactly_if_the_pipeline_generates_its_shape(model: TinyModel, bucket: Bucket) -> None:
     assert (model.family.bucket_problem(bucket) is None) == (generated_shape(model, bucket) == bucket)
 

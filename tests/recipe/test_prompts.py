@@ -36,6 +36,12 @@ def test_prompts_are_written_as_tables_or_in_one_string(tmp_path: Path) -> None:
         ("bom.txt", "\ufeffA cat, asleep@@@49x512x768\r\nA dog\r\n"),
         ("a.toml", '[[prompts]]\ntext = "A cat, asleep"\nshape = "49x512x768"\n[[prompts]]\ntext = "A dog"\n'),
         ("a.json", json.dumps([{"text": "A cat, asleep", "shape": "49x512x768"}, {"text": "A dog"}])),
+        (
+            "as_in_a_recipe.toml",
+            '[[validation.prompts]]\ntext = "A cat, asleep"\nshape = "49x512x768"\n'
+            '[[validation.prompts]]\ntext = "A dog"\n',
+        ),
+        ("remarks.txt", "# two animals\nA cat, asleep@@@49x512x768\nA dog"),
         ("a.jsonl", '{"text": "A cat, asleep", "shape": "49x512x768"}\n{"text": "A dog"}\n'),
     ],
 )
@@ -83,12 +89,18 @@ def test_prompts_of_recipe_and_file_are_generated_both(tmp_path: Path) -> None:
     [
         ("a.txt", "", "there is no prompt in it"),
         ("a.txt", "A cat@@@49x512", "prompt 1"),
-        ("a.json", '[{"text": "A cat"}, {"text": "A dog", "seeed": 1}]', "prompt 2: seeed: Extra inputs"),
+        (
+            "a.json",
+            '[{"text": "A cat"}, {"text": "A dog", "seeed": 1}]',
+            "prompt 2: unknown key 'seeed'.*did you mean 'seed'",
+        ),
         ("a.json", '[{"shape": "9x64x64"}]', "text: Field required"),
         ("a.json", '["A cat"]', "prompt 1"),
         ("a.json", '"A cat"', "cannot be read"),
         ("a.json", '{"promts": []}', 'name it "prompts"'),
         ("a.json", "[{]", "cannot be read"),
+        ("a.json", '[{"text": "A cat", "num_frames": 9, "height": 64}]', "9x64x\\?' is not a bucket"),
+        ("a.jsonl", '{"text": "A cat"}\n{"text": }\n', "line 2: "),
         ("a.toml", "prompts = [", "cannot be read"),
         ("a.docx", "A cat", "use one of .txt"),
     ],

@@ -1,0 +1,59 @@
+"""`sample` shows what trained weights change, and refuses weights that are not the model's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.check import open_family
+from finetune.job import Job
+from finetune.recipe import Recipe, load_recipe
+from finetune.runtime.errors import UserError
+from finetune.sample import sample
+
+PROMPTS = 'validation.prompts=[{text = "a red ball", steps = 2, guidance = 1.0, count = 2}]'
+
+
+@pytest.fixture
+def trained(build_job: Callable[..., Job], family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Train two steps of a family and export what was trained."""
+
+    def train(family: str, method: str) -> Path:
+        job = build_job(f"train.method={method}", "optimizer.lr=0.05", recipe_file=family_recipe(family))
+        for step in range(2):
+            job.step(step, [job.micro_batches()[step]])
+        job.export(tmp_path / family)
+        return tmp_path / family
+
+    return train
+
+
+def opened(family_recipe: Callable[..., Path], family: str) -> Recipe:
+    return load_recipe(family_recipe(family), [PROMPTS])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_trained_weights_are_compared_with_the_base(
+    family_recipe: Callable[..., Path], trained: Callable[..., Path], runtime, tmp_path: Path, capsys, method: str
+) -> None:
+    recipe = opened(family_recipe, "cogvideox")
+    sample(recipe, open_family(recipe), runtime, tmp_path / "out", trained("cogvideox", method), compare=True)
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    videos = {f"00_seed{seed}_{version}.mp4" for seed in (0, 1) for version in ("base", "trained")}
+    assert made == videos | {"contact_sheet.png"}
+    assert "training changes a pixel by" in capsys.readouterr().err
+
+
+def test_a_lora_of_another_family_is_refused_before_anything_is_generated(
+    family_recipe: Callable[..., Path], trained: Callable[..., Path], runtime, tmp_path: Path
+) -> None:
+    recipe = opened(family_recipe, "hunyuan")
+    with pytest.raises(UserError, match="this LoRA is of another model"):
+        sample(recipe, open_family(recipe), runtime, tmp_path / "out", trained("ltx", "lora"), compare=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_weights_is_refused(family_recipe: Callable[..., Path], runtime, tmp_path: Path) -> None:
+    recipe = opened(family_recipe, "ltx")
+    with pytest.raises(UserError, match="neither pytorch_lora_weights.safetensors nor a transformer"):
+        sample(recipe, open_family(recipe), runtime, tmp_path / "out", tmp_path, compare=True)

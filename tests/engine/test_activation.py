@@ -1,0 +1,86 @@
+"""Every way to save activations gives the same training, and keeps what it says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from every_family import FIRST, Model, title
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from finetune.job import Job
+
+MODES = {
+    "full": ["memory.activation_checkpointing=full"],
+    "every_n": ["memory.activation_checkpointing=every_n"],
+    "selective": ["memory.activation_checkpointing=selective"],
+    "selective, a little": ["memory.activation_checkpointing=selective", "memory.keep_gib=0.0002"],
+}
+
+
+def train(job: Job, steps: int = 2) -> list[tuple[float, float]]:
+    batches = job.micro_batches()
+    results = [job.step(step, [batches[step]]) for step in range(steps)]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+@pytest.mark.parametrize("model", FIRST, ids=title)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recomputing_changes_nothing(
+    build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model, mode: str, method: str
+) -> None:
+    overrides = [f"train.method={method}", "optimizer.lr=1e-3"]
+    plain = train(build_job(*overrides, "memory.activation_checkpointing=none", recipe_file=family_recipe(*model)))
+    saved = train(build_job(*overrides, *MODES[mode], recipe_file=family_recipe(*model)))
+    for (loss, norm), (other_loss, other_norm) in zip(plain, saved, strict=True):
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert other_norm == pytest.approx(norm, rel=1e-5)
+
+
+class Count(TorchDispatchMode):
+    """How often attention and matrix products run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = self.products = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = str(function)
+        self.attention += "scaled_dot_product" in name and "backward" not in name
+        self.products += name in ("aten.mm.default", "aten.addmm.default")
+        return function(*arguments, **(keywords or {}))
+
+
+def work(job: Job) -> Count:
+    with Count() as count:
+        job.step(0, [job.micro_batches()[0]])
+    return count
+
+
+def test_each_way_recomputes_what_it_says(build_job: Callable[..., Job], family_recipe: Callable[..., Path]) -> None:
+    recipe = family_recipe("ltx")
+    counts = {name: work(build_job(*overrides, recipe_file=recipe)) for name, overrides in MODES.items()}
+    plain = work(build_job("memory.activation_checkpointing=none", recipe_file=recipe))
+    assert counts["full"].attention == 2 * plain.attention
+    assert counts["every_n"].attention == 1.5 * plain.attention  # one of two blocks
+    assert counts["selective"].attention == plain.attention
+    assert counts["selective"].products == plain.products
+    assert plain.products < counts["selective, a little"].products < counts["full"].products
+
+
+def test_a_budget_is_spent_in_the_order_of_computation_and_not_exceeded() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    from finetune.engine.activation import Keep
+
+    class Context:
+        is_recompute = False
+
+    keep, product = Keep(budget=100.0), torch.ops.aten.mm.default
+    small, large = torch.empty(4, 2), torch.empty(2, 4)  # products of 64 bytes, of 32 with a column less
+    choices = [keep(Context, product, small, large), keep(Context, product, small, large)]
+    choices += [keep(Context, product, small, large[:, :2])]
+    kept, dropped = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    assert choices == [kept, dropped, kept]
+    assert keep(Context, torch.ops.aten.add.Tensor, small, small) == dropped
