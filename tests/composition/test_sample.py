@@ -55,5 +55,5 @@ def test_a_lora_of_another_family_is_refused_before_anything_is_generated(
 
 def test_a_folder_without_weights_is_refused(family_recipe: Callable[..., Path], runtime, tmp_path: Path) -> None:
     recipe = opened(family_recipe, "ltx")
-    with pytest.raises(UserError, match="neither pytorch_lora_weights.safetensors nor a transformer"):
+    with pytest.raises(UserError, match="nor a transformer in it"):
         sample(recipe, open_family(recipe), runtime, tmp_path / "out", tmp_path, compare=True)
