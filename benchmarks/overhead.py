@@ -58,7 +58,7 @@ def recipe_in(folder: Path, steps: int, workers: int) -> Recipe:
 
 def plain_model(recipe: Recipe, family: Family) -> nn.Module:
     """The trained model without FSDP."""
-    model = family.load_transformer(storage_dtype(recipe.train.method, recipe.train.precision))
+    model = family.load_transformer(storage_dtype(recipe.train))
     model.requires_grad_(False)
     lora.add(model, family, recipe.lora, recipe.train.seed)
     return model.train()

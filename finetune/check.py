@@ -51,7 +51,11 @@ def _load_images(recipe: Recipe) -> None:
 
 def check_recipe(recipe: Recipe, world_size: int) -> list[Problem]:
     """Combinations of settings that cannot work on `world_size` ranks."""
-    return [*_batch_problems(recipe, world_size), *_setting_problems(recipe)]
+    return [
+        *_batch_problems(recipe, world_size),
+        *_layout_problems(recipe, world_size),
+        *_setting_problems(recipe),
+    ]
 
 
 def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
@@ -64,6 +68,15 @@ def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
             f"{train.micro_batch_size} at a time",
             "train.global_batch_size",
             f"set train.global_batch_size = {nearest}",
+        )
+
+
+def _layout_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
+    size = recipe.memory.shard_size
+    if recipe.memory.layout == "hybrid" and size and world_size % size:
+        near = max(n for n in range(1, size) if world_size % n == 0)
+        yield Problem(
+            f"{world_size} ranks cannot be divided into groups of {size}", "memory.shard_size", f"set it to {near}"
         )
 
 
@@ -81,6 +94,12 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.train.method == "full" and recipe.lora != Lora():
         yield Problem(
             '[lora] has no effect with method = "full"', "lora", 'remove the table, or set train.method = "lora"'
+        )
+    if recipe.train.method == "full" and recipe.memory.low_bit != "none":
+        yield Problem(
+            "all weights are trained, and none is frozen that could be held in fewer bits",
+            "memory.low_bit",
+            'remove it, or set train.method = "lora"',
         )
     if recipe.validation.heldout and recipe.validation.heldout_clips:
         yield Problem(
@@ -108,6 +127,7 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "schedule.power", schedule == "polynomial", 'set schedule.name = "polynomial"'
     checkpointing = recipe.memory.activation_checkpointing
     need = 'set memory.activation_checkpointing = "{}"'
+    yield "memory.shard_size", recipe.memory.layout == "hybrid", 'set memory.layout = "hybrid"'
     yield "memory.checkpoint_every", checkpointing == "every_n", need.format("every_n")
     yield "memory.keep_gib", checkpointing == "selective", need.format("selective")
     validation = recipe.validation

@@ -21,7 +21,7 @@ from finetune.models.family import Batch, Family
 from finetune.models.objective import Objective
 from finetune.prepare import Prepared
 from finetune.recipe import Recipe
-from finetune.runtime.distributed import Runtime, mesh
+from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
 
@@ -122,10 +122,10 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
     """
     train = recipe.train
     with runtime.together():
-        transformer = family.load_transformer(storage_dtype(train.method, train.precision))
-    transformer = parallelize(transformer, family, train, recipe.lora, recipe.memory, mesh(runtime))
+        transformer = family.load_transformer(storage_dtype(train))
+    transformer = parallelize(transformer, family, train, recipe.lora, recipe.memory, runtime)
     parameters = trained_parameters(transformer)
-    optimizer = build_optimizer(parameters, recipe.optimizer)
+    optimizer = build_optimizer(parameters, recipe.optimizer, train.weights)
     return StepState(
         family=family,
         transformer=transformer,

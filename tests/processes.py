@@ -24,6 +24,6 @@ def figures_of(worker: str, processes: int, folder: Path, arguments: list[Path])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     start = [sys.executable, *(torchrun if processes > 1 else [])]
     start += [ROOT / "tests" / "engine" / worker, out, *arguments]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(start, capture_output=True, text=True, timeout=290, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())

@@ -1,6 +1,9 @@
 """The optimizer of a recipe's [optimizer], and its learning-rate schedule."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -10,16 +13,58 @@ from torch.optim.lr_scheduler import LambdaLR
 from finetune.recipe.schema import Optimizer, Schedule
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over the trained parameters, collected after sharding."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=tuple(settings.betas),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        foreach=True,  # torch's own choice on GPUs; on a CPU it loops, and an operation on a DTensor costs 20 us
-    )
+def build_optimizer(
+    parameters: Sequence[nn.Parameter], settings: Optimizer, weights: str = "float32"
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) over the trained parameters, collected after sharding.
+
+    Moments in fewer bits and bf16 weights, rounded stochastically, are torchao's.
+    """
+    shared = {
+        "lr": settings.lr,
+        "betas": tuple(settings.betas),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.name == "adamw" and weights == "float32":
+        # torch's own choice on GPUs; on a CPU it loops, and an operation on a DTensor costs 20 us
+        return torch.optim.AdamW(parameters, **shared, foreach=True)
+    import torchao.optim
+    from torchao.optim.adam import _AdamW
+
+    cls = {
+        "adamw": _AdamW,
+        "adamw_8bit": torchao.optim.AdamW8bit,
+        "adamw_4bit": torchao.optim.AdamW4bit,
+        "adamw_fp8": torchao.optim.AdamWFp8,
+    }[settings.name]
+    on_cpu = parameters[0].device.type == "cpu"
+    return _adapted(cls, on_cpu)(parameters, **shared, bf16_stochastic_round=weights == "bf16")
+
+
+def _adapted(cls: type[torch.optim.Optimizer], on_cpu: bool) -> type[torch.optim.Optimizer]:
+    """torchao's optimizer with three changes: see its methods."""
+
+    class Adapted(cls):
+        def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
+            """Moments of bf16 weights as of float32 ones: torchao computes in float32, and DTensors do not mix dtypes."""
+            return super()._new_buffer(torch.empty_like(p, dtype=torch.float32), signed)
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            """As it was saved: torch casts moments to the dtype of their weights."""
+            super().load_state_dict(state_dict)
+            saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+            own = chain.from_iterable(group["params"] for group in self.param_groups)
+            for name, parameter in zip(saved, own, strict=True):
+                if name in state_dict["state"]:
+                    self.state[parameter] = dict(state_dict["state"][name])
+
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
+            """On a CPU without compiling, which takes half a minute there and wants a C++ compiler."""
+            with torch.compiler.set_stance("force_eager") if on_cpu else nullcontext():
+                return super().step(closure)
+
+    return Adapted
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Schedule, steps: int) -> LambdaLR:
@@ -39,5 +84,8 @@ def set_schedule_step(schedule: LambdaLR, step: int) -> None:
     schedule.last_epoch = schedule._step_count = step
     rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)  # torchao's, which its compiled step reads
+        else:
+            group["lr"] = rate
     schedule._last_lr = rates

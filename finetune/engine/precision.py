@@ -1,22 +1,24 @@
-"""Which dtype lives where: frozen weights in compute precision, trained weights float32, reductions float32."""
+"""Which dtype lives where: frozen weights in compute precision, trained weights as the recipe says, reductions float32."""
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from finetune.recipe.schema import Train
+
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
-def storage_dtype(method: str, precision: str) -> torch.dtype:
-    """How the transformer's weights are loaded: float32 masters if they are trained, compute precision if frozen."""
-    return torch.float32 if method == "full" else DTYPES[precision]
+def storage_dtype(train: Train) -> torch.dtype:
+    """How the transformer's weights are loaded: as `train.weights` if they are trained, in compute precision if frozen."""
+    return DTYPES[train.weights if train.method == "full" else train.precision]
 
 
-def trained_weights_to_float32(model: nn.Module) -> None:
-    """Cast the parameters that are trained, in place."""
+def cast_trained_weights(model: nn.Module, weights: str) -> None:
+    """Cast the parameters that are trained, in place, to "float32" or "bf16"."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(DTYPES[weights])
 
 
 def policy(precision: str) -> MixedPrecisionPolicy:

@@ -60,7 +60,7 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     """
     device = state.runtime.device
     device.reseed(seeds.derive(state.seed, "device", step, state.runtime.rank))
-    lr = state.schedule.get_last_lr()[0]
+    lr = float(state.schedule.get_last_lr()[0])  # torchao's optimizers have it in a tensor on the CPU
     total = torch.zeros((), device=device.torch_device)
     for index, batch in enumerate(micro_batches):
         if state.defer_reduction and len(micro_batches) > 1:

@@ -125,6 +125,7 @@ class Family(ABC):
     moments: ClassVar[tuple[str, ...]] = ("mean", "logvar")  # what is cached of a clip
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled and sharded by the block
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    high_precision: ClassVar[str] = "norm"  # layers of a block that are never quantised: a regular expression
     spatial: int
     temporal: int
     patch: int = 1

@@ -89,7 +89,9 @@ class Train(Table):
     seed: Annotated[int, Field(ge=0)] = 42
     """Seeds order, noise, adapter initialisation and everything else that is random."""
     precision: Literal["bf16", "float32"] = "bf16"
-    """Compute precision. Trained weights are float32 in both; frozen weights are held in this precision."""
+    """Compute precision. Frozen weights are held in it, too."""
+    weights: Literal["float32", "bf16"] = "float32"
+    """How trained weights are held: float32, or bf16 with updates rounded stochastically, for a third of the memory."""
     max_grad_norm: Annotated[float, Field(gt=0)] | Literal["none"] = Free(1.0)
     """Clip the global gradient norm to this, once per optimizer step; "none" does not clip."""
 
@@ -130,8 +132,8 @@ class Objective(Table):
 
 
 class Optimizer(Table):
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8"] = "adamw"
+    """AdamW, with its two moments in float32 or (torchao) in 8 bits, 4 bits or float8."""
     lr: Annotated[float, Field(gt=0)] = Free(1e-4)
     """Peak learning rate."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
@@ -156,6 +158,11 @@ class Schedule(Table):
 
 
 class Memory(Table):
+    layout: Literal["auto", "shard", "zero2", "hybrid", "replicate"] = Free("auto")
+    """How weights lie on the GPUs: sharded over all; sharded, but kept whole from forward to backward pass; sharded within groups
+    of `shard_size` and replicated between them; or replicated, with only what is trained reduced."""
+    shard_size: Annotated[int, Field(ge=2)] | None = Free(None)
+    """GPUs that hold one copy with "hybrid"; unset: those of a node."""
     activation_checkpointing: Literal["none", "full", "every_n", "selective"] = Free("full")
     """Recompute transformer blocks in the backward pass instead of keeping their activations: all, every n-th, or all but their
     attention and matrix products."""
@@ -163,6 +170,12 @@ class Memory(Table):
     """Which blocks "every_n" recomputes."""
     keep_gib: Annotated[float, Field(gt=0)] | None = Free(None)
     """GiB of outputs that "selective" keeps over all blocks; unset: all of them."""
+
+    low_bit: Literal["none", "int8", "float8", "nf4"] = "none"
+    """How the frozen weights of the blocks are held, for LoRA: half, half and a quarter of bf16. Slightly different weights are
+    trained on, and the adapter is used with the whole ones."""
+    compile: bool = Free(False)
+    """Compile each block with torch.compile: faster steps after a minute of compiling for each bucket."""
 
 
 class Checkpoint(Table):

@@ -40,6 +40,11 @@ class Device:
     def name(self) -> str:
         return "CPU" if self.is_cpu else self._module.get_device_name(self.torch_device)
 
+    @property
+    def total_memory(self) -> int | None:
+        """Bytes of the device's memory; None on a CPU, where nothing is divided by it."""
+        return None if self.is_cpu else torch.accelerator.get_memory_info(self.torch_device)[1]
+
     def synchronize(self) -> None:
         """Wait for the work queued on the device; nothing to wait for on a CPU."""
         if not self.is_cpu:

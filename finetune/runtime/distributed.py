@@ -31,6 +31,7 @@ class Runtime:
     world_size: int
     device: Device
     control: dist.ProcessGroup  # gloo, for host objects
+    local_world_size: int = 1  # processes on this host
 
     @property
     def is_main(self) -> bool:
@@ -105,7 +106,8 @@ def start(timeout_seconds: float) -> Runtime:
     else:
         dist.init_process_group(backend, timeout=timeout)
     control = dist.group.WORLD if device.is_cpu else dist.new_group(backend="gloo", timeout=timeout)
-    return Runtime(rank, local_rank, world_size, device, control)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Runtime(rank, local_rank, world_size, device, control, local_world_size)
 
 
 def stop() -> None:
@@ -114,9 +116,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def mesh(runtime: Runtime) -> DeviceMesh:
-    """A one-dimensional mesh over all ranks, on the device's type."""
-    return init_device_mesh(runtime.device.kind, (runtime.world_size,), mesh_dim_names=("shard",))
+def mesh(runtime: Runtime, shard_size: int | None = None) -> DeviceMesh:
+    """A mesh over all ranks, on the device's type: ("shard",), or ("replicate", "shard") with groups of `shard_size`."""
+    if shard_size is None:
+        return init_device_mesh(runtime.device.kind, (runtime.world_size,), mesh_dim_names=("shard",))
+    sizes = (runtime.world_size // shard_size, shard_size)
+    return init_device_mesh(runtime.device.kind, sizes, mesh_dim_names=("replicate", "shard"))
 
 
 def describe(runtime: Runtime) -> str:

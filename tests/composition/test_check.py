@@ -27,6 +27,9 @@ def refused(recipe_file: Path, *overrides: str, world_size: int = 1) -> list[str
         ["validation.every=2"],
         ["validation.sigmas=8"],
         ["tracking.project=mine"],
+        ["memory.checkpoint_every=3"],
+        ["memory.keep_gib=2"],
+        ["memory.shard_size=2"],
     ],
 )
 def test_a_key_without_effect_is_refused(recipe_file: Path, overrides: list[str]) -> None:
@@ -38,6 +41,17 @@ def test_the_same_keys_pass_where_they_have_an_effect(recipe_file: Path) -> None
     assert refused(recipe_file, "objective.mode_scale=2", "objective.sigma_sampling=mode") == []
     assert refused(recipe_file, "schedule.power=2", "schedule.name=polynomial", "schedule.warmup_steps=2") == []
     assert refused(recipe_file, "validation.every=2", "validation.heldout=clips") == []
+
+
+def test_groups_that_do_not_divide_the_ranks_are_refused(recipe_file: Path) -> None:
+    hybrid = ["memory.layout=hybrid", "memory.shard_size=4", "train.global_batch_size=12", "train.micro_batch_size=1"]
+    assert refused(recipe_file, *hybrid, world_size=6) == ["memory.shard_size"]
+    assert refused(recipe_file, *hybrid, world_size=4) == []
+
+
+def test_full_finetuning_freezes_nothing_that_could_be_rounded(recipe_file: Path) -> None:
+    assert "memory.low_bit" in refused(recipe_file, "train.method=full", "memory.low_bit=int8")
+    assert refused(recipe_file, "memory.low_bit=int8") == []
 
 
 def test_an_adapter_table_beside_full_finetuning_is_refused(recipe_file: Path) -> None:

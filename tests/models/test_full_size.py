@@ -181,9 +181,8 @@ def test_every_block_is_a_sharded_unit_with_an_adapter_too(
 
 
 def check_shards(family: Family, facts: Checkpoint, runtime: distributed.Runtime, method: str) -> None:
-    mesh = distributed.mesh(runtime)
     with torch.device("meta"):
-        transformer = parallelize(family.empty_transformer(), family, Train(method=method), Lora(), Memory(), mesh)
+        transformer = parallelize(family.empty_transformer(), family, Train(method=method), Lora(), Memory(), runtime)
     blocks = [block for name in family.block_lists for block in getattr(transformer, name)]
     assert len(blocks) == sum(facts.blocks.values())
     assert all(isinstance(block, FSDPModule) for block in blocks)

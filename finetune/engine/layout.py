@@ -1,0 +1,59 @@
+"""Where the weights lie: sharded over ranks, replicated, or both (Rajbhandari et al. 2020; Zhao et al. 2023)."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from finetune.recipe.schema import Memory
+from finetune.runtime.distributed import Runtime
+
+_ROOM = 0.4  # share of a device that weights, gradients and optimizer state may take; the rest is for activations
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a transformer is spread.
+
+    Attributes:
+        shard_size: ranks that hold one copy between them; None for all.
+        gathered_until_backward: whether a block's weights stay whole between its forward and backward pass.
+        frozen_replicated: whether frozen weights are whole on every rank, outside of FSDP.
+        why: the reason, for the log.
+    """
+
+    shard_size: int | None
+    gathered_until_backward: bool
+    frozen_replicated: bool
+    why: str
+
+
+def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: Runtime) -> Layout:
+    """The recipe's layout, or with "auto" the one that needs least communication and fits.
+
+    Args:
+        transformer: with its adapter; what requires gradients is trained.
+    """
+    name, why = memory.layout, "as memory.layout says"
+    if name == "auto":
+        name, why = _automatic(transformer, runtime)
+    if name == "replicate" and method == "full":
+        return Layout(1, False, False, f"replicate: {why}")  # groups of one, gradients reduced between them
+    size = (memory.shard_size or runtime.local_world_size) if name == "hybrid" else None
+    return Layout(size, name == "zero2", name == "replicate", f"{name}: {why}")
+
+
+def _automatic(transformer: nn.Module, runtime: Runtime) -> tuple[str, str]:
+    """(layout, reason). Trained weights take 16 bytes each (weight, gradient, two moments, all float32)."""
+    if runtime.world_size == 1:
+        return "shard", "one process"
+    if runtime.device.total_memory is None:
+        return "shard", "a CPU's memory is not divided"
+    state = sum(p.numel() * 16 if p.requires_grad else p.nbytes for p in transformer.parameters())
+    room = _ROOM * runtime.device.total_memory
+    have = f"{state / 2**30:.1f} GiB of weights and state"
+    if state <= room:
+        return "replicate", f"{have} fit on every device"
+    hosts = runtime.world_size // runtime.local_world_size
+    if hosts > 1 and state <= room * runtime.local_world_size:
+        return "hybrid", f"{have} fit on the devices of a host; hosts exchange gradients only"
+    return "shard", f"{have} over {runtime.world_size} devices"

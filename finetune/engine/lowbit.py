@@ -1,0 +1,107 @@
+"""Frozen linear layers in 8 or 4 bits, for LoRA: stored small, dequantised where they are used.
+
+torchao's weight-only tensors fail under FSDP2 (`aten.split`; its NF4 on one rank), so codes and scales are ordinary
+frozen parameters here. Both have integer dtypes, which FSDP2's mixed precision leaves alone, and one row an output, so
+they shard, load and save like any other. Quantising is round-to-nearest, by row or by block.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 64  # NF4: weights that share a scale
+
+# Quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E)
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str) -> None:
+    """Replace the blocks' frozen linear layers in place.
+
+    Args:
+        kind: "none", "int8", "float8" (e4m3) or "nf4".
+        high_precision: regular expression of layers that stay as they are, searched in names within a block.
+    """
+    if kind == "none":
+        return
+    for blocks in lists:
+        for block in blocks:
+            for name, module in list(block.named_modules()):
+                if isinstance(module, nn.Linear) and not _stays(name, module, kind, high_precision):
+                    parent, _, child = name.rpartition(".")
+                    setattr(block.get_submodule(parent), child, LowBitLinear(module, kind))
+
+
+def _stays(name: str, linear: nn.Linear, kind: str, high_precision: str) -> bool:
+    trained = any(parameter.requires_grad for parameter in linear.parameters())
+    odd = kind == "nf4" and linear.in_features % BLOCK
+    return trained or bool(odd) or re.search(high_precision, name) is not None
+
+
+class LowBitLinear(nn.Module):
+    """y = x W^T + b with W kept as codes (out, ...) uint8 or int8 and float32 scales, held as int32 bits (out, ...)."""
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        codes, scale = quantize(linear.weight.detach(), kind)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale.view(torch.int32), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.weight, self.weight_scale, self.bias, self.kind)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+class _Product(torch.autograd.Function):
+    """Keeps codes and scales for the backward pass, not the dequantised weight."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+        context.save_for_backward(codes, scale)
+        context.kind = kind
+        return nn.functional.linear(x, dequantize(codes, scale, kind, x.dtype), bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scale = context.saved_tensors
+        weight = dequantize(codes, scale, context.kind, gradient.dtype)
+        return gradient @ weight, None, None, None, None
+
+
+def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(codes, float32 scales) of a weight (out, in)."""
+    weight = weight.float()
+    if kind == "nf4":
+        blocks = weight.view(len(weight), -1, BLOCK)
+        scale = blocks.abs().amax(2)
+        table = torch.tensor(_NF4, device=weight.device)
+        middles = (table[1:] + table[:-1]) / 2
+        index = torch.bucketize(blocks / scale.clamp(min=1e-12)[..., None], middles).to(torch.uint8).flatten(1)
+        return index[:, ::2] << 4 | index[:, 1::2], scale
+    limit = 127.0 if kind == "int8" else torch.finfo(torch.float8_e4m3fn).max
+    scale = weight.abs().amax(1, keepdim=True) / limit
+    scaled = weight / scale.clamp(min=1e-12)
+    codes = scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes, scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) in `dtype`, from codes and int32 scale bits; multiplied in float32, rounded once."""
+    scale = scale.view(torch.float32)
+    if kind == "nf4":
+        index = torch.stack([codes >> 4, codes & 15], 2).flatten(1).int()
+        values = torch.tensor(_NF4, device=codes.device)[index].view(len(codes), -1, BLOCK)
+        return (values * scale[..., None]).flatten(1).to(dtype)
+    values = codes if kind == "int8" else codes.view(torch.float8_e4m3fn)
+    return (values.float() * scale).to(dtype)

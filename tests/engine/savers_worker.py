@@ -1,0 +1,44 @@
+"""The same training with every memory saver, by one process and by two.
+
+Usage: [torchrun ... ] savers_worker.py OUT WHICH RECIPE...       WHICH is "all" or "some"; figures go to OUT as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from parity_worker import figures
+from savers import METHODS, PLAIN, pairwise, savers
+
+from finetune.check import check_recipe, open_family
+from finetune.job import build
+from finetune.prepare import prepare
+from finetune.recipe import load_recipe
+from finetune.runtime import distributed
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.logging import quiet_libraries
+
+
+def main(recipe_files: list[str], which: str, out: Path, runtime: Runtime) -> None:
+    results: dict[str, dict] = {}
+    prepared = {}
+    for turn, file in enumerate(recipe_files):
+        for method, overrides in METHODS.items():
+            chosen = savers(method, runtime.world_size)
+            for name in chosen if which == "all" else pairwise(list(chosen), turn):
+                share = f"train.micro_batch_size={2 // runtime.world_size}"
+                settings = [*overrides, *PLAIN, *chosen[name], share, "train.steps=3", "schedule.warmup_steps=1"]
+                recipe = load_recipe(file, settings)
+                assert not check_recipe(recipe, runtime.world_size)
+                family = open_family(recipe)
+                prepared.setdefault(file, prepare(recipe, family, runtime))
+                job = build(recipe, runtime, family, prepared[file])
+                results.setdefault(Path(file).stem, {}).setdefault(method, {})[name] = figures(job, "first and last")
+    if runtime.is_main:
+        out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    main(sys.argv[3:], sys.argv[2], Path(sys.argv[1]), distributed.start(timeout_seconds=60))
+    distributed.stop()

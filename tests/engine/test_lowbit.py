@@ -1,0 +1,115 @@
+"""A frozen base in few bits: what is trained is exactly the adapter of the rounded weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from every_family import FIRST, Model, title
+from torch import Tensor, nn
+
+from finetune.engine.lowbit import LowBitLinear, dequantize, quantize
+from finetune.job import Job
+from finetune.models.family import Family
+
+KINDS = ["int8", "float8", "nf4"]
+BITS = {"int8": 8, "float8": 8, "nf4": 4}
+
+
+def weight_of(linear: LowBitLinear) -> Tensor:
+    return dequantize(linear.weight, linear.weight_scale, linear.kind, torch.float32)
+
+
+@pytest.mark.parametrize("kind, limit", [("int8", 0.008), ("float8", 0.04), ("nf4", 0.12)])
+def test_rounding_errors_are_those_of_the_format(kind: str, limit: float) -> None:
+    """Of normal weights: int8 a step of 2.9 / 127 over the root of 12; float8 3 bits of mantissa; nf4 as QLoRA has it."""
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 512)
+    nn.init.normal_(linear.weight)
+    error = weight_of(LowBitLinear(linear, kind)) - linear.weight
+    assert 0 < error.norm() / linear.weight.norm() < limit
+
+
+def test_nf4_rounds_each_weight_to_the_nearest_level() -> None:
+    from finetune.engine.lowbit import _NF4
+
+    weight = torch.randn(8, 128)
+    codes, scale = quantize(weight, "nf4")
+    scaled = weight.view(8, 2, 64) / scale[..., None]
+    nearest = (scaled[..., None] - torch.tensor(_NF4)).abs().argmin(-1).flatten(1)
+    assert torch.equal(torch.stack([codes >> 4, codes & 15], 2).flatten(1).long(), nearest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_of_zeros_stays_zero(kind: str) -> None:
+    linear = nn.Linear(64, 4)
+    nn.init.zeros_(linear.weight)
+    assert torch.equal(weight_of(LowBitLinear(linear, kind)), linear.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_are_those_of_the_rounded_weight(kind: str) -> None:
+    linear = nn.Linear(128, 32)
+    low = LowBitLinear(linear, kind)
+    dense = nn.Linear(128, 32)
+    dense.weight.data, dense.bias = weight_of(low), linear.bias
+    x, y = (torch.ones(2, 5, 128).cumsum(2).sin().requires_grad_() for _ in range(2))
+    ours, theirs = low(x), dense(y)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_dequantised_waits_for_the_backward_pass(kind: str) -> None:
+    low, saved = LowBitLinear(nn.Linear(128, 128), kind), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        low(torch.randn(1, 128, requires_grad=True))
+    assert {tensor.dtype for tensor in saved} <= {torch.int8, torch.uint8, torch.int32}
+    assert sum(tensor.nbytes for tensor in saved) <= 128 * 128 * BITS[kind] // 8 + 4 * 128 * 2
+
+
+# In training
+
+
+def train(job: Job, steps: int = 3) -> list[float]:
+    return [job.step(step, [job.micro_batches()[step]]).loss for step in range(steps)]
+
+
+@pytest.mark.parametrize("model", FIRST, ids=title)
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_on_the_rounded_weights(
+    build_job: Callable[..., Job],
+    family_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    model: Model,
+    kind: str,
+) -> None:
+    recipe = family_recipe(*model)
+    low = build_job(f"memory.low_bit={kind}", recipe_file=recipe)
+    rounded = {
+        name.replace("_checkpoint_wrapped_module.", ""): weight_of_sharded(module)
+        for name, module in low.state.transformer.named_modules()
+        if isinstance(module, LowBitLinear)
+    }
+    assert len(rounded) >= 4
+    load = Family.load_transformer
+
+    def load_rounded(self: Family, dtype: torch.dtype) -> nn.Module:
+        transformer = load(self, dtype)
+        for name, weight in rounded.items():
+            transformer.get_submodule(name.removesuffix(".base_layer")).weight.data = weight
+        return transformer
+
+    losses = train(low)
+    plain = train(build_job(recipe_file=recipe))
+    monkeypatch.setattr(Family, "load_transformer", load_rounded)
+    assert losses == pytest.approx(train(build_job(recipe_file=recipe)), rel=1e-5)
+    assert losses != pytest.approx(plain, rel=1e-6)
+    assert losses == pytest.approx(plain, rel=0.1)  # a random model of a few layers; far less on a trained one
+
+
+def weight_of_sharded(linear: LowBitLinear) -> Tensor:
+    codes, scale = linear.weight.full_tensor(), linear.weight_scale.full_tensor()
+    return dequantize(codes, scale, linear.kind, torch.float32)

@@ -1,0 +1,92 @@
+"""Every optimizer learns, keeps its schedule, and resumes bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from finetune.engine.step import StepResult
+from finetune.job import Job
+
+NAMES = ["adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8"]
+WEIGHTS = ["float32", "bf16"]
+every_optimizer = pytest.mark.parametrize("name", NAMES)
+every_dtype = pytest.mark.parametrize("weights", WEIGHTS)
+
+
+@pytest.fixture
+def make_job(build_job: Callable[..., Job], family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Job]:
+    def make(name: str, weights: str, *overrides: str) -> Job:
+        settings = [f"optimizer.name={name}", f"train.weights={weights}", "train.method=full", "optimizer.lr=1e-3"]
+        return build_job(f"output={tmp_path / 'run'}", *settings, *overrides, recipe_file=family_recipe("ltx"))
+
+    return make
+
+
+def train(job: Job, first: int, last: int) -> list[StepResult]:
+    return [job.step(step, [job.micro_batches()[step]]) for step in range(first, last)]
+
+
+def weights_of(job: Job) -> dict[str, torch.Tensor]:
+    state = get_model_state_dict(job.state.transformer, options=StateDictOptions(full_state_dict=True))
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+@every_optimizer
+@every_dtype
+def test_a_resumed_run_is_the_straight_one(make_job: Callable[..., Job], name: str, weights: str) -> None:
+    straight = make_job(name, weights)
+    expected = train(straight, 0, 4)
+    broken = make_job(name, weights)
+    train(broken, 0, 2)
+    broken.save(2)
+    resumed = make_job(name, weights)
+    assert resumed.resume() == 2
+    assert train(resumed, 2, 4) == expected[2:]
+    ours, theirs = weights_of(resumed), weights_of(straight)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert {tensor.dtype for tensor in theirs.values()} == {torch.float32 if weights == "float32" else torch.bfloat16}
+
+
+@every_optimizer
+@every_dtype
+def test_steps_stay_near_those_of_adamw(make_job: Callable[..., Job], name: str, weights: str) -> None:
+    """Moments of 8 and 4 bits and float8 round each update; bf16 weights round the model, too."""
+    plain = train(make_job("adamw", "float32"), 0, 5)
+    ours = train(make_job(name, weights), 0, 5)
+    limit = {"adamw": 1e-5, "adamw_8bit": 5e-3, "adamw_4bit": 2e-2, "adamw_fp8": 5e-3}[name]
+    limit = limit if weights == "float32" else max(limit, 2e-2)
+    assert [step.loss for step in ours] == pytest.approx([step.loss for step in plain], rel=limit)
+    assert [step.lr for step in ours] == pytest.approx([step.lr for step in plain], rel=1e-6)
+
+
+@pytest.mark.parametrize("name, most", [("adamw_8bit", 0.35), ("adamw_4bit", 0.25), ("adamw_fp8", 0.35)])
+def test_moments_take_the_bytes_they_say(make_job: Callable[..., Job], name: str, most: float) -> None:
+    """Besides those of small tensors, which torchao keeps whole."""
+    sizes = []
+    for optimizer in ("adamw", name):
+        job = make_job(optimizer, "float32")
+        train(job, 0, 1)
+        moments = [state["exp_avg"].to_local() for state in job.state.optimizer.state.values()]
+        sizes.append(sum(stored(moment) for moment in moments if moment.numel() >= 4096))
+    assert sizes[1] / sizes[0] < most
+
+
+def stored(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor, or of the parts that a quantised one is made of."""
+    if hasattr(tensor, "tensor_attrs"):
+        return sum(getattr(tensor, name).nbytes for name in tensor.tensor_attrs)
+    return tensor.nbytes
+
+
+def test_small_updates_of_bf16_weights_are_not_lost(make_job: Callable[..., Job]) -> None:
+    """Adam moves a weight by its rate: here a tenth of half a bf16 step below 1.0, which plain rounding would lose."""
+    job = make_job("adamw", "bf16", "optimizer.lr=2e-4", "optimizer.weight_decay=0", "schedule.warmup_steps=0")
+    before = weights_of(job)
+    train(job, 0, 3)
+    after = weights_of(job)
+    moved = [(after[key] != 1).float().mean() for key in before if (before[key] == 1).all()]
+    assert moved
+    assert 0.02 < torch.stack(moved).mean() < 0.4  # about 5 % a step
