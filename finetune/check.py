@@ -73,6 +73,12 @@ def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
 
 def _layout_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
     size = recipe.memory.shard_size
+    if recipe.memory.offload and recipe.memory.layout == "replicate":
+        yield Problem(
+            "replicated weights stay on the device, and cannot be in host memory",
+            "memory.layout",
+            'set it to "shard", or memory.offload = false',
+        )
     if recipe.memory.layout == "hybrid" and size and world_size % size:
         near = max(n for n in range(1, size) if world_size % n == 0)
         yield Problem(

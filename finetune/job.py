@@ -12,6 +12,7 @@ from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader, rea
 from finetune.data.sampler import Order
 from finetune.engine import export
 from finetune.engine.checkpoint import Checkpoints
+from finetune.engine.offload import ActivationOffload
 from finetune.engine.optimizer import build_optimizer, build_schedule, set_schedule_step
 from finetune.engine.parallel import parallelize, trained_parameters
 from finetune.engine.precision import storage_dtype
@@ -125,7 +126,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
         transformer = family.load_transformer(storage_dtype(train))
     transformer = parallelize(transformer, family, train, recipe.lora, recipe.memory, runtime)
     parameters = trained_parameters(transformer)
-    optimizer = build_optimizer(parameters, recipe.optimizer, train.weights)
+    optimizer = build_optimizer(parameters, recipe.optimizer, train.weights, recipe.memory.offload)
     return StepState(
         family=family,
         transformer=transformer,
@@ -136,6 +137,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
         max_grad_norm=None if train.max_grad_norm == "none" else train.max_grad_norm,
         defer_reduction=train.method == "lora",
         seed=train.seed,
+        activations=ActivationOffload(runtime.device) if recipe.memory.offload_activations else None,
     )
 
 

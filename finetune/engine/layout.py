@@ -35,7 +35,7 @@ def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: 
     """
     name, why = memory.layout, "as memory.layout says"
     if name == "auto":
-        name, why = _automatic(transformer, runtime)
+        name, why = ("shard", "weights are offloaded") if memory.offload else _automatic(transformer, runtime)
     if name == "replicate" and method == "full":
         return Layout(1, False, False, f"replicate: {why}")  # groups of one, gradients reduced between them
     size = (memory.shard_size or runtime.local_world_size) if name == "hybrid" else None

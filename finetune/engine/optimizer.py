@@ -14,11 +14,15 @@ from finetune.recipe.schema import Optimizer, Schedule
 
 
 def build_optimizer(
-    parameters: Sequence[nn.Parameter], settings: Optimizer, weights: str = "float32"
+    parameters: Sequence[nn.Parameter], settings: Optimizer, weights: str = "float32", offloaded: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over the trained parameters, collected after sharding.
 
     Moments in fewer bits and bf16 weights, rounded stochastically, are torchao's.
+
+    Args:
+        weights: dtype of the parameters, "float32" or "bf16".
+        offloaded: whether they lie in host memory while a device computes.
     """
     shared = {
         "lr": settings.lr,
@@ -27,8 +31,10 @@ def build_optimizer(
         "weight_decay": settings.weight_decay,
     }
     if settings.name == "adamw" and weights == "float32":
-        # torch's own choice on GPUs; on a CPU it loops, and an operation on a DTensor costs 20 us
-        return torch.optim.AdamW(parameters, **shared, foreach=True)
+        # foreach is torch's own choice on GPUs; on a CPU it loops, and an operation on a DTensor costs 20 us. Large weights
+        # in host memory want the fused kernel, which uses all cores.
+        kernel = {"fused": True} if offloaded else {"foreach": True}
+        return torch.optim.AdamW(parameters, **shared, **kernel)
     import torchao.optim
     from torchao.optim.adam import _AdamW
 

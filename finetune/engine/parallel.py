@@ -3,7 +3,7 @@
 from functools import partial
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from finetune.engine import activation, lowbit, precision
 from finetune.engine.layout import choose_layout
@@ -49,6 +49,7 @@ def parallelize(
         fully_shard,
         mesh=mesh(runtime, layout.shard_size),
         mp_policy=precision.policy(train.precision),
+        offload_policy=CPUOffloadPolicy(pin_memory=not runtime.device.is_cpu) if memory.offload else OffloadPolicy(),
     )
     if layout.frozen_replicated:
         frozen = {parameter for parameter in transformer.parameters() if not parameter.requires_grad}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from finetune.engine.offload import ActivationOffload
 from finetune.models.family import Batch, Family
 from finetune.runtime import seeds
 from finetune.runtime.distributed import Runtime
@@ -19,6 +21,7 @@ from finetune.runtime.distributed import Runtime
 class StepState:
     """What a step works on. `max_grad_norm` is None for no clipping.
 
+    `activations` sends what the forward pass saves to host memory, if it is there.
     `defer_reduction` keeps gradients whole until the last accumulation step: less traffic, but memory for one whole
     gradient a rank, so it is for adapters.
     """
@@ -32,6 +35,7 @@ class StepState:
     max_grad_norm: float | None
     defer_reduction: bool
     seed: int
+    activations: ActivationOffload | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
         if state.defer_reduction and len(micro_batches) > 1:
             state.transformer.set_requires_gradient_sync(index + 1 == len(micro_batches))
         batch = batch.to(device.torch_device)
-        prediction = state.family.predict(state.transformer, batch.inputs)
+        with state.activations.saving() if state.activations else nullcontext():
+            prediction = state.family.predict(state.transformer, batch.inputs)
         loss = sample_losses(prediction, batch).mean() / len(micro_batches)
         loss.backward()
         total += loss.detach()
@@ -75,7 +80,7 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     report = torch.stack([total / state.runtime.world_size, torch.full((), float(stop), device=total.device)])
     if state.runtime.world_size > 1:
         dist.all_reduce(report)
-    mean_loss, votes, host_norm = device.read(torch.cat([report, norm.view(1)]))
+    mean_loss, votes, host_norm = device.read(torch.cat([report, norm.to(report.device).view(1)]))
 
     finite = math.isfinite(mean_loss) and math.isfinite(host_norm)
     if finite:

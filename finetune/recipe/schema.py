@@ -163,6 +163,11 @@ class Memory(Table):
     of `shard_size` and replicated between them; or replicated, with only what is trained reduced."""
     shard_size: Annotated[int, Field(ge=2)] | None = Free(None)
     """GPUs that hold one copy with "hybrid"; unset: those of a node."""
+    offload: bool = Free(False)
+    """Keep weights, gradients and optimizer state in host memory, where the update is made; a GPU holds a block or two at a
+    time. With one GPU the copies are not overlapped."""
+    offload_activations: bool = Free(False)
+    """Keep what the forward pass saves for the backward pass in host memory, copied while the next blocks compute."""
     activation_checkpointing: Literal["none", "full", "every_n", "selective"] = Free("full")
     """Recompute transformer blocks in the backward pass instead of keeping their activations: all, every n-th, or all but their
     attention and matrix products."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from parity_worker import figures
-from savers import METHODS, PLAIN, pairwise, savers
+from savers import METHODS, PLAIN, pairwise, savers, turn_of
 
 from finetune.check import check_recipe, open_family
 from finetune.job import build
@@ -22,8 +22,9 @@ from finetune.runtime.logging import quiet_libraries
 def main(recipe_files: list[str], which: str, out: Path, runtime: Runtime) -> None:
     results: dict[str, dict] = {}
     prepared = {}
-    for turn, file in enumerate(recipe_files):
+    for place, file in enumerate(recipe_files):
         for method, overrides in METHODS.items():
+            turn = turn_of(place, method, runtime.world_size)
             chosen = savers(method, runtime.world_size)
             for name in chosen if which == "all" else pairwise(list(chosen), turn):
                 share = f"train.micro_batch_size={2 // runtime.world_size}"

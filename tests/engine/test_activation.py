@@ -8,6 +8,7 @@ import torch
 from every_family import FIRST, Model, title
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from finetune.engine.offload import SMALLEST, ActivationOffload
 from finetune.job import Job
 
 MODES = {
@@ -19,12 +20,12 @@ MODES = {
 
 
 def train(job: Job, steps: int = 2) -> list[tuple[float, float]]:
-    batches = job.micro_batches()
-    results = [job.step(step, [batches[step]]) for step in range(steps)]
+    batches, count = job.micro_batches(), job.layout.accumulation
+    results = [job.step(step, [batches[step * count + k] for k in range(count)]) for step in range(steps)]
     return [(result.loss, result.grad_norm) for result in results]
 
 
-@pytest.mark.parametrize("model", FIRST, ids=title)
+@pytest.mark.parametrize("model", FIRST[:4], ids=title)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_recomputing_changes_nothing(
@@ -36,6 +37,45 @@ def test_recomputing_changes_nothing(
     for (loss, norm), (other_loss, other_norm) in zip(plain, saved, strict=True):
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert other_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("model", FIRST, ids=title)
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_activations_come_back_from_host_memory_as_they_left(
+    build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model, mode: str
+) -> None:
+    overrides = [f"memory.activation_checkpointing={mode}", "train.micro_batch_size=1"]
+    kept = train(build_job(*overrides, recipe_file=family_recipe(*model)))
+    job = build_job(*overrides, "memory.offload_activations=true", recipe_file=family_recipe(*model))
+    assert job.state.activations.smallest == SMALLEST
+    job.state.activations = Counting(job.state.runtime.device, smallest=1)
+    assert train(job) == kept
+    left = len(job.state.activations.saved)  # saved, and not asked for by the backward pass
+    assert job.state.activations.count - left > 10
+    assert left <= 1
+
+
+class Counting(ActivationOffload):
+    """How many tensors left."""
+
+    count = 0
+
+    def _pack(self, tensor):
+        packed = super()._pack(tensor)
+        self.count += packed is not tensor
+        return packed
+
+
+def test_weights_and_small_tensors_stay_on_the_device(build_job: Callable[..., Job]) -> None:
+    offload = Counting(build_job().state.runtime.device, smallest=1000)
+    weight = torch.nn.Parameter(torch.randn(64, 64))
+    x = torch.randn(64, 64, requires_grad=True)
+    with offload.saving():
+        small = (x[:2] * x[:2]).sum()
+        y = torch.nn.functional.linear(x, weight)  # saves x and a view of the weight
+    assert offload.count == 1
+    (y.sum() + small).backward()
+    torch.testing.assert_close(x.grad[2:], weight.detach().sum(0).expand(62, 64))
 
 
 class Count(TorchDispatchMode):

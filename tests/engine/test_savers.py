@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from processes import figures_of
-from savers import METHODS, ROUNDED, pairwise, savers
+from savers import METHODS, ROUNDED, pairwise, savers, turn_of
 
 MODELS = [("ltx", None), ("cogvideox", None), ("hunyuan", None)]
 TOLERANCE = 1e-5  # relative, in float32
@@ -16,8 +16,9 @@ def cases(which: str) -> list[tuple[int, str, str, str]]:
     """(processes, family, method, saver) of all of the matrix, or of what the default suite runs of it."""
     found = []
     for processes in (1, 2):
-        for turn, (family, _) in enumerate(MODELS):
+        for place, (family, _) in enumerate(MODELS):
             for method in METHODS:
+                turn = turn_of(place, method, processes)
                 names = list(savers(method, processes))
                 names = names if which == "all" else pairwise(names, turn)
                 found += [(processes, family, method, name) for name in names if name != "plain"]
