@@ -1,0 +1,200 @@
+"""Step time, peak memory and model FLOPs utilisation of CogVideoX-2b and 5b with every memory saver, random weights.
+
+`python -m benchmarks.gpu [--models 2b 5b] [--seconds 540]` on one GPU: LoRA of rank 64 at 49x480x720, batch 1. Each line
+is this project's own step on a model built anew; the first two of its steps are not counted. Utilisation divides the
+FLOPs of one forward and one backward pass, counted on the meta device without recomputation, by step time and by the
+rate of a large bf16 matrix product measured first. `--smoke` runs a tiny model on any device, to see that it works.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.paired import print_table
+from finetune.data.loader import Sample
+from finetune.engine.step import run_step
+from finetune.job import build_state
+from finetune.models import lora
+from finetune.models.cogvideox import CogVideoX
+from finetune.models.family import Batch
+from finetune.models.folder import ModelFolder
+from finetune.recipe import Bucket, Recipe
+from finetune.runtime import distributed
+from finetune.runtime.distributed import Runtime
+
+BUCKET = Bucket(49, 480, 720)
+MODELS = {
+    "2b": {"num_attention_heads": 30, "num_layers": 30},
+    "5b": {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
+    "smoke": {"num_attention_heads": 2, "num_layers": 2, "attention_head_dim": 16, "text_embed_dim": 32},
+}
+FULL, NONE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "none"}
+SAVERS = {
+    "plain": NONE,
+    "full checkpointing": FULL,
+    "full checkpointing, compile": {**FULL, "compile": True},
+    "every second block": {"activation_checkpointing": "every_n"},
+    "selective": {"activation_checkpointing": "selective"},
+    "activations offloaded": {**NONE, "offload_activations": True},
+    "full checkpointing, activations offloaded": {**FULL, "offload_activations": True},
+    "full checkpointing, weights offloaded": {**FULL, "offload": True},
+    "full checkpointing, int8": {**FULL, "low_bit": "int8"},
+    "full checkpointing, nf4": {**FULL, "low_bit": "nf4"},
+    "full checkpointing, nf4, activations offloaded": {**FULL, "low_bit": "nf4", "offload_activations": True},
+}
+
+
+class RandomCogVideoX(CogVideoX):
+    """CogVideoX with random weights: one block of them over and over, since drawing billions takes minutes."""
+
+    def load_transformer(self, dtype: torch.dtype) -> nn.Module:
+        transformer = self.empty_transformer().to(dtype).to_empty(device="cpu")
+        shallow = self._transformer_class.from_config({**self.config, "num_layers": 1})
+        transformer.patch_embed = shallow.patch_embed.to(dtype)  # it holds the only buffer
+        drawn = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for parameter in transformer.parameters():
+            repeats = -(-parameter.numel() // drawn.numel())
+            parameter.data = drawn.repeat(repeats)[: parameter.numel()].view(parameter.shape).clone()
+        return transformer
+
+
+def model_folder(path: Path, name: str) -> ModelFolder:
+    """Configs alone."""
+    configs = {
+        "transformer/config.json": {"_class_name": "CogVideoXTransformer3DModel", "sample_frames": 49, **MODELS[name]},
+        "vae/config.json": {"block_out_channels": [0] * 4, "temporal_compression_ratio": 4, "scaling_factor": 0.7},
+        "scheduler/scheduler_config.json": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        "model_index.json": {"_class_name": "CogVideoXPipeline"},
+    }
+    defaults = {"patch_size": 2, "sample_height": 60, "sample_width": 90, "attention_head_dim": 64}
+    configs["transformer/config.json"] = defaults | configs["transformer/config.json"]
+    for file, config in configs.items():
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).write_text(json.dumps(config))
+    return ModelFolder(path)
+
+
+def recipe_with(memory: dict, precision: str) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"family": "cogvideox", "path": "random"},
+            "data": {"path": "none", "buckets": [str(BUCKET)]},
+            "train": {"precision": precision},
+            "memory": memory,
+        }
+    )
+
+
+def batch_for(family: CogVideoX, bucket: Bucket, recipe: Recipe, dtype: torch.dtype) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    shape = (16, *family.vae_shape(bucket))
+    width = family.config.get("text_embed_dim", 4096)
+    text = {"encoder_hidden_states": torch.randn(226, width, generator=generator).to(dtype)}
+    moments = {"mean": torch.randn(shape, generator=generator), "logvar": torch.full(shape, -10.0)}
+    return family.batch([Sample(moments, text, bucket, 8.0, generator)], family.objective(recipe.objective))
+
+
+def step_flops(family: CogVideoX, batch: Batch, recipe: Recipe) -> int:
+    """FLOPs of one forward and backward pass of the LoRA, on the meta device."""
+    transformer = family.empty_transformer().requires_grad_(False)
+    with torch.device("meta"):
+        lora.add(transformer, family, recipe.lora, seed=0)
+        inputs = batch.to(torch.device("meta")).inputs
+        with FlopCounterMode(display=False) as counter:
+            family.predict(transformer, {**inputs, "hidden_states": inputs["hidden_states"].float()}).sum().backward()
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
+    """FLOPs a second of a square product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def measure(
+    family: CogVideoX, recipe: Recipe, batch: Batch, runtime: Runtime, steps: int
+) -> tuple[float, float, float]:
+    """(seconds a step, GiB allocated, GiB reserved) at the peak."""
+    state = build_state(recipe, runtime, family)
+    seconds = []
+    for step in range(steps + 2):
+        if step == 2:
+            runtime.device.reset_peak()
+        start = time.perf_counter()
+        run_step(state, step, [batch])  # reads the loss: the device has finished
+        seconds.append(time.perf_counter() - start)
+    memory = runtime.device.memory()
+    return statistics.median(seconds[2:]), memory.allocated / 2**30, memory.reserved / 2**30
+
+
+def describe_bus() -> str:
+    """The GPU and its PCIe generation and width, by nvidia-smi."""
+    fields = "name,pcie.link.gen.max,pcie.link.width.max"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown ({error})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=["2b", "5b"], default=["2b", "5b"])
+    parser.add_argument("--seconds", type=float, default=540, help="begin no further measurement after this long")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and small video, on any device")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    runtime = distributed.start(600)
+    device = runtime.device
+    if device.is_cpu and not arguments.smoke:
+        parser.error("there is no GPU here; --smoke runs on a CPU")
+    bucket, precision = (Bucket(9, 64, 96), "float32") if arguments.smoke else (BUCKET, "bf16")
+    dtype = torch.float32 if arguments.smoke else torch.bfloat16
+    rate = matmul_rate(device.torch_device, 512 if arguments.smoke else 8192, dtype)
+    print(
+        f"{device.name}; PCIe: {describe_bus()}; matrix product {rate / 1e12:.3g} TFLOP/s; torch {torch.__version__}\n"
+    )
+    rows, left_out = [], []
+    for name in ["smoke"] if arguments.smoke else arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            family = RandomCogVideoX(model_folder(Path(folder), name))
+            reference = recipe_with(NONE, precision)
+            batch = batch_for(family, bucket, reference, dtype)
+            flops = step_flops(family, batch, reference)
+            for saver, memory in SAVERS.items():
+                if time.monotonic() - began > arguments.seconds:
+                    left_out.append(f"{name} {saver}")
+                    continue
+                try:
+                    seconds, allocated, reserved = measure(
+                        family, recipe_with(memory, precision), batch, runtime, arguments.steps
+                    )
+                    used = f"{flops / seconds / rate:.1%}"
+                    rows.append([name, saver, f"{seconds:.3f}", f"{allocated:.2f}", f"{reserved:.2f}", used])
+                except torch.OutOfMemoryError:
+                    rows.append([name, saver, "out of memory", "", "", ""])
+                gc.collect()
+                device.empty_cache()
+    print_table(["model", "savers", "s/step", "GiB allocated", "GiB reserved", "utilisation"], rows)
+    if left_out:
+        print(f"\nnot measured, for want of time: {', '.join(left_out)}")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
