@@ -21,7 +21,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
     """Write the adapter as `folder/pytorch_lora_weights.safetensors`, with its rank and alpha, and verify it.
 
-    All ranks take part; rank 0 writes. Tensors are float32, exactly as trained.
+    All ranks take part; rank 0 writes. Tensors are exactly as trained.
     """
     whole = get_model_state_dict(transformer, options=_WHOLE_TRAINED)
     with runtime.together():
@@ -70,7 +70,7 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
 
 
 def export_transformer(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
-    """Write all weights as a diffusers transformer folder, float32, and verify its tensors. All ranks take part."""
+    """Write all weights as a diffusers transformer folder, exactly as trained, and verify its tensors. All ranks take part."""
     whole = get_model_state_dict(transformer, options=_WHOLE)
     with runtime.together():
         if runtime.is_main:

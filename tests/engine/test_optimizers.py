@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from finetune.engine.step import StepResult
@@ -90,3 +91,31 @@ def test_small_updates_of_bf16_weights_are_not_lost(make_job: Callable[..., Job]
     moved = [(after[key] != 1).float().mean() for key in before if (before[key] == 1).all()]
     assert moved
     assert 0.02 < torch.stack(moved).mean() < 0.4  # about 5 % a step
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_updates_in_host_memory_are_those_of_plain_adamw(make_job: Callable[..., Job], method: str) -> None:
+    """With clipped norms and two micro-batches a step."""
+    accumulated = ["train.micro_batch_size=1", f"train.method={method}", "train.max_grad_norm=0.05"]
+    states = []
+    for offload in ("false", "true"):
+        job = make_job("adamw", "float32", *accumulated, f"memory.offload={offload}")
+        batches = job.micro_batches()
+        assert job.layout.accumulation == 2
+        steps = [job.step(step, [batches[2 * step], batches[2 * step + 1]]) for step in range(3)]
+        assert all(step.grad_norm > 0.05 for step in steps)
+        states.append(weights_of(job))
+    plain, offloaded = states
+    for name, weight in plain.items():
+        torch.testing.assert_close(offloaded[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bf16_weights_are_exported_as_they_were_trained(
+    make_job: Callable[..., Job], tmp_path: Path, method: str
+) -> None:
+    job = make_job("adamw_8bit", "bf16", f"train.method={method}")
+    train(job, 0, 2)
+    job.export(tmp_path / "out")  # verifies every tensor
+    saved = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
+    assert {tensor.dtype for tensors in saved for tensor in tensors.values()} == {torch.bfloat16}
