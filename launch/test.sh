@@ -15,4 +15,4 @@ export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
 lint-imports
-python -m pytest -m "$select" "$@"
+python -m pytest -m "$select" -n 2 --dist loadfile "$@"  # a file's tests share what they set up
