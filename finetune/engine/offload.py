@@ -36,7 +36,6 @@ class ActivationOffload:
         self.device, self.smallest = device, smallest
         self.stream = None if device.is_cpu else torch.Stream(device.torch_device)
         self.saved: list[_Saved] = []
-        self.leaving: list[tuple[Tensor, torch.Event]] = []
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ Usage: [torchrun ... ] parity_worker.py OUT RECIPE        writes the figures of 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -70,3 +71,4 @@ if __name__ == "__main__":
     quiet_libraries()
     main(sys.argv[2], Path(sys.argv[1]), distributed.start(timeout_seconds=60))
     distributed.stop()
+    os._exit(0)  # torch's threads may ask for an interpreter that is shutting down, and abort

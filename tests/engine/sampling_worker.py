@@ -4,6 +4,7 @@ Usage: [torchrun ...] sampling_worker.py OUT RECIPE...     trains each recipe; r
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,3 +33,4 @@ if __name__ == "__main__":
     quiet_libraries()
     main(Path(sys.argv[1]), sys.argv[2:], distributed.start(timeout_seconds=60))
     distributed.stop()
+    os._exit(0)  # torch's threads may ask for an interpreter that is shutting down, and abort
