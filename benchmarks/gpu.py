@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.paired import print_table
@@ -53,18 +52,30 @@ SAVERS = {
 }
 
 
-class RandomCogVideoX(CogVideoX):
-    """CogVideoX with random weights: one block of them over and over, since drawing billions takes minutes."""
+class RandomWeights:
+    """A million random numbers over and over in place of a transformer's weights: drawing billions takes minutes."""
 
-    def load_transformer(self, dtype: torch.dtype) -> nn.Module:
-        transformer = self.empty_transformer().to(dtype).to_empty(device="cpu")
-        shallow = self._transformer_class.from_config({**self.config, "num_layers": 1})
-        transformer.patch_embed = shallow.patch_embed.to(dtype)  # it holds the only buffer
-        drawn = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(dtype)
-        for parameter in transformer.parameters():
-            repeats = -(-parameter.numel() // drawn.numel())
-            parameter.data = drawn.repeat(repeats)[: parameter.numel()].view(parameter.shape).clone()
-        return transformer
+    def __init__(self, shapes: dict[str, torch.Size], dtype: torch.dtype) -> None:
+        self.shapes = shapes
+        self.drawn = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def names(self) -> set[str]:
+        return set(self.shapes)
+
+    def shape(self, name: str) -> torch.Size:
+        return self.shapes[name]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        shape = torch.Size([stop - start, *self.shapes[name][1:]])
+        return self.drawn.repeat(-(-shape.numel() // len(self.drawn)))[: shape.numel()].view(shape)
+
+
+class RandomCogVideoX(CogVideoX):
+    """CogVideoX with random weights."""
+
+    def transformer_weights(self) -> RandomWeights:
+        shapes = {name: parameter.shape for name, parameter in self.empty_transformer().named_parameters()}
+        return RandomWeights(shapes, torch.bfloat16)
 
 
 def model_folder(path: Path, name: str) -> ModelFolder:

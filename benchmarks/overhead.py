@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.paired import print_table
 from finetune.check import open_family
 from finetune.demo import make_demo
+from finetune.engine.loading import whole_transformer
 from finetune.engine.optimizer import build_optimizer
 from finetune.engine.parallel import trained_parameters
 from finetune.engine.precision import storage_dtype
@@ -58,7 +59,7 @@ def recipe_in(folder: Path, steps: int, workers: int) -> Recipe:
 
 def plain_model(recipe: Recipe, family: Family) -> nn.Module:
     """The trained model without FSDP."""
-    model = family.load_transformer(storage_dtype(recipe.train))
+    model = whole_transformer(family, storage_dtype(recipe.train))
     model.requires_grad_(False)
     lora.add(model, family, recipe.lora, recipe.train.seed)
     return model.train()

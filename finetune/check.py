@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
+from finetune.engine.layout import streams
 from finetune.models import FAMILIES, family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
@@ -73,11 +74,17 @@ def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
 
 def _layout_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
     size = recipe.memory.shard_size
-    if recipe.memory.offload and recipe.memory.layout == "replicate":
+    if recipe.memory.offload and recipe.memory.layout == "replicate" and recipe.train.method == "full":
         yield Problem(
-            "replicated weights stay on the device, and cannot be in host memory",
+            "replicated weights that are trained stay on the device, and cannot be in host memory",
             "memory.layout",
             'set it to "shard", or memory.offload = false',
+        )
+    if recipe.memory.resident_blocks and not streams(recipe.memory, recipe.train.method, world_size):
+        yield Problem(
+            "this key has no effect here: blocks take turns on the device only with LoRA, on one GPU or replicated",
+            "memory.resident_blocks",
+            "remove it, or set memory.offload = true" + (' and memory.layout = "replicate"' if world_size > 1 else ""),
         )
     if recipe.memory.layout == "hybrid" and size and world_size % size:
         near = max(n for n in range(1, size) if world_size % n == 0)

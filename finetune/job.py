@@ -12,6 +12,8 @@ from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader, rea
 from finetune.data.sampler import Order
 from finetune.engine import export
 from finetune.engine.checkpoint import Checkpoints
+from finetune.engine.layout import streams
+from finetune.engine.loading import load_weights
 from finetune.engine.offload import ActivationOffload
 from finetune.engine.optimizer import build_optimizer, build_schedule, set_schedule_step
 from finetune.engine.parallel import parallelize, trained_parameters
@@ -117,16 +119,18 @@ class Job:
 
 
 def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
-    """Load the transformer, make it trainable, and put optimizer and schedule around it. Collective.
+    """Build the transformer, make it trainable, read its weights, and put optimizer and schedule around it. Collective.
 
-    Each rank holds the whole transformer in host memory while it loads.
+    Each rank reads the rows that it holds.
     """
-    train = recipe.train
+    train, memory = recipe.train, recipe.memory
+    transformer = family.build_transformer(storage_dtype(train))
+    transformer = parallelize(transformer, family, train, recipe.lora, memory, runtime)
     with runtime.together():
-        transformer = family.load_transformer(storage_dtype(train))
-    transformer = parallelize(transformer, family, train, recipe.lora, recipe.memory, runtime)
+        load_weights(transformer, family.transformer_weights(), runtime.device.torch_device)
     parameters = trained_parameters(transformer)
-    optimizer = build_optimizer(parameters, recipe.optimizer, train.weights, recipe.memory.offload)
+    on_host = memory.offload and not streams(memory, train.method, runtime.world_size)
+    optimizer = build_optimizer(parameters, recipe.optimizer, train.weights, on_host)
     return StepState(
         family=family,
         transformer=transformer,

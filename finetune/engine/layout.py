@@ -27,6 +27,11 @@ class Layout:
     why: str
 
 
+def streams(memory: Memory, method: str, world_size: int) -> bool:
+    """Whether offloaded weights are frozen and whole on each rank, so that its blocks take turns on the device."""
+    return memory.offload and method == "lora" and (world_size == 1 or memory.layout == "replicate")
+
+
 def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: Runtime) -> Layout:
     """The recipe's layout, or with "auto" the one that needs least communication and fits.
 
@@ -34,6 +39,8 @@ def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: 
         transformer: with its adapter; what requires gradients is trained.
     """
     name, why = memory.layout, "as memory.layout says"
+    if streams(memory, method, runtime.world_size):
+        return Layout(None, False, True, "frozen blocks are streamed from host memory")
     if name == "auto":
         name, why = ("shard", "weights are offloaded") if memory.offload else _automatic(transformer, runtime)
     if name == "replicate" and method == "full":

@@ -49,12 +49,23 @@ class LowBitLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.dtype = kind, linear.weight.dtype
         self.in_features, self.out_features = linear.in_features, linear.out_features
         codes, scale = quantize(linear.weight.detach(), kind)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale.view(torch.int32), requires_grad=False)
         self.bias = linear.bias
+
+    def fill(self, codes: Tensor, scale: Tensor, weight: Tensor) -> None:
+        """Quantise rows of a weight, as if it had been stored in the layer's own dtype, into where they are kept.
+
+        Args:
+            codes, scale: the rows' places, part of `weight` and `weight_scale` or of a copy of them.
+            weight: (rows, in), on the device that does the work.
+        """
+        new_codes, new_scale = quantize(weight.to(self.dtype), self.kind)
+        codes.copy_(new_codes)
+        scale.copy_(new_scale.view(torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.weight, self.weight_scale, self.bias, self.kind)

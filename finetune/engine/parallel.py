@@ -2,11 +2,14 @@
 
 from functools import partial
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from finetune.engine import activation, lowbit, precision
-from finetune.engine.layout import choose_layout
+from finetune.engine.layout import choose_layout, streams
+from finetune.engine.loading import materialise
+from finetune.engine.streaming import stream_blocks
 from finetune.models import lora
 from finetune.models.family import Family
 from finetune.recipe.schema import Lora, Memory, Train
@@ -17,12 +20,13 @@ from finetune.runtime.logging import say
 def parallelize(
     transformer: nn.Module, family: Family, train: Train, adapter: Lora, memory: Memory, runtime: Runtime
 ) -> nn.Module:
-    """Prepare a transformer, loaded on the CPU in its storage dtype, for the step.
+    """Prepare a transformer for the step: built in its storage dtype, with its parameters on meta.
 
     Returns:
-        the same module, an FSDPModule on the mesh's device; only what is trained requires gradients.
+        the same module, an FSDPModule; only what is trained requires gradients. What was on meta has memory where it
+        belongs, and waits for `load_weights`.
     """
-    # 1. The adapter, while weights are whole: its initialisation must not differ between ranks.
+    # 1. The adapter, whole and real: its initialisation must not differ between ranks.
     transformer.requires_grad_(train.method == "full")
     if train.method == "lora":
         lora.add(transformer, family, adapter, train.seed)
@@ -41,26 +45,32 @@ def parallelize(
             for block in blocks:
                 block.compile()
 
-    # 5. Sharding: one unit a block, the rest with the root. Replicated frozen weights stay outside of it.
+    # 5. Sharding: one unit a block, the rest with the root. Replicated frozen weights stay outside of it, and their blocks
+    #    are streamed if they are offloaded: outermost, since a compiled graph must not see the copies.
     layout = choose_layout(memory, train.method, transformer, runtime)
     if runtime.world_size > 1:
         say(f"layout: {layout.why}")
+    streamed = streams(memory, train.method, runtime.world_size)
+    sharded_offload = memory.offload and not streamed
     shard = partial(
         fully_shard,
         mesh=mesh(runtime, layout.shard_size),
         mp_policy=precision.policy(train.precision),
-        offload_policy=CPUOffloadPolicy(pin_memory=not runtime.device.is_cpu) if memory.offload else OffloadPolicy(),
+        offload_policy=CPUOffloadPolicy(pin_memory=not runtime.device.is_cpu) if sharded_offload else OffloadPolicy(),
     )
+    if streamed:
+        stream_blocks(lists, memory.resident_blocks, runtime.device)
     if layout.frozen_replicated:
-        frozen = {parameter for parameter in transformer.parameters() if not parameter.requires_grad}
-        transformer.to(runtime.device.torch_device)
-        shard(transformer, ignored_params=frozen)
-        return transformer.train()
-    for blocks in lists:
-        for block in blocks:
-            shard(block, reshard_after_forward=not layout.gathered_until_backward)
-    shard(transformer)
+        shard(transformer, ignored_params={p for p in transformer.parameters() if not p.requires_grad})
+    else:
+        for blocks in lists:
+            for block in blocks:
+                shard(block, reshard_after_forward=not layout.gathered_until_backward)
+        shard(transformer)
     assert isinstance(transformer, FSDPModule)
+
+    # 6. Memory, on the device or the host, for what a rank holds.
+    materialise(transformer, torch.device("cpu") if sharded_offload else runtime.device.torch_device)
     return transformer.train()
 
 

@@ -8,6 +8,7 @@ follows from a model's own configs is the family's.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,10 +16,12 @@ import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._pytree import tree_map_only
 
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import FlowMatching, Objective, recipe_shift
+from finetune.models.weights import Weights
 from finetune.recipe import Bucket
 from finetune.recipe.schema import Objective as ObjectiveSettings
 from finetune.recipe.schema import Prompt, Vae
@@ -220,14 +223,41 @@ class Family(ABC):
 
     # Loading
 
-    def load_transformer(self, dtype: torch.dtype) -> nn.Module:
-        """The pretrained transformer, on the CPU."""
-        return self._transformer_class.from_pretrained(self.folder.path, subfolder="transformer", dtype=dtype)
+    def build_transformer(self, dtype: torch.dtype) -> nn.Module:
+        """The transformer with its parameters on the meta device, and its buffers computed, on the CPU.
+
+        Buffers that are not saved (position embeddings, frequencies) exist nowhere else.
+        """
+
+        def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+            return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+        before = torch.get_default_dtype()
+        hook = register_module_parameter_registration_hook(to_meta)
+        torch.set_default_dtype(dtype)  # as `from_pretrained` does
+        try:
+            with torch.random.fork_rng(devices=[]):  # small tables are drawn before they are registered
+                transformer = self._transformer_class.from_config(self.folder.config("transformer"))
+        finally:
+            torch.set_default_dtype(before)
+            hook.remove()
+        kept, saved = set(transformer._keep_in_fp32_modules or ()), transformer.state_dict().keys()
+        for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers()):
+            if name in saved:  # as `from_pretrained` does: other buffers stay as they were computed
+                tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+        self.adapt_transformer(transformer)
+        return transformer
+
+    def adapt_transformer(self, transformer: nn.Module) -> None:  # noqa: B027 - nothing by default
+        """Change what must be changed of diffusers' module, in place, for training."""
+
+    def transformer_weights(self) -> Weights:
+        """The pretrained transformer's tensors."""
+        return self.folder.weights("transformer")
 
     def empty_transformer(self) -> nn.Module:
         """The transformer without weights, on the meta device."""
-        with torch.device("meta"):
-            return self._transformer_class.from_config(self.folder.config("transformer"))
+        return self.build_transformer(torch.float32).to("meta")
 
     def load_vae(self, dtype: torch.dtype, tiling: bool) -> nn.Module:
         """The VAE, on the CPU; it works in overlapping tiles on request."""

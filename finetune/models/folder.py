@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from finetune.models.weights import Weights
 from finetune.runtime.errors import Problem, UserError
 
 INDEX = "model_index.json"
@@ -78,6 +79,10 @@ class ModelFolder:
             if is_tokenizer and not (self.path / component).is_dir():
                 found.append(Problem("the folder is missing", str(self.path / component), "download it again"))
         return found
+
+    def weights(self, component: str) -> Weights:
+        """The component's tensors, to be read by the slice."""
+        return Weights(self.weight_files(component))
 
     def tensor(self, component: str, name: str) -> Tensor:
         """One tensor of a component's weights, read by itself."""

@@ -1,6 +1,8 @@
 """Low-rank adapters (Hu et al. 2021) through peft, on the transformer's blocks only."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig
@@ -49,6 +51,23 @@ def add(transformer: nn.Module, family: Family, settings: Lora, seed: int) -> No
         lora_dropout=settings.dropout,
         target_modules=target_pattern(family, settings.targets),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _standing_in(transformer):
         torch.manual_seed(seeds.derive(seed, "lora"))
         transformer.add_adapter(config, ADAPTER)
+
+
+@contextmanager
+def _standing_in(transformer: nn.Module) -> Iterator[None]:
+    """Give linear layers on meta a weight of one element, seen in every place: peft moves an adapter to where its layer
+    is, and what was drawn for it would be lost on meta.
+    """
+    empty = [m for m in transformer.modules() if isinstance(m, nn.Linear) and m.weight.is_meta]
+    weights = [linear.weight for linear in empty]
+    for linear in empty:
+        stand_in = torch.zeros((), dtype=linear.weight.dtype).expand(linear.weight.shape)
+        linear.weight = nn.Parameter(stand_in, linear.weight.requires_grad)
+    try:
+        yield
+    finally:
+        for linear, weight in zip(empty, weights, strict=True):
+            linear.weight = weight

@@ -35,11 +35,9 @@ class Mochi(Family):
     def normalise(self, z: Tensor) -> Tensor:
         return (z - self.mean) * self.scaling_factor / self.std
 
-    def load_transformer(self, dtype: torch.dtype) -> nn.Module:
-        transformer = super().load_transformer(dtype)
+    def adapt_transformer(self, transformer: nn.Module) -> None:
         for block in transformer.transformer_blocks:
             block.attn1.processor = MaskedAttention()
-        return transformer
 
     def inputs(
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]

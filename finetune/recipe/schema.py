@@ -164,8 +164,11 @@ class Memory(Table):
     shard_size: Annotated[int, Field(ge=2)] | None = Free(None)
     """GPUs that hold one copy with "hybrid"; unset: those of a node."""
     offload: bool = Free(False)
-    """Keep weights, gradients and optimizer state in host memory, where the update is made; a GPU holds a block or two at a
-    time. With one GPU the copies are not overlapped."""
+    """Keep weights in host memory; a GPU holds a block or two at a time. Sharded weights take their gradients and optimizer state
+    with them, and are updated there. The frozen blocks of a LoRA, on one GPU or replicated, are streamed: copied while
+    others compute, with the adapter on the GPU."""
+    resident_blocks: Annotated[int, Field(ge=0)] = Free(0)
+    """How many of the blocks that `offload` streams stay on the GPU: each makes steps faster and takes its size."""
     offload_activations: bool = Free(False)
     """Keep what the forward pass saves for the backward pass in host memory, copied while the next blocks compute."""
     activation_checkpointing: Literal["none", "full", "every_n", "selective"] = Free("full")

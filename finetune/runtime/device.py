@@ -4,6 +4,7 @@ The engine names no device and calls no `torch.cuda`; whatever it needs of one i
 """
 
 import resource
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,18 @@ class Device:
         """Give cached blocks back to the device, after a model was dropped."""
         if not self.is_cpu:
             torch.accelerator.empty_cache()
+
+    def pinned(self, size: int) -> Tensor:
+        """`size` bytes of host memory, uint8, page-locked for asynchronous copies; plain memory on a CPU.
+
+        torch's own pinned memory comes in powers of two, which for a block of weights can be twice its size.
+        """
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=not self.is_cpu and self.kind != "cuda")
+        if self.kind == "cuda":
+            runtime = torch.cuda.cudart()
+            torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
+            weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
+        return memory
 
     def reseed(self, seed: int) -> None:
         """Seed the generators that operations on this device draw from (dropout, stochastic rounding)."""

@@ -9,6 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from finetune.engine.loading import whole_transformer
 from finetune.models import lora
 from finetune.models.folder import ModelFolder
 from finetune.models.ltx import LTXVideo
@@ -23,7 +24,7 @@ def family(tiny_ltx: Path) -> LTXVideo:
 
 def adapted(family: LTXVideo, settings: Lora | None = None, seed: int = 0) -> dict[str, LoraLayer]:
     """The layers that got an adapter in a fresh transformer, by name."""
-    transformer = family.load_transformer(torch.float32)
+    transformer = whole_transformer(family, torch.float32)
     lora.add(transformer, family, settings or Lora(rank=4, alpha=8), seed)
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
@@ -102,7 +103,7 @@ def test_rank_and_alpha_are_the_recipes(family: LTXVideo, rank: int, alpha: floa
 
 
 def test_only_the_adapter_is_trained(family: LTXVideo) -> None:
-    transformer = family.load_transformer(torch.float32).requires_grad_(False)
+    transformer = whole_transformer(family, torch.float32).requires_grad_(False)
     lora.add(transformer, family, Lora(rank=4, alpha=4), seed=0)
     trained = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in transformer.named_parameters() if ".lora_" in name}
@@ -130,7 +131,7 @@ def test_another_seed_gives_another_adapter(family: LTXVideo) -> None:
 
 
 def test_adding_an_adapter_leaves_the_random_state_alone(family: LTXVideo) -> None:
-    transformer = family.load_transformer(torch.float32)
+    transformer = whole_transformer(family, torch.float32)
     before = torch.get_rng_state()
     lora.add(transformer, family, Lora(rank=4), seed=0)
     assert torch.equal(torch.get_rng_state(), before)

@@ -9,6 +9,7 @@ from recording import VARIANTS, TinyModel, generator, unpacked, variant_id, vari
 from torch import Tensor
 
 from finetune.data.loader import Sample
+from finetune.engine.loading import whole_transformer
 from finetune.models.family import Batch
 from finetune.recipe.schema import Objective
 
@@ -129,7 +130,7 @@ def test_the_loss_is_taken_in_float32_whatever_the_models_precision(model: TinyM
     batch = model.family.batch(samples(model, 2, torch.bfloat16), model.family.objective(Objective()))
     assert batch.inputs["hidden_states"].dtype == torch.bfloat16
     assert batch.target.dtype == batch.weight.dtype == torch.float32
-    output = model.family.predict(model.family.load_transformer(torch.bfloat16), batch.inputs)
+    output = model.family.predict(whole_transformer(model.family, torch.bfloat16), batch.inputs)
     assert output.shape == batch.target.shape
 
 

@@ -18,6 +18,8 @@ from recording import (
     variants,
 )
 
+from finetune.engine.loading import whole_transformer
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 
 
@@ -51,7 +53,7 @@ def test_every_argument_is_the_pipelines(model: TinyModel, dtype: torch.dtype, i
 def test_the_prediction_is_the_pipelines(model: TinyModel, dtype: torch.dtype) -> None:
     ours, call = both_calls(model, dtype, index=2 if dtype == torch.float32 else 0)
     with torch.no_grad():
-        prediction = model.family.predict(model.family.load_transformer(dtype), ours)
+        prediction = model.family.predict(whole_transformer(model.family, dtype), ours)
     exact = model.family.name != "mochi"  # it has an attention processor of our own
     tolerance = 0 if exact else 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(prediction, call.output, rtol=0, atol=tolerance)
