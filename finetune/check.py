@@ -15,6 +15,7 @@ from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.load import differences
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Lora
+from finetune.runtime.device import Device
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
 from finetune.survey import carve, survey
@@ -22,7 +23,7 @@ from finetune.survey import carve, survey
 
 def check_all(recipe: Recipe, runtime: Runtime) -> list[Problem]:
     """Everything that is wrong with recipe, output folder, model folder and clips. Collective."""
-    problems = check_recipe(recipe, runtime.world_size)
+    problems = check_recipe(recipe, runtime.world_size) + check_device(recipe, runtime.device)
     cache = Cache(recipe.data.cache)
     datasets = [path for path in (recipe.data.path, recipe.validation.heldout) if path]
     parts: list[Callable[[], object]] = [lambda: check_output(recipe), lambda: open_family(recipe)]
@@ -55,8 +56,16 @@ def check_recipe(recipe: Recipe, world_size: int) -> list[Problem]:
     return [
         *_batch_problems(recipe, world_size),
         *_layout_problems(recipe, world_size),
+        *_in_backward_problems(recipe, world_size),
         *_setting_problems(recipe),
     ]
+
+
+def check_device(recipe: Recipe, device: Device) -> list[Problem]:
+    """What the device cannot do."""
+    if recipe.train.float8 and not device.has_float8 and not device.is_cpu:
+        return [Problem(f"{device.name} has no float8 arithmetic", "train.float8", "set it to false")]
+    return []
 
 
 def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
@@ -93,6 +102,24 @@ def _layout_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
         )
 
 
+def _in_backward_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
+    """An update in the backward pass sees one gradient at a time, of one micro-batch."""
+    train, key = recipe.train, "optimizer.in_backward"
+    if not recipe.optimizer.in_backward:
+        return
+    if train.method == "lora":
+        yield Problem("an adapter's gradients are small; nothing is saved", key, "remove it")
+    if train.max_grad_norm != "none":
+        yield Problem(
+            "the norm of all gradients is not known before the last one", key, 'set train.max_grad_norm = "none"'
+        )
+    if train.global_batch_size > world_size * train.micro_batch_size:
+        most = world_size * train.micro_batch_size
+        yield Problem("gradients cannot be accumulated", key, f"set train.global_batch_size = {most}, or remove it")
+    if recipe.memory.offload:
+        yield Problem("offloaded gradients are in host memory already, and the update is made there", key, "remove it")
+
+
 def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.schedule.name == "constant" and recipe.schedule.warmup_steps:
         yield Problem(
@@ -113,6 +140,12 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
             "all weights are trained, and none is frozen that could be held in fewer bits",
             "memory.low_bit",
             'remove it, or set train.method = "lora"',
+        )
+    if recipe.train.method == "lora" and recipe.train.float8:
+        yield Problem(
+            "float8 training is for weights that are trained",
+            "train.float8",
+            'remove it, or hold the frozen ones in float8: memory.low_bit = "float8"',
         )
     if recipe.validation.heldout and recipe.validation.heldout_clips:
         yield Problem(

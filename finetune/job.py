@@ -15,7 +15,7 @@ from finetune.engine.checkpoint import Checkpoints
 from finetune.engine.layout import streams
 from finetune.engine.loading import load_weights
 from finetune.engine.offload import ActivationOffload
-from finetune.engine.optimizer import build_optimizer, build_schedule, set_schedule_step
+from finetune.engine.optimizer import InBackward, build_optimizer, build_schedule, set_schedule_step
 from finetune.engine.parallel import parallelize, trained_parameters
 from finetune.engine.precision import storage_dtype
 from finetune.engine.step import StepResult, StepState, run_step
@@ -142,6 +142,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
         defer_reduction=train.method == "lora",
         seed=train.seed,
         activations=ActivationOffload(runtime.device) if recipe.memory.offload_activations else None,
+        in_backward=InBackward(optimizer) if recipe.optimizer.in_backward else None,
     )
 
 

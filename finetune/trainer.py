@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 
-from finetune.check import check_output, check_recipe, open_family
+from finetune.check import check_device, check_output, check_recipe, open_family
 from finetune.engine.export import LORA_FILE
 from finetune.engine.step import StepResult
 from finetune.job import Job, build
@@ -25,7 +25,7 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
     The same call resumes: it starts after the newest complete checkpoint in the output folder.
     """
     with runtime.together():
-        if problems := check_recipe(recipe, runtime.world_size):
+        if problems := check_recipe(recipe, runtime.world_size) + check_device(recipe, runtime.device):
             raise UserError.of(problems)
         check_output(recipe)
         family = open_family(recipe)
@@ -140,11 +140,16 @@ def _usage(job: Job, folder: Path) -> list[str]:
 
 
 def _not_finite(job: Job, step: int, result: StepResult) -> UserError:
-    """The parameters are as they were before the step: keep them, and say what was in it."""
-    saved = f"; the weights before it are kept in {job.save(step)}" if step else ""
+    """The parameters are as they were before the step: keep them, and say what was in it. Not so with updates in the backward
+    pass: the newest checkpoint holds the last good ones.
+    """
+    made = "no update was made"
+    saved = f"; the weights before it are kept in {job.save(step)}" if step and not job.state.in_backward else ""
+    if job.state.in_backward:
+        made = "it was part of the update (optimizer.in_backward); the run goes on from its newest checkpoint"
     clips: list[Path] = [job.prepared.train[index].path for index in job.order.plan(step).items]
     return UserError(
-        f"loss {result.loss}, gradient norm {result.grad_norm} in step {step + 1}: no update was made{saved}",
+        f"loss {result.loss}, gradient norm {result.grad_norm} in step {step + 1}: {made}{saved}",
         "lower optimizer.lr or train.max_grad_norm, then run the same command; if it comes back, look at the step's "
         f"clips: {', '.join(sorted({str(clip) for clip in clips}))}",
     )

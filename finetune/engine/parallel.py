@@ -32,9 +32,12 @@ def parallelize(
         lora.add(transformer, family, adapter, train.seed)
     precision.cast_trained_weights(transformer, train.weights)
 
-    # 2. Low-bit storage of what stays frozen, after the adapter, which looks for linear layers.
+    # 2. Low-bit storage of what stays frozen, after the adapter, which looks for linear layers; or float8 products of what is
+    #    trained.
     lists = [getattr(transformer, name) for name in family.block_lists]
     lowbit.quantize_blocks(lists, memory.low_bit, family.high_precision)
+    if train.float8:
+        precision.compute_in_float8(lists, family.high_precision, runtime.device)
 
     # 3. Activation checkpointing inside the sharded unit, so that recomputation gathers a block's weights once.
     activation.checkpoint_blocks(lists, memory)

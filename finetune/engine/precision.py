@@ -1,10 +1,13 @@
 """Which dtype lives where: frozen weights in compute precision, trained weights as the recipe says, reductions float32."""
 
+import re
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from finetune.recipe.schema import Train
+from finetune.runtime.device import Device
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -19,6 +22,25 @@ def cast_trained_weights(model: nn.Module, weights: str) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[weights])
+
+
+def compute_in_float8(lists: list[nn.ModuleList], high_precision: str, device: Device) -> None:
+    """Have the blocks' linear layers multiply in float8 e4m3 (gradients e5m2), in place; weights stay as they are.
+
+    Args:
+        high_precision: regular expression of layers that stay as they are, searched in names within a block.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def fits(module: nn.Module, name: str) -> bool:
+        sides_fit = module.in_features % 16 == 0 and module.out_features % 16 == 0  # what the kernels take
+        return sides_fit and re.search(high_precision, name) is None
+
+    for blocks in lists:
+        for block in blocks:
+            convert_to_float8_training(
+                block, module_filter_fn=fits, config=Float8LinearConfig(emulate=not device.has_float8)
+            )
 
 
 def policy(precision: str) -> MixedPrecisionPolicy:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from finetune.engine.offload import ActivationOffload
+from finetune.engine.optimizer import InBackward
 from finetune.models.family import Batch, Family
 from finetune.runtime import seeds
 from finetune.runtime.distributed import Runtime
@@ -21,7 +22,8 @@ from finetune.runtime.distributed import Runtime
 class StepState:
     """What a step works on. `max_grad_norm` is None for no clipping.
 
-    `activations` sends what the forward pass saves to host memory, if it is there.
+    `activations` sends what the forward pass saves to host memory, if it is there. `in_backward` updates while the backward
+    pass runs, if it is there.
     `defer_reduction` keeps gradients whole until the last accumulation step: less traffic, but memory for one whole
     gradient a rank, so it is for adapters.
     """
@@ -36,13 +38,15 @@ class StepState:
     defer_reduction: bool
     seed: int
     activations: ActivationOffload | None = None
+    in_backward: InBackward | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Host figures of a step: mean loss of the global batch, global gradient norm before clipping, learning rate.
 
-    `updated` is False if loss or norm was not finite: then no parameter has changed. `stop` is True if any rank asked.
+    `updated` is False if loss or norm was not finite: then no parameter has changed, but for updates in the backward pass.
+    `stop` is True if any rank asked.
     """
 
     loss: float
@@ -76,7 +80,10 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
         loss.backward()
         total += loss.detach()
 
-    norm = grad_norm(state.parameters, state.max_grad_norm)
+    if state.in_backward:
+        norm = state.in_backward.norm(state.runtime.world_size)
+    else:
+        norm = grad_norm(state.parameters, state.max_grad_norm)
     report = torch.stack([total / state.runtime.world_size, torch.full((), float(stop), device=total.device)])
     if state.runtime.world_size > 1:
         dist.all_reduce(report)
@@ -84,7 +91,8 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
 
     finite = math.isfinite(mean_loss) and math.isfinite(host_norm)
     if finite:
-        state.optimizer.step()
+        if not state.in_backward:
+            state.optimizer.step()
         state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     return StepResult(mean_loss, host_norm, lr, updated=finite, stop=votes > 0)

@@ -92,6 +92,9 @@ class Train(Table):
     """Compute precision. Frozen weights are held in it, too."""
     weights: Literal["float32", "bf16"] = "float32"
     """How trained weights are held: float32, or bf16 with updates rounded stochastically, for a third of the memory."""
+    float8: bool = False
+    """Full finetuning: compute the blocks' linear layers in float8 (torchao.float8, scaled tensor by tensor), faster on GPUs
+    that have it (compute capability 8.9 and above); emulated on a CPU. Best with memory.compile."""
     max_grad_norm: Annotated[float, Field(gt=0)] | Literal["none"] = Free(1.0)
     """Clip the global gradient norm to this, once per optimizer step; "none" does not clip."""
 
@@ -142,6 +145,9 @@ class Optimizer(Table):
     """Adam's denominator floor."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Decoupled weight decay."""
+    in_backward: bool = Free(False)
+    """Full finetuning: update each block as soon as its gradients are there, and drop them. A step's gradients are then never in
+    memory together, and cannot be clipped: train.max_grad_norm = "none"."""
 
 
 class Schedule(Table):

@@ -46,6 +46,11 @@ class Device:
         """Bytes of the device's memory; None on a CPU, where nothing is divided by it."""
         return None if self.is_cpu else torch.accelerator.get_memory_info(self.torch_device)[1]
 
+    @property
+    def has_float8(self) -> bool:
+        """Whether it multiplies float8 matrices (torch._scaled_mm): compute capability 8.9 and above."""
+        return self.kind == "cuda" and torch.cuda.get_device_capability(self.torch_device) >= (8, 9)
+
     def synchronize(self) -> None:
         """Wait for the work queued on the device; nothing to wait for on a CPU."""
         if not self.is_cpu:

@@ -167,7 +167,9 @@ def test_a_rank_holds_its_shard_and_little_else_while_it_loads(
     large_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     """Anonymous memory: what is mapped from files is not counted, since it can be dropped at any time."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back at once, and is not found free again
+    monkeypatch.setenv(
+        "MALLOC_MMAP_THRESHOLD_", "65536"
+    )  # what is freed goes back at once, and is not found free again
     figures = figures_of("loading_worker.py", processes, tmp_path, [large_model])
     assert figures.keys() == {"lora", "full", "int8"}
     for name, ranks in figures.items():
