@@ -18,12 +18,12 @@ def command(arguments: Sequence[object], processes: int) -> list[str]:
     return [*head, "finetune", *map(str, arguments)]
 
 
-def figures_of(worker: str, processes: int, folder: Path, arguments: list[Path]) -> dict:
+def figures_of(worker: str, processes: int, folder: Path, arguments: list[Path], seconds: float = 290) -> dict:
     """What a worker of tests/engine writes, started plainly or under torchrun."""
     out = folder / f"{processes}.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     start = [sys.executable, *(torchrun if processes > 1 else [])]
     start += [ROOT / "tests" / "engine" / worker, out, *arguments]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=290, check=False)
+    done = subprocess.run(start, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())

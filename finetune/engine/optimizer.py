@@ -1,6 +1,5 @@
 """The optimizer of a recipe's [optimizer], and its learning-rate schedule."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -8,12 +7,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from finetune.engine.parallel import global_norm, local, replicas
 from finetune.recipe.schema import Optimizer, Schedule
 
 
@@ -87,16 +85,14 @@ class InBackward:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self.squares: Tensor | None = None  # of this step's gradients, on this rank
+        self.norms: list[Tensor] = []  # of this step's gradients, on this rank
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.register_post_accumulate_grad_hook(partial(self._update, group))
 
     def _update(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
-        copies = replicas(parameter)
-        local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-        square = torch.linalg.vector_norm(local, dtype=torch.float32).square() / copies
-        self.squares = square if self.squares is None else self.squares + square
+        norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+        self.norms.append(norm / replicas(parameter) ** 0.5)
         whole, group["params"] = group["params"], [parameter]
         try:
             self.optimizer.step()
@@ -106,18 +102,8 @@ class InBackward:
 
     def norm(self, world_size: int) -> Tensor:
         """Global L2 norm of the gradients since it was last asked for, over all ranks."""
-        squares, self.squares = self.squares, None
-        if world_size > 1:
-            dist.all_reduce(squares)
-        return squares.sqrt()
-
-
-def replicas(parameter: nn.Parameter) -> int:
-    """How many ranks hold the same part of a parameter."""
-    if not isinstance(parameter, DTensor):
-        return 1
-    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
-    return math.prod(size for size, placement in sizes if placement.is_replicate())
+        norms, self.norms = self.norms, []
+        return global_norm(torch.stack(norms), world_size)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Schedule, steps: int) -> LambdaLR:

@@ -1,10 +1,13 @@
 """From a loaded transformer to a trainable one: the order in which it is transformed is visible here, and only here."""
 
+import math
 from functools import partial
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from finetune.engine import activation, lowbit, precision
 from finetune.engine.layout import choose_layout, streams
@@ -80,3 +83,26 @@ def parallelize(
 def trained_parameters(transformer: nn.Module) -> list[nn.Parameter]:
     """The parameters the optimizer updates; collect them after sharding."""
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def replicas(tensor: Tensor) -> int:
+    """How many ranks hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
+
+
+def global_norm(norms: Tensor, world_size: int) -> Tensor:
+    """The L2 norm of everything, of norms of parts: those of this rank, 1-D float32, each over the root of its replicas."""
+    norm = torch.linalg.vector_norm(norms)
+    if world_size == 1:
+        return norm
+    squares = norm.square()
+    dist.all_reduce(squares)
+    return squares.sqrt()

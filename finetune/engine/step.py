@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from finetune.engine.offload import ActivationOffload
 from finetune.engine.optimizer import InBackward
+from finetune.engine.parallel import global_norm, local, replicas
 from finetune.models.family import Batch, Family
 from finetune.runtime import seeds
 from finetune.runtime.distributed import Runtime
@@ -83,7 +83,7 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     if state.in_backward:
         norm = state.in_backward.norm(state.runtime.world_size)
     else:
-        norm = grad_norm(state.parameters, state.max_grad_norm)
+        norm = grad_norm(state.parameters, state.max_grad_norm, state.runtime.world_size)
     report = torch.stack([total / state.runtime.world_size, torch.full((), float(stop), device=total.device)])
     if state.runtime.world_size > 1:
         dist.all_reduce(report)
@@ -107,12 +107,13 @@ def sample_losses(prediction: Tensor, batch: Batch) -> Tensor:
     return batch.weight * (errors.flatten(1) * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
-def grad_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    """Global L2 norm of the gradients, over all ranks; gradients are scaled in place to `limit` if it is exceeded."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+def grad_norm(parameters: Sequence[nn.Parameter], limit: float | None, world_size: int) -> Tensor:
+    """Global L2 norm of the gradients over all ranks, in float32, also of bf16 ones; gradients are scaled in place to
+    `limit` if it is exceeded.
+    """
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+    norm = global_norm(norms / replicas(parameters[0]) ** 0.5, world_size)
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm

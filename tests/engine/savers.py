@@ -1,44 +1,105 @@
-"""Every memory saver, and pairs of them: overrides of a recipe, and for which methods."""
+"""Every memory saver, and pairs of them: overrides of a recipe, and the plain run that each must equal."""
 
+from dataclasses import dataclass
 from itertools import combinations
 
-LOSSLESS = {
-    "full checkpointing": ["memory.activation_checkpointing=full"],
-    "every second block": ["memory.activation_checkpointing=every_n"],
-    "selective checkpointing": ["memory.activation_checkpointing=selective"],
-    "zero2": ["memory.layout=zero2"],
-    "hybrid": ["memory.layout=hybrid", "memory.shard_size=2"],
-    "replicate": ["memory.layout=replicate"],
-    "offload": ["memory.offload=true"],
-}
-ROUNDED = {kind: [f"memory.low_bit={kind}"] for kind in ("int8", "float8", "nf4")}  # for LoRA
 PLAIN = ["memory.activation_checkpointing=none", "memory.layout=shard"]
 METHODS = {"lora": ["lora.rank=4", "lora.alpha=8"], "full": ["train.method=full", "optimizer.lr=1e-3"]}
 
+# What changes the figures themselves: a run with one of them is compared with a plain one that has it, too.
+CHANGES = {
+    "int8": ["memory.low_bit=int8"],
+    "float8": ["memory.low_bit=float8"],
+    "nf4": ["memory.low_bit=nf4"],
+    "adamw_8bit": ["optimizer.name=adamw_8bit"],
+    "adamw_4bit": ["optimizer.name=adamw_4bit"],
+    "adamw_fp8": ["optimizer.name=adamw_fp8"],
+    "bf16 weights": ["train.weights=bf16"],
+    "float8 products": ["train.float8=true"],
+    "unclipped": ["train.max_grad_norm=none"],
+}
+OF_LORA, OF_FULL = {"int8", "float8", "nf4"}, {"float8 products", "updates in backward"}
 
-def savers(method: str, processes: int) -> dict[str, list[str]]:
-    """Each saver alone and each pair that can be set together, as overrides."""
-    single = LOSSLESS | (ROUNDED if method == "lora" else {})
+
+@dataclass(frozen=True)
+class Saver:
+    """Overrides, and the change of CHANGES that comes with them."""
+
+    overrides: tuple[str, ...]
+    change: str | None = None
+
+
+SAVERS = {
+    "full checkpointing": Saver(("memory.activation_checkpointing=full",)),
+    "every second block": Saver(("memory.activation_checkpointing=every_n",)),
+    "selective checkpointing": Saver(("memory.activation_checkpointing=selective",)),
+    "zero2": Saver(("memory.layout=zero2",)),
+    "hybrid": Saver(("memory.layout=hybrid", "memory.shard_size=2")),
+    "replicate": Saver(("memory.layout=replicate",)),
+    "offload": Saver(("memory.offload=true",)),
+    "activations offloaded": Saver(("memory.offload_activations=true",)),
+    "one block resident": Saver(("memory.offload=true", "memory.resident_blocks=1")),
+    "compile": Saver(("memory.compile=true",)),
+    "updates in backward": Saver(("optimizer.in_backward=true", *CHANGES["unclipped"]), "unclipped"),
+    **{name: Saver(tuple(CHANGES[name]), name) for name in CHANGES if name != "unclipped"},
+}
+# Pairs of these are in the default suite; all pairs in the full one.
+OFTEN = {
+    "full checkpointing",
+    "every second block",
+    "selective checkpointing",
+    "zero2",
+    "hybrid",
+    "replicate",
+    "offload",
+}
+OFTEN |= OF_LORA
+
+
+def savers(method: str, processes: int) -> list[str]:
+    """Each saver alone, and each pair that `check` lets pass, joined by " + "."""
+    wrong = OF_FULL if method == "lora" else OF_LORA
+    single = [name for name in SAVERS if name not in wrong]
     if processes % 2:
-        single = {name: overrides for name, overrides in single.items() if name != "hybrid"}
-    pairs = {
-        f"{one} + {other}": single[one] + single[other]
-        for one, other in combinations(single, 2)
-        if not keys(single[one]) & keys(single[other]) and {one, other} != {"replicate", "offload"}
-    }
-    return {"plain": [], **single, **pairs}
+        single.remove("hybrid")
+    if processes > 1 or method == "full":
+        single.remove("one block resident")
+    names = single + [" + ".join(pair) for pair in combinations(single, 2) if _goes(*pair, method)]
+    if processes > 1:
+        return names
+    return [name for name in names if set(overrides(name)) != set(baseline_overrides(baseline(name)))]
 
 
-def keys(overrides: list[str]) -> set[str]:
-    return {override.partition("=")[0] for override in overrides}
+def _goes(one: str, other: str, method: str) -> bool:
+    keys = [{override.partition("=")[0] for override in SAVERS[name].overrides} for name in (one, other)]
+    refused = [{"updates in backward", "offload"}] + ([{"replicate", "offload"}] if method == "full" else [])
+    return not keys[0] & keys[1] and {one, other} not in refused
 
 
-def pairwise(names: list[str], turn: int) -> list[str]:
-    """A sixth of the pairs, another one each turn; what is single stays."""
-    pairs = [name for name in names if " + " in name]
-    return [name for name in names if " + " not in name] + pairs[turn % 6 :: 6]
+def overrides(name: str) -> list[str]:
+    return [override for part in _parts(name) for override in SAVERS[part].overrides]
 
 
-def turn_of(place: int, method: str, processes: int) -> int:
-    """Families, methods and numbers of processes take turns, so that the default suite sees most pairs somewhere."""
-    return place + 3 * (processes - 1) + (method == "full")
+def baseline(name: str) -> str:
+    """The changes that a run must be compared with, joined; empty for the plain run."""
+    return " + ".join(sorted(SAVERS[part].change for part in _parts(name) if SAVERS[part].change))
+
+
+def baseline_overrides(name: str) -> list[str]:
+    return [override for change in name.split(" + ") if change for override in CHANGES[change]]
+
+
+def _parts(name: str) -> list[str]:
+    return name.split(" + ")
+
+
+def chosen(which: str, place: int, method: str, processes: int) -> list[str]:
+    """The savers that a suite runs for the family at `place`: "all", or for "some" each saver, and pairs in turns, so that
+    most are seen somewhere. What compiles takes long, and is in "all" alone.
+    """
+    names = savers(method, processes)
+    if which == "all":
+        return [name for name in names if " + " not in name or "compile" not in name or place == 0]
+    turn = place + 3 * (processes - 1) + (method == "full")
+    pairs = [name for name in names if " + " in name and set(_parts(name)) <= OFTEN]
+    return [name for name in names if " + " not in name and name != "compile"] + pairs[turn % 6 :: 6]

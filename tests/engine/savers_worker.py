@@ -8,8 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from parity_worker import figures
-from savers import METHODS, PLAIN, pairwise, savers, turn_of
+from savers import METHODS, PLAIN, baseline, baseline_overrides, chosen, overrides
 
 from finetune.check import check_recipe, open_family
 from finetune.job import build
@@ -23,19 +24,26 @@ from finetune.runtime.logging import quiet_libraries
 def main(recipe_files: list[str], which: str, out: Path, runtime: Runtime) -> None:
     results: dict[str, dict] = {}
     prepared = {}
+    share = f"train.micro_batch_size={2 // runtime.world_size}"
     for place, file in enumerate(recipe_files):
-        for method, overrides in METHODS.items():
-            turn = turn_of(place, method, runtime.world_size)
-            chosen = savers(method, runtime.world_size)
-            for name in chosen if which == "all" else pairwise(list(chosen), turn):
-                share = f"train.micro_batch_size={2 // runtime.world_size}"
-                settings = [*overrides, *PLAIN, *chosen[name], share, "train.steps=3", "schedule.warmup_steps=1"]
-                recipe = load_recipe(file, settings)
-                assert not check_recipe(recipe, runtime.world_size)
+        for method, of_method in METHODS.items():
+            found = results.setdefault(Path(file).stem, {}).setdefault(method, {})
+            runs = {name: overrides(name) for name in chosen(which, place, method, runtime.world_size)}
+            if runtime.world_size == 1:
+                names = [name for processes in (1, 2) for name in chosen(which, place, method, processes)]
+                runs |= {f"as {name}": baseline_overrides(name) for name in {"", *map(baseline, names)}}
+            for name, settings in runs.items():
+                torch._dynamo.reset()
+                recipe = load_recipe(
+                    file, [*of_method, *PLAIN, *settings, share, "train.steps=3", "schedule.warmup_steps=1"]
+                )
+                assert not check_recipe(recipe, runtime.world_size), name
                 family = open_family(recipe)
                 prepared.setdefault(file, prepare(recipe, family, runtime))
                 job = build(recipe, runtime, family, prepared[file])
-                results.setdefault(Path(file).stem, {}).setdefault(method, {})[name] = figures(job, "first and last")
+                if job.state.activations:
+                    job.state.activations.smallest = 1  # tiny models save nothing that is worth a copy
+                found[name] = figures(job, "first and last")
     if runtime.is_main:
         out.write_text(json.dumps(results, indent=1))
 

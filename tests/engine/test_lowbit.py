@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_family import FIRST, Model, title
+from every_family import FIRST, Model, every_family, title
 from torch import Tensor, nn
 
-from finetune.engine.loading import plain_name
+from finetune.engine.loading import plain_name, whole_transformer
 from finetune.engine.lowbit import LowBitLinear, dequantize, quantize
 from finetune.job import Job
 from finetune.models.weights import Weights
@@ -114,3 +114,41 @@ def test_losses_are_those_on_the_rounded_weights(
 def weight_of_sharded(linear: LowBitLinear) -> Tensor:
     codes, scale = linear.weight.full_tensor(), linear.weight_scale.full_tensor()
     return dequantize(codes, scale, linear.kind, torch.float32)
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_adapter_on_the_dequantised_model_is_the_trained_one(
+    build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model, kind: str, tmp_path: Path
+) -> None:
+    """The pipeline's own loader on diffusers' own transformer, whose weights are what the codes say."""
+    job = build_job(f"memory.low_bit={kind}", "optimizer.lr=1e-2", recipe_file=family_recipe(*model))
+    train(job)
+    job.export(tmp_path / "lora")
+    family, batch = job.state.family, job.micro_batches()[0]
+    transformer = whole_transformer(family, torch.float32)
+    rounded = 0
+    for name, module in job.state.transformer.named_modules():
+        if isinstance(module, LowBitLinear):
+            base = transformer.get_submodule(plain_name(f"{name}.").removesuffix("."))
+            base.weight.data = weight_of_sharded(module)
+            rounded += 1
+    assert rounded >= 4
+    pipeline = family.pipeline(transformer=transformer)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    with torch.no_grad():
+        expected = family.predict(transformer.train(), batch.inputs)
+        assert torch.equal(family.predict(job.state.transformer, batch.inputs), expected)
+
+
+@every_family
+@pytest.mark.parametrize("kind, most", [("int8", 1e-3), ("float8", 5e-3), ("nf4", 3e-2)])
+def test_rounding_moves_the_loss_by_little(
+    build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model, kind: str, most: float
+) -> None:
+    """The stated bounds, relative, on the first loss of a random model, whose layers are too small to average much out."""
+    plain, low = (
+        train(build_job(f"memory.low_bit={each}", recipe_file=family_recipe(*model)), 1) for each in ("none", kind)
+    )
+    assert low != plain
+    assert low == pytest.approx(plain, rel=most)

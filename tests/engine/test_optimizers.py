@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import figures_of
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -94,19 +95,23 @@ def test_small_updates_of_bf16_weights_are_not_lost(make_job: Callable[..., Job]
     assert 0.02 < torch.stack(moved).mean() < 0.4  # about 5 % a step
 
 
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory: pytest.TempPathFactory, family_recipe: Callable[..., Path]) -> Path:
+    """A folder of what tests/engine/updates_worker.py writes on one process and on two."""
+    folder = tmp_path_factory.mktemp("updates")
+    for processes in (1, 2):
+        norms = figures_of("updates_worker.py", processes, folder, [family_recipe("ltx")])
+        assert all(norm > 0.05 for steps in norms.values() for norm in steps)
+    return folder
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_updates_in_host_memory_are_those_of_plain_adamw(make_job: Callable[..., Job], method: str) -> None:
-    """With clipped norms and two micro-batches a step."""
-    accumulated = ["train.micro_batch_size=1", f"train.method={method}", "train.max_grad_norm=0.05"]
-    states = []
-    for offload in ("false", "true"):
-        job = make_job("adamw", "float32", *accumulated, f"memory.offload={offload}")
-        batches = job.micro_batches()
-        assert job.layout.accumulation == 2
-        steps = [job.step(step, [batches[2 * step], batches[2 * step + 1]]) for step in range(3)]
-        assert all(step.grad_norm > 0.05 for step in steps)
-        states.append(weights_of(job))
-    plain, offloaded = states
+@pytest.mark.parametrize("processes", [1, 2])
+def test_updates_in_host_memory_are_those_of_plain_adamw(updates: Path, method: str, processes: int) -> None:
+    """With clipped norms, and 4 micro-batches a step on one process, 2 on two."""
+    plain = load_file(updates / f"{method} plain {processes}.safetensors")
+    offloaded = load_file(updates / f"{method} offloaded {processes}.safetensors")
+    assert plain.keys() == offloaded.keys()
     for name, weight in plain.items():
         torch.testing.assert_close(offloaded[name], weight, rtol=0, atol=1e-6)
 

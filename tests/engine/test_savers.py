@@ -5,24 +5,25 @@ from pathlib import Path
 
 import pytest
 from processes import figures_of
-from savers import METHODS, ROUNDED, pairwise, savers, turn_of
+from savers import METHODS, baseline, chosen
 
 MODELS = [("ltx", None), ("cogvideox", None), ("hunyuan", None)]
-TOLERANCE = 1e-5  # relative, in float32
 FIGURES = ("loss", "grad_norm", "heldout")
+TOLERANCE = 1e-5  # relative, in float32
+# What two processes round otherwise than one: blocks of moments end where shards do, numbers for stochastic rounding are
+# drawn by each rank, and a tensor's float8 scale is that of a rank's own samples.
+ROUNDED_BY_RANK = {"adamw_4bit": 5e-3, "bf16 weights": 2e-2, "float8 products": 5e-3}
 
 
 def cases(which: str) -> list[tuple[int, str, str, str]]:
     """(processes, family, method, saver) of all of the matrix, or of what the default suite runs of it."""
-    found = []
-    for processes in (1, 2):
-        for place, (family, _) in enumerate(MODELS):
-            for method in METHODS:
-                turn = turn_of(place, method, processes)
-                names = list(savers(method, processes))
-                names = names if which == "all" else pairwise(names, turn)
-                found += [(processes, family, method, name) for name in names if name != "plain"]
-    return found
+    return [
+        (processes, family, method, name)
+        for processes in (1, 2)
+        for place, (family, _) in enumerate(MODELS)
+        for method in METHODS
+        for name in chosen(which, place, method, processes)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +37,8 @@ def matrix(
     def get(which: str, processes: int) -> dict[str, dict]:
         if (which, processes) not in known:
             folder = tmp_path_factory.mktemp(f"savers-{which}")
-            known[which, processes] = figures_of("savers_worker.py", processes, folder, [which, *recipes])
+            seconds = 290 if which == "some" else 6000
+            known[which, processes] = figures_of("savers_worker.py", processes, folder, [which, *recipes], seconds)
         return known[which, processes]
 
     return get
@@ -44,24 +46,23 @@ def matrix(
 
 @pytest.mark.parametrize("processes, family, method, saver", cases("some"))
 def test_a_saver_trains_what_the_plain_run_trains(matrix, processes: int, family: str, method: str, saver: str) -> None:
-    compare(matrix("some", processes), matrix("some", 1), family, method, saver)
+    compare(matrix("some", processes)[family][method], matrix("some", 1)[family][method], processes, saver)
 
 
 @pytest.mark.full
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(7000)
 @pytest.mark.parametrize("processes, family, method, saver", cases("all"))
 def test_every_pair_trains_what_the_plain_run_trains(
     matrix, processes: int, family: str, method: str, saver: str
 ) -> None:
-    compare(matrix("all", processes), matrix("all", 1), family, method, saver)
+    compare(matrix("all", processes)[family][method], matrix("all", 1)[family][method], processes, saver)
 
 
-def compare(figures: dict, alone: dict, family: str, method: str, saver: str) -> None:
-    """With the run of one process that has the same rounded weights, or none; nothing else may show."""
-    rounded = [name for name in saver.split(" + ") if name in ROUNDED]
-    found, expected = figures[family][method][saver], alone[family][method][rounded[0] if rounded else "plain"]
+def compare(figures: dict, alone: dict, processes: int, saver: str) -> None:
+    """With the run of one process that has the same changes and nothing else."""
+    changes = baseline(saver)
+    found, expected = figures[saver], alone[f"as {changes}"]
+    limits = [ROUNDED_BY_RANK.get(change, TOLERANCE) for change in changes.split(" + ")]
     for figure in FIGURES:
         assert len(found[figure]) >= 2
-        assert found[figure] == pytest.approx(expected[figure], rel=TOLERANCE), figure
-    if rounded:
-        assert found["loss"] != alone[family][method]["plain"]["loss"]
+        assert found[figure] == pytest.approx(expected[figure], rel=max(limits) if processes > 1 else TOLERANCE), figure

@@ -48,7 +48,7 @@ def test_gradients_are_clipped_as_torch_clips_them(limit: float) -> None:
     theirs = copy.deepcopy(model)
     for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
         other.grad = ours.grad.clone()
-    norm = grad_norm(list(model.parameters()), limit)
+    norm = grad_norm(list(model.parameters()), limit, world_size=1)
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit)
     torch.testing.assert_close(norm, expected)
     for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
@@ -59,7 +59,7 @@ def test_without_a_limit_gradients_are_left_alone() -> None:
     model = nn.Linear(7, 5)
     (1e6 * model(torch.randn(4, 7))).sum().backward()
     before = [parameter.grad.clone() for parameter in model.parameters()]
-    grad_norm(list(model.parameters()), None)
+    grad_norm(list(model.parameters()), None, world_size=1)
     assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), before, strict=True))
 
 

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import MochiAttention, MochiAttnProces
 from recording import PROMPT, TinyModel, generator, stacked, variant_id, variants
 from torch import Tensor
 
+from finetune.engine.loading import whole_transformer
 from finetune.models.mochi import MaskedAttention
 
 VIDEO, TEXT, HEADS, SIZE, WIDTH, TEXT_WIDTH = 12, 9, 3, 8, 20, 14
@@ -87,7 +88,7 @@ def test_what_stands_in_padded_tokens_changes_nothing() -> None:
 def test_the_trained_transformer_is_the_pipelines_in_outputs_and_gradients(model: TinyModel) -> None:
     """For a batch of a long, a short and an empty caption, the empty one without a single valid token."""
     theirs = copy.deepcopy(model.pipeline().transformer)
-    ours = model.family.load_transformer(torch.float32)
+    ours = whole_transformer(model.family, torch.float32)
     texts = stacked([model.text(caption) for caption in (PROMPT * 3, "a ball", "")])
     texts["encoder_attention_mask"][2] = False
     latents = torch.randn(3, 12, 2, 4, 6, generator=generator())
