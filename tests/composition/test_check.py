@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from finetune.check import check_output, check_recipe, open_family
+from finetune.check import check_device, check_output, check_recipe, open_family
 from finetune.prepare import prepare
 from finetune.recipe import load_recipe, write_recipe
+from finetune.runtime.device import Device
 from finetune.runtime.errors import UserError
 
 
@@ -47,6 +49,101 @@ def test_groups_that_do_not_divide_the_ranks_are_refused(recipe_file: Path) -> N
     hybrid = ["memory.layout=hybrid", "memory.shard_size=4", "train.global_batch_size=12", "train.micro_batch_size=1"]
     assert refused(recipe_file, *hybrid, world_size=6) == ["memory.shard_size"]
     assert refused(recipe_file, *hybrid, world_size=4) == []
+
+
+ONE_EACH = ["train.global_batch_size=2", "train.micro_batch_size=1"]  # for two ranks
+OFFLOAD, REPLICATE, FULL = "memory.offload=true", "memory.layout=replicate", "train.method=full"
+
+
+@pytest.mark.parametrize(
+    "overrides, world_size, expected",
+    [
+        ([OFFLOAD, REPLICATE], 1, []),
+        ([OFFLOAD, REPLICATE, FULL], 2, ["memory.layout"]),
+        ([OFFLOAD, "memory.resident_blocks=4"], 1, []),
+        ([OFFLOAD, "memory.resident_blocks=4", REPLICATE], 2, []),
+        ([OFFLOAD, "memory.resident_blocks=4"], 2, ["memory.resident_blocks"]),
+        (["memory.resident_blocks=4"], 1, ["memory.resident_blocks"]),
+        (["train.float8=true"], 1, ["train.float8"]),
+        (["train.float8=true", FULL], 1, []),
+    ],
+)
+def test_memory_savers_that_need_each_other(
+    recipe_file: Path, overrides: list[str], world_size: int, expected: list[str]
+) -> None:
+    found = refused(recipe_file, *overrides, "train.micro_batch_size=1", world_size=world_size)
+    assert [where for where in found if where != "lora"] == expected
+
+
+@pytest.mark.parametrize(
+    "overrides, times",
+    [
+        (["train.max_grad_norm=none", FULL], 0),
+        ([FULL], 1),
+        (["train.max_grad_norm=none"], 1),
+        (["train.max_grad_norm=none", FULL, OFFLOAD], 1),
+        (["train.max_grad_norm=none", FULL, "train.global_batch_size=8"], 1),
+    ],
+)
+def test_updates_in_the_backward_pass_need_whole_batches_and_no_clipping(
+    recipe_file: Path, overrides: list[str], times: int
+) -> None:
+    found = refused(recipe_file, "optimizer.in_backward=true", *ONE_EACH, *overrides, world_size=2)
+    assert found.count("optimizer.in_backward") == times
+
+
+def test_a_device_without_float8_is_refused(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["train.float8=true", FULL])
+    assert check_device(recipe, Device(torch.device("cpu"))) == []  # emulated
+    found = check_device(recipe, Device(torch.device("mps")))
+    assert [(problem.where, problem.cure) for problem in found] == [("train.float8", "set it to false")]
+
+
+# The README's table of combinations
+
+SWITCHES = {
+    "checkpointing": ["memory.activation_checkpointing=full"],
+    "zero2, hybrid": ["memory.layout=zero2"],
+    "replicate": [REPLICATE],
+    "offload": [OFFLOAD],
+    "offload_activations": ["memory.offload_activations=true"],
+    "low_bit": ["memory.low_bit=int8"],
+    "8- and 4-bit optimizers": ["optimizer.name=adamw_8bit"],
+    "bf16 weights": ["train.weights=bf16"],
+    "in_backward": ["optimizer.in_backward=true", "train.max_grad_norm=none"],
+    "float8": ["train.float8=true"],
+    "compile": ["memory.compile=true"],
+}
+
+
+def combinations_table(recipe_file: Path) -> list[str]:
+    """Which pairs `check` lets pass, and with which method."""
+    lines = ["| | " + " | ".join(list(SWITCHES)[:-1]) + " |", "|---" * len(SWITCHES) + "|"]
+    for row, one in enumerate(SWITCHES):
+        cells = [cell(recipe_file, SWITCHES[one], SWITCHES[other]) for other in list(SWITCHES)[:row]]
+        if row:
+            lines.append(f"| {one} | " + " | ".join(cells + [""] * (len(SWITCHES) - 1 - row)) + " |")
+    return lines
+
+
+def cell(recipe_file: Path, one: list[str], other: list[str]) -> str:
+    if one[0].partition("=")[0] == other[0].partition("=")[0]:
+        return "one of them"
+    passing = [
+        method
+        for method in ("LoRA", "full")
+        if not [
+            where
+            for where in refused(recipe_file, *one, *other, f"train.method={method.lower()}", *ONE_EACH, world_size=2)
+            if where != "lora"
+        ]
+    ]
+    return {2: "yes", 1: "".join(passing), 0: "no"}[len(passing)]
+
+
+def test_the_readme_says_what_can_be_combined(recipe_file: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert "\n".join(combinations_table(recipe_file)) in readme
 
 
 def test_full_finetuning_freezes_nothing_that_could_be_rounded(recipe_file: Path) -> None:
