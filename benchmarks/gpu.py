@@ -1,9 +1,11 @@
 """Step time, peak memory and model FLOPs utilisation of CogVideoX-2b and 5b with every memory saver, random weights.
 
-`python -m benchmarks.gpu [--models 2b 5b] [--seconds 540]` on one GPU: LoRA of rank 64 at 49x480x720, batch 1. Each line
-is this project's own step on a model built anew; the first two of its steps are not counted. Utilisation divides the
-FLOPs of one forward and one backward pass, counted on the meta device without recomputation, by step time and by the
-rate of a large bf16 matrix product measured first. `--smoke` runs a tiny model on any device, to see that it works.
+`python -m benchmarks.gpu [--models 5b 2b] [--seconds 540]` on one GPU: LoRA of rank 64 at 49x480x720, batch 1, and full
+finetuning. Each line is this project's own step on a model built anew; the first two of its steps are not counted.
+"over without" divides its step time by that of the same step without its last saver: for copies, what they cost that
+computing does not hide. Utilisation divides the FLOPs of one forward and one backward pass, counted on the meta device
+without recomputation, by step time and by the rate of a large bf16 matrix product measured first. `--smoke` runs a tiny
+model on any device, to see that it works.
 """
 
 import argparse
@@ -11,8 +13,10 @@ import gc
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,18 +41,49 @@ MODELS = {
     "smoke": {"num_attention_heads": 2, "num_layers": 2, "attention_head_dim": 16, "text_embed_dim": 32},
 }
 FULL, NONE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "none"}
-SAVERS = {
-    "plain": NONE,
-    "full checkpointing": FULL,
-    "full checkpointing, compile": {**FULL, "compile": True},
-    "every second block": {"activation_checkpointing": "every_n"},
-    "selective": {"activation_checkpointing": "selective"},
-    "activations offloaded": {**NONE, "offload_activations": True},
-    "full checkpointing, activations offloaded": {**FULL, "offload_activations": True},
-    "full checkpointing, weights offloaded": {**FULL, "offload": True},
-    "full checkpointing, int8": {**FULL, "low_bit": "int8"},
-    "full checkpointing, nf4": {**FULL, "low_bit": "nf4"},
-    "full checkpointing, nf4, activations offloaded": {**FULL, "low_bit": "nf4", "offload_activations": True},
+CHECKPOINTED = "full checkpointing"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tables of a recipe, and the case whose step time this one's is divided by: what a copy costs that is not hidden."""
+
+    memory: dict
+    train: dict = field(default_factory=dict)
+    optimizer: dict = field(default_factory=dict)
+    over: str = ""
+
+
+FINETUNED = {"method": "full", "weights": "bf16"}
+UNCLIPPED = {**FINETUNED, "max_grad_norm": "none"}
+EIGHT_BIT = {"name": "adamw_8bit"}
+CASES = {
+    CHECKPOINTED: Case(FULL),
+    "streamed": Case({**FULL, "offload": True}, over=CHECKPOINTED),
+    "streamed, 10 blocks resident": Case({**FULL, "offload": True, "resident_blocks": 10}, over=CHECKPOINTED),
+    "activations offloaded": Case({**FULL, "offload_activations": True}, over=CHECKPOINTED),
+    "streamed, activations offloaded": Case({**FULL, "offload": True, "offload_activations": True}, over=CHECKPOINTED),
+    "compile": Case({**FULL, "compile": True}, over=CHECKPOINTED),
+    "compile, streamed": Case({**FULL, "compile": True, "offload": True}, over="compile"),
+    "no checkpointing": Case(NONE, over=CHECKPOINTED),
+    "no checkpointing, activations offloaded": Case({**NONE, "offload_activations": True}, over="no checkpointing"),
+    "every second block": Case({"activation_checkpointing": "every_n"}, over=CHECKPOINTED),
+    "selective": Case({"activation_checkpointing": "selective"}, over=CHECKPOINTED),
+    "int8": Case({**FULL, "low_bit": "int8"}, over=CHECKPOINTED),
+    "float8": Case({**FULL, "low_bit": "float8"}, over=CHECKPOINTED),
+    "nf4": Case({**FULL, "low_bit": "nf4"}, over=CHECKPOINTED),
+    "nf4, compile": Case({**FULL, "low_bit": "nf4", "compile": True}, over="compile"),
+    "nf4, streamed, activations offloaded": Case(
+        {**FULL, "low_bit": "nf4", "offload": True, "offload_activations": True}, over=CHECKPOINTED
+    ),
+    "full finetuning, bf16, 8 bits": Case(FULL, FINETUNED, EIGHT_BIT),
+    "the same, updates in backward": Case(
+        FULL, UNCLIPPED, {**EIGHT_BIT, "in_backward": True}, over="full finetuning, bf16, 8 bits"
+    ),
+    "the same, float8 products, compile": Case(
+        {**FULL, "compile": True}, {**FINETUNED, "float8": True}, EIGHT_BIT, over="full finetuning, bf16, 8 bits"
+    ),
+    "full finetuning, offload": Case({**FULL, "offload": True}, {"method": "full"}),
 }
 
 
@@ -94,13 +129,14 @@ def model_folder(path: Path, name: str) -> ModelFolder:
     return ModelFolder(path)
 
 
-def recipe_with(memory: dict, precision: str) -> Recipe:
+def recipe_with(case: Case, precision: str) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"family": "cogvideox", "path": "random"},
             "data": {"path": "none", "buckets": [str(BUCKET)]},
-            "train": {"precision": precision},
-            "memory": memory,
+            "train": {"precision": precision, **case.train},
+            "optimizer": case.optimizer,
+            "memory": case.memory,
         }
     )
 
@@ -114,11 +150,12 @@ def batch_for(family: CogVideoX, bucket: Bucket, recipe: Recipe, dtype: torch.dt
     return family.batch([Sample(moments, text, bucket, 8.0, generator)], family.objective(recipe.objective))
 
 
-def step_flops(family: CogVideoX, batch: Batch, recipe: Recipe) -> int:
-    """FLOPs of one forward and backward pass of the LoRA, on the meta device."""
-    transformer = family.empty_transformer().requires_grad_(False)
+def step_flops(family: CogVideoX, batch: Batch, recipe: Recipe, method: str) -> int:
+    """FLOPs of one forward and backward pass, on the meta device; nothing is recomputed there."""
+    transformer = family.empty_transformer().requires_grad_(method == "full")
     with torch.device("meta"):
-        lora.add(transformer, family, recipe.lora, seed=0)
+        if method == "lora":
+            lora.add(transformer, family, recipe.lora, seed=0)
         inputs = batch.to(torch.device("meta")).inputs
         with FlopCounterMode(display=False) as counter:
             family.predict(transformer, {**inputs, "hidden_states": inputs["hidden_states"].float()}).sum().backward()
@@ -164,7 +201,7 @@ def describe_bus() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=["2b", "5b"], default=["2b", "5b"])
+    parser.add_argument("--models", nargs="+", choices=["2b", "5b"], default=["5b", "2b"])
     parser.add_argument("--seconds", type=float, default=540, help="begin no further measurement after this long")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="a tiny model and small video, on any device")
@@ -184,24 +221,29 @@ def main() -> None:
     for name in ["smoke"] if arguments.smoke else arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             family = RandomCogVideoX(model_folder(Path(folder), name))
-            reference = recipe_with(NONE, precision)
+            reference = recipe_with(CASES[CHECKPOINTED], precision)
             batch = batch_for(family, bucket, reference, dtype)
-            flops = step_flops(family, batch, reference)
-            for saver, memory in SAVERS.items():
+            flops = {method: step_flops(family, batch, reference, method) for method in ("lora", "full")}
+            times: dict[str, float] = {}
+            for title, case in CASES.items():
                 if time.monotonic() - began > arguments.seconds:
-                    left_out.append(f"{name} {saver}")
+                    left_out.append(f"{name} {title}")
                     continue
+                recipe = recipe_with(case, precision)
                 try:
-                    seconds, allocated, reserved = measure(
-                        family, recipe_with(memory, precision), batch, runtime, arguments.steps
-                    )
-                    used = f"{flops / seconds / rate:.1%}"
-                    rows.append([name, saver, f"{seconds:.3f}", f"{allocated:.2f}", f"{reserved:.2f}", used])
+                    seconds, allocated, reserved = measure(family, recipe, batch, runtime, arguments.steps)
+                    times[title] = seconds
+                    used = f"{flops[recipe.train.method] / seconds / rate:.1%}"
+                    over = f"{seconds / times[case.over]:.3f}" if case.over in times else ""
+                    rows.append([name, title, f"{seconds:.3f}", over, f"{allocated:.2f}", f"{reserved:.2f}", used])
                 except torch.OutOfMemoryError:
-                    rows.append([name, saver, "out of memory", "", "", ""])
+                    rows.append([name, title, "out of memory", "", "", "", ""])
+                torch.compiler.reset()
                 gc.collect()
                 device.empty_cache()
-    print_table(["model", "savers", "s/step", "GiB allocated", "GiB reserved", "utilisation"], rows)
+                print(f"{rows[-1]}", file=sys.stderr, flush=True)
+    heads = ["model", "savers", "s/step", "over without", "GiB allocated", "GiB reserved", "utilisation"]
+    print_table(heads, rows)
     if left_out:
         print(f"\nnot measured, for want of time: {', '.join(left_out)}")
     distributed.stop()

@@ -92,10 +92,15 @@ def test_updates_in_the_backward_pass_need_whole_batches_and_no_clipping(
     assert found.count("optimizer.in_backward") == times
 
 
+class OldGpu(Device):
+    name = "an old GPU"
+    has_float8 = False
+
+
 def test_a_device_without_float8_is_refused(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["train.float8=true", FULL])
     assert check_device(recipe, Device(torch.device("cpu"))) == []  # emulated
-    found = check_device(recipe, Device(torch.device("mps")))
+    found = check_device(recipe, OldGpu(torch.device("cuda")))
     assert [(problem.where, problem.cure) for problem in found] == [("train.float8", "set it to false")]
 
 
