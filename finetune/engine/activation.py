@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass: recomputed (Chen et al. 2016), or kept by choice."""
+"""What a block keeps for the backward pass: all, nothing (Chen et al. 2016), or what is chosen; and how it is compiled."""
 
 import math
 from functools import partial
@@ -18,6 +18,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_attention_math.default,
 }
+_GRAPHS = 256
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
@@ -37,6 +38,17 @@ def checkpoint_blocks(lists: list[nn.ModuleList], memory: Memory) -> None:
             if mode != "every_n" or index % memory.checkpoint_every == 0:
                 blocks[place] = wrap(block)
             index += 1
+
+
+def compile_blocks(lists: list[nn.ModuleList]) -> None:
+    """Compile blocks in place. Blocks of one kind share their graphs: one a bucket for training, one more for the first of
+    them, whose input needs no gradient, and one without gradients for validation.
+    """
+    # Past its limit, 8 by default, torch goes on without compiling, and does not say so.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    for blocks in lists:
+        for block in blocks:
+            block.compile(dynamic=False)  # graphs for any shape are slower, and inductor's are not always right
 
 
 def _contexts(budget: float) -> tuple[Any, Any]:

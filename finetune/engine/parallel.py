@@ -47,9 +47,7 @@ def parallelize(
 
     # 4. Compilation in place, so that names stay, with recomputation inside the graph.
     if memory.compile:
-        for blocks in lists:
-            for block in blocks:
-                block.compile()
+        activation.compile_blocks(lists)
 
     # 5. Sharding: one unit a block, the rest with the root. Replicated frozen weights stay outside of it, and their blocks
     #    are streamed if they are offloaded: outermost, since a compiled graph must not see the copies.
