@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from finetune.recipe.schema import Memory
 
@@ -27,11 +27,12 @@ def checkpoint_blocks(lists: list[nn.ModuleList], memory: Memory) -> None:
     mode = memory.activation_checkpointing
     if mode == "none":
         return
-    wrap = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT, preserve_rng_state=True)
     total = sum(map(len, lists))
+    options: dict[str, Any] = {}
     if mode == "selective":
         budget = math.inf if memory.keep_gib is None else memory.keep_gib * 2**30 / total
-        wrap = partial(wrap, context_fn=partial(_contexts, budget))
+        options["context_fn"] = partial(_contexts, budget)
+    wrap = partial(checkpoint_wrapper, checkpoint_fn=partial(_by_position, options))
     index = 0
     for blocks in lists:
         for place, block in enumerate(blocks):
@@ -49,6 +50,16 @@ def compile_blocks(lists: list[nn.ModuleList]) -> None:
     for blocks in lists:
         for block in blocks:
             block.compile(dynamic=False)  # graphs for any shape are slower, and inductor's are not always right
+
+
+def _by_position(options: dict[str, Any], block: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+    """torch's checkpoint saves what it is given by position, where hooks see it, and keeps what has a name to itself."""
+    names, count = list(keywords), len(arguments)
+
+    def call(*everything: Any) -> Any:
+        return block(*everything[:count], **dict(zip(names, everything[count:], strict=True)))
+
+    return checkpoint(call, *arguments, *keywords.values(), use_reentrant=False, **options)
 
 
 def _contexts(budget: float) -> tuple[Any, Any]:

@@ -86,8 +86,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale = context.saved_tensors
-        weight = dequantize(codes, scale, context.kind, gradient.dtype)
-        return gradient @ weight, None, None, None, None
+        return _input_gradient(gradient, codes, scale, context.kind), None, None, None, None
+
+
+@torch.library.custom_op("finetune::low_bit_input_gradient", mutates_args=())
+def _input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """Opaque to torch.compile, which would find the forward pass's dequantised weight useful and keep it."""
+    return gradient @ dequantize(codes, scale, kind, gradient.dtype)
+
+
+@_input_gradient.register_fake
+def _(gradient: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], codes.shape[1] * (2 if kind == "nf4" else 1))
 
 
 def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:

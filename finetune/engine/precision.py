@@ -36,11 +36,11 @@ def compute_in_float8(lists: list[nn.ModuleList], high_precision: str, device: D
         sides_fit = module.in_features % 16 == 0 and module.out_features % 16 == 0  # what the kernels take
         return sides_fit and re.search(high_precision, name) is None
 
+    # Padded, because tokens need not be a multiple of 16, and gradients of weights sum over them.
+    config = Float8LinearConfig(emulate=not device.has_float8, pad_inner_dim=True)
     for blocks in lists:
         for block in blocks:
-            convert_to_float8_training(
-                block, module_filter_fn=fits, config=Float8LinearConfig(emulate=not device.has_float8)
-            )
+            convert_to_float8_training(block, module_filter_fn=fits, config=config)
 
 
 def policy(precision: str) -> MixedPrecisionPolicy:

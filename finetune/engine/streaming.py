@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from finetune.runtime.device import Device
+from finetune.runtime.device import Arrival, Device
 
 _ALIGNMENT = 256  # bytes, as CUDA's allocations have it
 
@@ -29,19 +29,22 @@ class _Slot:
 
     memory: Tensor  # uint8
     holds: int | None = None
-    arrived: torch.Event | None = None
+    arrived: Arrival = None
 
 
-@dataclass(eq=False)
 class Streamer:
     """Brings blocks to the device in the order in which they are called, one ahead."""
 
-    device: Device
-    hosts: list[Tensor] = field(default_factory=list)  # uint8, one a streamed block
-    slots: list[_Slot] = field(default_factory=list)
+    def __init__(self, device: Device, sizes: list[int]) -> None:
+        """`sizes`: bytes of each streamed block."""
+        places = range(min(2, len(sizes)))
+        self.slots = [_Slot(torch.empty(max(sizes), dtype=torch.uint8, device=device.torch_device)) for _ in places]
+        self.hosts = [device.pinned(size) for size in sizes]
+        self.copies = device.copies()
 
-    def __post_init__(self) -> None:
-        self.stream = None if self.device.is_cpu else torch.Stream(self.device.torch_device)
+    def slot(self, index: int) -> _Slot:
+        """Where a block goes, always."""
+        return self.slots[index % len(self.slots)]
 
     def bring(self, index: int, onward: int) -> None:
         """Have a block on the device for what is queued next, and start the copy of its neighbour.
@@ -49,33 +52,19 @@ class Streamer:
         Args:
             onward: 1 in a forward pass, -1 in a backward pass.
         """
-        slot = self._slot(index)
         self._copy(index)
-        if self.stream is not None:
-            torch.accelerator.current_stream(self.device.torch_device).wait_event(slot.arrived)
+        self.copies.wait(self.slot(index).arrived)
         following = index + onward
         if following == len(self.hosts) and not torch.is_grad_enabled():
             following = 0  # the next forward pass; a backward pass would begin where this one ended
-        if 0 <= following < len(self.hosts) and self._slot(following) is not slot:
+        if 0 <= following < len(self.hosts) and self.slot(following) is not self.slot(index):
             self._copy(following)
 
-    def _slot(self, index: int) -> _Slot:
-        return self.slots[index % len(self.slots)]
-
     def _copy(self, index: int) -> None:
-        slot, host = self._slot(index), self.hosts[index]
-        if slot.holds == index:
-            return
-        slot.holds = index
-        target = slot.memory[: len(host)]
-        if self.stream is None:
-            target.copy_(host)
-            return
-        # What the slot held has been used by all that is queued so far: the copy waits for that, and for no more.
-        self.stream.wait_stream(torch.accelerator.current_stream(self.device.torch_device))
-        with self.stream:
-            target.copy_(host, non_blocking=True)
-            slot.arrived = self.stream.record_event()
+        slot, host = self.slot(index), self.hosts[index]
+        if slot.holds != index:
+            slot.holds = index
+            slot.arrived = self.copies.start(slot.memory[: len(host)], host)
 
 
 class Streamed(ActivationWrapper):
@@ -91,8 +80,10 @@ class Streamed(ActivationWrapper):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         self.streamer.bring(self.index, 1)
-        outputs, form = tree_flatten(self._checkpoint_wrapped_module(*arguments, **keywords))
-        return tree_unflatten(_BackwardBegins.apply(self.streamer, self.index, *outputs), form)
+        outputs = self._checkpoint_wrapped_module(*arguments, **keywords)
+        leaves, form = tree_flatten(outputs)
+        tensors = iter(_BackwardBegins.apply(self.streamer, self.index, *filter(torch.is_tensor, leaves)))
+        return tree_unflatten([next(tensors) if torch.is_tensor(leaf) else leaf for leaf in leaves], form)
 
     def homes(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """(parameter, the host memory that it is copied from); write weights there."""
@@ -124,30 +115,27 @@ def stream_blocks(lists: list[nn.ModuleList], resident: int, device: Device) -> 
     if count <= 0:
         return
     chosen = [places[index * len(places) // count] for index in range(count)]
-    sizes = [_layout(blocks[place])[1] for blocks, place in chosen]
-    streamer = Streamer(device)
-    for _ in range(min(2, count)):
-        streamer.slots.append(_Slot(torch.empty(max(sizes), dtype=torch.uint8, device=device.torch_device)))
-    for index, ((blocks, place), size) in enumerate(zip(chosen, sizes, strict=True)):
-        host = device.pinned(size)
-        streamer.hosts.append(host)
+    layouts = [_layout(blocks[place]) for blocks, place in chosen]
+    streamer = Streamer(device, [size for _, size in layouts])
+    for index, ((blocks, place), (frozen, _)) in enumerate(zip(chosen, layouts, strict=True)):
         streamed = Streamed(blocks[place], streamer, index)
-        for (module, name), begin, end in _layout(blocks[place])[0]:
-            frozen = module._parameters[name]
+        for module, name, begin, end in frozen:
+            old = module._parameters[name]
             # `.data`: writing to the slot must not count as changing what autograd has kept of its views.
-            view = streamer._slot(index).memory[begin:end].view(frozen.dtype).view(frozen.shape).data
+            view = streamer.slot(index).memory[begin:end].view(old.dtype).view(old.shape).data
             module._parameters[name] = nn.Parameter(view, requires_grad=False)
-            streamed.homes_of[module._parameters[name]] = host[begin:end].view(frozen.dtype).view(frozen.shape)
+            home = streamer.hosts[index][begin:end].view(old.dtype).view(old.shape)
+            streamed.homes_of[module._parameters[name]] = home
         blocks[place] = streamed
 
 
-def _layout(block: nn.Module) -> tuple[list[tuple[tuple[nn.Module, str], int, int]], int]:
-    """(((owner, name), first byte, byte after the last) of each frozen parameter, bytes in all)."""
+def _layout(block: nn.Module) -> tuple[list[tuple[nn.Module, str, int, int]], int]:
+    """((owner, name, first byte, byte after the last) of each frozen parameter, bytes in all)."""
     found, end = [], 0
     for module in block.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 begin = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
                 end = begin + parameter.nbytes
-                found.append(((module, name), begin, end))
+                found.append((module, name, begin, end))
     return found, end

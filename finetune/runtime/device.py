@@ -3,6 +3,7 @@
 The engine names no device and calls no `torch.cuda`; whatever it needs of one is a method here.
 """
 
+import mmap
 import resource
 import weakref
 from dataclasses import dataclass
@@ -17,6 +18,36 @@ class Memory:
 
     allocated: int
     reserved: int
+
+
+Arrival = torch.Event | None
+"""When a copy is made; None if it is made already."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies that run beside what is computed, on a stream of their own; at once if there is none.
+
+    Each waits for all that has been queued on the computing stream when it is started, and for no more: so its source is
+    computed, and its target's last use is over.
+    """
+
+    stream: torch.Stream | None
+
+    def start(self, target: Tensor, source: Tensor) -> Arrival:
+        """Copy, from or to page-locked memory. Both tensors must stay until `wait`."""
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        self.stream.wait_stream(torch.accelerator.current_stream(self.stream.device))
+        with self.stream:
+            target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, arrival: Arrival) -> None:
+        """Have what is computed from here on wait for a copy; the host does not."""
+        if arrival is not None:
+            torch.accelerator.current_stream(self.stream.device).wait_event(arrival)
 
 
 @dataclass(frozen=True)
@@ -79,16 +110,23 @@ class Device:
         if not self.is_cpu:
             torch.accelerator.empty_cache()
 
+    def copies(self) -> "Copies":
+        """Copies between host and device, beside what is computed."""
+        return Copies(None if self.is_cpu else torch.Stream(self.torch_device))
+
     def pinned(self, size: int) -> Tensor:
         """`size` bytes of host memory, uint8, page-locked for asynchronous copies; plain memory on a CPU.
 
         torch's own pinned memory comes in powers of two, which for a block of weights can be twice its size.
         """
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=not self.is_cpu and self.kind != "cuda")
-        if self.kind == "cuda":
-            runtime = torch.cuda.cudart()
-            torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
-            weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
+        if self.is_cpu:
+            return torch.empty(size, dtype=torch.uint8)
+        if self.kind != "cuda":
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)  # pages of its own
+        runtime = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
+        weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
         return memory
 
     def reseed(self, seed: int) -> None:

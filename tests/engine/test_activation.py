@@ -1,11 +1,12 @@
 """Every way to save activations gives the same training, and keeps what it says."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from every_family import FIRST, Model, title
+from every_family import FIRST, Model, every_family, title
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.engine.offload import SMALLEST, ActivationOffload
@@ -50,20 +51,59 @@ def test_activations_come_back_from_host_memory_as_they_left(
     assert job.state.activations.smallest == SMALLEST
     job.state.activations = Counting(job.state.runtime.device, smallest=1)
     assert train(job) == kept
-    left = len(job.state.activations.saved)  # saved, and not asked for by the backward pass
+    left = sum(record is not None for record in job.state.activations.saved)  # not asked for by the backward pass
     assert job.state.activations.count - left > 10
     assert left <= 1
 
 
 class Counting(ActivationOffload):
-    """How many tensors left."""
+    """How many tensors left, and their shapes."""
 
     count = 0
+    shapes: tuple[torch.Size, ...] = ()
+    all: tuple[object, ...] = ()
 
     def _pack(self, tensor):
         packed = super()._pack(tensor)
         self.count += packed is not tensor
+        if packed is not tensor:
+            self.shapes += (tensor.shape,)
+            self.all += (packed,)
         return packed
+
+
+@every_family
+def test_what_a_checkpointed_block_is_given_leaves_the_device(
+    build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model
+) -> None:
+    """Its hidden states, for each block, though families pass them by name."""
+    job = build_job("memory.activation_checkpointing=full", recipe_file=family_recipe(*model))
+    offload = job.state.activations = Counting(job.state.runtime.device, smallest=1)
+    given: list[torch.Size] = []
+    for blocks in (getattr(job.state.transformer, name) for name in job.state.family.block_lists):
+        for block in blocks:
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs: given.append((args[0] if args else kwargs["hidden_states"]).shape),
+                with_kwargs=True,
+            )
+    batch = job.micro_batches()[0]
+    with offload.saving():
+        prediction = job.state.family.predict(job.state.transformer, batch.inputs)
+    assert len(given) >= 2
+    assert not Counter(given) - Counter(offload.shapes)
+    prediction.sum().backward()
+
+
+def test_a_tensor_that_several_layers_save_leaves_once_and_keeps_its_strides(build_job: Callable[..., Job]) -> None:
+    offload = Counting(build_job().state.runtime.device, smallest=1)
+    x = torch.randn(8, 16, 32).transpose(1, 2).requires_grad_()  # dense, in another order
+    with offload.saving():
+        results = [x.square().sum(), x.exp().sum(), x.square().sum()]
+    torch.stack(results).sum().backward()
+    torch.testing.assert_close(x.grad, 4 * x.detach() + x.detach().exp())
+    assert offload.count == 3  # x for two squares, and the exponential
+    assert len({id(record) for record in offload.all}) == 2
+    assert {record.stride for record in offload.all} == {x.stride()}
 
 
 def test_weights_and_small_tensors_stay_on_the_device(build_job: Callable[..., Job]) -> None:

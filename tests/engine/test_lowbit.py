@@ -71,6 +71,20 @@ def test_nothing_dequantised_waits_for_the_backward_pass(kind: str) -> None:
     assert sum(tensor.nbytes for tensor in saved) <= 128 * 128 * BITS[kind] // 8 + 4 * 128 * 2
 
 
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_does_it_when_compiled(kind: str) -> None:
+    """What is common to both passes would be kept from one to the other."""
+    low, saved = LowBitLinear(nn.Linear(128, 128), kind), []
+    low.compile(dynamic=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        out = low(torch.randn(1, 128, requires_grad=True))
+    out.sum().backward()
+    assert {tensor.dtype for tensor in saved} <= {torch.int8, torch.uint8, torch.int32}
+    assert sum(tensor.nbytes for tensor in saved) <= 128 * 128 * BITS[kind] // 8 + 4 * 128 * 2
+
+
 # In training
 
 
