@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 
+from torch import nn
+
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
 from finetune.engine.layout import streams
@@ -21,9 +23,9 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.survey import carve, survey
 
 
-def check_all(recipe: Recipe, runtime: Runtime) -> list[Problem]:
-    """Everything that is wrong with recipe, output folder, model folder and clips. Collective."""
-    problems = check_recipe(recipe, runtime.world_size) + check_device(recipe, runtime.device)
+def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
+    """Everything that is wrong with recipe, output folder, model folder and clips, for training on `gpus`. Collective."""
+    problems = check_recipe(recipe, gpus) + check_device(recipe, runtime.device)
     cache = Cache(recipe.data.cache)
     datasets = [path for path in (recipe.data.path, recipe.validation.heldout) if path]
     parts: list[Callable[[], object]] = [lambda: check_output(recipe), lambda: open_family(recipe)]
@@ -90,16 +92,18 @@ def _layout_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
             'set it to "shard", or memory.offload = false',
         )
     if recipe.memory.resident_blocks and not streams(recipe.memory, recipe.train.method, world_size):
+        missing = [] if recipe.memory.offload else ["memory.offload = true"]
+        missing += ['train.method = "lora"'] if recipe.train.method == "full" else []
+        missing += ['memory.layout = "replicate"'] if world_size > 1 and recipe.memory.layout != "replicate" else []
         yield Problem(
             "this key has no effect here: blocks take turns on the device only with LoRA, on one GPU or replicated",
             "memory.resident_blocks",
-            "remove it, or set memory.offload = true" + (' and memory.layout = "replicate"' if world_size > 1 else ""),
+            f"remove it, or set {', '.join(missing)}",
         )
     if recipe.memory.layout == "hybrid" and size and world_size % size:
         near = max(n for n in range(1, size) if world_size % n == 0)
-        yield Problem(
-            f"{world_size} ranks cannot be divided into groups of {size}", "memory.shard_size", f"set it to {near}"
-        )
+        cure = f"set it to {near}" if near > 1 else 'remove it, and set memory.layout = "shard"'
+        yield Problem(f"{world_size} rank(s) cannot be divided into groups of {size}", "memory.shard_size", cure)
 
 
 def _in_backward_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
@@ -114,8 +118,8 @@ def _in_backward_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
             "the norm of all gradients is not known before the last one", key, 'set train.max_grad_norm = "none"'
         )
     if train.global_batch_size > world_size * train.micro_batch_size:
-        most = world_size * train.micro_batch_size
-        yield Problem("gradients cannot be accumulated", key, f"set train.global_batch_size = {most}, or remove it")
+        share = train.global_batch_size // world_size
+        yield Problem("gradients cannot be accumulated", key, f"set train.micro_batch_size = {share}, or remove it")
     if recipe.memory.offload:
         yield Problem("offloaded gradients are in host memory already, and the update is made there", key, "remove it")
 
@@ -204,11 +208,44 @@ def open_family(recipe: Recipe) -> Family:
     if problems:
         raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
     family = cls(folder)
-    if wrong := list(family_problems(recipe, family)):
+    transformer = family.empty_transformer()
+    if wrong := [*family_problems(recipe, family), *_weight_problems(family, transformer)]:
         raise UserError.of(wrong)
-    if recipe.lora.targets:
-        lora.check_targets(family.empty_transformer(), family, recipe.lora.targets)
+    lora.check_targets(transformer, family, recipe.lora.targets)
+    if wrong := list(_resident_problems(recipe, family, transformer)):
+        raise UserError.of(wrong)
     return family
+
+
+def _weight_problems(family: Family, transformer: nn.Module) -> Iterator[Problem]:
+    """Where the transformer's config and the headers of its weights tell different models."""
+    weights, where = family.transformer_weights(), str(family.folder.path / "transformer")
+    cure = "download the transformer again; its config.json and its weights belong together"
+    expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+    names = weights.names()
+    blocks = tuple(f"{name}." for name in family.block_lists)
+    surplus = sorted(name for name in names - expected.keys() if name.startswith(blocks))
+    for found, text in (
+        (sorted(expected.keys() - names), "are not in its weights"),
+        (surplus, "are not in its config"),
+    ):
+        if found:
+            yield Problem(f"{len(found)} of the transformer's tensors {text}, {found[0]} among them", where, cure)
+    for name in sorted(expected.keys() & names):
+        if weights.shape(name) != expected[name]:
+            has, wants = ("x".join(map(str, shape)) for shape in (weights.shape(name), expected[name]))
+            yield Problem(f"{name} is {has} in its weights and {wants} by its config", where, cure)
+            return
+
+
+def _resident_problems(recipe: Recipe, family: Family, transformer: nn.Module) -> Iterator[Problem]:
+    blocks = sum(len(getattr(transformer, name)) for name in family.block_lists)
+    if recipe.memory.resident_blocks >= blocks:
+        yield Problem(
+            f"the model has {blocks} blocks; with all of them on the GPU nothing is offloaded",
+            "memory.resident_blocks",
+            f"set it to at most {blocks - 1}, or memory.offload = false",
+        )
 
 
 def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:

@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--steps", type=int, help="denoising steps of --prompt")
             command.add_argument("--seed", type=int, help="seed of --prompt")
             command.add_argument("--out", type=Path, help="folder; OUTPUT/generated if not given")
+        if name == "check":
+            command.add_argument("--gpus", type=_positive, metavar="N", help="for a training on N GPUs; 1 if not given")
         if name == "export":
             command.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
             command.add_argument("--out", type=Path, required=True)
@@ -76,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("schema", usage=USAGE)
     commands.add_parser("families", usage=USAGE)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs")
+    return int(text)
 
 
 def _print_error(error: UserError) -> None:
@@ -122,9 +130,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from finetune.check import check_all
 
     def body(runtime) -> int:
-        if problems := check_all(recipe, runtime):
+        gpus = arguments.gpus or runtime.world_size
+        if problems := check_all(recipe, runtime, gpus):
             raise UserError.of(problems)
-        say("nothing wrong found")
+        say(f"nothing wrong found, for training on {gpus} GPU{'s' if gpus > 1 else ''}")
         return 0
 
     return _with_runtime(recipe, body)

@@ -58,14 +58,14 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
 
 
 def _claim_output(recipe: Recipe) -> FolderLock:
-    """Lock the output folder, and write the effective recipe; say what has changed since the run began."""
+    """Lock the output folder, and write the effective recipe; say what has changed since its last start."""
     saved = recipe.output / "recipe.toml"
     with writing(recipe.output):
         recipe.output.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(recipe.output)
     if saved.exists():
         for change in changes(recipe, load_recipe(saved)):
-            say(f"changed since the run began: {change}")
+            say(f"changed since the last start: {change}")
     with atomic(saved) as partial:
         write_recipe(recipe, partial)
     return lock

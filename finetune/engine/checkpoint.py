@@ -73,7 +73,8 @@ class Checkpoints:
             export(partial)
             with self.runtime.together():
                 if self.runtime.is_main:
-                    (partial / _FACTS).write_text(json.dumps({"step": step, **facts}, indent=1))
+                    made = {"step": step, "processes": self.runtime.world_size, **facts}
+                    (partial / _FACTS).write_text(json.dumps(made, indent=1))
                     partial.rename(final)
                     self._prune()
         except _FAILURE as error:
@@ -103,8 +104,12 @@ class Checkpoints:
     def _unreadable(self, step: int, error: BaseException) -> UserError:
         older = [known for known in self.steps() if known < step]
         then = f"the run then goes on from step {older[-1]}" if older else "the run then starts anew"
-        what = f"the checkpoint cannot be read ({_reason(error)})"
-        return UserError(what, f"remove this folder; {then}", str(self.path(step)))
+        what, cure = f"the checkpoint cannot be read ({_reason(error)})", f"remove this folder; {then}"
+        if "block_size" in str(error) + _reason(error):  # torchao: a part that cuts through a block of moments
+            processes = self.facts(step)["processes"]
+            what = f"moments in few bits, saved by {processes} process(es), cannot be divided for {self.runtime.world_size}"
+            cure = f"resume it with {processes}"
+        return UserError(what, cure, str(self.path(step)))
 
     def _prune(self) -> None:
         """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""

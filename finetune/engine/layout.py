@@ -40,13 +40,18 @@ def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: 
     """
     name, why = memory.layout, "as memory.layout says"
     if streams(memory, method, runtime.world_size):
-        return Layout(None, False, True, "frozen blocks are streamed from host memory")
+        return Layout(None, False, True, _streaming(memory))
     if name == "auto":
         name, why = ("shard", "weights are offloaded") if memory.offload else _automatic(transformer, runtime)
     if name == "replicate" and method == "full":
         return Layout(1, False, False, f"replicate: {why}")  # groups of one, gradients reduced between them
     size = (memory.shard_size or runtime.local_world_size) if name == "hybrid" else None
     return Layout(size, name == "zero2", name == "replicate", f"{name}: {why}")
+
+
+def _streaming(memory: Memory) -> str:
+    stay = f", {memory.resident_blocks} of them stay on the device" if memory.resident_blocks else ""
+    return f"replicate: frozen blocks are streamed from host memory{stay}"
 
 
 def _automatic(transformer: nn.Module, runtime: Runtime) -> tuple[str, str]:

@@ -9,7 +9,6 @@ from finetune.engine.streaming import Streamed
 from finetune.models.family import Family
 from finetune.models.lora import ADAPTER
 from finetune.models.weights import Weights
-from finetune.runtime.errors import UserError
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "base_layer.")
 
@@ -25,9 +24,8 @@ def load_weights(transformer: nn.Module, weights: Weights, device: torch.device)
     Args:
         device: where weights are quantised.
     Raises:
-        UserError: a tensor is missing or has another shape; nothing has been read then.
+        UserError: a file cannot be read. That names and shapes are right is `check`'s business.
     """
-    _check(transformer, weights)
     homes = {p: home for module in transformer.modules() if isinstance(module, Streamed) for p, home in module.homes()}
 
     def here(parameter: nn.Parameter) -> Tensor:
@@ -48,7 +46,7 @@ def load_weights(transformer: nn.Module, weights: Weights, device: torch.device)
                     module.fill(codes, _local(here(module.weight_scale))[0], rows.to(device))
         for name, buffer in transformer.named_buffers():
             if plain_name(name) in weights.names():
-                buffer.copy_(weights.rows(plain_name(name), 0, len(buffer)))
+                buffer.copy_(weights.rows(plain_name(name), 0, len(buffer) if buffer.dim() else 0))
 
 
 def whole_transformer(family: Family, dtype: torch.dtype) -> nn.Module:
@@ -78,23 +76,3 @@ def _local(tensor: Tensor) -> tuple[Tensor, int, int]:
     chunks = tensor.__create_chunk_list__()  # what DCP asks a tensor for
     start = chunks[0].offsets[0] if chunks else 0
     return local, start, start + len(local)
-
-
-def _check(transformer: nn.Module, weights: Weights) -> None:
-    expected = {}
-    for prefix, module in transformer.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if isinstance(module, LowBitLinear) and parameter is module.weight:
-                expected[name] = torch.Size((module.out_features, module.in_features))
-            elif not _is_adapters(name) and not (isinstance(module, LowBitLinear) and parameter is module.weight_scale):
-                expected[name] = parameter.shape
-    names, expected = weights.names(), {plain_name(name): shape for name, shape in expected.items()}
-    missing = sorted(expected.keys() - names)
-    wrong = [name for name in expected.keys() & names if weights.shape(name) != expected[name]]
-    cure = "download the transformer again; its config.json and its weights belong together"
-    if missing:
-        raise UserError(f"the transformer's weights lack {len(missing)} tensors, {missing[0]} among them", cure)
-    if wrong:
-        name = min(wrong)
-        has, wants = ("x".join(map(str, shape)) for shape in (weights.shape(name), expected[name]))
-        raise UserError(f"{name} is {has} in the transformer's weights and {wants} by its config", cure)

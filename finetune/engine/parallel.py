@@ -52,7 +52,7 @@ def parallelize(
     # 5. Sharding: one unit a block, the rest with the root. Replicated frozen weights stay outside of it, and their blocks
     #    are streamed if they are offloaded: outermost, since a compiled graph must not see the copies.
     layout = choose_layout(memory, train.method, transformer, runtime)
-    if runtime.world_size > 1:
+    if runtime.world_size > 1 or memory.offload:
         say(f"layout: {layout.why}")
     streamed = streams(memory, train.method, runtime.world_size)
     sharded_offload = memory.offload and not streamed

@@ -91,7 +91,7 @@ class Train(Table):
     precision: Literal["bf16", "float32"] = "bf16"
     """Compute precision. Frozen weights are held in it, too."""
     weights: Literal["float32", "bf16"] = "float32"
-    """How trained weights are held: float32, or bf16 with updates rounded stochastically, for a third of the memory."""
+    """How trained weights are held: float32, or bf16 with updates rounded stochastically: half of weights and gradients."""
     float8: bool = False
     """Full finetuning: compute the blocks' linear layers in float8 (torchao.float8, scaled tensor by tensor), faster on GPUs
     that have it (compute capability 8.9 and above); emulated on a CPU. Best with memory.compile."""

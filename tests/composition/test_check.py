@@ -1,11 +1,15 @@
 """Combinations that cannot work, or would do nothing, are refused before anything is read."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.check import check_device, check_output, check_recipe, open_family
 from finetune.prepare import prepare
@@ -49,6 +53,9 @@ def test_groups_that_do_not_divide_the_ranks_are_refused(recipe_file: Path) -> N
     hybrid = ["memory.layout=hybrid", "memory.shard_size=4", "train.global_batch_size=12", "train.micro_batch_size=1"]
     assert refused(recipe_file, *hybrid, world_size=6) == ["memory.shard_size"]
     assert refused(recipe_file, *hybrid, world_size=4) == []
+    pairs = [*hybrid, "memory.shard_size=2", "train.global_batch_size=3"]
+    (problem,) = check_recipe(load_recipe(recipe_file, pairs), 3)
+    assert problem.cure == 'remove it, and set memory.layout = "shard"'  # groups of one are none
 
 
 ONE_EACH = ["train.global_batch_size=2", "train.micro_batch_size=1"]  # for two ranks
@@ -64,6 +71,7 @@ OFFLOAD, REPLICATE, FULL = "memory.offload=true", "memory.layout=replicate", "tr
         ([OFFLOAD, "memory.resident_blocks=4", REPLICATE], 2, []),
         ([OFFLOAD, "memory.resident_blocks=4"], 2, ["memory.resident_blocks"]),
         (["memory.resident_blocks=4"], 1, ["memory.resident_blocks"]),
+        ([OFFLOAD, "memory.resident_blocks=4", FULL], 1, ["memory.resident_blocks"]),
         (["train.float8=true"], 1, ["train.float8"]),
         (["train.float8=true", FULL], 1, []),
     ],
@@ -167,6 +175,62 @@ def test_a_model_folder_of_another_pipeline_is_named(recipe_file: Path, tiny_ltx
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanPipeline"}))
     with pytest.raises(UserError, match="this is WanPipeline, and family 'ltx' trains LTXPipeline or"):
         open_family(load_recipe(recipe_file, [f"model.path={folder}"]))
+
+
+# The transformer's config against its weights
+
+
+@pytest.fixture
+def edited(tiny_ltx: Path, recipe_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """What is said of a model whose transformer's config or weights have been changed."""
+
+    def check(edit: Callable[[dict], None] = lambda weights: None, **config: object) -> list[str]:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_ltx, folder)
+        weights_file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        weights, config_file = load_file(weights_file), folder / "transformer" / "config.json"
+        edit(weights)
+        save_file(weights, weights_file, {"format": "pt"})
+        config_file.write_text(json.dumps(json.loads(config_file.read_text()) | config))
+        with pytest.raises(UserError) as caught:
+            open_family(load_recipe(recipe_file, [f"model.path={folder}"]))
+        assert all(problem.where == str(folder / "transformer") for problem in caught.value.problems)
+        return [problem.what for problem in caught.value.problems]
+
+    return check
+
+
+def test_a_missing_tensor_is_named(edited: Callable[..., list[str]]) -> None:
+    found = edited(lambda weights: weights.pop("proj_out.weight"))
+    assert found == ["1 of the transformer's tensors are not in its weights, proj_out.weight among them"]
+
+
+def test_a_tensor_of_another_shape_is_named(edited: Callable[..., list[str]]) -> None:
+    def cut(weights: dict) -> None:
+        weights["proj_out.weight"] = weights["proj_out.weight"][:3].clone()
+
+    (found,) = edited(cut)
+    assert re.fullmatch(r"proj_out.weight is 3x\d+ in its weights and \d+x\d+ by its config", found)
+
+
+def test_blocks_that_the_config_leaves_out_are_named(edited: Callable[..., list[str]]) -> None:
+    (found,) = edited(num_layers=1)
+    assert re.search(r"tensors are not in its config, transformer_blocks.1.\S+ among them", found)
+
+
+def test_other_tensors_than_the_blocks_may_be_there(recipe_file: Path, tiny_ltx: Path, tmp_path: Path) -> None:
+    """As diffusers has it: checkpoints carry leftovers of older versions."""
+    shutil.copytree(tiny_ltx, tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"leftover": torch.zeros(1)}, file, {"format": "pt"})
+    open_family(load_recipe(recipe_file, [f"model.path={tmp_path / 'model'}"]))
+
+
+@pytest.mark.parametrize("resident, refused", [(1, False), (2, True), (99, True)])
+def test_no_more_blocks_stay_than_there_are(recipe_file: Path, resident: int, refused: bool) -> None:
+    recipe = load_recipe(recipe_file, [OFFLOAD, f"memory.resident_blocks={resident}"])
+    with pytest.raises(UserError, match="the model has 2 blocks") if refused else nullcontext():
+        open_family(recipe)
 
 
 def test_a_folder_of_another_training_is_refused_and_free_keys_may_change(recipe_file: Path) -> None:

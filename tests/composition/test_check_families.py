@@ -102,6 +102,6 @@ def test_a_missing_file_of_prompts_is_one_problem_among_others(
     family_recipe: Callable[..., Path], runtime, tmp_path: Path
 ) -> None:
     overrides = [f"validation.prompts_file={tmp_path / 'nowhere.txt'}", f"data.path={tmp_path / 'no_clips'}"]
-    text = "\n".join(map(str, check_all(load_recipe(family_recipe("ltx"), overrides), runtime)))
+    text = "\n".join(map(str, check_all(load_recipe(family_recipe("ltx"), overrides), runtime, gpus=1)))
     assert "nowhere.txt" in text
     assert "no_clips" in text

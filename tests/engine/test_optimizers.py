@@ -127,6 +127,18 @@ def test_bf16_weights_are_exported_as_they_were_trained(
     assert {tensor.dtype for tensors in saved for tensor in tensors.values()} == {torch.bfloat16}
 
 
+def test_moments_that_cannot_be_divided_say_where_to_go_on(tmp_path: Path) -> None:
+    """torchao's 8-bit moments have blocks of 256, and half of 100 rows of 64 ends within one."""
+    (tmp_path / "saved").mkdir()
+    saved = figures_of("division_worker.py", 1, tmp_path / "saved", [tmp_path / "checkpoints"])
+    loaded = figures_of("division_worker.py", 2, tmp_path / "saved", [tmp_path / "checkpoints"])
+    assert saved == {"adamw": "", "adamw_8bit": "", "adamw_fp8": ""}
+    assert loaded["adamw"] == ""
+    for name in ("adamw_8bit", "adamw_fp8"):
+        assert "moments in few bits, saved by 1 process(es), cannot be divided for 2" in loaded[name]
+        assert "-> resume it with 1" in loaded[name]
+
+
 # Updates in the backward pass
 
 
