@@ -12,7 +12,6 @@ from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader, rea
 from finetune.data.sampler import Order
 from finetune.engine import export
 from finetune.engine.checkpoint import Checkpoints
-from finetune.engine.layout import streams
 from finetune.engine.loading import load_weights
 from finetune.engine.offload import ActivationOffload
 from finetune.engine.optimizer import InBackward, build_optimizer, build_schedule, set_schedule_step
@@ -129,8 +128,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
     with runtime.together():
         load_weights(transformer, family.transformer_weights(), runtime.device.torch_device)
     parameters = trained_parameters(transformer)
-    on_host = memory.offload and not streams(memory, train.method, runtime.world_size)
-    optimizer = build_optimizer(parameters, recipe.optimizer, train.weights, on_host)
+    optimizer = build_optimizer(parameters, recipe.optimizer, train.weights)
     return StepState(
         family=family,
         transformer=transformer,

@@ -1,6 +1,7 @@
 """Where the weights lie: sharded over ranks, replicated, or both (Rajbhandari et al. 2020; Zhao et al. 2023)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -18,12 +19,14 @@ class Layout:
         shard_size: ranks that hold one copy between them; None for all.
         gathered_until_backward: whether a block's weights stay whole between its forward and backward pass.
         frozen_replicated: whether frozen weights are whole on every rank, outside of FSDP.
+        offload: where offloaded weights are: "none", "sharded" (FSDP's), "streamed" (frozen blocks in turns).
         why: the reason, for the log.
     """
 
     shard_size: int | None
     gathered_until_backward: bool
     frozen_replicated: bool
+    offload: Literal["none", "sharded", "streamed"]
     why: str
 
 
@@ -40,13 +43,14 @@ def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: 
     """
     name, why = memory.layout, "as memory.layout says"
     if streams(memory, method, runtime.world_size):
-        return Layout(None, False, True, _streaming(memory))
+        return Layout(None, False, True, "streamed", _streaming(memory))
     if name == "auto":
         name, why = ("shard", "weights are offloaded") if memory.offload else _automatic(transformer, runtime)
+    offload = "sharded" if memory.offload else "none"
     if name == "replicate" and method == "full":
-        return Layout(1, False, False, f"replicate: {why}")  # groups of one, gradients reduced between them
+        return Layout(1, False, False, offload, f"replicate: {why}")  # groups of one, gradients reduced between them
     size = (memory.shard_size or runtime.local_world_size) if name == "hybrid" else None
-    return Layout(size, name == "zero2", name == "replicate", f"{name}: {why}")
+    return Layout(size, name == "zero2", name == "replicate", offload, f"{name}: {why}")
 
 
 def _streaming(memory: Memory) -> str:

@@ -16,7 +16,7 @@ from finetune.recipe.schema import Optimizer, Schedule
 
 
 def build_optimizer(
-    parameters: Sequence[nn.Parameter], settings: Optimizer, weights: str = "float32", offloaded: bool = False
+    parameters: Sequence[nn.Parameter], settings: Optimizer, weights: str = "float32"
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over the trained parameters, collected after sharding.
 
@@ -24,7 +24,6 @@ def build_optimizer(
 
     Args:
         weights: dtype of the parameters, "float32" or "bf16".
-        offloaded: whether they lie in host memory while a device computes.
     """
     shared = {
         "lr": settings.lr,
@@ -32,10 +31,10 @@ def build_optimizer(
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
+    on_cpu = parameters[0].device.type == "cpu"
     if settings.name == "adamw" and weights == "float32":
-        # foreach is torch's own choice on GPUs; on a CPU it loops, and an operation on a DTensor costs 20 us. Large weights
-        # in host memory want the fused kernel, which uses all cores.
-        kernel = {"fused": True} if offloaded else {"foreach": True}
+        # On a CPU foreach is a loop; the fused kernel uses all cores. On GPUs foreach is torch's own choice.
+        kernel = {"fused": True} if on_cpu else {"foreach": True}
         return torch.optim.AdamW(parameters, **shared, **kernel)
     import torchao.optim
     from torchao.optim.adam import _AdamW
@@ -46,7 +45,6 @@ def build_optimizer(
         "adamw_4bit": torchao.optim.AdamW4bit,
         "adamw_fp8": torchao.optim.AdamWFp8,
     }[settings.name]
-    on_cpu = parameters[0].device.type == "cpu"
     return _adapted(cls, on_cpu)(parameters, **shared, bf16_stochastic_round=weights == "bf16")
 
 

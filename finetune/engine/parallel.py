@@ -6,11 +6,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from finetune.engine import activation, lowbit, precision
-from finetune.engine.layout import choose_layout, streams
+from finetune.engine.layout import Layout, choose_layout
 from finetune.engine.loading import materialise
 from finetune.engine.streaming import stream_blocks
 from finetune.models import lora
@@ -49,33 +49,35 @@ def parallelize(
     if memory.compile:
         activation.compile_blocks(lists)
 
-    # 5. Sharding: one unit a block, the rest with the root. Replicated frozen weights stay outside of it, and their blocks
-    #    are streamed if they are offloaded: outermost, since a compiled graph must not see the copies.
+    # 5. Sharding, or streaming: outermost, since a compiled graph must not see the copies.
     layout = choose_layout(memory, train.method, transformer, runtime)
     if runtime.world_size > 1 or memory.offload:
         say(f"layout: {layout.why}")
-    streamed = streams(memory, train.method, runtime.world_size)
-    sharded_offload = memory.offload and not streamed
+    if layout.offload == "streamed":
+        stream_blocks(lists, memory.resident_blocks, runtime.device)
+    _shard(transformer, lists, layout, train.precision, runtime)
+
+    # 6. Memory, on the device or the host, for what a rank holds.
+    materialise(transformer, torch.device("cpu") if layout.offload == "sharded" else runtime.device.torch_device)
+    return transformer.train()
+
+
+def _shard(transformer: nn.Module, lists: list[nn.ModuleList], layout: Layout, compute: str, runtime: Runtime) -> None:
+    """One unit a block, the rest with the root. Replicated frozen weights stay outside of it."""
+    pinned = CPUOffloadPolicy(pin_memory=not runtime.device.is_cpu)
     shard = partial(
         fully_shard,
         mesh=mesh(runtime, layout.shard_size),
-        mp_policy=precision.policy(train.precision),
-        offload_policy=CPUOffloadPolicy(pin_memory=not runtime.device.is_cpu) if sharded_offload else OffloadPolicy(),
+        mp_policy=precision.policy(compute),
+        offload_policy=pinned if layout.offload == "sharded" else OffloadPolicy(),
     )
-    if streamed:
-        stream_blocks(lists, memory.resident_blocks, runtime.device)
     if layout.frozen_replicated:
         shard(transformer, ignored_params={p for p in transformer.parameters() if not p.requires_grad})
-    else:
-        for blocks in lists:
-            for block in blocks:
-                shard(block, reshard_after_forward=not layout.gathered_until_backward)
-        shard(transformer)
-    assert isinstance(transformer, FSDPModule)
-
-    # 6. Memory, on the device or the host, for what a rank holds.
-    materialise(transformer, torch.device("cpu") if sharded_offload else runtime.device.torch_device)
-    return transformer.train()
+        return
+    for blocks in lists:
+        for block in blocks:
+            shard(block, reshard_after_forward=not layout.gathered_until_backward)
+    shard(transformer)
 
 
 def trained_parameters(transformer: nn.Module) -> list[nn.Parameter]:
