@@ -11,7 +11,7 @@ MODELS = [("ltx", None), ("cogvideox", None), ("hunyuan", None)]
 FIGURES = ("loss", "grad_norm", "heldout")
 TOLERANCE = 1e-5  # relative, in float32
 # What two processes round otherwise than one: blocks of moments end where shards do, numbers for stochastic rounding are
-# drawn by each rank, and a tensor's float8 scale is that of a rank's own samples.
+# drawn by each rank (and in the order of the updates), and a tensor's float8 scale is that of a rank's own samples.
 ROUNDED_BY_RANK = {"adamw_4bit": 5e-3, "bf16 weights": 2e-2, "float8 products": 5e-3}
 
 
@@ -63,6 +63,7 @@ def compare(figures: dict, alone: dict, processes: int, saver: str) -> None:
     changes = baseline(saver)
     found, expected = figures[saver], alone[f"as {changes}"]
     limits = [ROUNDED_BY_RANK.get(change, TOLERANCE) for change in changes.split(" + ")]
+    otherwise = processes > 1 or "updates in backward" in saver
     for figure in FIGURES:
         assert len(found[figure]) >= 2
-        assert found[figure] == pytest.approx(expected[figure], rel=max(limits) if processes > 1 else TOLERANCE), figure
+        assert found[figure] == pytest.approx(expected[figure], rel=max(limits) if otherwise else TOLERANCE), figure
