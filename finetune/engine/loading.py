@@ -1,5 +1,7 @@
 """Weights of a transformer that was built without any: each rank reads the rows it holds, into where they stay."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -15,7 +17,25 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "base_layer.")
 
 def materialise(transformer: nn.Module, device: torch.device) -> None:
     """Give the parameters that are on meta memory on `device`, uninitialised; shards stay shards."""
-    transformer._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    _replace(transformer, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+
+
+def move_real(transformer: nn.Module, device: torch.device) -> None:
+    """Put what is not on meta, the adapter and buffers, on `device`."""
+    _replace(transformer, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+
+
+def _replace(transformer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Put changed parameters and buffers in the place of old ones. torch's own `.to` and `to_empty` change them in place, which
+    works between some kinds of devices only; FSDP takes up new ones before its first forward pass.
+    """
+    for module in transformer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            changed = change(parameter.detach())
+            if changed.device != parameter.device:
+                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = change(buffer)
 
 
 def load_weights(transformer: nn.Module, weights: Weights, device: torch.device) -> None:

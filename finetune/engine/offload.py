@@ -62,7 +62,7 @@ class ActivationOffload:
             if version == tensor._version and _same_memory(other, tensor):
                 record.users += 1
                 return record
-        host = torch.empty_like(tensor, device="cpu", pin_memory=not self.device.is_cpu)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=self.device.pins)
         record = _Saved(len(self.saved), tensor.stride(), host, self.copies.start(host, tensor.detach()))
         self.saved.append(record)
         self.leaving.append((tensor, tensor._version, record))
@@ -102,4 +102,5 @@ class ActivationOffload:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+    return same and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype

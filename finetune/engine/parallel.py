@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from finetune.engine import activation, lowbit, precision
 from finetune.engine.layout import Layout, choose_layout
-from finetune.engine.loading import materialise
+from finetune.engine.loading import materialise, move_real
 from finetune.engine.streaming import stream_blocks
 from finetune.models import lora
 from finetune.models.family import Family
@@ -34,6 +34,7 @@ def parallelize(
     if train.method == "lora":
         lora.add(transformer, family, adapter, train.seed)
     precision.cast_trained_weights(transformer, train.weights)
+    move_real(transformer, runtime.device.torch_device)
 
     # 2. Low-bit storage of what stays frozen, after the adapter, which looks for linear layers; or float8 products of what is
     #    trained.
@@ -64,7 +65,7 @@ def parallelize(
 
 def _shard(transformer: nn.Module, lists: list[nn.ModuleList], layout: Layout, compute: str, runtime: Runtime) -> None:
     """One unit a block, the rest with the root. Replicated frozen weights stay outside of it."""
-    pinned = CPUOffloadPolicy(pin_memory=not runtime.device.is_cpu)
+    pinned = CPUOffloadPolicy(pin_memory=runtime.device.pins)
     shard = partial(
         fully_shard,
         mesh=mesh(runtime, layout.shard_size),

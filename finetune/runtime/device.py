@@ -78,6 +78,11 @@ class Device:
         return None if self.is_cpu else torch.accelerator.get_memory_info(self.torch_device)[1]
 
     @property
+    def pins(self) -> bool:
+        """Whether host memory is page-locked for copies to and from it."""
+        return not self.is_cpu
+
+    @property
     def has_float8(self) -> bool:
         """Whether it multiplies float8 matrices (torch._scaled_mm): compute capability 8.9 and above."""
         return self.kind == "cuda" and torch.cuda.get_device_capability(self.torch_device) >= (8, 9)
