@@ -48,7 +48,7 @@ def parallelize(
 
     # 4. Compilation in place, so that names stay, with recomputation inside the graph.
     if memory.compile:
-        activation.compile_blocks(lists)
+        activation.compile_blocks(lists, runtime.device)
 
     # 5. Sharding, or streaming: outermost, since a compiled graph must not see the copies.
     layout = choose_layout(memory, train.method, transformer, runtime)

@@ -189,7 +189,8 @@ class Memory(Table):
     """How the frozen weights of the blocks are held, for LoRA: half, half and a quarter of bf16. Slightly different weights are
     trained on, and the adapter is used with the whole ones."""
     compile: bool = Free(False)
-    """Compile each block with torch.compile: faster steps after a minute of compiling for each bucket."""
+    """Compile each block with torch.compile: faster steps after a minute of compiling for each bucket. On a
+    CPU the blocks' graphs are taken, and run without kernels of their own."""
 
 
 class Checkpoint(Table):

@@ -95,12 +95,11 @@ def _parts(name: str) -> list[str]:
 
 def chosen(which: str, place: int, method: str, processes: int) -> list[str]:
     """The savers that a suite runs for the family at `place`: "all", or for "some" each saver, and pairs in turns, so that
-    most are seen somewhere. What compiles takes long: it is in "all" alone, in pairs on one process for one family.
+    most are seen somewhere. What compiles takes long, and is in "all" alone.
     """
     names = savers(method, processes)
     if which == "all":
-        alone = place == 0 and processes == 1
-        return [name for name in names if " + " not in name or "compile" not in name or alone]
+        return names
     turn = place + 3 * (processes - 1) + (method == "full")
     pairs = [name for name in names if " + " in name and set(_parts(name)) <= OFTEN]
     return [name for name in names if " + " not in name and name != "compile"] + pairs[turn % 6 :: 6]
