@@ -177,7 +177,7 @@ def measure(
     family: CogVideoX, recipe: Recipe, batch: Batch, runtime: Runtime, steps: int
 ) -> tuple[float, float, float]:
     """(seconds a step, GiB allocated, GiB reserved) at the peak."""
-    state = build_state(recipe, runtime, family)
+    state = build_state(recipe, runtime, family, family.transformer_weights())
     seconds = []
     for step in range(steps + 2):
         if step == 2:

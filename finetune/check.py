@@ -190,26 +190,30 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "tracking.project", "wandb" in recipe.tracking.trackers, 'add "wandb" to tracking.trackers'
 
 
-def open_family(recipe: Recipe) -> Family:
+def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     """Find the model, check its files by their headers, and the recipe's buckets and targets against it.
 
+    Args:
+        with_weights: False to do with configs alone; weights are then neither fetched nor looked for.
     Raises:
         UserError: every problem of model folder and buckets at once.
     """
     cls = family_class(recipe.model.family)
-    folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, cls.components))
+    wanted = [f"{name}/*" for name in cls.components] if with_weights else ["*/*config.json", *cls.read_when_opened]
+    folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, wanted))
     if folder.pipeline_class not in cls.pipeline_classes:
         fitting = [name for name in FAMILIES if folder.pipeline_class in family_class(name).pipeline_classes]
         right = f'set model.family = "{fitting[0]}", or model.path to a checkpoint of {cls.title}' if fitting else ""
         cure = right or f"families are: {', '.join(FAMILIES)}"
         trains = f"family {recipe.model.family!r} trains {' or '.join(cls.pipeline_classes)}"
         raise UserError(f"this is {folder.pipeline_class}, and {trains}", cure, str(folder.path))
-    problems = folder.problems(cls.components)
+    problems = folder.problems(cls.components) if with_weights else []
     if problems:
         raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
     family = cls(folder)
     transformer = family.empty_transformer()
-    if wrong := [*family_problems(recipe, family), *_weight_problems(family, transformer)]:
+    about_weights = _weight_problems(family, transformer) if with_weights else []
+    if wrong := [*family_problems(recipe, family), *about_weights]:
         raise UserError.of(wrong)
     lora.check_targets(transformer, family, recipe.lora.targets)
     if wrong := list(_resident_problems(recipe, family, transformer)):

@@ -19,6 +19,7 @@ from finetune.runtime.logging import console, quiet_libraries, say
 USAGE = """\
 torchrun ... -m finetune --recipe R          train, or resume (encodes the dataset first if it must)
 python -m finetune check    --recipe R       recipe, model folder and clips: every problem at once
+python -m finetune plan     --recipe R [--gpus N] [--device-memory 24GiB]   peak memory of the training, without a GPU
 torchrun ... -m finetune prepare --recipe R  encode clips and captions into the cache
 python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEXT [--shape FxHxW] [--image FILE] ...]
 python -m finetune export   --recipe R [--step N] --out DIR
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("finetune", usage=USAGE, add_help=True)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("train", "check", "prepare", "sample", "export"):
+    for name in ("train", "check", "plan", "prepare", "sample", "export"):
         command = commands.add_parser(name, usage=USAGE)
         command.add_argument("--recipe", required=True, help="a TOML recipe")
         command.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
@@ -64,8 +65,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--steps", type=int, help="denoising steps of --prompt")
             command.add_argument("--seed", type=int, help="seed of --prompt")
             command.add_argument("--out", type=Path, help="folder; OUTPUT/generated if not given")
-        if name == "check":
+        if name in ("check", "plan"):
             command.add_argument("--gpus", type=_positive, metavar="N", help="for a training on N GPUs; 1 if not given")
+        if name == "plan":
+            command.add_argument("--device-memory", type=_bytes, metavar="24GiB", help="what each GPU has")
+            command.add_argument("--all-buckets", action="store_true", help="not only the largest")
+            command.add_argument("--json", action="store_true", help="all figures, in bytes")
         if name == "export":
             command.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
             command.add_argument("--out", type=Path, required=True)
@@ -84,6 +89,15 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    from finetune.memory.report import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; write 24GiB, or 24GB") from None
 
 
 def _print_error(error: UserError) -> None:
@@ -137,6 +151,20 @@ def _check(arguments: argparse.Namespace) -> int:
         return 0
 
     return _with_runtime(recipe, body)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    recipe, gpus = load_recipe(arguments.recipe, arguments.set), arguments.gpus or 1
+    from finetune.check import check_recipe, open_family
+    from finetune.plan import largest, simulate
+
+    if problems := check_recipe(recipe, gpus):
+        raise UserError.of(problems)
+    family = open_family(recipe, with_weights=False)
+    buckets = recipe.data.buckets if arguments.all_buckets else [largest(family, recipe.data.buckets)]
+    plan = simulate(recipe, family, buckets, gpus, arguments.device_memory)
+    print(json.dumps(plan.as_json(), indent=1) if arguments.json else "\n".join(plan.lines()))
+    return 0 if plan.fits is not False else 3
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -202,7 +230,7 @@ def _export(arguments: argparse.Namespace) -> int:
         if step is None or step not in checkpoints.steps():
             known = ", ".join(map(str, checkpoints.steps())) or "none"
             raise UserError(f"no checkpoint of step {step}", f"steps are: {known}", str(checkpoints.folder))
-        state = build_state(recipe, runtime, family)
+        state = build_state(recipe, runtime, family, family.transformer_weights())
         checkpoints.load(step, state.transformer, state.optimizer)
         export_weights(state, recipe.train.method, arguments.out)
         say(f"exported step {step} to {arguments.out}")
@@ -242,6 +270,7 @@ def _families(arguments: argparse.Namespace) -> int:
 _COMMANDS = {
     "train": _train,
     "check": _check,
+    "plan": _plan,
     "prepare": _prepare,
     "sample": _sample,
     "export": _export,

@@ -21,6 +21,7 @@ from finetune.engine.step import StepResult, StepState, run_step
 from finetune.engine.validation import HeldOut, heldout_loss
 from finetune.models.family import Batch, Family
 from finetune.models.objective import Objective
+from finetune.models.weights import Weights
 from finetune.prepare import Prepared
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
@@ -117,16 +118,17 @@ class Job:
         return heldout_loss(self.state, self.objective, self.prepared.heldout, self.prepared.cache, quantiles)
 
 
-def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
+def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weights) -> StepState:
     """Build the transformer, make it trainable, read its weights, and put optimizer and schedule around it. Collective.
 
-    Each rank reads the rows that it holds.
+    Args:
+        weights: the pretrained transformer's; each rank reads the rows that it holds.
     """
     train, memory = recipe.train, recipe.memory
     transformer = family.build_transformer(storage_dtype(train))
     transformer = parallelize(transformer, family, train, recipe.lora, memory, runtime)
     with runtime.together():
-        load_weights(transformer, family.transformer_weights(), runtime.device.torch_device)
+        load_weights(transformer, weights, runtime.device.torch_device)
     parameters = trained_parameters(transformer)
     optimizer = build_optimizer(parameters, recipe.optimizer, train.weights)
     return StepState(
@@ -147,7 +149,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family) -> StepState:
 def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) -> Job:
     """The training of a recipe on a prepared dataset. Collective."""
     train = recipe.train
-    state = build_state(recipe, runtime, family)
+    state = build_state(recipe, runtime, family, family.transformer_weights())
     runtime.device.reset_peak()
     return Job(
         recipe=recipe,

@@ -75,6 +75,10 @@ class CogVideoX(Family):
         embeds, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds}
 
+    def example_text(self, dtype: torch.dtype) -> Tensors:
+        length = self.config.get("max_text_seq_length", 226)
+        return {"encoder_hidden_states": torch.zeros(length, self.config["text_embed_dim"], dtype=dtype)}
+
     def latents(self, moments: Tensors, generator: torch.Generator) -> Tensor:
         return self.pad_front(super().latents(moments, generator))
 

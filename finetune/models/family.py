@@ -122,6 +122,7 @@ class Family(ABC):
         "encoder_hidden_states": "prompt_embeds",
         "encoder_attention_mask": "prompt_attention_mask",
     }
+    read_when_opened: ClassVar[tuple[str, ...]] = ()  # files besides configs
     variants: ClassVar[tuple[str, ...]] = ()  # checkpoints that differ in more than size; `tiny` makes the first
     takes_image: ClassVar[bool] = False  # whether the pipeline is given a condition image
     takes_true_guidance: ClassVar[bool] = False  # whether it has classifier-free guidance beside an embedded one
@@ -353,6 +354,19 @@ class Family(ABC):
         target = self.target(target)
         inputs = self.inputs(noisy, level, text, condition, samples)
         return Batch(inputs, target, objective.weight(level), self.counted(condition, target)).contiguous()
+
+    def example(self, bucket: Bucket, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+        """(moments, text) of a clip as the cache holds them, all zeros: shapes and dtypes are what is asked for."""
+        channels, shape = self.folder.config("vae")["latent_channels"], self.vae_shape(bucket)
+        moments = {}
+        for name in self.moments:
+            frames = 1 if name.startswith("image_") else shape[0]
+            moments[name] = torch.zeros(channels, frames, *shape[1:], dtype=dtype)
+        return moments, self.example_text(dtype)
+
+    @abstractmethod
+    def example_text(self, dtype: torch.dtype) -> Tensors:
+        """What `encode_text` makes of a caption, in zeros and without a batch dimension, from the configs alone."""
 
     # Generating
 

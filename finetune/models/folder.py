@@ -107,8 +107,8 @@ class ModelFolder:
         return [config, [file_hash(file) for file in self.weight_files(component)]]
 
 
-def resolve(path: str, revision: str, components: Sequence[str]) -> Path:
-    """The local folder of a pipeline: the folder itself, or the Hub's, fetched into its cache (needed files only).
+def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
+    """The local folder of a pipeline: the folder itself, or the Hub's, fetched into its cache (files that match only).
 
     Raises:
         UserError: neither a folder nor reachable on the Hub.
@@ -124,9 +124,9 @@ def resolve(path: str, revision: str, components: Sequence[str]) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    patterns = [INDEX, *(f"{component}/*" for component in components)]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
+        wanted = [INDEX, *patterns]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_NEEDED))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -62,6 +62,14 @@ class HunyuanVideo(Family):
         mask = mask.to(embeds.dtype)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "pooled_projections": pooled}
 
+    def example_text(self, dtype: torch.dtype) -> Tensors:
+        config = self.folder.config("transformer")
+        return {
+            "encoder_hidden_states": torch.zeros(256, config["text_embed_dim"], dtype=dtype),
+            "encoder_attention_mask": torch.ones(256, dtype=dtype),
+            "pooled_projections": torch.zeros(config["pooled_projection_dim"], dtype=dtype),
+        }
+
     def normalise(self, z: Tensor) -> Tensor:
         return z * self.scaling_factor
 

@@ -37,6 +37,7 @@ class LTXVideo(Family):
     pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
     transformer_class = "LTXVideoTransformer3DModel"
     variants = ("0.9.0", "0.9.7")
+    read_when_opened = ("vae/*",)  # statistics of the latents are among its weights
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
@@ -54,6 +55,11 @@ class LTXVideo(Family):
     @property
     def pipeline_class(self) -> str:
         return "LTXConditionPipeline" if self.by_coordinates else self.pipeline_classes[0]
+
+    def example_text(self, dtype: torch.dtype) -> Tensors:
+        length, width = 256 if self.by_coordinates else 128, self.folder.config("transformer")["caption_channels"]
+        mask = torch.ones(length, dtype=torch.bool)
+        return {"encoder_hidden_states": torch.zeros(length, width, dtype=dtype), "encoder_attention_mask": mask}
 
     def normalise(self, z: Tensor) -> Tensor:
         return (z - self.mean) * self.scaling_factor / self.std

@@ -35,6 +35,11 @@ class Mochi(Family):
     def normalise(self, z: Tensor) -> Tensor:
         return (z - self.mean) * self.scaling_factor / self.std
 
+    def example_text(self, dtype: torch.dtype) -> Tensors:
+        width = self.folder.config("transformer")["text_embed_dim"]
+        mask = torch.ones(256, dtype=torch.bool)
+        return {"encoder_hidden_states": torch.zeros(256, width, dtype=dtype), "encoder_attention_mask": mask}
+
     def adapt_transformer(self, transformer: nn.Module) -> None:
         for block in transformer.transformer_blocks:
             block.attn1.processor = MaskedAttention()

@@ -71,7 +71,7 @@ def main(model: Path, out: Path, runtime: Runtime) -> None:
         )
         gc.collect()
         with Peak() as peak:
-            state = build_state(recipe, runtime, family)
+            state = build_state(recipe, runtime, family, family.transformer_weights())
         locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in state.transformer.parameters()]
         shard = sum(tensor.nbytes for tensor in locals_)
         figures[name] = runtime.gather({"growth": peak.growth, "shard": shard})

@@ -69,6 +69,17 @@ def test_the_empty_caption_is_the_pipelines_unconditional_input(model: TinyModel
     assert_text_equal(model.text("", dtype), unconditional_text(model, dtype))
 
 
+@DTYPES
+def test_examples_have_the_shapes_and_dtypes_of_what_is_cached(model: TinyModel, dtype: torch.dtype) -> None:
+    """So that memory can be planned from configs alone."""
+    encoders = model.family.text_encoder(CPU, dtype), model.family.video_encoder(CPU, dtype, Vae())
+    cached = encoders[1](model.clip), encoders[0](PROMPT)
+    for example, real in zip(model.family.example(model.bucket, dtype), cached, strict=True):
+        assert {name: (t.shape, t.dtype) for name, t in example.items()} == {
+            name: (t.shape, t.dtype) for name, t in real.items()
+        }
+
+
 def test_the_embeddings_depend_on_the_caption(model: TinyModel) -> None:
     for name, tensor in model.text(PROMPT).items():
         if "mask" not in name:

@@ -1,0 +1,1 @@
+"""Memory of a step, predicted: an accelerator that is simulated, its allocator, and what lived there when."""

@@ -1,0 +1,340 @@
+"""A simulated accelerator: the CPU is real, the accelerator is fake.
+
+What touches the device runs on fake tensors, shapes without numbers, and every storage that comes or goes there is noted;
+everything else runs for real. Small tensors carry their numbers along, so schedulers, indices and `.item()` work. It is a
+Python backend of torch (PrivateUse1), so autograd, checkpointing, peft and FSDP2 run on it unmodified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from finetune.memory.trace import Trace
+from finetune.runtime.device import Copies, Device, Memory
+from finetune.runtime.distributed import Runtime
+
+KIND = "simulated"
+_NUMBERS = 4096  # elements up to which a tensor carries its numbers
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+_LARGE = 2**20  # bytes from which empty host memory is fake
+_EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default}
+
+
+class _Event:
+    """Events and streams order nothing here: one thing happens after the other."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    wait = synchronize = record
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream(_Event):
+    def wait_stream(self, _: Any) -> None: ...
+
+    wait_event = wait_stream
+
+    def record_event(self, *_: Any) -> _Event:
+        return _Event()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+class _Backend:
+    """What torch asks a device's module for."""
+
+    Stream, Event = _Stream, _Event
+
+    def is_initialized(self) -> bool:
+        return True
+
+    is_available = is_initialized
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None: ...
+
+    set_device = manual_seed_all
+
+    def current_stream(self, _: Any = None) -> _Stream:
+        return _Stream()
+
+    default_stream = current_stream
+
+    def stream(self, _: Any) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    device = stream
+
+    def synchronize(self, _: Any = None) -> None: ...
+
+    empty_cache = synchronize
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+
+def register() -> torch.device:
+    """Make the device known to torch, once a process. From then on torch takes it for the machine's accelerator."""
+    if not hasattr(torch, KIND):
+        _setup_privateuseone_for_python_backend(KIND, _Backend())
+        _register_kernels()
+    return torch.device(KIND, 0)
+
+
+@dataclass(frozen=True)
+class SimulatedDevice(Device):
+    """The engine's door to the simulated accelerator. Reads give ones: a loss is finite, and nobody stops."""
+
+    trace: Trace
+    capacity: int | None = None
+    float8: bool = True
+
+    name = "simulated GPU"
+    pins = False
+
+    @property
+    def total_memory(self) -> int | None:
+        return self.capacity
+
+    @property
+    def has_float8(self) -> bool:
+        return self.float8
+
+    def synchronize(self) -> None: ...
+
+    def read(self, values: Tensor) -> list[float]:
+        return [1.0, 0.0, 1.0][: values.numel()] if values.numel() <= 3 else [1.0] * values.numel()
+
+    def memory(self) -> Memory:
+        return Memory(self.trace.allocator.peak_allocated, self.trace.allocator.peak_reserved)
+
+    def reset_peak(self) -> None:
+        self.trace.allocator.reset_peak()
+
+    def empty_cache(self) -> None:
+        self.trace.allocator.empty_cache()
+
+    def copies(self) -> Copies:
+        return Copies(None)
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def reseed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+
+def simulated_runtime(gpus: int, trace: Trace, capacity: int | None, float8: bool) -> Runtime:
+    """Rank 0 of `gpus` processes of one host that are not there: collectives do nothing, and take no time."""
+    device = SimulatedDevice(register(), trace, capacity, float8)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    return Runtime(0, 0, gpus, device, dist.group.WORLD, min(gpus, 8))
+
+
+class Accelerator(TorchDispatchMode):
+    """Runs what touches the simulated device on fake tensors, and tells traces of its storages and the host's.
+
+    Large memory of the host that is taken empty, as for offloaded weights, is fake, too.
+    """
+
+    def __init__(self, trace: Trace, host: Trace) -> None:
+        super().__init__()
+        self.trace, self.host = trace, host
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._known: dict[int, tuple[Trace, int]] = {}  # storage -> (where, bytes)
+
+    def __enter__(self) -> Accelerator:
+        resize = torch.UntypedStorage.resize_
+
+        def traced(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP2 frees what it gathered by resizing
+            result = resize(storage, size)
+            if storage._cdata in self._known:
+                self._set(storage._cdata, size)
+                self.trace.name(storage._cdata, "gathered weights")
+            return result
+
+        self._resize, torch.UntypedStorage.resize_ = resize, traced
+        # `torch.tensor(..., device=...)` makes its tensor where modes do not see it, unless it is told to begin on the CPU.
+        self._lifts = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        torch.UntypedStorage.resize_ = self._resize
+        torch._C._set_only_lift_cpu_tensors(self._lifts)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
+        if any(issubclass(kind, Tensor) and kind not in _PLAIN for kind in types):
+            return NotImplemented  # DTensors and quantised moments: they ask again for the tensors they are made of
+        keywords = keywords or {}
+        tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)]
+        device = keywords.get("device")
+        here = device is not None and torch.device(device).type == KIND
+        here = here or any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if not here and not _is_large_empty(function, arguments, keywords):
+            return function(*arguments, **keywords)
+        numbers = self._numbers(function, arguments, keywords, tensors)
+        if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
+            return numbers
+        arguments, keywords = tree_map_only(Tensor, self._faked, (arguments, keywords))
+        with self.fake:
+            result = function(*arguments, **keywords)
+        known = tree_leaves(numbers) if numbers is not None else None
+        for place, leaf in enumerate(tree_leaves(result)):
+            if isinstance(leaf, FakeTensor):
+                self._note(leaf)
+                if known and known[place].numel() <= _NUMBERS and getattr(leaf, "numbers", None) is None:
+                    leaf.numbers = known[place]
+        return result
+
+    def _faked(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+    def _numbers(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor]) -> Any:
+        """The result in numbers, if all that it depends on is small and known; None if not."""
+        if not tensors and _size(arguments) > _NUMBERS:
+            return None
+        if any(_numbers_of(tensor) is None for tensor in tensors):
+            return None
+        arguments, keywords = tree_map_only(Tensor, _numbers_of, (arguments, keywords))
+        if "device" in keywords:
+            keywords = keywords | {"device": torch.device("cpu")}
+        return function(*arguments, **keywords)
+
+    def _note(self, tensor: FakeTensor) -> None:
+        if tensor.device.type not in (KIND, "cpu"):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            weakref.finalize(storage, self._drop, key)
+            self._known[key] = self.trace if tensor.device.type == KIND else self.host, 0
+        if self._known[key][1] != storage.nbytes():
+            self._set(key, storage.nbytes())
+
+    def running(self, what: str) -> None:
+        """Say what comes from here on."""
+        self.trace.running = self.host.running = what
+
+    def name(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Say what tensors on the device, or their shards of this rank, are."""
+        for tensor in tensors:
+            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            parts = [getattr(local, part) for part in getattr(local, "tensor_attrs", ())] or [local]
+            for part in parts:
+                self.trace.name(part.untyped_storage()._cdata, category)
+                self.host.name(part.untyped_storage()._cdata, category)
+
+    def _set(self, key: int, size: int) -> None:
+        trace, _ = self._known[key]
+        self._known[key] = trace, size
+        trace.resize(key, size)
+
+    def _drop(self, key: int) -> None:
+        if key in self._known:
+            trace, _ = self._known.pop(key)
+            trace.resize(key, 0)
+
+
+def _numbers_of(tensor: Tensor) -> Tensor | None:
+    if isinstance(tensor, FakeTensor):
+        return getattr(tensor, "numbers", None)
+    return tensor if tensor.numel() <= _NUMBERS else None
+
+
+def _is_large_empty(function: Any, arguments: tuple, keywords: dict) -> bool:
+    """Whether large host memory is asked for, without contents."""
+    if function not in _EMPTY:
+        return False
+    if function is torch.ops.aten.empty_like.default:
+        return keywords.get("device") is not None and arguments[0].nbytes >= _LARGE
+    return _size(arguments) * (keywords.get("dtype") or torch.float32).itemsize >= _LARGE
+
+
+def _size(arguments: tuple) -> int:
+    """Elements that a factory function is asked for."""
+    shape = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else arguments[:1]
+    count = 1
+    for length in shape:
+        count *= length if isinstance(length, int) else 1
+    return count
+
+
+# Attention
+
+
+class _Attention(torch.autograd.Function):
+    """The fused kernels' memory: they keep query, key, value, output and a float32 log-sum-exp (Dao et al. 2022), and their
+    backward pass makes the three gradients and a float32 row sum.
+    """
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        # Kernels give (B, N, H, D) in memory, seen as (B, H, N, D).
+        out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        sums = torch.zeros(query.shape[:-1], dtype=torch.float32, device=query.device)
+        context.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
+        return out
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, _, sums, *_ = context.saved_tensors
+        torch.zeros_like(sums)
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` as far as memory goes: its numbers are zeros. A mask of truth values becomes one of
+    numbers (aten/native/transformers/attention.cpp).
+    """
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
+    return _Attention.apply(query, key, value, attn_mask)
+
+
+def _register_kernels() -> None:
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", fused_attention, "AutogradPrivateUse1")
+    library.impl("scaled_dot_product_attention", fused_attention, "PrivateUse1")
+    any_operation = torch.library.Library("_", "IMPL")  # Mochi turns autocast off, for every kind of device
+    any_operation.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    _register_kernels.kept = library, any_operation  # they end with their registrations

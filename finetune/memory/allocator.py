@@ -1,0 +1,117 @@
+"""A model of torch's caching allocator for CUDA: from tensors that come and go to the memory a process reserves.
+
+Its rules are those of c10/cuda/CUDACachingAllocator.cpp with default settings: sizes are rounded to 512 bytes; up to 1 MiB
+come from segments of 2 MiB, larger ones from segments of 20 MiB, or of their own size rounded to 2 MiB from 10 MiB on; the
+smallest free block that fits is taken, and split if enough is left; freed neighbours merge; a segment goes back to the
+device when it is empty and memory is short, or on `empty_cache`. Pools of several streams are taken for one.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+KIB, MIB = 2**10, 2**20
+ROUNDING = 512
+SMALL = MIB  # the largest request from the pool of small ones
+SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT = 2 * MIB, 20 * MIB, 10 * MIB
+SEGMENT_ROUNDING = 2 * MIB
+
+
+@dataclass(eq=False)
+class Block:
+    """A piece of a segment; `previous` and `next` are its neighbours there."""
+
+    segment: int
+    offset: int
+    size: int
+    small: bool
+    free: bool = False
+    previous: Block | None = None
+    next: Block | None = None
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return self.size, self.segment, self.offset
+
+
+class CachingAllocator:
+    """Serves requests in bytes, and counts. All figures are bytes."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        """`limit`: bytes that may be reserved, None for any number. What is needed beyond it, with nothing left to give back, is
+        served all the same: the peak then says how much is missing.
+        """
+        self.limit = limit
+        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
+        self._free: dict[bool, list[tuple[tuple[int, int, int], Block]]] = {True: [], False: []}  # by small, ordered
+        self._segments = 0
+
+    def malloc(self, size: int) -> Block | None:
+        """A block for a request; None for one of no bytes."""
+        if size == 0:
+            return None
+        size = max(ROUNDING, -(-size // ROUNDING) * ROUNDING)
+        small = size <= SMALL
+        pool = self._free[small]
+        place = bisect.bisect_left(pool, ((size, -1, -1),))
+        block = pool.pop(place)[1] if place < len(pool) else self._new_segment(size, small)
+        self._split(block, size)
+        block.free = False
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def free(self, block: Block | None) -> None:
+        """Give a block back to its pool."""
+        if block is None:
+            return
+        self.allocated -= block.size
+        block.free = True
+        if block.previous and block.previous.free:
+            block = self._merge(block.previous, block, block.previous)
+        if block.next and block.next.free:
+            block = self._merge(block, block.next, block.next)
+        bisect.insort(self._free[block.small], (block.order, block))
+
+    def empty_cache(self) -> None:
+        """Give segments that are not in use back to the device."""
+        for small, pool in self._free.items():
+            empty = [block for _, block in pool if block.previous is None and block.next is None]
+            self.reserved -= sum(block.size for block in empty)
+            self._free[small] = [entry for entry in pool if entry[1] not in set(empty)]
+
+    def reset_peak(self) -> None:
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def _new_segment(self, size: int, small: bool) -> Block:
+        segment = SMALL_SEGMENT if small else LARGE_SEGMENT
+        if size >= OWN_SEGMENT:
+            segment = -(-size // SEGMENT_ROUNDING) * SEGMENT_ROUNDING
+        if self.limit is not None and self.reserved + segment > self.limit:
+            self.empty_cache()
+        self._segments += 1
+        self.reserved += segment
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return Block(self._segments, 0, segment, small)
+
+    def _split(self, block: Block, size: int) -> None:
+        left = block.size - size
+        if left < ROUNDING if block.small else left <= SMALL:
+            return
+        rest = Block(block.segment, block.offset + size, left, block.small, True, block, block.next)
+        if block.next:
+            block.next.previous = rest
+        block.next, block.size = rest, size
+        bisect.insort(self._free[block.small], (rest.order, rest))
+
+    def _merge(self, first: Block, second: Block, waiting: Block) -> Block:
+        """Two neighbours as one; `waiting` is the one that is in the pool."""
+        pool = self._free[waiting.small]
+        del pool[bisect.bisect_left(pool, (waiting.order,))]
+        first.size += second.size
+        first.next = second.next
+        if first.next:
+            first.next.previous = first
+        first.free = True
+        return first

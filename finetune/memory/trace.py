@@ -1,0 +1,90 @@
+"""What lived in a memory when: each storage from its coming to its going, and what set the peak of each phase."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from finetune.memory.allocator import Block, CachingAllocator
+
+
+@dataclass(eq=False)
+class Storage:
+    """One storage's life. `category` is what it was named, or else what was running when it came."""
+
+    size: int
+    category: str
+    block: Block | None = None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was taken in a phase, in bytes, and what it consisted of.
+
+    Attributes:
+        allocated, reserved: as torch's statistics count, with rounding and segments.
+        requested: the sizes of the storages alone.
+        before: of that, what was there when the phase began.
+        running: what set the peak.
+        parts: requested bytes by category.
+    """
+
+    allocated: int = 0
+    reserved: int = 0
+    requested: int = 0
+    before: int = 0
+    running: str = ""
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+class Trace:
+    """Is told of each storage of one memory, by its key; keeps what it needs to explain a phase's peak."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        """`limit`: bytes of the memory; None for any number."""
+        self.allocator = CachingAllocator(limit)
+        self.live: dict[int, Storage] = {}
+        self.running = "load"
+        self.begin()
+
+    def begin(self) -> None:
+        """A new phase."""
+        self.allocator.reset_peak()
+        self._before = list(self.live.values())
+        self._size_before = sum(storage.size for storage in self._before)
+        self._events: list[tuple[Storage, bool]] = []  # (which, whether it came)
+        self._highest, self._at, self._in = self.allocator.allocated, 0, self.running
+
+    def resize(self, key: int, size: int) -> None:
+        """A storage has come, has got another size, or has gone (0 bytes)."""
+        old = self.live.pop(key, None)
+        if old is not None:
+            self.allocator.free(old.block)
+            self._events.append((old, False))
+        if size:
+            storage = Storage(size, old.category if old else self.running, self.allocator.malloc(size))
+            self.live[key] = storage
+            self._events.append((storage, True))
+            if self.allocator.allocated > self._highest:
+                self._highest, self._at, self._in = self.allocator.allocated, len(self._events), self.running
+
+    def name(self, key: int, category: str) -> None:
+        """Say what a live storage is."""
+        if key in self.live:
+            self.live[key].category = category
+
+    def peak(self) -> Peak:
+        """The peak since `begin`."""
+        there = dict.fromkeys(self._before)
+        for storage, came in self._events[: self._at]:
+            if came:
+                there[storage] = None
+            else:
+                del there[storage]
+        parts: Counter[str] = Counter()
+        for storage in there:
+            parts[storage.category] += storage.size
+        allocator = self.allocator
+        return Peak(
+            allocator.peak_allocated, allocator.peak_reserved, parts.total(), self._size_before, self._in, dict(parts)
+        )

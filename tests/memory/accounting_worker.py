@@ -1,0 +1,116 @@
+"""The storages of a real step on the CPU, and those of the same step on the simulated accelerator.
+
+Usage: accounting_worker.py OUT RECIPE CASES      CASES: overrides by name, as JSON. Figures go to OUT as JSON.
+
+Real and simulated steps run the same code but for what depends on the device: AdamW's kernel, and attention's, which is
+given the simulated kernel's storages for both. A batch is on the CPU already where a GPU would get a copy: it is cloned.
+"""
+
+import json
+import os
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune.check import open_family
+from finetune.engine.step import run_step
+from finetune.job import build_state
+from finetune.memory.accelerator import fused_attention
+from finetune.memory.trace import Trace
+from finetune.plan import STEPS, example_batch, simulate
+from finetune.recipe import Recipe, load_recipe
+from finetune.runtime import distributed
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.logging import quiet_libraries
+
+
+class Recorder(TorchDispatchMode):
+    """Tells a trace of every storage that operations on the CPU make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace, self.known = Trace(), {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if any(issubclass(kind, DTensor) or hasattr(kind, "tensor_attrs") for kind in types):
+            return NotImplemented
+        result = function(*arguments, **(keywords or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                self.note(leaf.untyped_storage())
+        return result
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.known:
+            weakref.finalize(storage, self.drop, key)
+        if self.known.get(key) != storage.nbytes():
+            self.known[key] = storage.nbytes()
+            self.trace.resize(key, storage.nbytes())
+
+    def drop(self, key: int) -> None:
+        if self.known.pop(key, None) is not None:
+            self.trace.resize(key, 0)
+
+    def __enter__(self):
+        self.resize = torch.UntypedStorage.resize_
+
+        def traced(storage, size):
+            result = self.resize(storage, size)
+            if storage._cdata in self.known:
+                self.known[storage._cdata] = size
+                self.trace.resize(storage._cdata, size)
+            return result
+
+        torch.UntypedStorage.resize_ = traced
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
+
+
+def real(recipe: Recipe, runtime: Runtime) -> dict[str, int]:
+    family = open_family(recipe)
+    batch = example_batch(recipe, family, recipe.data.buckets[0])
+    with Recorder() as recorder, torch.autograd.set_multithreading_enabled(False):
+        state = build_state(recipe, runtime, family, family.transformer_weights())
+        if type(state.optimizer) is torch.optim.AdamW:
+            for group in state.optimizer.param_groups:
+                group["fused"], group["foreach"] = None, True
+        for step in range(STEPS):
+            recorder.trace.begin()
+            assert run_step(state, step, [batch._map(torch.clone)]).updated
+        peak = recorder.trace.peak()
+    return {"growth": peak.requested - peak.before, "before": peak.before}
+
+
+def simulated(recipe: Recipe) -> dict[str, dict[str, int]]:
+    plan = simulate(recipe, open_family(recipe), recipe.data.buckets[:1], gpus=1)
+    peak = plan.phases[-1].device
+    return {"simulated": {"growth": peak.requested - peak.before, "before": peak.before}, "parts": peak.parts}
+
+
+def main(out: Path, recipe_file: str, cases: dict[str, list[str]]) -> None:
+    one = ["train.global_batch_size=1", "train.micro_batch_size=1"]
+    recipes = {name: load_recipe(recipe_file, [*overrides, *one]) for name, overrides in cases.items()}
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", fused_attention, "AutogradCPU")
+    library.impl("scaled_dot_product_attention", fused_attention, "CPU")
+    runtime = distributed.start(timeout_seconds=60)
+    figures = {name: {"real": real(recipe, runtime)} for name, recipe in recipes.items()}
+    distributed.stop()
+    for name, recipe in recipes.items():
+        figures[name] |= simulated(recipe)
+    out.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    os._exit(0)  # torch's threads may ask for an interpreter that is shutting down, and abort
