@@ -67,5 +67,5 @@ def test_amounts_of_memory(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "-1GiB", "24XiB", "0"])
 def test_what_is_no_amount_of_memory(text: str) -> None:
-    with pytest.raises(ValueError, match="float|no amount"):
+    with pytest.raises(ValueError, match=r"float|no amount"):
         parse_bytes(text)
