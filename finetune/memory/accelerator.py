@@ -335,6 +335,8 @@ def _register_kernels() -> None:
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", fused_attention, "AutogradPrivateUse1")
     library.impl("scaled_dot_product_attention", fused_attention, "PrivateUse1")
+    # GPUs have a kernel for it; without one torch takes it apart, into five temporaries.
+    library.impl("silu_backward", lambda gradient, _: torch.empty_like(gradient), "PrivateUse1")
     any_operation = torch.library.Library("_", "IMPL")  # Mochi turns autocast off, for every kind of device
     any_operation.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     _register_kernels.kept = library, any_operation  # they end with their registrations
