@@ -31,7 +31,6 @@ KIND = "simulated"
 _NUMBERS = 4096  # elements up to which a tensor carries its numbers
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 _LARGE = 2**20  # bytes from which empty host memory is fake
-_EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default}
 
 
 class _Event:
@@ -273,12 +272,11 @@ def _numbers_of(tensor: Tensor) -> Tensor | None:
 
 
 def _is_large_empty(function: Any, arguments: tuple, keywords: dict) -> bool:
-    """Whether large host memory is asked for, without contents."""
-    if function not in _EMPTY:
-        return False
+    """Whether host memory is asked for in the place of weights that are on meta, or in large pieces of bytes."""
     if function is torch.ops.aten.empty_like.default:
-        return keywords.get("device") is not None and arguments[0].nbytes >= _LARGE
-    return _size(arguments) * (keywords.get("dtype") or torch.float32).itemsize >= _LARGE
+        return keywords.get("device") is not None and arguments[0].is_meta
+    is_bytes = function is torch.ops.aten.empty.memory_format and keywords.get("dtype") is torch.uint8
+    return is_bytes and _size(arguments) >= _LARGE
 
 
 def _size(arguments: tuple) -> int:
