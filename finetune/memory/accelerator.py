@@ -30,7 +30,7 @@ from finetune.runtime.distributed import Runtime
 KIND = "simulated"
 _NUMBERS = 4096  # elements up to which a tensor carries its numbers
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
-_LARGE = 2**20  # bytes from which empty host memory is fake
+_LARGE = 2**20  # bytes from which a piece of host memory is fake
 
 
 class _Event:
@@ -162,7 +162,7 @@ def simulated_runtime(gpus: int, trace: Trace, capacity: int | None, float8: boo
 class Accelerator(TorchDispatchMode):
     """Runs what touches the simulated device on fake tensors, and tells traces of its storages and the host's.
 
-    Large memory of the host that is taken empty, as for offloaded weights, is fake, too.
+    Host memory that offloaded weights wait in is fake, too.
     """
 
     def __init__(self, trace: Trace, host: Trace) -> None:
@@ -200,7 +200,7 @@ class Accelerator(TorchDispatchMode):
         device = keywords.get("device")
         here = device is not None and torch.device(device).type == KIND
         here = here or any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        if not here and not _is_large_empty(function, arguments, keywords):
+        if not here and not _waits_on_the_host(function, arguments, keywords):
             return function(*arguments, **keywords)
         numbers = self._numbers(function, arguments, keywords, tensors)
         if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
@@ -271,7 +271,7 @@ def _numbers_of(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() <= _NUMBERS else None
 
 
-def _is_large_empty(function: Any, arguments: tuple, keywords: dict) -> bool:
+def _waits_on_the_host(function: Any, arguments: tuple, keywords: dict) -> bool:
     """Whether host memory is asked for in the place of weights that are on meta, or in large pieces of bytes."""
     if function is torch.ops.aten.empty_like.default:
         return keywords.get("device") is not None and arguments[0].is_meta

@@ -246,11 +246,11 @@ class Family(ABC):
         for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers()):
             if name in saved:  # as `from_pretrained` does: other buffers stay as they were computed
                 tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
-        self.adapt_transformer(transformer)
-        return transformer
+        return self.adapt_transformer(transformer)
 
-    def adapt_transformer(self, transformer: nn.Module) -> None:  # noqa: B027 - nothing by default
-        """Change what must be changed of diffusers' module, in place, for training."""
+    def adapt_transformer(self, transformer: nn.Module) -> nn.Module:
+        """diffusers' module, changed in place where training needs it; as it is by default."""
+        return transformer
 
     def transformer_weights(self) -> Weights:
         """The pretrained transformer's tensors."""

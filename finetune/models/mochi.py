@@ -40,9 +40,10 @@ class Mochi(Family):
         mask = torch.ones(256, dtype=torch.bool)
         return {"encoder_hidden_states": torch.zeros(256, width, dtype=dtype), "encoder_attention_mask": mask}
 
-    def adapt_transformer(self, transformer: nn.Module) -> None:
+    def adapt_transformer(self, transformer: nn.Module) -> nn.Module:
         for block in transformer.transformer_blocks:
             block.attn1.processor = MaskedAttention()
+        return transformer
 
     def inputs(
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
