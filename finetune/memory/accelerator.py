@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from finetune.memory.memo import Memo
 from finetune.memory.trace import Trace
 from finetune.runtime.device import Copies, Device, Memory
 from finetune.runtime.distributed import Runtime
@@ -169,6 +170,7 @@ class Accelerator(TorchDispatchMode):
         super().__init__()
         self.trace, self.host = trace, host
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._memo = Memo(self.fake)
         self._known: dict[int, tuple[Trace, int]] = {}  # storage -> (where, bytes)
 
     def __enter__(self) -> Accelerator:
@@ -193,28 +195,55 @@ class Accelerator(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
-        if any(issubclass(kind, Tensor) and kind not in _PLAIN for kind in types):
-            return NotImplemented  # DTensors and quantised moments: they ask again for the tensors they are made of
+        if function is torch.ops.prim.device.default and type(arguments[0]) is FakeTensor:
+            return arguments[0].fake_device  # most of all calls, from autograd and FSDP
+        for kind in types:
+            if kind not in _PLAIN and issubclass(kind, Tensor):
+                return NotImplemented  # DTensors and quantised moments: they ask again for the tensors they are made of
         keywords = keywords or {}
-        tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)]
-        device = keywords.get("device")
-        here = device is not None and torch.device(device).type == KIND
-        here = here or any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        tensors = _tensors(arguments)
+        if keywords:
+            tensors += _tensors(tuple(keywords.values()))
+        here = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if not here and (device := keywords.get("device")) is not None:
+            here = torch.device(device).type == KIND
         if not here and not _waits_on_the_host(function, arguments, keywords):
             return function(*arguments, **keywords)
         numbers = self._numbers(function, arguments, keywords, tensors)
         if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
             return numbers
-        arguments, keywords = tree_map_only(Tensor, self._faked, (arguments, keywords))
-        with self.fake:
-            result = function(*arguments, **keywords)
+        result = self._shapes(function, arguments, keywords, tensors)
+        if isinstance(result, FakeTensor):
+            self._note(result)
+            if numbers is not None:
+                self._keep(result, numbers)
+            return result
         known = tree_leaves(numbers) if numbers is not None else None
         for place, leaf in enumerate(tree_leaves(result)):
             if isinstance(leaf, FakeTensor):
                 self._note(leaf)
-                if known and known[place].numel() <= _NUMBERS and getattr(leaf, "numbers", None) is None:
-                    leaf.numbers = known[place]
+                if known:
+                    self._keep(leaf, known[place])
         return result
+
+    def _shapes(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor]) -> Any:
+        """The result in shapes."""
+        key = self._memo.key(function, arguments, keywords)
+        if key is not None:
+            result = self._memo.recall(key, tensors)
+            if result is not Memo.UNKNOWN:
+                return result
+        if any(not isinstance(tensor, FakeTensor) for tensor in tensors):
+            arguments, keywords = tree_map_only(Tensor, self._faked, (arguments, keywords))
+        with self.fake:
+            result = function(*arguments, **keywords)
+        if key is not None:
+            self._memo.remember(key, tensors, result)
+        return result
+
+    def _keep(self, tensor: FakeTensor, numbers: Tensor) -> None:
+        if numbers.numel() <= _NUMBERS and getattr(tensor, "numbers", None) is None:
+            tensor.numbers = numbers
 
     def _faked(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
@@ -263,6 +292,17 @@ class Accelerator(TorchDispatchMode):
         if key in self._known:
             trace, _ = self._known.pop(key)
             trace.resize(key, 0)
+
+
+def _tensors(arguments: tuple) -> list[Tensor]:
+    """The tensors of an operation's arguments, which lie in lists at most."""
+    found: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += _tensors(argument)
+    return found
 
 
 def _numbers_of(tensor: Tensor) -> Tensor | None:
