@@ -14,7 +14,7 @@ from finetune.memory.trace import Trace
 from finetune.models.family import Batch, Family
 from finetune.recipe import Bucket, Recipe
 
-STEPS = 2  # the optimizer's state comes with the first
+STEPS = (1, 2)  # micro-batches of each: the optimizer's state comes with the first step; no third is unlike the second
 
 
 class _Zeros:
@@ -31,30 +31,38 @@ class _Zeros:
         return torch.zeros(()).expand([stop - start, *shape[1:]] if shape else shape)
 
 
-def simulate(recipe: Recipe, family: Family, buckets: list[Bucket], gpus: int, capacity: int | None = None) -> Plan:
+def simulate(
+    recipe: Recipe,
+    family: Family,
+    buckets: list[Bucket],
+    gpus: int,
+    capacity: int | None = None,
+    inside: bool = True,
+) -> Plan:
     """Build the recipe's training and take steps of each bucket, on rank 0 of `gpus` simulated ones.
 
     A process simulates once: the simulated device stays known to torch.
 
     Args:
         capacity: bytes of a GPU's memory; None for any number.
+        inside: whether to count what kernels allocate beside their results.
     """
     batches = {bucket: example_batch(recipe, family, bucket) for bucket in buckets}
     count = recipe.train.global_batch_size // (gpus * recipe.train.micro_batch_size)
     weights, phases = _Zeros(family), []
     device, host = Trace(capacity), Trace()
     runtime = simulated_runtime(gpus, device, capacity, recipe.train.float8)
-    accelerator = Accelerator(device, host)
+    accelerator = Accelerator(device, host, inside)
     # One thread for autograd, so that the same happens every time; compiled code is run as it is written.
     with accelerator, torch.autograd.set_multithreading_enabled(False), torch.compiler.set_stance("force_eager"):
         state = build_state(recipe, runtime, family, weights)
         _follow(state, accelerator)
         phases.append(Phase("load", device.peak(), host.peak()))
         for bucket, batch in batches.items():
-            for step in range(STEPS):
-                device.begin()
-                host.begin()
-                run_step(state, step, [batch] * count)
+            device.begin()
+            host.begin()
+            for step, most in enumerate(STEPS):
+                run_step(state, step, [batch] * min(count, most))
                 _name_state(state, accelerator)
             phases.append(Phase(f"step {bucket}", device.peak(), host.peak()))
     dist.destroy_process_group()

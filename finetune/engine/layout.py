@@ -63,7 +63,7 @@ def _automatic(transformer: nn.Module, runtime: Runtime) -> tuple[str, str]:
     if runtime.world_size == 1:
         return "shard", "one process"
     if runtime.device.total_memory is None:
-        return "shard", "a CPU's memory is not divided"
+        return "shard", "how much memory a device has is not known"
     state = sum(p.numel() * 16 if p.requires_grad else p.nbytes for p in transformer.parameters())
     room = _ROOM * runtime.device.total_memory
     have = f"{state / 2**30:.1f} GiB of weights and state"

@@ -23,12 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from finetune.memory import kernels
+from finetune.memory.kernels import KIND
 from finetune.memory.memo import Memo
 from finetune.memory.trace import Trace
 from finetune.runtime.device import Copies, Device, Memory
 from finetune.runtime.distributed import Runtime
 
-KIND = "simulated"
 _NUMBERS = 4096  # elements up to which a tensor carries its numbers
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 _LARGE = 2**20  # bytes from which a piece of host memory is fake
@@ -106,7 +107,7 @@ def register() -> torch.device:
     """Make the device known to torch, once a process. From then on torch takes it for the machine's accelerator."""
     if not hasattr(torch, KIND):
         _setup_privateuseone_for_python_backend(KIND, _Backend())
-        _register_kernels()
+        kernels.register()
     return torch.device(KIND, 0)
 
 
@@ -166,15 +167,21 @@ class Accelerator(TorchDispatchMode):
     Host memory that offloaded weights wait in is fake, too.
     """
 
-    def __init__(self, trace: Trace, host: Trace) -> None:
+    def __init__(self, trace: Trace, host: Trace, inside: bool = True, workspace: int = kernels.WORKSPACE) -> None:
+        """
+        Args:
+            inside: whether to count what kernels allocate beside their results.
+            workspace: bytes that cuBLAS keeps, with `inside`.
+        """
         super().__init__()
-        self.trace, self.host = trace, host
+        self.trace, self.host, self.inside = trace, host, inside
+        self._workspace = workspace if inside else 0
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._memo = Memo(self.fake)
         self._known: dict[int, tuple[Trace, int]] = {}  # storage -> (where, bytes)
 
     def __enter__(self) -> Accelerator:
-        resize = torch.UntypedStorage.resize_
+        resize, kernels.Attention.inside = torch.UntypedStorage.resize_, self.inside
 
         def traced(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP2 frees what it gathered by resizing
             result = resize(storage, size)
@@ -197,6 +204,8 @@ class Accelerator(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
         if function is torch.ops.prim.device.default and type(arguments[0]) is FakeTensor:
             return arguments[0].fake_device  # most of all calls, from autograd and FSDP
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return function(*arguments, **(keywords or {}))  # DTensors ask for shapes: nothing of that is allocated
         for kind in types:
             if kind not in _PLAIN and issubclass(kind, Tensor):
                 return NotImplemented  # DTensors and quantised moments: they ask again for the tensors they are made of
@@ -212,7 +221,9 @@ class Accelerator(TorchDispatchMode):
         numbers = self._numbers(function, arguments, keywords, tensors)
         if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
             return numbers
+        copies = self._inside(function, arguments) if self.inside else None
         result = self._shapes(function, arguments, keywords, tensors)
+        del copies
         if isinstance(result, FakeTensor):
             self._note(result)
             if numbers is not None:
@@ -225,6 +236,22 @@ class Accelerator(TorchDispatchMode):
                 if known:
                     self._keep(leaf, known[place])
         return result
+
+    def _inside(self, function: Any, arguments: tuple) -> list[FakeTensor]:
+        """What a kernel allocates first, beside its results."""
+        if self._workspace and function in kernels.MATRIX_PRODUCTS:
+            self._kept, self._workspace = self._allocate((self._workspace,), torch.uint8), 0
+            self.name([self._kept], "workspace")
+        place = kernels.MADE_CONTIGUOUS.get(function)
+        if place is None or arguments[place].is_contiguous():
+            return []
+        return [self._allocate(arguments[place].shape, arguments[place].dtype)]
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
+        with self.fake:
+            tensor = torch.empty(shape, dtype=dtype, device=KIND)
+        self._note(tensor)
+        return tensor
 
     def _shapes(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor]) -> Any:
         """The result in shapes."""
@@ -326,55 +353,3 @@ def _size(arguments: tuple) -> int:
     for length in shape:
         count *= length if isinstance(length, int) else 1
     return count
-
-
-# Attention
-
-
-class _Attention(torch.autograd.Function):
-    """The fused kernels' memory: they keep query, key, value, output and a float32 log-sum-exp (Dao et al. 2022), and their
-    backward pass makes the three gradients and a float32 row sum.
-    """
-
-    @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        # Kernels give (B, N, H, D) in memory, seen as (B, H, N, D).
-        out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        sums = torch.zeros(query.shape[:-1], dtype=torch.float32, device=query.device)
-        context.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
-        return out
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, _, sums, *_ = context.saved_tensors
-        torch.zeros_like(sums)
-        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None
-
-
-def fused_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`scaled_dot_product_attention` as far as memory goes: its numbers are zeros. A mask of truth values becomes one of
-    numbers (aten/native/transformers/attention.cpp).
-    """
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
-    return _Attention.apply(query, key, value, attn_mask)
-
-
-def _register_kernels() -> None:
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("scaled_dot_product_attention", fused_attention, "AutogradPrivateUse1")
-    library.impl("scaled_dot_product_attention", fused_attention, "PrivateUse1")
-    # GPUs have a kernel for it; without one torch takes it apart, into five temporaries.
-    library.impl("silu_backward", lambda gradient, _: torch.empty_like(gradient), "PrivateUse1")
-    any_operation = torch.library.Library("_", "IMPL")  # Mochi turns autocast off, for every kind of device
-    any_operation.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    _register_kernels.kept = library, any_operation  # they end with their registrations

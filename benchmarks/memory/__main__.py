@@ -1,0 +1,73 @@
+"""Published peak memory, reproduced, and beside it ours: `python -m benchmarks.memory`.
+
+Every row of published.csv by two protocols, each in a process of its own on a simulated accelerator: the published run itself
+(reference.py), and a recipe of ours for the same work (ours.py), with everything resident and with memory savers. Writes a table
+and a chart under benchmarks/results/. `--only N [N ...]` takes some rows; `--measure` runs ours on a GPU, beside the prediction.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.memory.ours import resident, with_savers
+from benchmarks.memory.published import HERE, Row, rows
+from benchmarks.memory.table import Line, chart, errors, markdown
+
+RESULTS = HERE.parent / "results"
+TIMEOUT = 900  # seconds of one run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of rows, from 1")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    start, chosen = time.perf_counter(), rows()
+    if arguments.only:
+        chosen = [chosen[number - 1] for number in arguments.only]
+    wanted: dict[tuple[str, str], None] = {}
+    for row in chosen:
+        wanted |= dict.fromkeys(_runs(row).values())
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        done = dict(zip(wanted, pool.map(_run, wanted), strict=True))
+    lines = [Line(row, **{name: done[run] for name, run in _runs(row).items()}) for row in chosen]
+    report = f"{markdown(lines)}\n\n{errors(lines)}\n"
+    print(report)
+    print(
+        f"{len(chosen)} rows, {len(wanted)} runs, {(time.perf_counter() - start) / 60:.0f} minutes, {arguments.jobs} at a time"
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "memory.md").write_text(report)
+    chart(lines, arguments.out / "memory.png")
+
+
+def _runs(row: Row) -> dict[str, tuple[str, str]]:
+    """What a row asks for: (module, argument) of each run."""
+    runs = {name: ("ours", choose(row).key) for name, choose in (("resident", resident), ("savers", with_savers))}
+    if row.gpus == 1:
+        figures = asdict(row) | {"published": []}
+        runs["reproduced"] = "reference", json.dumps(figures)
+    return runs
+
+
+def _run(run: tuple[str, str]) -> dict[str, float]:
+    module, argument = run
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.memory.{module}", argument]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    figures = json.loads(done.stdout.splitlines()[-1])
+    print(f"{figures['seconds']:5.0f} s  {module} {argument}", file=sys.stderr, flush=True)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
