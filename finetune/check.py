@@ -199,7 +199,11 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
         UserError: every problem of model folder and buckets at once.
     """
     cls = family_class(recipe.model.family)
-    wanted = [f"{name}/*" for name in cls.components] if with_weights else ["*/*config.json", *cls.read_when_opened]
+    wanted = (
+        [f"{name}/*" for name in cls.components]
+        if with_weights
+        else ["*/*config.json", "tokenizer*/*", *cls.read_when_opened]
+    )
     folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, wanted))
     if folder.pipeline_class not in cls.pipeline_classes:
         fitting = [name for name in FAMILIES if folder.pipeline_class in family_class(name).pipeline_classes]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.recipe.schema import Prompt
 from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.logging import console, quiet_libraries, say
@@ -29,6 +29,7 @@ python -m finetune schema                    JSON Schema of recipes, for editors
 python -m finetune families                  model families
 """
 
+_GPUS = ("RTX 3090", "RTX 4090", "RTX 5090", "A6000", "L40S", "A100", "H100", "H200")  # of memory/work.py
 _LET_RANK_0_SPEAK = 1.0  # seconds; torchrun ends all processes of a node as soon as one has ended
 
 
@@ -68,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("check", "plan"):
             command.add_argument("--gpus", type=_positive, metavar="N", help="for a training on N GPUs; 1 if not given")
         if name == "plan":
+            command.add_argument(
+                "--gpu", choices=_GPUS, help="which one: for its memory, and for an estimate of a step's time"
+            )
             command.add_argument("--device-memory", type=_bytes, metavar="24GiB", help="what each GPU has")
+            command.add_argument("--fit", action="store_true", help="search the fastest settings that fit")
+            command.add_argument("--write", type=Path, metavar="FILE", help="with --fit: the recipe that fits")
             command.add_argument("--all-buckets", action="store_true", help="not only the largest")
             command.add_argument("--json", action="store_true", help="all figures, in bytes")
         if name == "export":
@@ -112,7 +118,10 @@ def _print_error(error: UserError) -> None:
 
 def _with_runtime(recipe: Recipe, body) -> int:
     from finetune.runtime import distributed
+    from finetune.runtime.device import use_expandable_segments
 
+    if recipe.memory.expandable_segments:
+        use_expandable_segments()
     gc.freeze()  # nor do the loop's collections look through it
     gc.enable()
     runtime = distributed.start(recipe.distributed.timeout_seconds)
@@ -156,15 +165,37 @@ def _check(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     recipe, gpus = load_recipe(arguments.recipe, arguments.set), arguments.gpus or 1
     from finetune.check import check_recipe, open_family
-    from finetune.plan import largest, simulate
+    from finetune.engine.precision import DTYPES
+    from finetune.memory.work import GPUS
+    from finetune.plan import cache_bytes, largest, simulate_all
 
     if problems := check_recipe(recipe, gpus):
         raise UserError.of(problems)
     family = open_family(recipe, with_weights=False)
+    gpu = GPUS.get(arguments.gpu)
+    capacity = arguments.device_memory or (gpu.memory if gpu else None)
     buckets = recipe.data.buckets if arguments.all_buckets else [largest(family, recipe.data.buckets)]
-    plan = simulate(recipe, family, buckets, gpus, arguments.device_memory)
+    gpu = gpu or GPUS["H100"]
+    if arguments.fit:
+        return _fit(recipe, family, gpus, capacity, gpu, arguments)
+    plan = simulate_all(recipe, family, buckets, gpus, capacity, gpu)
+    clip, caption = (size / 2**20 for size in cache_bytes(family, buckets[0], DTYPES[recipe.train.precision]))
+    plan.notes.append(f"cache: {clip:.1f} MiB for each clip of {buckets[0]}, {caption:.2f} MiB for each caption")
     print(json.dumps(plan.as_json(), indent=1) if arguments.json else "\n".join(plan.lines()))
     return 0 if plan.fits is not False else 3
+
+
+def _fit(recipe: Recipe, family, gpus: int, capacity: int | None, gpu, arguments: argparse.Namespace) -> int:
+    from finetune.fit import fit
+
+    if capacity is None:
+        raise UserError("how much memory a GPU has is not said", "give --device-memory 24GiB, or --gpu NAME", "--fit")
+    found = fit(recipe, family, gpus, capacity, gpu, say)
+    print("\n".join(found.lines()))
+    if arguments.write and found.fits:
+        write_recipe(found.recipe, arguments.write)
+        print(f"\nwritten to {arguments.write}")
+    return 0 if found.fits else 3
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -1,20 +1,46 @@
-"""How much memory a training will take: its own `build` and `step`, on an accelerator that is simulated."""
+"""How much memory a training will take: its own phases, on an accelerator that is simulated."""
 
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from finetune.data.loader import Sample
+from finetune.engine.export import gathered
+from finetune.engine.layout import streams
+from finetune.engine.loading import plain_name
 from finetune.engine.precision import DTYPES
+from finetune.engine.sampling import Request, generate
 from finetune.engine.step import StepState, run_step
 from finetune.job import build_state
 from finetune.memory.accelerator import Accelerator, simulated_runtime
+from finetune.memory.hollow import HollowFolder
+from finetune.memory.kernels import HOPPER_WORKSPACE, WORKSPACE
 from finetune.memory.report import Phase, Plan
 from finetune.memory.trace import Trace
+from finetune.memory.work import Gpu
 from finetune.models.family import Batch, Family
 from finetune.recipe import Bucket, Recipe
+from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.schema import Prompt
 
 STEPS = (1, 2)  # micro-batches of each: the optimizer's state comes with the first step; no third is unlike the second
+_DENOISING_STEPS = 2  # no third takes more
+_RUNNING = {
+    "encode": "encoding",
+    "load": "load",
+    "step": "inputs",
+    "validation": "generating",
+    "export": "gathering",
+}
+_HOPPERS = ("H100", "H200")
 
 
 class _Zeros:
@@ -31,42 +57,195 @@ class _Zeros:
         return torch.zeros(()).expand([stop - start, *shape[1:]] if shape else shape)
 
 
+class _NoPictures(TorchFunctionMode):
+    """Videos that exist in shapes only become black ones."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), keywords: Any = None) -> Any:
+        if function is Tensor.numpy and isinstance(arguments[0], FakeTensor):
+            return np.zeros(arguments[0].shape, np.float32)
+        return function(*arguments, **(keywords or {}))
+
+
+class Simulation:
+    """Rank 0 of `gpus` simulated ones going through a recipe's phases. The simulated device stays known to torch, so a process
+    that has simulated is not to train.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        family: Family,
+        gpus: int,
+        capacity: int | None = None,
+        gpu: Gpu | None = None,
+        inside: bool = True,
+    ) -> None:
+        """
+        Args:
+            capacity: bytes of a GPU's memory; None for any number.
+            gpu: which one; its steps are timed.
+            inside: whether to count what kernels allocate beside their results.
+        """
+        self.recipe, self.family, self.gpus, self.capacity, self.gpu = recipe, family, gpus, capacity, gpu
+        self.device, self.host = Trace(capacity, recipe.memory.expandable_segments), Trace()
+        workspace = HOPPER_WORKSPACE if gpu is not None and gpu.name in _HOPPERS else WORKSPACE
+        self.accelerator = Accelerator(self.device, self.host, inside, workspace)
+        self.phases: list[Phase] = []
+        self.notes: list[str] = []
+
+    def encoding(self, buckets: list[Bucket]) -> None:
+        """Text encoders, then the VAE, as `prepare` has them on the device."""
+        hollow = type(self.family)(HollowFolder(self.family.folder.path, self.accelerator))
+        device, dtype = self.runtime.device, DTYPES[self.recipe.train.precision]
+        missing = [name for name in hollow.text_components if not any((hollow.folder.path / name).glob("*config.json"))]
+        if missing:
+            self.notes.append(f"encoding captions is not in it: {hollow.folder.path} has no {', '.join(missing)}")
+        else:
+            with self._phase("encode text"):
+                on_host = self.recipe.memory.text_encoder == "cpu"
+                encode = hollow.text_encoder(torch.device("cpu") if on_host else device.torch_device, dtype)
+                encode("a caption")
+                del encode
+        for bucket in buckets:
+            with self._phase(f"encode video {bucket}"):
+                encode = hollow.video_encoder(device.torch_device, dtype, self.recipe.vae)
+                encode(np.zeros((*bucket, 3), np.uint8))
+                del encode
+
+    def training(self, buckets: list[Bucket]) -> StepState:
+        """Build, and take steps of each bucket, which leave what a training of any length has."""
+        batches = {bucket: example_batch(self.recipe, self.family, bucket) for bucket in buckets}
+        train = self.recipe.train
+        count = train.global_batch_size // (self.gpus * train.micro_batch_size)
+        with self._phase("load"):
+            state = build_state(self.recipe, self.runtime, self.family, _Zeros(self.family))
+            self._follow(state)
+        for bucket, batch in batches.items():
+            with self._phase(f"step {bucket}"):
+                works = []
+                for step, most in enumerate(STEPS):
+                    self.accelerator.begin_work()
+                    run_step(state, step, [batch] * min(count, most))
+                    self._name_state(state)
+                    works.append(self.accelerator.work)
+            one, two = works
+            work = two.repeated(one, count) if count > 1 else two
+            # FSDP prefetches offloaded shards with two ranks and more; what is streamed is copied ahead.
+            overlaps = self.gpus > 1 or streams(self.recipe.memory, train.method, self.gpus)
+            self.phases[-1] = self.phases[-1].with_work(work, self.gpu, overlaps or not self.recipe.memory.offload)
+        return state
+
+    def validation(self, state: StepState, prompts: list[Prompt]) -> None:
+        """The largest of the prompts, generated by the family's pipeline around the transformer in training."""
+        prompt = max(prompts, key=lambda prompt: self.family.tokens(prompt.shape))
+        prompt = prompt.model_copy(update={"steps": _DENOISING_STEPS})
+        dtype = DTYPES[self.recipe.train.precision]
+        text = self.family.example_text(dtype)
+        image = np.zeros((prompt.shape.height, prompt.shape.width, 3), np.uint8) if self.family.takes_image else None
+        family, idle = state.family, example_batch(self.recipe, self.family, prompt.shape)
+        state.family = type(family)(HollowFolder(family.folder.path, self.accelerator))
+        with self._phase(f"validation {prompt.shape}"), _NoPictures():
+            request = Request(prompt, 0, text, text, image)
+            generate(state, [request], idle, self.recipe.validation.tiling, dtype, lambda *_: None)
+        state.family = family
+
+    def export(self, state: StepState) -> None:
+        """The trained weights, gathered."""
+        with self._phase("export"):
+            gathered(state.transformer, trained_only=self.recipe.train.method == "lora")
+
+    def plan(self) -> Plan:
+        """What has been simulated."""
+        return Plan(self.gpus, self.capacity, self.gpu, self.phases, self.notes)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["Simulation"]:
+        """Where phases take place."""
+        self.runtime = simulated_runtime(self.gpus, self.device, self.capacity, self.recipe.train.float8)
+        try:
+            # One thread for autograd, so that the same happens every time; compiled code is run as it is written.
+            single = torch.autograd.set_multithreading_enabled(False)
+            with self.accelerator, single, torch.compiler.set_stance("force_eager"):
+                yield self
+        finally:
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.accelerator.running(_RUNNING[name.split()[0]])
+        self.device.begin()
+        self.host.begin()
+        yield
+        self.phases.append(Phase(name, self.device.peak(), self.host.peak()))
+        gc.collect()
+        self.runtime.device.empty_cache()
+
+    def _follow(self, state: StepState) -> None:
+        """Name weights and gradients, and note what is running, by the hooks that torch has for it."""
+        accelerator = self.accelerator
+        parameters = list(state.transformer.parameters())
+        accelerator.name((p for p in parameters if not p.requires_grad), "frozen weights")
+        accelerator.name((p for p in parameters if p.requires_grad), "trained weights")
+
+        def before_update(*_: object) -> None:
+            accelerator.name((p.grad for p in state.parameters if p.grad is not None), "gradients")
+            accelerator.running("update")
+
+        def running(what: str) -> None:
+            if torch.is_grad_enabled():  # in training
+                accelerator.running(what)
+
+        state.transformer.register_forward_pre_hook(lambda *_: running("activations"))
+        state.transformer.register_forward_hook(lambda *_: running("backward pass"))
+        state.optimizer.register_step_pre_hook(before_update)
+        for name, module in state.transformer.named_modules():
+            inside = plain_name(name)
+            if inside.count(".") <= 2:
+                module.register_forward_pre_hook(lambda *_, inside=inside: accelerator.inside_module(inside))
+
+    def _name_state(self, state: StepState) -> None:
+        values = (value for each in state.optimizer.state.values() for value in each.values())
+        self.accelerator.name((value for value in values if isinstance(value, Tensor)), "optimizer state")
+        self.accelerator.running("inputs")
+
+
 def simulate(
     recipe: Recipe,
     family: Family,
     buckets: list[Bucket],
     gpus: int,
     capacity: int | None = None,
+    gpu: Gpu | None = None,
     inside: bool = True,
 ) -> Plan:
-    """Build the recipe's training and take steps of each bucket, on rank 0 of `gpus` simulated ones.
+    """Loading and steps alone; see `Simulation`."""
+    with Simulation(recipe, family, gpus, capacity, gpu, inside).running() as simulation:
+        simulation.training(buckets)
+    return simulation.plan()
 
-    A process simulates once: the simulated device stays known to torch.
 
-    Args:
-        capacity: bytes of a GPU's memory; None for any number.
-        inside: whether to count what kernels allocate beside their results.
-    """
-    batches = {bucket: example_batch(recipe, family, bucket) for bucket in buckets}
-    count = recipe.train.global_batch_size // (gpus * recipe.train.micro_batch_size)
-    weights, phases = _Zeros(family), []
-    device, host = Trace(capacity), Trace()
-    runtime = simulated_runtime(gpus, device, capacity, recipe.train.float8)
-    accelerator = Accelerator(device, host, inside)
-    # One thread for autograd, so that the same happens every time; compiled code is run as it is written.
-    with accelerator, torch.autograd.set_multithreading_enabled(False), torch.compiler.set_stance("force_eager"):
-        state = build_state(recipe, runtime, family, weights)
-        _follow(state, accelerator)
-        phases.append(Phase("load", device.peak(), host.peak()))
-        for bucket, batch in batches.items():
-            device.begin()
-            host.begin()
-            for step, most in enumerate(STEPS):
-                run_step(state, step, [batch] * min(count, most))
-                _name_state(state, accelerator)
-            phases.append(Phase(f"step {bucket}", device.peak(), host.peak()))
-    dist.destroy_process_group()
-    return Plan(gpus, capacity, phases)
+def simulate_all(
+    recipe: Recipe,
+    family: Family,
+    buckets: list[Bucket],
+    gpus: int,
+    capacity: int | None = None,
+    gpu: Gpu | None = None,
+) -> Plan:
+    """Every phase of a run, in order."""
+    prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
+    with Simulation(recipe, family, gpus, capacity, gpu).running() as simulation:
+        simulation.encoding(buckets)
+        state = simulation.training(buckets)
+        if prompts:
+            simulation.validation(state, prompts)
+        simulation.export(state)
+    return simulation.plan()
+
+
+def cache_bytes(family: Family, bucket: Bucket, dtype: torch.dtype) -> tuple[int, int]:
+    """What a clip and a caption take of the disk."""
+    return tuple(sum(tensor.nbytes for tensor in tensors.values()) for tensors in family.example(bucket, dtype))
 
 
 def largest(family: Family, buckets: list[Bucket]) -> Bucket:
@@ -81,24 +260,3 @@ def example_batch(recipe: Recipe, family: Family, bucket: Bucket) -> Batch:
     size, generator = recipe.train.micro_batch_size, torch.Generator().manual_seed(0)
     samples = [Sample(moments, text, bucket, 25.0, generator, (place, size)) for place in range(size)]
     return family.batch(samples, family.objective(recipe.objective))
-
-
-def _follow(state: StepState, accelerator: Accelerator) -> None:
-    """Name weights and gradients, and note what is running, by the hooks that torch has for it."""
-    parameters = list(state.transformer.parameters())
-    accelerator.name((p for p in parameters if not p.requires_grad), "frozen weights")
-    accelerator.name((p for p in parameters if p.requires_grad), "trained weights")
-
-    def before_update(*_: object) -> None:
-        accelerator.name((p.grad for p in state.parameters if p.grad is not None), "gradients")
-        accelerator.running("update")
-
-    state.transformer.register_forward_pre_hook(lambda *_: accelerator.running("activations"))
-    state.transformer.register_forward_hook(lambda *_: accelerator.running("backward pass"))
-    state.optimizer.register_step_pre_hook(before_update)
-
-
-def _name_state(state: StepState, accelerator: Accelerator) -> None:
-    values = (value for each in state.optimizer.state.values() for value in each.values())
-    accelerator.name((value for value in values if isinstance(value, Tensor)), "optimizer state")
-    accelerator.running("inputs")

@@ -109,7 +109,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
 
     if unusable := _encode(work, "image", lambda: _image_encoder, cache, runtime):
         raise UserError.of(unusable)
-    failed = _encode(work, "text", lambda: _text_encoder(family, runtime, dtype), cache, runtime)
+    failed = _encode(work, "text", lambda: _text_encoder(family, runtime, dtype, recipe), cache, runtime)
     failed += _encode(work, "video", lambda: _video_encoder(family, runtime, dtype, recipe), cache, runtime)
     broken = refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
     train, heldout = ([item for item in items if str(item.path) not in broken] for items in datasets)
@@ -140,8 +140,9 @@ def _image_key(source: str, bucket: Bucket, cache: Cache) -> str:
 Encode = Callable[[_Encoding], dict[str, torch.Tensor]]
 
 
-def _text_encoder(family: Family, runtime: Runtime, dtype: torch.dtype) -> Encode:
-    encode = family.text_encoder(runtime.device.torch_device, dtype)
+def _text_encoder(family: Family, runtime: Runtime, dtype: torch.dtype, recipe: Recipe) -> Encode:
+    device = torch.device("cpu") if recipe.memory.text_encoder == "cpu" else runtime.device.torch_device
+    encode = family.text_encoder(device, dtype)
     return lambda work: encode(work.source)
 
 

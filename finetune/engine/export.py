@@ -14,8 +14,12 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_WHOLE_TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def gathered(transformer: nn.Module, trained_only: bool) -> dict[str, Tensor]:
+    """The weights whole, in rank 0's host memory. All ranks take part."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    return get_model_state_dict(transformer, options=options)
 
 
 def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
@@ -23,7 +27,7 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
 
     All ranks take part; rank 0 writes. Tensors are exactly as trained.
     """
-    whole = get_model_state_dict(transformer, options=_WHOLE_TRAINED)
+    whole = gathered(transformer, trained_only=True)
     with runtime.together():
         if runtime.is_main:
             # By peft's file names; a persistent buffer (CogVideoX-I2V's learned positions) is no part of the adapter.
@@ -71,7 +75,7 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
 
 def export_transformer(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
     """Write all weights as a diffusers transformer folder, exactly as trained, and verify its tensors. All ranks take part."""
-    whole = get_model_state_dict(transformer, options=_WHOLE)
+    whole = gathered(transformer, trained_only=False)
     with runtime.together():
         if runtime.is_main:
             skeleton = family.empty_transformer()

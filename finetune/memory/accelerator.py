@@ -24,14 +24,22 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from finetune.memory import kernels
-from finetune.memory.kernels import KIND
+from finetune.memory.kernels import KIND, Attention
 from finetune.memory.memo import Memo
 from finetune.memory.trace import Trace
+from finetune.memory.work import Work
 from finetune.runtime.device import Copies, Device, Memory
 from finetune.runtime.distributed import Runtime
 
 _NUMBERS = 4096  # elements up to which a tensor carries its numbers
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+_UNINITIALISED = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
 _LARGE = 2**20  # bytes from which a piece of host memory is fake
 
 
@@ -178,10 +186,11 @@ class Accelerator(TorchDispatchMode):
         self._workspace = workspace if inside else 0
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._memo = Memo(self.fake)
+        self.begin_work()
         self._known: dict[int, tuple[Trace, int]] = {}  # storage -> (where, bytes)
 
     def __enter__(self) -> Accelerator:
-        resize, kernels.Attention.inside = torch.UntypedStorage.resize_, self.inside
+        resize, Attention.inside = torch.UntypedStorage.resize_, self.inside
 
         def traced(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP2 frees what it gathered by resizing
             result = resize(storage, size)
@@ -197,7 +206,7 @@ class Accelerator(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_, Attention.work = self._resize, None
         torch._C._set_only_lift_cpu_tensors(self._lifts)
         return super().__exit__(*error)
 
@@ -222,8 +231,11 @@ class Accelerator(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
             return numbers
         copies = self._inside(function, arguments) if self.inside else None
-        result = self._shapes(function, arguments, keywords, tensors)
+        result = self._shapes(function, arguments, keywords, tensors, numbers)
         del copies
+        self.work.add(function, arguments, keywords, tensors, result)
+        if function is torch.ops.aten._to_copy.default:
+            self._same_category(tensors[0], result)
         if isinstance(result, FakeTensor):
             self._note(result)
             if numbers is not None:
@@ -253,8 +265,10 @@ class Accelerator(TorchDispatchMode):
         self._note(tensor)
         return tensor
 
-    def _shapes(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor]) -> Any:
+    def _shapes(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor], known: Any) -> Any:
         """The result in shapes."""
+        if known is not None and torch.Tag.dynamic_output_shape in function.tags:
+            return self._allocate(known.shape, known.dtype)  # nonzero and the like, of known numbers
         key = self._memo.key(function, arguments, keywords)
         if key is not None:
             result = self._memo.recall(key, tensors)
@@ -268,6 +282,14 @@ class Accelerator(TorchDispatchMode):
             self._memo.remember(key, tensors, result)
         return result
 
+    def _same_category(self, source: Tensor, copy: Any) -> None:
+        """What is moved between host and device stays what it is."""
+        known = self._known.get(source.untyped_storage()._cdata) if isinstance(source, FakeTensor) else None
+        if known is not None and source.fake_device.type != copy.fake_device.type:
+            here = known[0].live.get(source.untyped_storage()._cdata)
+            if here is not None:
+                self.name([copy], here.category)
+
     def _keep(self, tensor: FakeTensor, numbers: Tensor) -> None:
         if numbers.numel() <= _NUMBERS and getattr(tensor, "numbers", None) is None:
             tensor.numbers = numbers
@@ -277,6 +299,11 @@ class Accelerator(TorchDispatchMode):
 
     def _numbers(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor]) -> Any:
         """The result in numbers, if all that it depends on is small and known; None if not."""
+        if function in _UNINITIALISED:
+            return None
+        if function is torch.ops.aten.copy_.default:  # whatever was there before
+            source = _numbers_of(arguments[1])
+            return None if source is None else source.expand(arguments[0].shape).to(arguments[0].dtype)
         if not tensors and _size(arguments) > _NUMBERS:
             return None
         if any(_numbers_of(tensor) is None for tensor in tensors):
@@ -297,9 +324,18 @@ class Accelerator(TorchDispatchMode):
         if self._known[key][1] != storage.nbytes():
             self._set(key, storage.nbytes())
 
+    def begin_work(self) -> None:
+        """Count what is computed from here on; `work` says it."""
+        self.work = Attention.work = Work.none()
+
     def running(self, what: str) -> None:
         """Say what comes from here on."""
         self.trace.running = self.host.running = what
+        self.trace.module = ""
+
+    def inside_module(self, name: str) -> None:
+        """Say which module is called."""
+        self.trace.module = name
 
     def name(self, tensors: Iterable[Tensor], category: str) -> None:
         """Say what tensors on the device, or their shards of this rank, are."""

@@ -3,7 +3,8 @@
 Its rules are those of c10/cuda/CUDACachingAllocator.cpp with default settings: sizes are rounded to 512 bytes; up to 1 MiB
 come from segments of 2 MiB, larger ones from segments of 20 MiB, or of their own size rounded to 2 MiB from 10 MiB on; the
 smallest free block that fits is taken, and split if enough is left; freed neighbours merge; a segment goes back to the
-device when it is empty and memory is short, or on `empty_cache`. Pools of several streams are taken for one.
+device when it is empty and memory is short, or on `empty_cache`. With `expandable_segments:True` each pool is one segment that
+grows, of pages of 2 MiB (small) or 20 MiB; pages that nothing lies on can go back. Pools of several streams are taken for one.
 """
 
 from __future__ import annotations
@@ -115,3 +116,49 @@ class CachingAllocator:
             first.next.previous = first
         first.free = True
         return first
+
+
+class ExpandableAllocator(CachingAllocator):
+    """The same with `expandable_segments:True`. Free blocks are taken alike whether their pages are there or not; the real one
+    prefers those that are.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        super().__init__(limit)
+        for small, pool in self._free.items():
+            endless = Block(0, 0, _ENDLESS, small, free=True)
+            pool.append((endless.order, endless))
+        self._pages: dict[bool, set[int]] = {True: set(), False: set()}
+
+    def malloc(self, size: int) -> Block | None:
+        block = super().malloc(size)
+        if block is not None:
+            self._map(block)
+        return block
+
+    def empty_cache(self) -> None:
+        """Give pages that nothing lies on back to the device."""
+        for small, pool in self._free.items():
+            page = _page(small)
+            for _, block in pool:
+                first, stop = -(-block.offset // page), (block.offset + block.size) // page
+                gone = {number for number in self._pages[small] if first <= number < stop}
+                self._pages[small] -= gone
+                self.reserved -= len(gone) * page
+
+    def _map(self, block: Block) -> None:
+        """Have pages under a block."""
+        page, pages = _page(block.small), self._pages[block.small]
+        missing = set(range(block.offset // page, -(-(block.offset + block.size) // page))) - pages
+        if self.limit is not None and self.reserved + len(missing) * page > self.limit:
+            self.empty_cache()
+        pages |= missing
+        self.reserved += len(missing) * page
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+
+_ENDLESS = 2**60
+
+
+def _page(small: bool) -> int:
+    return SMALL_SEGMENT if small else LARGE_SEGMENT

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.memory.work import Work
+
 KIND = "simulated"  # the device's name
 
 # cuBLAS keeps a workspace for a process from its first matrix product on (aten/src/ATen/cuda/CUDABlas.cpp): the default of
@@ -34,6 +36,7 @@ class Attention(torch.autograd.Function):
     """
 
     inside = True
+    work: Work | None = None  # where its matrix products are counted
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -41,6 +44,8 @@ class Attention(torch.autograd.Function):
             out = torch.zeros_like(query)  # the flash kernel's lies in memory as the query does
         else:  # the memory-efficient kernel's always as (B, N, H, D) (aten/native/transformers/cuda/attention.cu)
             out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        if Attention.work is not None:
+            Attention.work.attention(query, key, products=2)
         sums = torch.zeros(query.shape[:-1], dtype=torch.float32, device=query.device)
         context.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
         return out
@@ -48,6 +53,8 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, sums, *_ = context.saved_tensors
+        if Attention.work is not None:
+            Attention.work.attention(query, key, products=5)
         if not Attention.inside:
             torch.zeros_like(sums)
             return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None

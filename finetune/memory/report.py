@@ -1,21 +1,32 @@
 """A plan for people: a line for each phase, and bars for what its peak consists of."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from finetune.memory.trace import Peak
+from finetune.memory.work import Gpu, Work
 
 GIB = 2**30
-_WIDTH = 40
+_WIDTH, _BAR = 40, 24
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run, with the peaks of the device and of one process's host memory in it."""
+    """A part of a run, with the peaks of the device and of one process's host memory in it.
+
+    Attributes:
+        flops, seconds: of an optimizer step, on one GPU; the time is the roofline of the plan's GPU.
+    """
 
     name: str
     device: Peak
     host: Peak
+    flops: int | None = None
+    seconds: float | None = None
+
+    def with_work(self, work: Work, gpu: Gpu | None, overlaps: bool) -> "Phase":
+        """The same, with what a step computes, and how long a GPU would take; whether copies run beside what it computes."""
+        return replace(self, flops=work.flops, seconds=work.seconds(gpu, overlaps) if gpu else None)
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,9 @@ class Plan:
 
     gpus: int
     capacity: int | None
+    gpu: Gpu | None
     phases: list[Phase]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def highest(self) -> Phase:
@@ -35,24 +48,46 @@ class Plan:
     def fits(self) -> bool | None:
         return None if self.capacity is None else self.highest.device.reserved <= self.capacity
 
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of a node of up to eight GPUs, beside what Python and its libraries take."""
+        return min(self.gpus, 8) * max(phase.host.requested for phase in self.phases)
+
     def as_json(self) -> dict[str, Any]:
-        """All figures, in bytes."""
-        return {**asdict(self), "fits": self.fits}
+        """All figures, in bytes, FLOPs and seconds."""
+        return {**asdict(self), "host_bytes": self.host_bytes, "fits": self.fits}
 
     def lines(self) -> list[str]:
         """The plan in words and bars."""
-        lines = [f"{'GiB':24} {'allocated':>10} {'reserved':>10} {'host memory':>12}"]
+        lines = [f"{'GiB':26} {'allocated':>10} {'reserved':>10} {'host memory':>12}"]
+        most = max(1, self.highest.device.reserved)
         for phase in self.phases:
             device, host = phase.device, phase.host
             figures = (device.allocated, device.reserved, host.requested)
-            lines.append("{:24} {:10.2f} {:10.2f} {:12.2f}".format(phase.name, *(size / GIB for size in figures)))
+            row = "{:26} {:10.2f} {:10.2f} {:12.2f}".format(phase.name, *(size / GIB for size in figures))
+            lines.append(f"{row}  {'#' * max(1, round(_BAR * device.reserved / most))}")
         peak = self.highest.device
-        lines += ["", f"The peak is in {self.highest.name}, {peak.running}:"]
+        where = f"{peak.running}, in {peak.module}" if peak.module else peak.running
+        lines += ["", f"The peak is in {self.highest.name} ({where}):"]
         most = max(peak.parts.values())
         for name, size in sorted(peak.parts.items(), key=lambda part: -part[1]):
             if size >= 0.01 * peak.requested:
                 lines.append(f"  {name:18} {size / GIB:8.2f}  {'#' * max(1, round(_WIDTH * size / most))}")
-        return [*lines, "", self._verdict()]
+        return [*lines, "", *self._costs(), *self.notes, self._verdict()]
+
+    def _costs(self) -> list[str]:
+        lines = []
+        for phase in self.phases:
+            if phase.flops is not None:
+                time = (
+                    f"; estimate: {phase.seconds:.2f} s at best on {self.gpu.name} (roofline)" if phase.seconds else ""
+                )
+                lines.append(f"{phase.name}: {phase.flops / 1e12:.1f} TFLOP on each GPU{time}")
+        if self.host_bytes:
+            lines.append(
+                f"host memory of a node of {min(self.gpus, 8)}: {self.host_bytes / GIB:.2f} GiB, beside Python's own"
+            )
+        return lines
 
     def _verdict(self) -> str:
         needs = f"{self.highest.device.reserved / GIB:.2f} GiB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from finetune.memory.allocator import Block, CachingAllocator
+from finetune.memory.allocator import Block, CachingAllocator, ExpandableAllocator
 
 
 @dataclass(eq=False)
@@ -25,7 +25,7 @@ class Peak:
         allocated, reserved: as torch's statistics count, with rounding and segments.
         requested: the sizes of the storages alone.
         before: of that, what was there when the phase began.
-        running: what set the peak.
+        running, module: what set the peak, and the module that was called last then, if any.
         parts: requested bytes by category.
     """
 
@@ -34,17 +34,18 @@ class Peak:
     requested: int = 0
     before: int = 0
     running: str = ""
+    module: str = ""
     parts: dict[str, int] = field(default_factory=dict)
 
 
 class Trace:
     """Is told of each storage of one memory, by its key; keeps what it needs to explain a phase's peak."""
 
-    def __init__(self, limit: int | None = None) -> None:
-        """`limit`: bytes of the memory; None for any number."""
-        self.allocator = CachingAllocator(limit)
+    def __init__(self, limit: int | None = None, expandable: bool = False) -> None:
+        """`limit`: bytes of the memory; None for any number. `expandable`: the allocator's segments grow."""
+        self.allocator = (ExpandableAllocator if expandable else CachingAllocator)(limit)
         self.live: dict[int, Storage] = {}
-        self.running = "load"
+        self.running, self.module = "load", ""
         self.begin()
 
     def begin(self) -> None:
@@ -53,7 +54,7 @@ class Trace:
         self._before = list(self.live.values())
         self._size_before = sum(storage.size for storage in self._before)
         self._events: list[tuple[Storage, bool]] = []  # (which, whether it came)
-        self._highest, self._at, self._in = self.allocator.allocated, 0, self.running
+        self._highest, self._at, self._in = self.allocator.allocated, 0, (self.running, self.module)
 
     def resize(self, key: int, size: int) -> None:
         """A storage has come, has got another size, or has gone (0 bytes)."""
@@ -66,7 +67,8 @@ class Trace:
             self.live[key] = storage
             self._events.append((storage, True))
             if self.allocator.allocated > self._highest:
-                self._highest, self._at, self._in = self.allocator.allocated, len(self._events), self.running
+                self._highest, self._at = self.allocator.allocated, len(self._events)
+                self._in = self.running, self.module
 
     def name(self, key: int, category: str) -> None:
         """Say what a live storage is."""
@@ -86,5 +88,5 @@ class Trace:
             parts[storage.category] += storage.size
         allocator = self.allocator
         return Peak(
-            allocator.peak_allocated, allocator.peak_reserved, parts.total(), self._size_before, self._in, dict(parts)
+            allocator.peak_allocated, allocator.peak_reserved, parts.total(), self._size_before, *self._in, dict(parts)
         )

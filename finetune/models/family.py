@@ -128,6 +128,9 @@ class Family(ABC):
     takes_true_guidance: ClassVar[bool] = False  # whether it has classifier-free guidance beside an embedded one
     moments: ClassVar[tuple[str, ...]] = ("mean", "logvar")  # what is cached of a clip
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled and sharded by the block
+    depth_keys: ClassVar[tuple[str, ...]] = (
+        "num_layers",
+    )  # the transformer's config says with them how long those are
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     high_precision: ClassVar[str] = "norm"  # layers of a block that are never quantised: a regular expression
     spatial: int
@@ -262,8 +265,7 @@ class Family(ABC):
 
     def load_vae(self, dtype: torch.dtype, tiling: bool) -> nn.Module:
         """The VAE, on the CPU; it works in overlapping tiles on request."""
-        vae_class = getattr(diffusers, self.folder.class_name("vae"))
-        vae = vae_class.from_pretrained(self.folder.path, subfolder="vae", dtype=dtype)
+        vae = self.folder.load("vae", getattr(diffusers, self.folder.class_name("vae")), dtype)
         if tiling:
             vae.enable_tiling()
         return vae
@@ -292,10 +294,10 @@ class Family(ABC):
     def _text_component(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
         import transformers
 
-        cls, folder = getattr(transformers, self.folder.class_name(name)), self.folder.path / name
+        cls = getattr(transformers, self.folder.class_name(name))
         if name.startswith("tokenizer"):
-            return cls.from_pretrained(folder)
-        return cls.from_pretrained(folder, dtype=dtype).to(device)
+            return cls.from_pretrained(self.folder.path / name)
+        return self.folder.load(name, cls, dtype).to(device)
 
     # Training
 

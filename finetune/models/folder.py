@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.models.weights import Weights
 from finetune.runtime.errors import Problem, UserError
@@ -83,6 +84,10 @@ class ModelFolder:
     def weights(self, component: str) -> Weights:
         """The component's tensors, to be read by the slice."""
         return Weights(self.weight_files(component))
+
+    def load(self, component: str, cls: Any, dtype: torch.dtype) -> nn.Module:
+        """A component with its weights, on the CPU; `cls` is its diffusers or transformers class."""
+        return cls.from_pretrained(self.path / component, dtype=dtype)
 
     def tensor(self, component: str, name: str) -> Tensor:
         """One tensor of a component's weights, read by itself."""

@@ -42,6 +42,7 @@ class HunyuanVideo(Family):
     }
     takes_true_guidance = True
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    depth_keys = ("num_layers", "num_single_layers")
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)

@@ -185,6 +185,11 @@ class Memory(Table):
     keep_gib: Annotated[float, Field(gt=0)] | None = Free(None)
     """GiB of outputs that "selective" keeps over all blocks; unset: all of them."""
 
+    expandable_segments: bool = Free(False)
+    """Have the GPU's caching allocator grow its segments (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True): little is then lost
+    between pieces of memory, which counts where it is short. What the environment sets of the allocator stays."""
+    text_encoder: Literal["device", "cpu"] = Free("device")
+    """Where captions are encoded, once: a text encoder may be larger than the GPU. "cpu" takes seconds for each."""
     low_bit: Literal["none", "int8", "float8", "nf4"] = "none"
     """How the frozen weights of the blocks are held, for LoRA: half, half and a quarter of bf16. Slightly different weights are
     trained on, and the adapter is used with the whole ones."""

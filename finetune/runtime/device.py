@@ -4,12 +4,19 @@ The engine names no device and calls no `torch.cuda`; whatever it needs of one i
 """
 
 import mmap
+import os
 import resource
 import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def use_expandable_segments() -> None:
+    """Have CUDA's caching allocator grow its segments; before anything is on a GPU. What the environment says of it stays."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 @dataclass(frozen=True)

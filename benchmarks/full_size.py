@@ -1,0 +1,70 @@
+"""Model folders of the published checkpoints at full size, complete but for weights: what `plan` reads of a real one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, LlamaConfig, T5Config
+
+from finetune.models import tiny
+from finetune.models.folder import INDEX
+
+CONFIGS = Path(__file__).parent.parent / "tests" / "models" / "configs"
+FOLDERS = {  # a recipe's model.path -> its configs
+    "zai-org/CogVideoX-2b": "cogvideox-2b",
+    "zai-org/CogVideoX-5b": "cogvideox-5b",
+    "zai-org/CogVideoX-5b-I2V": "cogvideox-5b-i2v",
+    "zai-org/CogVideoX1.5-5B": "cogvideox-1.5-5b",
+    "zai-org/CogVideoX1.5-5B-I2V": "cogvideox-1.5-5b-i2v",
+    "hunyuanvideo-community/HunyuanVideo": "hunyuanvideo",
+    "Lightricks/LTX-Video": "ltx-video",
+    "Lightricks/LTX-Video-0.9.7-dev": "ltx-video-0.9.7",
+    "genmo/mochi-1-preview": "mochi-1-preview",
+}
+T5_XXL = T5Config(  # google/t5-v1_1-xxl's encoder
+    vocab_size=32128,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+    is_encoder_decoder=False,
+    use_cache=False,
+)
+LLAMA = LlamaConfig(  # Llama 3 8B, with the tokens that LLaVA adds
+    vocab_size=128320,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+
+
+def complete(path: str, folder: Path) -> Path:
+    """Write at `folder` what `plan` reads of a published checkpoint; `path` is a recipe's model.path."""
+    shutil.copytree(CONFIGS / FOLDERS[path], folder, dirs_exist_ok=True)
+    index = json.loads((folder / INDEX).read_text())
+    if "text_encoder_2" in index:
+        LLAMA.save_pretrained(folder / "text_encoder")
+        CLIP_L.save_pretrained(folder / "text_encoder_2")
+        tokenizers = {
+            "tokenizer": tiny.llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"]),
+            "tokenizer_2": tiny.clip_tokenizer(),
+        }
+    else:
+        T5_XXL.save_pretrained(folder / "text_encoder")
+        tokenizers = {"tokenizer": tiny.t5_tokenizer(max_length=256)}
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(folder / name)
+        index[name] = ["transformers", type(tokenizer).__name__]  # a small one: encoders pad to a length all the same
+    (folder / INDEX).write_text(json.dumps(index))
+    if "LTX" in index["_class_name"]:
+        statistics = {"latents_mean": torch.zeros(128), "latents_std": torch.ones(128)}  # the values play no part here
+        save_file(statistics, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    return folder

@@ -1,0 +1,96 @@
+"""`plan` for every recipe at full size, as a user runs it: its figures, and how long it takes.
+
+`python -m benchmarks.plans [--gpus 1 8 64] [--only cogvideox_5b_lora ...]`; writes benchmarks/results/plans.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.full_size import complete
+from finetune.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+PHASES = ["encode text", "encode video", "load", "step", "validation", "export"]
+HEAD = ["recipe", "GPUs", *PHASES, "host of a node", "a step on H100, at best", "took"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--only", nargs="+", help="names of recipes")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "plans.md")
+    arguments = parser.parse_args()
+    names = arguments.only or sorted(
+        file.stem for file in (ROOT / "recipes").glob("*.toml") if file.stem != "quickstart"
+    )
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "first_frame.png"
+        Image.new("RGB", (1360, 768)).save(image)
+        for name in names:
+            for gpus in arguments.gpus:
+                cells = _plan(name, gpus, Path(folder))
+                lines.append("| " + " | ".join([name, str(gpus), *cells]) + " |")
+                print(lines[-1], flush=True)
+    arguments.out.write_text("\n".join(lines) + "\n")
+
+
+def _plan(name: str, gpus: int, folder: Path) -> list[str]:
+    file = ROOT / "recipes" / f"{name}.toml"
+    recipe = load_recipe(file)
+    model = complete(recipe.model.path, folder / name)
+    size = -(-recipe.train.global_batch_size // gpus) * gpus
+    prompts = [prompt.model_dump(mode="json", exclude_none=True) for prompt in recipe.validation.prompts]
+    for prompt in prompts:
+        if "image" in prompt:
+            prompt["image"] = str(folder / "first_frame.png")
+    settings = [
+        f"model.path={json.dumps(str(model))}",
+        f"train.global_batch_size={size}",
+        f"validation.prompts={_toml(prompts)}",
+    ]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "finetune",
+        "plan",
+        "--recipe",
+        str(file),
+        "--gpus",
+        str(gpus),
+        "--json",
+    ]
+    for setting in settings:
+        command += ["--set", setting]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    took = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    plan = json.loads(done.stdout)
+    phases = {kind: phase for kind in PHASES for phase in plan["phases"] if phase["name"].startswith(kind)}
+    reserved = [_gib(phases[kind]["device"]["reserved"]) if kind in phases else "" for kind in PHASES]
+    return [*reserved, _gib(plan["host_bytes"]), f"{phases['step']['seconds']:.1f} s", f"{took:.0f} s"]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def _toml(tables: list[dict]) -> str:
+    inside = (", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) for table in tables)
+    return "[" + ", ".join(f"{{{each}}}" for each in inside) + "]"
+
+
+if __name__ == "__main__":
+    main()

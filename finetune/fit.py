@@ -1,0 +1,218 @@
+"""The fastest settings with which a training fits a GPU: shallow models rank them, the whole one decides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.check import check_recipe
+from finetune.memory.report import GIB, Plan
+from finetune.memory.work import Gpu
+from finetune.models.family import Family
+from finetune.models.folder import ModelFolder
+from finetune.plan import Simulation, largest, simulate, simulate_all
+from finetune.recipe import Bucket, Recipe, recipe_values
+
+Changes = dict[str, Any]
+"""Keys of a recipe, as `table.key` -> value."""
+
+_PROBES = (2, 4)  # depths of shallow models; memory and time are linear in depth from there on
+_TIGHT = 0.9  # share of a GPU's memory from which what is lost between pieces decides
+_ROOM = 0.97  # share that resident blocks may fill: what they leave is for the pieces between them
+_ACTIVATIONS: list[Changes] = [
+    {"memory.activation_checkpointing": "none", "memory.offload_activations": False},
+    {"memory.activation_checkpointing": "selective", "memory.offload_activations": False},
+    {"memory.activation_checkpointing": "every_n", "memory.offload_activations": False},
+    {"memory.activation_checkpointing": "full", "memory.offload_activations": False},
+    {"memory.activation_checkpointing": "every_n", "memory.offload_activations": True},
+    {"memory.activation_checkpointing": "full", "memory.offload_activations": True},
+]
+_EIGHT_BIT = {"optimizer.name": "adamw_8bit"}
+_INEXACT: dict[str, list[Changes]] = {  # what changes a training's numbers, least first
+    "lora": [_EIGHT_BIT, {"memory.low_bit": "int8"}, _EIGHT_BIT | {"memory.low_bit": "nf4"}],
+    "full": [
+        {"train.weights": "bf16"},
+        _EIGHT_BIT | {"train.weights": "bf16"},
+        _EIGHT_BIT | {"train.weights": "bf16", "optimizer.in_backward": True, "train.max_grad_norm": "none"},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings, and what shallow models say of them: bytes of a GPU at the peak, and seconds of a step."""
+
+    changes: Changes
+    memory: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found; `fits` is False where nothing fits, and the plan is then the smallest."""
+
+    recipe: Recipe
+    changes: Changes
+    plan: Plan
+    fits: bool
+
+    def lines(self) -> list[str]:
+        """The plan, and the lines of the recipe that it takes."""
+        peak = f"{self.plan.highest.device.reserved / GIB:.2f} GiB"
+        if not self.fits:
+            return [*self.plan.lines(), f"nothing fits; these settings take least, {peak}:", "", *_toml(self.changes)]
+        if not self.changes:
+            return [*self.plan.lines(), "the recipe is the fastest that fits, as it is"]
+        return [*self.plan.lines(), "the fastest settings found that fit:", "", *_toml(self.changes)]
+
+
+def fit(recipe: Recipe, family: Family, gpus: int, capacity: int, gpu: Gpu, say: Callable[[str], None]) -> Fit:
+    """Search the memory savers. Those that leave the training's numbers alone come first.
+
+    Args:
+        capacity: bytes of a GPU's memory.
+        gpu: whose time is estimated.
+        say: is told how the search goes on.
+    """
+    bucket = largest(family, recipe.data.buckets)
+    for_encoding = _for_encoding(recipe, family, bucket, gpus, capacity)
+    smallest: Candidate | None = None
+    for extra in [{}, *_INEXACT[recipe.train.method]]:
+        candidates = [
+            _probe(recipe, family, bucket, gpus, each, gpu, capacity) for each in _settings(recipe, gpus, extra)
+        ]
+        for candidate in sorted(candidates, key=lambda candidate: candidate.seconds):
+            smallest = min(smallest or candidate, candidate, key=lambda candidate: candidate.memory)
+            if candidate.memory > capacity:
+                continue
+            for expandable in (True,) if candidate.memory > _TIGHT * capacity else (False, True):
+                changes = candidate.changes | ({"memory.expandable_segments": True} if expandable else {})
+                say(
+                    f"trying {_brief(changes)}: {candidate.memory / GIB:.1f} GiB, {candidate.seconds:.1f} s a step expected"
+                )
+                chosen = _changed(recipe, changes)
+                if simulate(chosen, family, [bucket], gpus, capacity, gpu).fits:
+                    return _whole(recipe, changes | for_encoding, family, bucket, gpus, capacity, gpu)
+        say(f"nothing fits{' with ' + _brief(extra) if extra else ''}")
+    least = smallest.changes | {"memory.expandable_segments": True} | for_encoding
+    return replace(_whole(recipe, least, family, bucket, gpus, capacity, gpu), fits=False)
+
+
+def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
+    """Combinations of savers that go together."""
+    weights: list[Changes] = [{"memory.offload": False}, {"memory.offload": True, "memory.resident_blocks": 0}]
+    if gpus > 1:
+        layouts = ("replicate", "shard") if recipe.train.method == "lora" else ("shard",)
+        weights = [{"memory.layout": layout, **each} for layout in layouts for each in weights]
+    for activations, where in itertools.product(_ACTIVATIONS, weights):
+        changes = activations | where | extra
+        if not check_recipe(_changed(recipe, changes), gpus):
+            yield changes
+
+
+def _probe(
+    recipe: Recipe, family: Family, bucket: Bucket, gpus: int, changes: Changes, gpu: Gpu, capacity: int
+) -> Candidate:
+    """What settings take, by two shallow models; of blocks that are streamed, as many stay on the GPU as have room."""
+    blocks = [family.folder.config("transformer")[key] for key in family.depth_keys]
+    figures = []
+    for depth in _PROBES:
+        depths = [depth * count // min(blocks) for count in blocks]
+        shallow = type(family)(_ShallowFolder(family, depths))
+        plan = simulate(_changed(recipe, changes), shallow, [bucket], gpus, None, gpu)
+        load, step = plan.phases
+        figures.append((load.device.allocated, step.device.allocated, step.seconds))
+    full = min(blocks)
+    first, second = _PROBES
+    load, step, seconds = (a + (b - a) * (full - first) / (second - first) for a, b in zip(*figures, strict=True))
+    memory = max(load, step)
+    if (
+        changes["memory.offload"]
+        and recipe.train.method == "lora"
+        and (gpus == 1 or changes["memory.layout"] == "replicate")
+    ):
+        size = _block_bytes(_changed(recipe, changes), family)
+        stay = min(sum(blocks) - 1, max(0, int((_ROOM * capacity - memory) / size)))
+        changes, memory = changes | {"memory.resident_blocks": stay}, memory + stay * size
+    return Candidate(changes, memory, seconds)
+
+
+def _block_bytes(recipe: Recipe, family: Family) -> float:
+    """A block's frozen weights, the largest's."""
+    transformer = family.empty_transformer()
+    numbers = max(
+        sum(parameter.numel() for parameter in block.parameters())
+        for name in family.block_lists
+        for block in getattr(transformer, name)
+    )
+    bits = {"int8": 8, "float8": 8, "nf4": 4.5}.get(
+        recipe.memory.low_bit, 16 if recipe.train.precision == "bf16" else 32
+    )
+    return numbers * bits / 8
+
+
+class _ShallowFolder(ModelFolder):
+    """The same model with fewer blocks."""
+
+    def __init__(self, family: Family, depths: list[int]) -> None:
+        super().__init__(family.folder.path)
+        self._depths = dict(zip(family.depth_keys, depths, strict=True))
+
+    def config(self, component: str) -> dict[str, Any]:
+        config = super().config(component)
+        return config | self._depths if component == "transformer" else config
+
+
+def _for_encoding(recipe: Recipe, family: Family, bucket: Bucket, gpus: int, capacity: int) -> Changes:
+    """What captions and clips need, so that they can be encoded."""
+    with Simulation(recipe, family, gpus, capacity).running() as simulation:
+        simulation.encoding([bucket])
+    changes: Changes = {}
+    for phase in simulation.phases:
+        if phase.device.reserved > capacity:
+            changes |= {"memory.text_encoder": "cpu"} if phase.name == "encode text" else {"vae.tiling": True}
+    return changes
+
+
+def _whole(recipe: Recipe, changes: Changes, family: Family, bucket: Bucket, gpus: int, capacity: int, gpu: Gpu) -> Fit:
+    """All phases of what was chosen. Only what differs from the recipe is told."""
+    chosen = _changed(recipe, changes)
+    before = recipe_values(recipe)
+    told = {key: value for key, value in changes.items() if _value(before, key) != value}
+    plan = simulate_all(chosen, family, [bucket], gpus, capacity, gpu)
+    for phase in plan.phases:
+        if phase.device.reserved > capacity and phase.name.startswith("validation"):
+            plan.notes.append(
+                "validation samples do not fit: remove [[validation.prompts]], or give them a smaller shape"
+            )
+    return Fit(chosen, told, plan, bool(plan.fits))
+
+
+def _changed(recipe: Recipe, changes: Changes) -> Recipe:
+    values = recipe_values(recipe)
+    for key, value in changes.items():
+        table, name = key.split(".")
+        values.setdefault(table, {})[name] = value
+    return Recipe.model_validate(values)
+
+
+def _value(values: dict[str, Any], key: str) -> Any:
+    table, name = key.split(".")
+    return values[table].get(name)
+
+
+def _brief(changes: Changes) -> str:
+    return ", ".join(f"{key.split('.')[1]} {value}" for key, value in changes.items() if value not in (False, 0))
+
+
+def _toml(changes: Changes) -> list[str]:
+    lines = []
+    for table, keys in itertools.groupby(sorted(changes), key=lambda key: key.split(".")[0]):
+        lines.append(f"[{table}]")
+        for key in keys:
+            value = changes[key]
+            text = str(value).lower() if isinstance(value, (bool, int)) else f'"{value}"'
+            lines.append(f"{key.split('.')[1]} = {text}")
+    return lines

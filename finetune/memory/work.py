@@ -1,0 +1,108 @@
+"""What a step computes and moves, counted, and how long a named GPU would take at its peak rates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's dense peak rates, as its maker's data sheet states them.
+
+    Attributes:
+        flops: bf16 operations a second, with float32 accumulation.
+        memory_rate, host_rate, peer_rate: bytes a second from its memory, from the host one way (PCIe x16), and from other GPUs.
+        memory: bytes.
+    """
+
+    name: str
+    flops: float
+    memory_rate: float
+    host_rate: float
+    peer_rate: float
+    memory: int
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("RTX 3090", 71e12, 936 * GB, 32 * GB, 32 * GB, 24 * 2**30),
+        Gpu("RTX 4090", 165e12, 1008 * GB, 32 * GB, 32 * GB, 24 * 2**30),
+        Gpu("RTX 5090", 209e12, 1792 * GB, 64 * GB, 64 * GB, 32 * 2**30),
+        Gpu("A6000", 155e12, 768 * GB, 32 * GB, 56 * GB, 48 * 2**30),
+        Gpu("L40S", 362e12, 864 * GB, 32 * GB, 32 * GB, 48 * 2**30),
+        Gpu("A100", 312e12, 2039 * GB, 32 * GB, 300 * GB, 80 * 2**30),
+        Gpu("H100", 989e12, 3350 * GB, 64 * GB, 450 * GB, 80 * 2**30),
+        Gpu("H200", 989e12, 4800 * GB, 64 * GB, 450 * GB, 141 * 10**9),
+    )
+}
+
+
+@dataclass
+class Work:
+    """Operations on the device by (FLOPs, bytes read and written), and bytes copied from and to host and peers."""
+
+    operations: Counter[tuple[int, int]]
+    host_bytes: int = 0
+    peer_bytes: int = 0
+
+    @classmethod
+    def none(cls) -> Work:
+        return cls(Counter())
+
+    def add(self, function: Any, arguments: tuple, keywords: dict, tensors: Sequence[Tensor], result: Any) -> None:
+        """Count an operation that touched the device; `tensors` are all of its inputs."""
+        outputs = [
+            each for each in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(each, Tensor)
+        ]
+        if function.namespace == "c10d":
+            self.peer_bytes += max((tensor.nbytes for tensor in tensors), default=0)
+            return
+        if function.is_view or not outputs:
+            return
+        inputs = [tensor for tensor in tensors if tensor is not outputs[0]]
+        if len({tensor.fake_device.type for tensor in (*tensors, *outputs) if hasattr(tensor, "fake_device")}) > 1:
+            self.host_bytes += outputs[0].nbytes
+            return
+        counts = flop_registry.get(function._overloadpacket)
+        flops = counts(*arguments, **keywords, out_val=result) if counts else 0
+        self.operations[flops, sum(tensor.nbytes for tensor in (*inputs, *outputs))] += 1
+
+    def attention(self, query: Tensor, key: Tensor, products: int) -> None:
+        """Count `products` matrix products of a fused attention, (B, H, N, D) each."""
+        batch, heads, rows, width = query.shape
+        self.operations[products * 2 * batch * heads * rows * key.shape[-2] * width, 4 * query.nbytes] += 1
+
+    @property
+    def flops(self) -> int:
+        return sum(flops * count for (flops, _), count in self.operations.items())
+
+    def seconds(self, gpu: Gpu, overlaps: bool = True) -> float:
+        """The roofline (Williams et al. 2009): each operation at the GPU's peak rate of computing or of memory, whichever is
+        slower; copies from and to the host beside them, or after them, and collectives beside them.
+        """
+        computing = sum(
+            count * max(flops / gpu.flops, size / gpu.memory_rate) for (flops, size), count in self.operations.items()
+        )
+        copying = self.host_bytes / gpu.host_rate
+        return max(max(computing, copying) if overlaps else computing + copying, self.peer_bytes / gpu.peer_rate)
+
+    def repeated(self, one: Work, times: int) -> Work:
+        """The work of `times` micro-batches, of that of two (self) and of one."""
+        operations = Counter(self.operations)
+        more = times - 2
+
+        def extended(two: int, first: int) -> int:
+            return two + more * (two - first)
+
+        for key in {*self.operations, *one.operations}:
+            operations[key] = max(0, extended(self.operations[key], one.operations[key]))
+        return Work(operations, extended(self.host_bytes, one.host_bytes), extended(self.peer_bytes, one.peer_bytes))
