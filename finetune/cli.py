@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--device-memory", type=_bytes, metavar="24GiB", help="what each GPU has")
             command.add_argument("--fit", action="store_true", help="search the fastest settings that fit")
             command.add_argument("--write", type=Path, metavar="FILE", help="with --fit: the recipe that fits")
+            command.add_argument("--plot", type=Path, metavar="PNG", help="a picture of what lives on a GPU when")
             command.add_argument("--all-buckets", action="store_true", help="not only the largest")
             command.add_argument("--json", action="store_true", help="all figures, in bytes")
         if name == "export":
@@ -178,7 +179,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     gpu = gpu or GPUS["H100"]
     if arguments.fit:
         return _fit(recipe, family, gpus, capacity, gpu, arguments)
-    plan = simulate_all(recipe, family, buckets, gpus, capacity, gpu)
+    plan = simulate_all(recipe, family, buckets, gpus, capacity, gpu, arguments.plot)
     clip, caption = (size / 2**20 for size in cache_bytes(family, buckets[0], DTYPES[recipe.train.precision]))
     plan.notes.append(f"cache: {clip:.1f} MiB for each clip of {buckets[0]}, {caption:.2f} MiB for each caption")
     print(json.dumps(plan.as_json(), indent=1) if arguments.json else "\n".join(plan.lines()))

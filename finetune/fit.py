@@ -18,7 +18,7 @@ from finetune.recipe import Bucket, Recipe, recipe_values
 Changes = dict[str, Any]
 """Keys of a recipe, as `table.key` -> value."""
 
-_PROBES = (2, 4)  # depths of shallow models; memory and time are linear in depth from there on
+_PROBES = (4, 6)  # depths of shallow models; memory and time are linear in depth from there on
 _TIGHT = 0.9  # share of a GPU's memory from which what is lost between pieces decides
 _ROOM = 0.97  # share that resident blocks may fill: what they leave is for the pieces between them
 _ACTIVATIONS: list[Changes] = [

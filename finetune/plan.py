@@ -3,6 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from finetune.job import build_state
 from finetune.memory.accelerator import Accelerator, simulated_runtime
 from finetune.memory.hollow import HollowFolder
 from finetune.memory.kernels import HOPPER_WORKSPACE, WORKSPACE
+from finetune.memory.plot import Timeline, plot_timelines
 from finetune.memory.report import Phase, Plan
 from finetune.memory.trace import Trace
 from finetune.memory.work import Gpu
@@ -33,6 +35,7 @@ from finetune.recipe.schema import Prompt
 
 STEPS = (1, 2)  # micro-batches of each: the optimizer's state comes with the first step; no third is unlike the second
 _DENOISING_STEPS = 2  # no third takes more
+_MOMENTS = 600  # of a phase, in its picture
 _RUNNING = {
     "encode": "encoding",
     "load": "load",
@@ -92,6 +95,7 @@ class Simulation:
         self.accelerator = Accelerator(self.device, self.host, inside, workspace)
         self.phases: list[Phase] = []
         self.notes: list[str] = []
+        self.timelines: dict[str, Timeline] = {}
 
     def encoding(self, buckets: list[Bucket]) -> None:
         """Text encoders, then the VAE, as `prepare` has them on the device."""
@@ -177,6 +181,7 @@ class Simulation:
         self.host.begin()
         yield
         self.phases.append(Phase(name, self.device.peak(), self.host.peak()))
+        self.timelines[name] = self.device.timeline(_MOMENTS)
         gc.collect()
         self.runtime.device.empty_cache()
 
@@ -231,8 +236,9 @@ def simulate_all(
     gpus: int,
     capacity: int | None = None,
     gpu: Gpu | None = None,
+    picture: Path | None = None,
 ) -> Plan:
-    """Every phase of a run, in order."""
+    """Every phase of a run, in order; `picture` is a PNG of what lived when."""
     prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
     with Simulation(recipe, family, gpus, capacity, gpu).running() as simulation:
         simulation.encoding(buckets)
@@ -240,6 +246,8 @@ def simulate_all(
         if prompts:
             simulation.validation(state, prompts)
         simulation.export(state)
+    if picture is not None:
+        plot_timelines(simulation.timelines, capacity, picture)
     return simulation.plan()
 
 

@@ -234,10 +234,10 @@ class Accelerator(TorchDispatchMode):
         result = self._shapes(function, arguments, keywords, tensors, numbers)
         del copies
         self.work.add(function, arguments, keywords, tensors, result)
-        if function is torch.ops.aten._to_copy.default:
-            self._same_category(tensors[0], result)
         if isinstance(result, FakeTensor):
             self._note(result)
+            if function is torch.ops.aten._to_copy.default:
+                self._same_category(tensors[0], result)
             if numbers is not None:
                 self._keep(result, numbers)
             return result

@@ -53,7 +53,7 @@ class Trace:
         self.allocator.reset_peak()
         self._before = list(self.live.values())
         self._size_before = sum(storage.size for storage in self._before)
-        self._events: list[tuple[Storage, bool]] = []  # (which, whether it came)
+        self._events: list[tuple[Storage, bool, int]] = []  # (which, whether it came, bytes then reserved)
         self._highest, self._at, self._in = self.allocator.allocated, 0, (self.running, self.module)
 
     def resize(self, key: int, size: int) -> None:
@@ -61,11 +61,11 @@ class Trace:
         old = self.live.pop(key, None)
         if old is not None:
             self.allocator.free(old.block)
-            self._events.append((old, False))
+            self._events.append((old, False, self.allocator.reserved))
         if size:
             storage = Storage(size, old.category if old else self.running, self.allocator.malloc(size))
             self.live[key] = storage
-            self._events.append((storage, True))
+            self._events.append((storage, True, self.allocator.reserved))
             if self.allocator.allocated > self._highest:
                 self._highest, self._at = self.allocator.allocated, len(self._events)
                 self._in = self.running, self.module
@@ -78,7 +78,7 @@ class Trace:
     def peak(self) -> Peak:
         """The peak since `begin`."""
         there = dict.fromkeys(self._before)
-        for storage, came in self._events[: self._at]:
+        for storage, came, _ in self._events[: self._at]:
             if came:
                 there[storage] = None
             else:
@@ -90,3 +90,15 @@ class Trace:
         return Peak(
             allocator.peak_allocated, allocator.peak_reserved, parts.total(), self._size_before, *self._in, dict(parts)
         )
+
+    def timeline(self, count: int) -> list[tuple[int, dict[str, int]]]:
+        """(bytes reserved, requested bytes by category) since `begin`, at about `count` moments."""
+        sizes: Counter[str] = Counter()
+        for storage in self._before:
+            sizes[storage.category] += storage.size
+        every, moments = max(1, len(self._events) // count), []
+        for place, (storage, came, reserved) in enumerate(self._events):
+            sizes[storage.category] += storage.size if came else -storage.size
+            if place % every == 0:
+                moments.append((reserved, dict(sizes)))
+        return moments

@@ -1,0 +1,43 @@
+"""A plan as a picture: what lives on the GPU over time, phase by phase."""
+
+from pathlib import Path
+
+from finetune.memory.report import GIB
+from finetune.runtime.errors import UserError
+
+Timeline = list[tuple[int, dict[str, int]]]
+
+
+def plot_timelines(timelines: dict[str, Timeline], capacity: int | None, file: Path) -> None:
+    """Draw each phase's memory by category, in the order of its operations; needs matplotlib (extra `plots`).
+
+    Args:
+        timelines: phase -> `Trace.timeline`.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib is not installed", 'pip install "finetune[plots]"', "--plot") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timelines = {phase: moments for phase, moments in timelines.items() if moments}
+    names = sorted({name for moments in timelines.values() for _, sizes in moments for name in sizes})
+    figure, axes = pyplot.subplots(
+        1, len(timelines), sharey=True, squeeze=False, figsize=(2.4 * len(timelines) + 2, 4.5), layout="constrained"
+    )
+    colours = [pyplot.get_cmap("tab20")(number % 20) for number in range(len(names))]
+    for place, (phase, moments) in enumerate(timelines.items()):
+        panel, at = axes[0][place], range(len(moments))
+        stacks = [[sizes.get(name, 0) / GIB for _, sizes in moments] for name in names]
+        panel.stackplot(at, stacks, labels=names, colors=colours)
+        panel.plot(at, [reserved / GIB for reserved, _ in moments], color="black", linewidth=0.8, label="reserved")
+        if capacity is not None:
+            panel.axhline(capacity / GIB, color="tab:red", linestyle="--", label="the GPU's")
+        panel.set_title(phase, fontsize=8)
+        panel.set_xticks([])
+    axes[0][0].set_ylabel("GiB")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
