@@ -117,23 +117,23 @@ def _probe(
 ) -> Candidate:
     """What settings take, by two shallow models; of blocks that are streamed, as many stay on the GPU as have room."""
     blocks = [family.folder.config("transformer")[key] for key in family.depth_keys]
+    full, chosen = min(blocks), _changed(recipe, changes)
     figures = []
-    for depth in _PROBES:
-        depths = [depth * count // min(blocks) for count in blocks]
-        shallow = type(family)(_ShallowFolder(family, depths))
-        plan = simulate(_changed(recipe, changes), shallow, [bucket], gpus, None, gpu)
-        load, step = plan.phases
+    for depth in _PROBES if full > max(_PROBES) else [full]:
+        shallow = type(family)(_ShallowFolder(family, [depth * count // full for count in blocks]))
+        load, step = simulate(chosen, shallow, [bucket], gpus, None, gpu).phases
         figures.append((load.device.allocated, step.device.allocated, step.seconds))
-    full = min(blocks)
-    first, second = _PROBES
-    load, step, seconds = (a + (b - a) * (full - first) / (second - first) for a, b in zip(*figures, strict=True))
+    if len(figures) == 2:
+        first, second = _PROBES
+        figures = [[a + (b - a) * (full - first) / (second - first) for a, b in zip(*figures, strict=True)]]
+    load, step, seconds = figures[0]
     memory = max(load, step)
     if (
         changes["memory.offload"]
         and recipe.train.method == "lora"
         and (gpus == 1 or changes["memory.layout"] == "replicate")
     ):
-        size = _block_bytes(_changed(recipe, changes), family)
+        size = _block_bytes(chosen, family)
         stay = min(sum(blocks) - 1, max(0, int((_ROOM * capacity - memory) / size)))
         changes, memory = changes | {"memory.resident_blocks": stay}, memory + stay * size
     return Candidate(changes, memory, seconds)

@@ -1,10 +1,11 @@
 """The caching allocator's rules, as c10/cuda/CUDACachingAllocator.cpp documents them."""
 
+import itertools
 import random
 
 import pytest
 
-from finetune.memory.allocator import KIB, MIB, CachingAllocator
+from finetune.memory.allocator import KIB, MIB, CachingAllocator, ExpandableAllocator
 
 
 @pytest.mark.parametrize(
@@ -104,3 +105,42 @@ def test_free_and_used_blocks_always_fill_the_segments() -> None:
     allocator.empty_cache()
     assert (allocator.allocated, allocator.reserved) == (0, 0)
     assert allocator.peak_allocated > 100 * KIB
+
+
+def test_an_expandable_segment_grows_by_pages_and_gives_them_back() -> None:
+    allocator = ExpandableAllocator()
+    blocks = [allocator.malloc(30 * MIB) for _ in range(3)]
+    assert allocator.reserved == 100 * MIB  # 90 MiB on five pages of 20
+    allocator.free(blocks[1])
+    allocator.empty_cache()
+    assert allocator.reserved == 80 * MIB  # of 30 MiB in between, one page held nothing else
+    allocator.malloc(30 * MIB)
+    assert (allocator.reserved, allocator.peak_reserved) == (100 * MIB, 100 * MIB)
+
+
+def test_an_expandable_segment_loses_less_between_its_pieces() -> None:
+    reserved = []
+    for kind in (CachingAllocator, ExpandableAllocator):
+        allocator = kind()
+        for size in range(20, 120, 7):  # each larger than the one that has just gone
+            allocator.free(allocator.malloc(size * MIB))
+        reserved.append(allocator.reserved)
+    assert reserved[1] <= 120 * MIB < reserved[0]
+
+
+@pytest.mark.parametrize("kind", [CachingAllocator, ExpandableAllocator])
+def test_blocks_that_are_in_use_never_overlap(kind: type[CachingAllocator]) -> None:
+    chance, allocator, live = random.Random(0), kind(), []
+    for _ in range(3000):
+        if chance.random() < 0.52 or not live:
+            live.append(allocator.malloc(int(2 ** chance.uniform(9, 27))))
+        else:
+            allocator.free(live.pop(chance.randrange(len(live))))
+    spans = sorted((block.small, block.segment, block.offset, block.size) for block in live)
+    for (*place, offset, size), (*next_place, next_offset, _) in itertools.pairwise(spans):
+        assert place != next_place or offset + size <= next_offset
+    assert allocator.allocated == sum(block.size for block in live) <= allocator.reserved
+    for block in live:
+        allocator.free(block)
+    allocator.empty_cache()
+    assert (allocator.allocated, allocator.reserved) == (0, 0)

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from finetune.memory.report import parse_bytes
+from finetune.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +16,7 @@ def recipe(family_recipe: Callable[..., Path]) -> Path:
     return family_recipe("ltx")
 
 
+BUCKET = "17x64x96"
 ONE_EACH = ["--set", "train.global_batch_size=2", "--set", "train.micro_batch_size=1"]
 
 
@@ -27,9 +30,74 @@ def test_a_plan_says_what_it_takes_and_whether_that_fits(finetune, recipe: Path)
     done = finetune("plan", "--recipe", recipe, *ONE_EACH, "--device-memory", "24GiB")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == ["load", "step"]
-    assert any(line.strip().startswith("frozen weights") for line in lines)
+    assert [line[:26].strip() for line in lines[1:6]] == [
+        "encode text",
+        f"encode video {BUCKET}",
+        "load",
+        f"step {BUCKET}",
+        "export",
+    ]
+    explained = lines.index(next(line for line in lines if line.startswith("The peak is in")))
+    assert "GiB" not in lines[explained + 1]
+    assert lines[explained + 1].rstrip().endswith("#")
     assert lines[-1].startswith("fits: a GPU needs 0.0")
+
+
+WITH_SAMPLES = ["--set", 'validation.prompts=[{text = "a ball"}]']
+
+
+@pytest.mark.parametrize("family", ["ltx", "cogvideox", "hunyuan", "mochi"])
+def test_a_plan_goes_through_every_phase_of_a_run(finetune, family_recipe: Callable[..., Path], family: str) -> None:
+    plan = planned(finetune, family_recipe(family), *WITH_SAMPLES)
+    bucket = "13x64x96" if family == "mochi" else BUCKET
+    names = ["encode text", f"encode video {bucket}", "load", f"step {bucket}", f"validation {bucket}", "export"]
+    assert [phase["name"] for phase in plan["phases"]] == names
+    parts = {phase["name"]: phase["device"]["parts"] for phase in plan["phases"]}
+    assert "text encoder" in parts["encode text"]
+    assert "VAE" in parts[names[1]]
+    assert "VAE" in parts[names[4]] or "frozen weights" in parts[names[4]]
+    assert plan["phases"][3]["flops"] > 0
+    assert plan["phases"][3]["seconds"] > 0
+
+
+def test_captions_that_are_encoded_on_the_cpu_take_nothing_of_the_gpu(finetune, recipe: Path) -> None:
+    there, away = (planned(finetune, recipe, "--set", f"memory.text_encoder={where}") for where in ("device", "cpu"))
+    assert there["phases"][0]["device"]["parts"]["text encoder"] > 0
+    assert "text encoder" not in away["phases"][0]["device"]["parts"]
+
+
+def test_a_plan_draws_what_lives_when(finetune, recipe: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    done = finetune("plan", "--recipe", recipe, *ONE_EACH, "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    with Image.open(picture) as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 20
+
+
+def test_fit_finds_settings_and_writes_a_recipe_that_is_planned_within_them(
+    finetune, recipe: Path, tmp_path: Path
+) -> None:
+    found = tmp_path / "fits.toml"
+    done = finetune("plan", "--recipe", recipe, *ONE_EACH, "--device-memory", "24GiB", "--fit", "--write", found)
+    assert done.returncode == 0, done.stderr
+    assert 'activation_checkpointing = "none"' in done.stdout  # everything fits, so nothing is computed twice
+    assert load_recipe(found).memory.activation_checkpointing == "none"
+    again = finetune("plan", "--recipe", found, "--device-memory", "24GiB")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.full  # it tries every setting there is
+def test_where_nothing_fits_the_smallest_is_named(finetune, recipe: Path) -> None:
+    done = finetune("plan", "--recipe", recipe, *ONE_EACH, "--device-memory", "2MiB", "--fit", timeout=600)
+    assert done.returncode == 3, done.stderr
+    assert "nothing fits; these settings take least" in done.stdout
+    assert "[memory]" in done.stdout
+
+
+def test_fit_needs_to_know_how_much_there_is(finetune, recipe: Path) -> None:
+    done = finetune("plan", "--recipe", recipe, *ONE_EACH, "--fit")
+    assert done.returncode == 2
+    assert "--device-memory" in done.stderr
 
 
 def test_what_does_not_fit_says_how_much_is_missing(finetune, recipe: Path) -> None:
@@ -41,14 +109,14 @@ def test_what_does_not_fit_says_how_much_is_missing(finetune, recipe: Path) -> N
 def test_shards_of_eight_take_less_of_each(finetune, recipe: Path) -> None:
     sharded = ["--set", "memory.layout=shard", "--set", "train.method=full", "--set", "train.global_batch_size=8"]
     alone, eight = (planned(finetune, recipe, *sharded, "--gpus", gpus) for gpus in ("1", "8"))
-    state = [plan["phases"][-1]["device"]["parts"]["optimizer state"] for plan in (alone, eight)]
+    state = [plan["phases"][3]["device"]["parts"]["optimizer state"] for plan in (alone, eight)]
     assert state[1] == pytest.approx(state[0] / 8, rel=0.1)
 
 
 def test_offloaded_weights_are_in_host_memory(finetune, recipe: Path) -> None:
     memory = ["--set", "train.method=full", "--set", "memory.offload=true"]
     phases = planned(finetune, recipe, *memory)["phases"]
-    assert "trained weights" not in phases[-1]["device"]["parts"]
+    assert "trained weights" not in phases[3]["device"]["parts"]
 
 
 def test_a_bad_recipe_is_refused_as_check_refuses_it(finetune, recipe: Path) -> None:
