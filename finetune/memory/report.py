@@ -66,8 +66,8 @@ class Plan:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "24GiB", "24 GB" or "24" (GiB). Raises ValueError."""
-    units = {"": GIB, "gib": GIB, "g": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+    """Bytes of "24GiB", "24 GB", "25769803776B" or "24" (GiB). Raises ValueError."""
+    units = {"": GIB, "gib": GIB, "g": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6, "b": 1}
     number = text.strip().rstrip("GgIiBbMm ")
     unit = text.strip()[len(number) :].strip().lower()
     if unit not in units or float(number) <= 0:
