@@ -39,6 +39,12 @@ class Plan:
         """All figures, in bytes."""
         return {**asdict(self), "fits": self.fits}
 
+    @classmethod
+    def from_json(cls, figures: dict[str, Any]) -> "Plan":
+        """The plan whose `as_json` this is."""
+        phases = [Phase(each["name"], Peak(**each["device"]), Peak(**each["host"])) for each in figures["phases"]]
+        return cls(figures["gpus"], figures["capacity"], phases)
+
     def lines(self) -> list[str]:
         """The plan in words and bars."""
         lines = [f"{'GiB':24} {'allocated':>10} {'reserved':>10} {'host memory':>12}"]
@@ -52,9 +58,11 @@ class Plan:
         for name, size in sorted(peak.parts.items(), key=lambda part: -part[1]):
             if size >= 0.01 * peak.requested:
                 lines.append(f"  {name:18} {size / GIB:8.2f}  {'#' * max(1, round(_WIDTH * size / most))}")
-        return [*lines, "", self._verdict()]
+        return [*lines, "", self.verdict]
 
-    def _verdict(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, and by how much not."""
         needs = f"{self.highest.device.reserved / GIB:.2f} GiB"
         each = "a GPU" if self.gpus == 1 else f"each of {self.gpus} GPUs"
         if self.capacity is None:
