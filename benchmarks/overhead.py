@@ -24,6 +24,7 @@ from finetune.engine.optimizer import build_optimizer
 from finetune.engine.parallel import trained_parameters
 from finetune.engine.precision import storage_dtype
 from finetune.engine.step import StepResult
+from finetune.foresight import Foresight
 from finetune.job import Job, build
 from finetune.models import lora
 from finetune.models.family import Batch, Family
@@ -137,7 +138,7 @@ def main() -> None:
             "bare, no FSDP": bare_loop(plain_model(recipe, family), recipe, family, in_memory),
         }
         with TakingTurns(job, arguments.steps, others) as report:
-            run(job, 0, report, StopRequest())
+            run(job, 0, report, StopRequest(), Foresight(recipe, family.folder.path, runtime))
     distributed.stop()
     ours = np.array(report.milliseconds["finetune"])  # (blocks, clocks)
     rows = []

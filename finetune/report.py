@@ -7,6 +7,7 @@ from finetune.engine.step import StepResult
 from finetune.engine.validation import HeldOut
 from finetune.job import Job
 from finetune.recipe.load import recipe_values
+from finetune.runtime.device import Memory
 from finetune.runtime.files import writing
 from finetune.runtime.logging import say
 from finetune.tracking.progress import ProgressLine
@@ -17,13 +18,17 @@ GIB = 2**30
 
 
 class Report:
-    """Collects a step's figures and hands them on. Does nothing on ranks other than 0."""
+    """Collects a step's figures and hands them on. Ranks other than 0 tell nothing.
+
+    `memory` is the most that a step of this rank took.
+    """
 
     def __init__(self, job: Job, done: int) -> None:
         """`done`: steps already made by the run this one resumes."""
         self.job, self.done = job, done
         self.enabled = job.state.runtime.is_main
         self.trackers: list[Tracker] = []
+        self.memory = Memory(0, 0)
 
     def __enter__(self) -> "Report":
         recipe, job = self.job.recipe, self.job
@@ -42,7 +47,7 @@ class Report:
             if self.enabled:
                 self.trackers = open_trackers(recipe.tracking, recipe.output, recipe_values(recipe), self.done)
         self.progress = ProgressLine("step", recipe.train.steps, self.done, self.enabled)
-        self.last = time.monotonic()
+        self.restart_clock()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -50,13 +55,18 @@ class Report:
         for tracker in self.trackers:
             tracker.close()
 
+    def restart_clock(self) -> None:
+        """What has passed since the last step is not the next one's time."""
+        self.last = time.monotonic()
+
     def step(self, step: int, result: StepResult) -> None:
         """One optimizer step, counted from 1."""
+        memory = self.job.state.runtime.device.memory()
+        self.memory = Memory(max(memory.allocated, self.memory.allocated), max(memory.reserved, self.memory.reserved))
         if not self.enabled:
             return
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        memory = self.job.state.runtime.device.memory()
         samples = self.job.layout.global_batch / seconds
         self._log(
             step,
@@ -82,7 +92,7 @@ class Report:
         if self.enabled and figures is not None:
             say(f"held-out loss after step {step}: {figures.loss:.4f} (predicting zero: {figures.zero_loss:.4f})")
             self._log(step, {"heldout_loss": figures.loss, "heldout_zero_loss": figures.zero_loss})
-        self.last = time.monotonic()
+        self.restart_clock()
 
     def samples(self, step: int, samples: Samples | None) -> None:
         """Videos of the validation prompts after `step` steps; 0 is the base model."""
@@ -91,13 +101,13 @@ class Report:
             with writing(self.job.recipe.output):
                 for tracker in self.trackers:
                     tracker.log_videos(step, samples.videos, samples.sheet)
-        self.last = time.monotonic()
+        self.restart_clock()
 
     def saved(self, path: Path) -> None:
         """A checkpoint was written."""
         if self.enabled:
             say(f"saved {path}")
-        self.last = time.monotonic()
+        self.restart_clock()
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         with writing(self.job.recipe.output):

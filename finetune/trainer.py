@@ -3,10 +3,14 @@
 import signal
 from pathlib import Path
 
+import torch
+
 from finetune.check import check_device, check_output, check_recipe, open_family
 from finetune.engine.export import LORA_FILE
 from finetune.engine.step import StepResult
+from finetune.foresight import Foresight
 from finetune.job import Job, build
+from finetune.models.family import Family
 from finetune.prepare import prepare
 from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.recipe.load import changes
@@ -30,6 +34,13 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
         check_output(recipe)
         family = open_family(recipe)
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
+    runtime.device.record_memory()
+    with Foresight(recipe, family.folder.path, runtime) as foresight:
+        return _train(recipe, runtime, family, foresight)
+
+
+def _train(recipe: Recipe, runtime: Runtime, family: Family, foresight: Foresight) -> int:
+    """The training of a recipe that is known to be sound."""
     prepared = prepare(recipe, family, runtime)
     with runtime.together():
         lock = _claim_output(recipe) if runtime.is_main else None
@@ -43,7 +54,9 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
         )
     stop = StopRequest()
     with Report(job, done) as report:
-        stopped = run(job, done, report, stop)
+        stopped = run(job, done, report, stop, foresight)
+        if done < recipe.train.steps:
+            foresight.compare(report.memory)
         if not stopped:
             exported = export(job)
             if done < recipe.train.steps:  # after the weights are safe: samples need the most memory
@@ -71,7 +84,7 @@ def _claim_output(recipe: Recipe) -> FolderLock:
     return lock
 
 
-def run(job: Job, done: int, report: Report, stop: StopRequest) -> bool:
+def run(job: Job, done: int, report: Report, stop: StopRequest, foresight: Foresight) -> bool:
     """Train from step `done` to the recipe's last; returns whether the run was asked to end before it."""
     recipe, validation = job.recipe, job.recipe.validation
     batches = job.batches(done)
@@ -79,9 +92,15 @@ def run(job: Job, done: int, report: Report, stop: StopRequest) -> bool:
         report.heldout(0, job.heldout_loss())
     if done == 0 or (_due(validation.samples_every, done) and not has_samples(job, done)):  # a stop came before them
         report.samples(done, validation_samples(job, done, lambda: stop.requested))
+    if done < recipe.train.steps:
+        foresight.tell(lambda: stop.requested)
+        report.restart_clock()
     for step in range(done, recipe.train.steps):
         micro_batches = [next(batches) for _ in range(job.layout.accumulation)]
-        result = job.step(step, micro_batches, stop=stop.requested)
+        try:
+            result = job.step(step, micro_batches, stop=stop.requested)
+        except torch.OutOfMemoryError as error:  # of one rank, amid collectives: the others end with its process
+            raise foresight.out_of_memory(error, step + 1, job.order.plan(step).bucket) from error
         report.step(step + 1, result)
         if not result.updated:
             raise _not_finite(job, step, result)

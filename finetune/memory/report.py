@@ -57,6 +57,16 @@ class Plan:
         """All figures, in bytes, FLOPs and seconds."""
         return {**asdict(self), "host_bytes": self.host_bytes, "fits": self.fits}
 
+    @classmethod
+    def from_json(cls, figures: dict[str, Any]) -> "Plan":
+        """The plan whose `as_json` this is."""
+        phases = [
+            Phase(**{**each, "device": Peak(**each["device"]), "host": Peak(**each["host"])})
+            for each in figures["phases"]
+        ]
+        gpu = figures["gpu"] and Gpu(**figures["gpu"])
+        return cls(figures["gpus"], figures["capacity"], gpu, phases, figures["notes"])
+
     def lines(self) -> list[str]:
         """The plan in words and bars."""
         lines = [f"{'GiB':26} {'allocated':>10} {'reserved':>10} {'host memory':>12}"]
@@ -73,7 +83,7 @@ class Plan:
         for name, size in sorted(peak.parts.items(), key=lambda part: -part[1]):
             if size >= 0.01 * peak.requested:
                 lines.append(f"  {name:18} {size / GIB:8.2f}  {'#' * max(1, round(_WIDTH * size / most))}")
-        return [*lines, "", *self._costs(), *self.notes, self._verdict()]
+        return [*lines, "", *self._costs(), *self.notes, self.verdict]
 
     def _costs(self) -> list[str]:
         lines = []
@@ -89,7 +99,9 @@ class Plan:
             )
         return lines
 
-    def _verdict(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, and by how much not."""
         needs = f"{self.highest.device.reserved / GIB:.2f} GiB"
         each = "a GPU" if self.gpus == 1 else f"each of {self.gpus} GPUs"
         if self.capacity is None:
@@ -101,8 +113,8 @@ class Plan:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "24GiB", "24 GB" or "24" (GiB). Raises ValueError."""
-    units = {"": GIB, "gib": GIB, "g": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+    """Bytes of "24GiB", "24 GB", "25769803776B" or "24" (GiB). Raises ValueError."""
+    units = {"": GIB, "gib": GIB, "g": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6, "b": 1}
     number = text.strip().rstrip("GgIiBbMm ")
     unit = text.strip()[len(number) :].strip().lower()
     if unit not in units or float(number) <= 0:

@@ -8,9 +8,12 @@ import os
 import resource
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+_RECORDED = 100_000  # allocations and frees, some hundred bytes each
 
 
 def use_expandable_segments() -> None:
@@ -116,6 +119,25 @@ class Device:
     def reset_peak(self) -> None:
         if not self.is_cpu:
             torch.accelerator.reset_peak_memory_stats(self.torch_device)
+
+    def record_memory(self) -> None:
+        """Note from here on who allocates what, for `snapshot`: the newest events, and the Python stacks of what is live.
+
+        It takes about 2 microseconds an allocation (torch.cuda.memory._record_memory_history). Only CUDA can do it.
+        """
+        if self.kind == "cuda":  # "all" keeps events, and "state" their stacks only while memory is held
+            torch.cuda.memory._record_memory_history("all", "state", stacks="python", max_entries=_RECORDED)
+
+    def snapshot(self, path: Path) -> bool:
+        """Write what `record_memory` has noted, as a pickle for torch's viewer; returns whether there is any.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.kind != "cuda":
+            return False
+        torch.cuda.memory._dump_snapshot(str(path))
+        return True
 
     def empty_cache(self) -> None:
         """Give cached blocks back to the device, after a model was dropped."""

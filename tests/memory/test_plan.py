@@ -127,7 +127,14 @@ def test_a_bad_recipe_is_refused_as_check_refuses_it(finetune, recipe: Path) -> 
 
 @pytest.mark.parametrize(
     "text, size",
-    [("24GiB", 24 * 2**30), ("24", 24 * 2**30), ("80 GB", 80 * 10**9), ("512MiB", 2**29), ("1.5g", 3 * 2**29)],
+    [
+        ("24GiB", 24 * 2**30),
+        ("24", 24 * 2**30),
+        ("80 GB", 80 * 10**9),
+        ("512MiB", 2**29),
+        ("1.5g", 3 * 2**29),
+        ("85899345920B", 80 * 2**30),
+    ],
 )
 def test_amounts_of_memory(text: str, size: int) -> None:
     assert parse_bytes(text) == size

@@ -1,0 +1,65 @@
+"""The command line on a CPU that calls itself a card, whose steps may run out of memory.
+
+Usage: [torchrun ...] foresight_worker.py CARD FAILS ARGUMENTS...     the arguments are `python -m finetune`'s.
+
+CARD: bytes of its memory; 0 for the plain CPU. FAILS: "RANK:STEP", or "never".
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from finetune.cli import main
+from finetune.runtime import distributed
+from finetune.runtime.device import Device, Memory
+
+RANK = int(os.environ.get("RANK", 0))
+STEPS = [3.0, 5.0, 4.0]  # GiB that steps report; each further rank one more
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB.\nand much else that is of no use"
+
+
+@dataclass(frozen=True)
+class Card(Device):
+    """A CPU that says what memory it has, and what its steps took of it."""
+
+    total_memory: int = 0
+    taken: Iterator[float] = field(default_factory=lambda: chain(STEPS, repeat(1.0)))
+
+    def memory(self) -> Memory:
+        allocated = int((next(self.taken) + RANK) * 2**30)
+        return Memory(allocated, 2 * allocated)
+
+    def snapshot(self, path: Path) -> bool:
+        path.write_bytes(b"what was in memory")
+        return True
+
+
+def fail_in(step: int) -> None:
+    """Have the transformer of a step, counted from 1, run out of memory."""
+    passes = []
+
+    def hook(module: nn.Module, _: object, __: object) -> None:
+        if type(module).__name__.endswith("Transformer3DModel") and torch.is_grad_enabled():
+            passes.append(module)
+            if len(passes) == step:
+                raise torch.OutOfMemoryError(MESSAGE)
+
+    register_module_forward_hook(hook)
+
+
+if __name__ == "__main__":
+    card, fails, *arguments = sys.argv[1:]
+    if int(card):
+        distributed._pick_device = lambda _: Card(torch.device("cpu"), int(card))
+    if fails != "never":
+        rank, step = map(int, fails.split(":"))
+        if rank == RANK:
+            fail_in(step)
+    sys.exit(main(arguments))
