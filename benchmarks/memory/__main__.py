@@ -17,21 +17,35 @@ from pathlib import Path
 
 from benchmarks.memory.ours import resident, with_savers
 from benchmarks.memory.published import HERE, Row, rows
-from benchmarks.memory.table import Line, chart, errors, markdown
+from benchmarks.memory.table import GIB, Line, chart, errors, markdown
 
 RESULTS = HERE.parent / "results"
 TIMEOUT = 900  # seconds of one run
+MEASURED = (
+    2,
+    4,
+    8,
+    9,
+    10,
+    13,
+    15,
+    50,
+    54,
+)  # rows whose recipes of ours fit 80 GB: both models, LoRA and full, batch 1 and 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of rows, from 1")
+    parser.add_argument("--measure", action="store_true", help="ours, predicted and measured on the GPU that is here")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     start, chosen = time.perf_counter(), rows()
-    if arguments.only:
-        chosen = [chosen[number - 1] for number in arguments.only]
+    if arguments.only or arguments.measure:
+        chosen = [chosen[number - 1] for number in arguments.only or MEASURED]
+    if arguments.measure:
+        return _measure(chosen, arguments.out)
     wanted: dict[tuple[str, str], None] = {}
     for row in chosen:
         wanted |= dict.fromkeys(_runs(row).values())
@@ -46,6 +60,25 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "memory.md").write_text(report)
     chart(lines, arguments.out / "memory.png")
+
+
+def _measure(chosen: list[Row], out: Path) -> None:
+    """Predicted and measured, beside each other; one run at a time."""
+    table = [
+        "| ours | GPU | allocated, predicted / measured | reserved, predicted / measured | errors |",
+        "|---|---|---|---|---|",
+    ]
+    wanted = dict.fromkeys(choose(row) for row in chosen for choose in (resident, with_savers) if row.gpus == 1)
+    for ours in wanted:
+        predicted, measured = (_run((module, ours.key)) for module in ("ours", "measure"))
+        cells, errors = [ours.key, measured["gpu"]], []
+        for kind in ("allocated", "reserved"):
+            cells.append(f"{predicted[kind] / GIB:.2f} / {measured[kind] / GIB:.2f}")
+            errors.append(f"{predicted[kind] / measured[kind] - 1:+.1%}")
+        table.append("| " + " | ".join([*cells, ", ".join(errors)]) + " |")
+        print(table[-1], flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "memory_measured.md").write_text("\n".join(table) + "\n")
 
 
 def _runs(row: Row) -> dict[str, tuple[str, str]]:

@@ -28,6 +28,12 @@ class Ours:
         """The same for the same settings."""
         return json.dumps([self.model, self.gpus, self.tables], sort_keys=True)
 
+    @classmethod
+    def parse(cls, key: str) -> "Ours":
+        """Of its `key`."""
+        model, gpus, tables = json.loads(key)
+        return cls(model, gpus, tuple((name, tuple(map(tuple, settings))) for name, settings in tables))
+
     def recipe(self) -> Recipe:
         """As a whole."""
         tables = {name: dict(settings) for name, settings in self.tables}
@@ -86,5 +92,4 @@ def predict(ours: Ours) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    model, gpus, tables = json.loads(sys.argv[1])
-    print(json.dumps(predict(Ours(model, gpus, tuple((name, tuple(map(tuple, each))) for name, each in tables)))))
+    print(json.dumps(predict(Ours.parse(sys.argv[1]))))
