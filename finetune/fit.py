@@ -182,11 +182,15 @@ def _whole(recipe: Recipe, changes: Changes, family: Family, bucket: Bucket, gpu
     before = recipe_values(recipe)
     told = {key: value for key, value in changes.items() if _value(before, key) != value}
     plan = simulate_all(chosen, family, [bucket], gpus, capacity, gpu)
-    for phase in plan.phases:
-        if phase.device.reserved > capacity and phase.name.startswith("validation"):
-            plan.notes.append(
-                "validation samples do not fit: remove [[validation.prompts]], or give them a smaller shape"
-            )
+    samples = [phase for phase in plan.phases if phase.name.startswith("validation")]
+    if any(phase.device.reserved > capacity for phase in samples):
+        needed = max(phase.device.reserved for phase in samples) / GIB
+        plan.notes.append(
+            f"samples would take {needed:.2f} GiB: leave out [[validation.prompts]], or give them a smaller shape"
+        )
+        plan = replace(plan, phases=[phase for phase in plan.phases if phase not in samples])
+        silent = {"prompts": [], "prompts_file": None, "samples_every": None}
+        chosen = chosen.model_copy(update={"validation": chosen.validation.model_copy(update=silent)})
     return Fit(chosen, told, plan, bool(plan.fits))
 
 

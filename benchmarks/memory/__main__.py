@@ -45,7 +45,8 @@ def main() -> None:
     if arguments.only or arguments.measure:
         chosen = [chosen[number - 1] for number in arguments.only or MEASURED]
     if arguments.measure:
-        return _measure(chosen, arguments.out)
+        _measure(chosen, arguments.out)
+        return
     wanted: dict[tuple[str, str], None] = {}
     for row in chosen:
         wanted |= dict.fromkeys(_runs(row).values())
