@@ -13,11 +13,12 @@ from finetune.recipe.schema import Memory
 from finetune.runtime.device import Device
 
 _ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_attention_math.default,
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_attention_math",
+    "finetune::fused_attention",  # of the simulated accelerator
 }
 _GRAPHS = 256
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
@@ -80,7 +81,7 @@ class Keep:
         self.left = {False: budget, True: budget}
 
     def __call__(self, context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-        if operation in _ATTENTION:
+        if operation.name() in _ATTENTION:
             size = _bytes(arguments[0], arguments[0].numel())
         elif operation in _MATMULS:
             a, b = arguments[-2:] if operation is not torch.ops.aten.addmm.default else arguments[1:3]

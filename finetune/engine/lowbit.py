@@ -86,7 +86,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale = context.saved_tensors
-        return _input_gradient(gradient, codes, scale, context.kind), None, None, None, None
+        if torch.compiler.is_compiling():
+            return _input_gradient(gradient, codes, scale, context.kind), None, None, None, None
+        return gradient @ dequantize(codes, scale, context.kind, gradient.dtype), None, None, None, None
 
 
 @torch.library.custom_op("finetune::low_bit_input_gradient", mutates_args=())

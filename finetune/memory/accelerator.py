@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from finetune.memory import kernels
-from finetune.memory.kernels import KIND, Attention
+from finetune.memory.kernels import KIND
 from finetune.memory.memo import Memo
 from finetune.memory.trace import Trace
 from finetune.memory.work import Work
@@ -190,7 +190,7 @@ class Accelerator(TorchDispatchMode):
         self._known: dict[int, tuple[Trace, int]] = {}  # storage -> (where, bytes)
 
     def __enter__(self) -> Accelerator:
-        resize, Attention.inside = torch.UntypedStorage.resize_, self.inside
+        resize = torch.UntypedStorage.resize_
 
         def traced(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP2 frees what it gathered by resizing
             result = resize(storage, size)
@@ -206,7 +206,7 @@ class Accelerator(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
-        torch.UntypedStorage.resize_, Attention.work = self._resize, None
+        torch.UntypedStorage.resize_ = self._resize
         torch._C._set_only_lift_cpu_tensors(self._lifts)
         return super().__exit__(*error)
 
@@ -230,14 +230,18 @@ class Accelerator(TorchDispatchMode):
         numbers = self._numbers(function, arguments, keywords, tensors)
         if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
             return numbers
-        copies = self._inside(function, arguments) if self.inside else None
+        on_device = any(_is_on_device(tensor) for tensor in tensors)
+        temporaries = self._inside(function, arguments) if self.inside and on_device else None
         result = self._shapes(function, arguments, keywords, tensors, numbers)
-        del copies
-        self.work.add(function, arguments, keywords, tensors, result)
+        del temporaries
+        if on_device:
+            self.work.add(function, arguments, keywords, tensors, result)
         if isinstance(result, FakeTensor):
             self._note(result)
             if function is torch.ops.aten._to_copy.default:
                 self._same_category(tensors[0], result)
+            if function._schema.is_mutable:
+                result.numbers = None  # what was known of it is no more, unless it is known anew
             if numbers is not None:
                 self._keep(result, numbers)
             return result
@@ -254,10 +258,7 @@ class Accelerator(TorchDispatchMode):
         if self._workspace and function in kernels.MATRIX_PRODUCTS:
             self._kept, self._workspace = self._allocate((self._workspace,), torch.uint8), 0
             self.name([self._kept], "workspace")
-        place = kernels.MADE_CONTIGUOUS.get(function)
-        if place is None or arguments[place].is_contiguous():
-            return []
-        return [self._allocate(arguments[place].shape, arguments[place].dtype)]
+        return [self._allocate(shape, dtype) for shape, dtype in kernels.made_inside(function, arguments)]
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
         with self.fake:
@@ -301,7 +302,7 @@ class Accelerator(TorchDispatchMode):
         """The result in numbers, if all that it depends on is small and known; None if not."""
         if function in _UNINITIALISED:
             return None
-        if function is torch.ops.aten.copy_.default:  # whatever was there before
+        if function is torch.ops.aten.copy_.default and _numbers_of(arguments[0]) is None:  # whatever was there before
             source = _numbers_of(arguments[1])
             return None if source is None else source.expand(arguments[0].shape).to(arguments[0].dtype)
         if not tensors and _size(arguments) > _NUMBERS:
@@ -326,7 +327,7 @@ class Accelerator(TorchDispatchMode):
 
     def begin_work(self) -> None:
         """Count what is computed from here on; `work` says it."""
-        self.work = Attention.work = Work.none()
+        self.work = Work.none()
 
     def running(self, what: str) -> None:
         """Say what comes from here on."""
@@ -366,6 +367,10 @@ def _tensors(arguments: tuple) -> list[Tensor]:
         elif isinstance(argument, (list, tuple)):
             found += _tensors(argument)
     return found
+
+
+def _is_on_device(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == KIND
 
 
 def _numbers_of(tensor: Tensor) -> Tensor | None:

@@ -80,7 +80,8 @@ class CachingAllocator:
         for small, pool in self._free.items():
             empty = [block for _, block in pool if block.previous is None and block.next is None]
             self.reserved -= sum(block.size for block in empty)
-            self._free[small] = [entry for entry in pool if entry[1] not in set(empty)]
+            gone = set(empty)
+            self._free[small] = [entry for entry in pool if entry[1] not in gone]
 
     def reset_peak(self) -> None:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
@@ -98,13 +99,17 @@ class CachingAllocator:
 
     def _split(self, block: Block, size: int) -> None:
         left = block.size - size
-        if left < ROUNDING if block.small else left <= SMALL:
+        if left < self._least_rest(block.small):
             return
         rest = Block(block.segment, block.offset + size, left, block.small, True, block, block.next)
         if block.next:
             block.next.previous = rest
         block.next, block.size = rest, size
         bisect.insort(self._free[block.small], (rest.order, rest))
+
+    def _least_rest(self, small: bool) -> int:
+        """Bytes from which a rest is worth splitting off."""
+        return ROUNDING if small else SMALL + 1
 
     def _merge(self, first: Block, second: Block, waiting: Block) -> Block:
         """Two neighbours as one; `waiting` is the one that is in the pool."""
@@ -145,6 +150,9 @@ class ExpandableAllocator(CachingAllocator):
                 gone = {number for number in self._pages[small] if first <= number < stop}
                 self._pages[small] -= gone
                 self.reserved -= len(gone) * page
+
+    def _least_rest(self, small: bool) -> int:
+        return ROUNDING
 
     def _map(self, block: Block) -> None:
         """Have pages under a block."""

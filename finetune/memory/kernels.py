@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.memory.work import Work
-
 KIND = "simulated"  # the device's name
 
 # cuBLAS keeps a workspace for a process from its first matrix product on (aten/src/ATen/cuda/CUDABlas.cpp): the default of
@@ -27,45 +25,70 @@ MADE_CONTIGUOUS = {
 }
 
 
-class Attention(torch.autograd.Function):
-    """The fused kernels' memory: they keep query, key, value, output and a float32 log-sum-exp (Dao et al. 2022), and their
-    backward pass makes the three gradients. With `inside` also what it makes for itself
-    (aten/src/ATen/native/transformers/cuda/attention_backward.cu and flash_attn/flash_api.cpp, mha_bwd): output and its gradient
-    in order as (B, N, H, D), row sums, and the query's gradient in float32, rows rounded to 128 and heads to 32 (to 64 beyond
-    128). The memory-efficient kernel, which takes masks and float32, has a workspace as large.
+@torch.library.custom_op("finetune::fused_attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(output, float32 log-sum-exp): what the fused kernels keep beside their inputs (Dao et al. 2022). The numbers are zeros."""
+    if mask is None and query.dtype != torch.float32:
+        out = torch.zeros_like(query)  # the flash kernel's lies in memory as the query does
+    else:  # the memory-efficient kernel's always as (B, N, H, D) (aten/native/transformers/cuda/attention.cu)
+        out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return out, torch.zeros(query.shape[:-1], dtype=torch.float32, device=query.device)
+
+
+@torch.library.custom_op("finetune::fused_attention_backward", mutates_args=())
+def attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+
+attention.register_fake(attention._init_fn)
+attention_backward.register_fake(attention_backward._init_fn)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *([inputs[3]] if inputs[3] is not None else []))
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, out, sums, *_ = ctx.saved_tensors
+    return *attention_backward(gradient, query, key, value, out, sums), None
+
+
+attention.register_autograd(_backward, setup_context=_keep)
+
+FORWARD = torch.ops.finetune.fused_attention.default
+BACKWARD = torch.ops.finetune.fused_attention_backward.default
+
+
+def made_inside(function: Any, arguments: tuple) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what a kernel allocates for itself, beside its results.
+
+    Attention's backward pass (aten/src/ATen/native/transformers/cuda/attention_backward.cu and flash_attn/flash_api.cpp, mha_bwd):
+    output and its gradient in order as (B, N, H, D), row sums, and the query's gradient in float32, rows rounded to 128 and heads
+    to 32 (to 64 beyond 128). The memory-efficient kernel, which takes masks and float32, has a workspace as large.
     """
-
-    inside = True
-    work: Work | None = None  # where its matrix products are counted
-
-    @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None and query.dtype != torch.float32:
-            out = torch.zeros_like(query)  # the flash kernel's lies in memory as the query does
-        else:  # the memory-efficient kernel's always as (B, N, H, D) (aten/native/transformers/cuda/attention.cu)
-            out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        if Attention.work is not None:
-            Attention.work.attention(query, key, products=2)
-        sums = torch.zeros(query.shape[:-1], dtype=torch.float32, device=query.device)
-        context.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
-        return out
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, sums, *_ = context.saved_tensors
-        if Attention.work is not None:
-            Attention.work.attention(query, key, products=5)
-        if not Attention.inside:
-            torch.zeros_like(sums)
-            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None
-        in_order = gradient.transpose(1, 2).contiguous(), out.transpose(1, 2).contiguous()
-        gradients = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    if function is BACKWARD:
+        gradient, query, _, _, out, _ = arguments
         batch, heads, rows, width = query.shape
         rounding = 32 if width <= 128 else 64
         rows, width = -(-rows // 128) * 128, -(-width // rounding) * rounding
-        row_sums, accumulator = sums.new_empty(batch, heads, rows), sums.new_empty(batch, rows, heads, width)
-        del in_order, row_sums, accumulator
-        return *gradients, None
+        in_order = [(each.shape, each.dtype) for each in (gradient, out) if not each.transpose(1, 2).is_contiguous()]
+        return [*in_order, ((batch, heads, rows), torch.float32), ((batch, rows, heads, width), torch.float32)]
+    place = MADE_CONTIGUOUS.get(function)
+    if place is None or arguments[place].is_contiguous():
+        return []
+    return [(arguments[place].shape, arguments[place].dtype)]
+
+
+def attention_flops(function: Any, arguments: tuple) -> int:
+    """Two matrix products of the forward pass, five of the backward pass; 0 for other operations."""
+    if function not in (FORWARD, BACKWARD):
+        return 0
+    query, key = arguments[:2] if function is FORWARD else arguments[1:3]
+    batch, heads, rows, width = query.shape
+    return (2 if function is FORWARD else 5) * 2 * batch * heads * rows * key.shape[-2] * width
 
 
 def fused_attention(
@@ -83,7 +106,7 @@ def fused_attention(
     """
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
-    return Attention.apply(query, key, value, attn_mask)
+    return attention(query, key, value, attn_mask)[0]
 
 
 def register() -> None:

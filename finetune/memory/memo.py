@@ -6,6 +6,7 @@ results follow from the shapes of their inputs and from numbers, and leaves all 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +38,14 @@ class Memo:
 
     def key(self, function: Any, arguments: tuple, keywords: dict) -> tuple | None:
         """What the result follows from; None if it may follow from anything else."""
-        if torch.Tag.inplace_view in function.tags or torch.Tag.data_dependent_output in function.tags:
+        if (
+            torch.Tag.inplace_view in function.tags
+            or torch.Tag.data_dependent_output in function.tags
+            or _writes_out(function)
+        ):
             return None
         try:
-            parts: list = [function]
+            parts: list = [function, torch.get_default_dtype()]
             for argument in arguments:
                 parts.append(_part(argument))
             for name, argument in keywords.items():
@@ -64,6 +69,8 @@ class Memo:
         """Keep how a result was made, if it can be made again from that."""
         results = list(result) if isinstance(result, (list, tuple)) else [result]
         storages = {tensor.untyped_storage()._cdata: place for place, tensor in enumerate(tensors)}
+        if len(storages) < len(tensors):
+            return  # which of those that share one is meant is not in the key
         own: set[int] = set()
         made = [each if each is None else _how(each, tensors, storages, own) for each in results]
         if any(how is _UNKNOWN for how in made):
@@ -80,6 +87,11 @@ class Memo:
             else:
                 meta = torch.empty_strided(how.shape, how.stride, dtype=how.dtype, device="meta")
         return FakeTensor(self._fake, meta, how.device)
+
+
+@cache
+def _writes_out(function: Any) -> bool:
+    return any(argument.is_out for argument in function._schema.arguments)
 
 
 class _Other(Exception):

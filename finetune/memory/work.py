@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
+
+from finetune.memory.kernels import KIND, attention_flops
 
 GB = 10**9
 
@@ -46,12 +50,26 @@ GPUS = {
 }
 
 
+_INTO = {torch.ops.aten.copy_.default}
+_COPIES = {*_INTO, torch.ops.aten._to_copy.default}
+_MOVES_NOTHING = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.detach.default,
+}
+
+
 @dataclass
 class Work:
-    """Operations on the device by (FLOPs, bytes read and written), and bytes copied from and to host and peers."""
+    """Operations on the device by (FLOPs, bytes read and written), and bytes copied between it, the host and its peers."""
 
     operations: Counter[tuple[int, int]]
-    host_bytes: int = 0
+    to_device: int = 0
+    to_host: int = 0
     peer_bytes: int = 0
 
     @classmethod
@@ -59,27 +77,25 @@ class Work:
         return cls(Counter())
 
     def add(self, function: Any, arguments: tuple, keywords: dict, tensors: Sequence[Tensor], result: Any) -> None:
-        """Count an operation that touched the device; `tensors` are all of its inputs."""
-        outputs = [
-            each for each in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(each, Tensor)
-        ]
+        """Count an operation that touched the device; `tensors` are all of its inputs. Names of memory and views are nothing."""
         if function.namespace == "c10d":
             self.peer_bytes += max((tensor.nbytes for tensor in tensors), default=0)
             return
-        if function.is_view or not outputs:
+        if function.is_view or function in _MOVES_NOTHING:
             return
-        inputs = [tensor for tensor in tensors if tensor is not outputs[0]]
-        if len({tensor.fake_device.type for tensor in (*tensors, *outputs) if hasattr(tensor, "fake_device")}) > 1:
-            self.host_bytes += outputs[0].nbytes
+        found = result if isinstance(result, (list, tuple)) else [result]
+        outputs = [each for each in found if isinstance(each, Tensor)]
+        places = {_is_fake_device(tensor) for tensor in (*tensors, *outputs)}
+        if len(places) > 1 and function in _COPIES:
+            size = (outputs or tensors)[0].nbytes
+            if _is_fake_device(tensors[-1] if function in _INTO else tensors[0]):
+                self.to_host += size
+            else:
+                self.to_device += size
             return
         counts = flop_registry.get(function._overloadpacket)
-        flops = counts(*arguments, **keywords, out_val=result) if counts else 0
-        self.operations[flops, sum(tensor.nbytes for tensor in (*inputs, *outputs))] += 1
-
-    def attention(self, query: Tensor, key: Tensor, products: int) -> None:
-        """Count `products` matrix products of a fused attention, (B, H, N, D) each."""
-        batch, heads, rows, width = query.shape
-        self.operations[products * 2 * batch * heads * rows * key.shape[-2] * width, 4 * query.nbytes] += 1
+        flops = counts(*arguments, **keywords, out_val=result) if counts else attention_flops(function, arguments)
+        self.operations[flops, sum(tensor.nbytes for tensor in (*tensors, *outputs))] += 1
 
     @property
     def flops(self) -> int:
@@ -92,7 +108,7 @@ class Work:
         computing = sum(
             count * max(flops / gpu.flops, size / gpu.memory_rate) for (flops, size), count in self.operations.items()
         )
-        copying = self.host_bytes / gpu.host_rate
+        copying = max(self.to_device, self.to_host) / gpu.host_rate
         return max(max(computing, copying) if overlaps else computing + copying, self.peer_bytes / gpu.peer_rate)
 
     def repeated(self, one: Work, times: int) -> Work:
@@ -105,4 +121,13 @@ class Work:
 
         for key in {*self.operations, *one.operations}:
             operations[key] = max(0, extended(self.operations[key], one.operations[key]))
-        return Work(operations, extended(self.host_bytes, one.host_bytes), extended(self.peer_bytes, one.peer_bytes))
+        return Work(
+            operations,
+            extended(self.to_device, one.to_device),
+            extended(self.to_host, one.to_host),
+            extended(self.peer_bytes, one.peer_bytes),
+        )
+
+
+def _is_fake_device(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == KIND

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from finetune.check import open_family
 from finetune.engine.step import run_step
 from finetune.job import build_state
-from finetune.memory.kernels import Attention, fused_attention
+from finetune.memory.kernels import fused_attention
 from finetune.memory.trace import Trace
 from finetune.plan import STEPS, example_batch, simulate
 from finetune.recipe import Recipe, load_recipe
@@ -103,7 +103,6 @@ def simulated(recipe: Recipe) -> dict[str, dict[str, int]]:
 def main(out: Path, recipe_file: str, cases: dict[str, list[str]]) -> None:
     one = ["train.global_batch_size=1", "train.micro_batch_size=1"]
     recipes = {name: load_recipe(recipe_file, [*overrides, *one]) for name, overrides in cases.items()}
-    Attention.inside = False
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", fused_attention, "AutogradCPU")
     library.impl("scaled_dot_product_attention", fused_attention, "CPU")
