@@ -19,7 +19,7 @@ from finetune.recipe import load_recipe
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
 PHASES = ["encode text", "encode video", "load", "step", "validation", "export"]
-HEAD = ["recipe", "GPUs", *PHASES, "host of a node", "a step on H100, at best", "took"]
+HEAD = ["recipe", "GPUs", *PHASES, "host of a node", "a step on A100, by peak rates", "took"]
 
 
 def main() -> None:

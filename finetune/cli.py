@@ -170,13 +170,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     from finetune.memory.work import GPUS
     from finetune.plan import cache_bytes, largest, simulate_all
 
+    if arguments.write and not arguments.fit:
+        raise UserError("there is nothing to write", "give --fit too", "--write")
     if problems := check_recipe(recipe, gpus):
         raise UserError.of(problems)
     family = open_family(recipe, with_weights=False)
     gpu = GPUS.get(arguments.gpu)
     capacity = arguments.device_memory or (gpu.memory if gpu else None)
     buckets = recipe.data.buckets if arguments.all_buckets else [largest(family, recipe.data.buckets)]
-    gpu = gpu or GPUS["H100"]
+    gpu = gpu or GPUS["A100"]
     if arguments.fit:
         return _fit(recipe, family, gpus, capacity, gpu, arguments)
     plan = simulate_all(recipe, family, buckets, gpus, capacity, gpu, arguments.plot)
@@ -188,13 +190,20 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _fit(recipe: Recipe, family, gpus: int, capacity: int | None, gpu, arguments: argparse.Namespace) -> int:
     from finetune.fit import fit
+    from finetune.runtime.files import writing
 
     if capacity is None:
         raise UserError("how much memory a GPU has is not said", "give --device-memory 24GiB, or --gpu NAME", "--fit")
+    if unused := [name for name in ("json", "plot", "all_buckets") if getattr(arguments, name)]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise UserError("--fit does not take these", "plan the recipe that it writes with them", options)
+    if arguments.write and not arguments.write.absolute().parent.is_dir():
+        raise UserError("no such folder", "make it first", str(arguments.write.absolute().parent))
     found = fit(recipe, family, gpus, capacity, gpu, say)
     print("\n".join(found.lines()))
     if arguments.write and found.fits:
-        write_recipe(found.recipe, arguments.write)
+        with writing(arguments.write):
+            write_recipe(found.recipe, arguments.write)
         print(f"\nwritten to {arguments.write}")
     return 0 if found.fits else 3
 

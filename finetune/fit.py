@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import tomli_w
+
 from finetune.check import check_recipe
 from finetune.memory.report import GIB, Plan
 from finetune.memory.work import Gpu
@@ -14,6 +16,7 @@ from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.plan import Simulation, largest, simulate, simulate_all
 from finetune.recipe import Bucket, Recipe, recipe_values
+from finetune.runtime.errors import Problem, UserError
 
 Changes = dict[str, Any]
 """Keys of a recipe, as `table.key` -> value."""
@@ -29,6 +32,13 @@ _ACTIVATIONS: list[Changes] = [
     {"memory.activation_checkpointing": "every_n", "memory.offload_activations": True},
     {"memory.activation_checkpointing": "full", "memory.offload_activations": True},
 ]
+_PLAIN: Changes = {  # what belongs to settings that may not be chosen
+    "memory.resident_blocks": 0,
+    "memory.keep_gib": None,
+    "memory.checkpoint_every": 2,
+    "memory.shard_size": None,
+}
+_BAND = 0.03  # times that differ by less are alike: the simpler settings, which come first, are taken
 _EIGHT_BIT = {"optimizer.name": "adamw_8bit"}
 _INEXACT: dict[str, list[Changes]] = {  # what changes a training's numbers, least first
     "lora": [_EIGHT_BIT, {"memory.low_bit": "int8"}, _EIGHT_BIT | {"memory.low_bit": "nf4"}],
@@ -87,27 +97,52 @@ def fit(recipe: Recipe, family: Family, gpus: int, capacity: int, gpu: Gpu, say:
             smallest = min(smallest or candidate, candidate, key=lambda candidate: candidate.memory)
             if candidate.memory > capacity:
                 continue
-            for expandable in (True,) if candidate.memory > _TIGHT * capacity else (False, True):
-                changes = candidate.changes | ({"memory.expandable_segments": True} if expandable else {})
+            for changes in _attempts(candidate, capacity):
                 say(
                     f"trying {_brief(changes)}: {candidate.memory / GIB:.1f} GiB, {candidate.seconds:.1f} s a step expected"
                 )
-                chosen = _changed(recipe, changes)
-                if simulate(chosen, family, [bucket], gpus, capacity, gpu).fits:
+                if simulate(_changed(recipe, changes), family, [bucket], gpus, capacity, gpu).fits:
                     return _whole(recipe, changes | for_encoding, family, bucket, gpus, capacity, gpu)
         say(f"nothing fits{' with ' + _brief(extra) if extra else ''}")
+    if smallest is None:
+        problems = check_recipe(recipe, gpus) or [
+            Problem("no setting of the memory savers goes with this recipe", "--fit")
+        ]
+        raise UserError.of(problems)
     least = smallest.changes | {"memory.expandable_segments": True} | for_encoding
     return replace(_whole(recipe, least, family, bucket, gpus, capacity, gpu), fits=False)
 
 
+def _ranked(candidates: list[Candidate]) -> Iterator[Candidate]:
+    """The fastest first; of those that are as good as it, the first."""
+    left = list(candidates)
+    while left:
+        fastest = min(candidate.seconds for candidate in left)
+        chosen = next(candidate for candidate in left if candidate.seconds <= (1 + _BAND) * fastest)
+        left.remove(chosen)
+        yield chosen
+
+
+def _attempts(candidate: Candidate, capacity: int) -> Iterator[Changes]:
+    """The settings with and without expandable segments; then, of blocks that stay on the GPU, a few fewer."""
+    expandable = {"memory.expandable_segments": True}
+    if candidate.memory <= _TIGHT * capacity:
+        yield candidate.changes
+    yield candidate.changes | expandable
+    if stay := candidate.changes["memory.resident_blocks"]:
+        yield candidate.changes | expandable | {"memory.resident_blocks": max(0, stay - 1 - stay // 5)}
+
+
 def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
     """Combinations of savers that go together."""
-    weights: list[Changes] = [{"memory.offload": False}, {"memory.offload": True, "memory.resident_blocks": 0}]
-    if gpus > 1:
+    weights: list[Changes] = [{"memory.offload": False}, {"memory.offload": True}]
+    if gpus == 1:
+        weights = [{"memory.layout": "auto", **each} for each in weights]
+    else:
         layouts = ("replicate", "shard") if recipe.train.method == "lora" else ("shard",)
         weights = [{"memory.layout": layout, **each} for layout in layouts for each in weights]
     for activations, where in itertools.product(_ACTIVATIONS, weights):
-        changes = activations | where | extra
+        changes = _PLAIN | activations | where | extra
         if not check_recipe(_changed(recipe, changes), gpus):
             yield changes
 
@@ -189,7 +224,7 @@ def _whole(recipe: Recipe, changes: Changes, family: Family, bucket: Bucket, gpu
             f"samples would take {needed:.2f} GiB: leave out [[validation.prompts]], or give them a smaller shape"
         )
         plan = replace(plan, phases=[phase for phase in plan.phases if phase not in samples])
-        silent = {"prompts": [], "prompts_file": None, "samples_every": None}
+        silent = {"prompts": [], "prompts_file": None, "samples_every": None, "tiling": True}
         chosen = chosen.model_copy(update={"validation": chosen.validation.model_copy(update=silent)})
     return Fit(chosen, told, plan, bool(plan.fits))
 
@@ -199,12 +234,14 @@ def _changed(recipe: Recipe, changes: Changes) -> Recipe:
     for key, value in changes.items():
         table, name = key.split(".")
         values.setdefault(table, {})[name] = value
+        if value is None:
+            del values[table][name]
     return Recipe.model_validate(values)
 
 
 def _value(values: dict[str, Any], key: str) -> Any:
     table, name = key.split(".")
-    return values[table].get(name)
+    return values.get(table, {}).get(name)
 
 
 def _brief(changes: Changes) -> str:
@@ -212,11 +249,10 @@ def _brief(changes: Changes) -> str:
 
 
 def _toml(changes: Changes) -> list[str]:
-    lines = []
-    for table, keys in itertools.groupby(sorted(changes), key=lambda key: key.split(".")[0]):
-        lines.append(f"[{table}]")
-        for key in keys:
-            value = changes[key]
-            text = str(value).lower() if isinstance(value, (bool, int)) else f'"{value}"'
-            lines.append(f"{key.split('.')[1]} = {text}")
-    return lines
+    tables: dict[str, dict[str, Any]] = {}
+    gone = [f"# remove {key}" for key, value in changes.items() if value is None]
+    for key, value in changes.items():
+        table, name = key.split(".")
+        if value is not None:
+            tables.setdefault(table, {})[name] = value
+    return [*gone, *tomli_w.dumps(tables).splitlines()]

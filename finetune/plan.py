@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,7 @@ class Simulation:
     @contextlib.contextmanager
     def running(self) -> Iterator["Simulation"]:
         """Where phases take place."""
+        hook = sys.excepthook
         self.runtime = simulated_runtime(self.gpus, self.device, self.capacity, self.recipe.train.float8)
         try:
             # One thread for autograd, so that the same happens every time; compiled code is run as it is written.
@@ -173,6 +175,7 @@ class Simulation:
                 yield self
         finally:
             dist.destroy_process_group()
+            sys.excepthook = hook  # process groups put one of theirs in its place
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -182,8 +185,9 @@ class Simulation:
         yield
         self.phases.append(Phase(name, self.device.peak(), self.host.peak()))
         self.timelines[name] = self.device.timeline(_MOMENTS)
-        gc.collect()
-        self.runtime.device.empty_cache()
+        if name.startswith("encode"):  # where `prepare` does
+            gc.collect()
+            self.runtime.device.empty_cache()
 
     def _follow(self, state: StepState) -> None:
         """Name weights and gradients, and note what is running, by the hooks that torch has for it."""

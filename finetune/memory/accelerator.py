@@ -231,9 +231,9 @@ class Accelerator(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
             return numbers
         on_device = any(_is_on_device(tensor) for tensor in tensors)
-        temporaries = self._inside(function, arguments) if self.inside and on_device else None
+        # They stay until the results are noted, too.
+        temporaries = self._inside(function, arguments) if self.inside and on_device else None  # noqa: F841
         result = self._shapes(function, arguments, keywords, tensors, numbers)
-        del temporaries
         if on_device:
             self.work.add(function, arguments, keywords, tensors, result)
         if isinstance(result, FakeTensor):

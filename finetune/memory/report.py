@@ -51,7 +51,10 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Host memory of a node of up to eight GPUs, beside what Python and its libraries take."""
-        return min(self.gpus, 8) * max(phase.host.requested for phase in self.phases)
+        processes = min(self.gpus, 8)
+        kept = max(phase.host.requested for phase in self.phases if phase.name != "export")
+        exported = max((phase.host.requested for phase in self.phases if phase.name == "export"), default=0)
+        return max(processes * kept, exported)  # rank 0 alone has whole weights to write
 
     def as_json(self) -> dict[str, Any]:
         """All figures, in bytes, FLOPs and seconds."""
@@ -90,7 +93,7 @@ class Plan:
         for phase in self.phases:
             if phase.flops is not None:
                 time = (
-                    f"; estimate: {phase.seconds:.2f} s at best on {self.gpu.name} (roofline)" if phase.seconds else ""
+                    f"; estimate: {phase.seconds:.2f} s on {self.gpu.name}, by its peak rates" if phase.seconds else ""
                 )
                 lines.append(f"{phase.name}: {phase.flops / 1e12:.1f} TFLOP on each GPU{time}")
         if self.host_bytes:
@@ -117,6 +120,6 @@ def parse_bytes(text: str) -> int:
     units = {"": GIB, "gib": GIB, "g": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6, "b": 1}
     number = text.strip().rstrip("GgIiBbMm ")
     unit = text.strip()[len(number) :].strip().lower()
-    if unit not in units or float(number) <= 0:
+    if unit not in units or not 0 < float(number) < 1e18:
         raise ValueError(f"{text!r} is no amount of memory; write 24GiB, or 24GB")
     return int(float(number) * units[unit])

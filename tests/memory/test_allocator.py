@@ -144,3 +144,10 @@ def test_blocks_that_are_in_use_never_overlap(kind: type[CachingAllocator]) -> N
         allocator.free(block)
     allocator.empty_cache()
     assert (allocator.allocated, allocator.reserved) == (0, 0)
+
+
+def test_an_expandable_segment_splits_off_small_rests() -> None:
+    allocator = ExpandableAllocator()
+    free, _ = allocator.malloc(10 * MIB), allocator.malloc(10 * MIB)
+    allocator.free(free)
+    assert allocator.malloc(10 * MIB - 600 * KIB).size == 10 * MIB - 600 * KIB

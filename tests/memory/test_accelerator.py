@@ -1,0 +1,87 @@
+"""The simulated device: numbers that are known, results that are remembered, work that is counted, each in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT
+
+BEGIN = """
+import torch
+from finetune.memory.accelerator import Accelerator, register
+from finetune.memory.trace import Trace
+device = register()
+with Accelerator(Trace(), Trace()) as accelerator:
+"""
+CASES = {
+    "numbers follow a copy": """
+        x = torch.zeros(4, device=device)
+        x.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        assert x[1].item() == 2.0
+    """,
+    "numbers are forgotten when they are not known any more": """
+        x = torch.ones(4, device=device)
+        x.add_(torch.empty(4, device=device))
+        assert x.numbers is None
+    """,
+    "a result depends on the default dtype": """
+        made = []
+        for dtype in (torch.bfloat16, torch.float32):
+            torch.set_default_dtype(dtype)
+            made.append(torch.full((10000,), 1.5, device=device).dtype)
+        assert made == [torch.bfloat16, torch.float32]
+    """,
+    "a result written into another tensor is not remembered": """
+        a, b = torch.zeros(100, 100, device=device), torch.zeros(100, 100, device=device)
+        for _ in range(2):
+            out = torch.empty(0, device=device)
+            torch.add(a, b, out=out)
+            assert out.shape == (100, 100)
+    """,
+    "views are made again as views": """
+        for _ in range(3):
+            x = torch.zeros(64, 256, device=device)
+            y = x.view(128, 128).t()[3:]
+            assert y._is_view() and y.untyped_storage()._cdata == x.untyped_storage()._cdata
+            assert (y.shape, y.stride(), y.storage_offset()) == ((125, 128), (1, 128), 3)
+    """,
+    "matrix products are counted as torch counts them": """
+        from torch.utils.flop_counter import FlopCounterMode
+        def work(where):
+            a, b = torch.zeros(8, 64, 32, device=where), torch.zeros(8, 32, 16, device=where)
+            torch.bmm(a, b)
+            torch.nn.functional.linear(torch.zeros(5, 32, device=where), torch.zeros(7, 32, device=where))
+        work(device)
+        with FlopCounterMode(display=False) as counter:
+            work("cpu")
+        assert accelerator.work.flops == counter.get_total_flops() > 0
+    """,
+    "copies are counted by their direction": """
+        x = torch.zeros(1000, 1000, device=device)
+        host = torch.empty(4_000_000, dtype=torch.uint8).view(torch.float32).view(1000, 1000)
+        host.copy_(x)
+        assert (accelerator.work.to_host, accelerator.work.to_device) == (4_000_000, 0)
+        x.copy_(host)
+        assert (accelerator.work.to_host, accelerator.work.to_device) == (4_000_000, 4_000_000)
+    """,
+    "a layer norm copies what is not in order": """
+        x = torch.zeros(512, 1024, device=device).t()
+        before = accelerator.trace.allocator.allocated
+        y = torch.nn.functional.layer_norm(x, (512,))
+        assert accelerator.trace.allocator.peak_allocated - before >= 2 * 512 * 1024 * 4
+        assert accelerator.trace.allocator.allocated - before < 2 * 512 * 1024 * 4
+    """,
+    "what the CPU computes takes nothing of the device": """
+        host = torch.empty(4_000_000, dtype=torch.uint8).view(torch.float32).view(1000, 1000)
+        torch.softmax(host.t(), -1) @ host
+        assert accelerator.trace.allocator.peak_allocated == 0
+        assert accelerator.work.flops == 0
+    """,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_simulated_device(case: str) -> None:
+    body = "\n".join(line[4:] for line in CASES[case].splitlines())
+    done = subprocess.run([sys.executable, "-c", BEGIN + body], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
