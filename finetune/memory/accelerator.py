@@ -231,8 +231,8 @@ class Accelerator(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
             return numbers
         on_device = any(_is_on_device(tensor) for tensor in tensors)
-        # They stay until the results are noted, too.
-        temporaries = self._inside(function, arguments) if self.inside and on_device else None  # noqa: F841
+        counts_inside = self.inside and on_device
+        before = self._inside(function, arguments) if counts_inside else None  # noqa: F841 - stays until the end of the kernel
         result = self._shapes(function, arguments, keywords, tensors, numbers)
         if on_device:
             self.work.add(function, arguments, keywords, tensors, result)
@@ -251,6 +251,8 @@ class Accelerator(TorchDispatchMode):
                 self._note(leaf)
                 if known:
                     self._keep(leaf, known[place])
+        if counts_inside:
+            self._allocated(kernels.made_after(function, arguments))
         return result
 
     def _inside(self, function: Any, arguments: tuple) -> list[FakeTensor]:
@@ -258,7 +260,10 @@ class Accelerator(TorchDispatchMode):
         if self._workspace and function in kernels.MATRIX_PRODUCTS:
             self._kept, self._workspace = self._allocate((self._workspace,), torch.uint8), 0
             self.name([self._kept], "workspace")
-        return [self._allocate(shape, dtype) for shape, dtype in kernels.made_inside(function, arguments)]
+        return self._allocated(kernels.made_before(function, arguments))
+
+    def _allocated(self, pieces: list[kernels.Piece]) -> list[FakeTensor]:
+        return [self._allocate(shape, dtype) for shape, dtype in pieces]
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
         with self.fake:

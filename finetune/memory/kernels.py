@@ -62,24 +62,34 @@ FORWARD = torch.ops.finetune.fused_attention.default
 BACKWARD = torch.ops.finetune.fused_attention_backward.default
 
 
-def made_inside(function: Any, arguments: tuple) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what a kernel allocates for itself, beside its results.
+Piece = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of what is allocated."""
 
-    Attention's backward pass (aten/src/ATen/native/transformers/cuda/attention_backward.cu and flash_attn/flash_api.cpp, mha_bwd):
-    output and its gradient in order as (B, N, H, D), row sums, and the query's gradient in float32, rows rounded to 128 and heads
-    to 32 (to 64 beyond 128). The memory-efficient kernel, which takes masks and float32, has a workspace as large.
+
+def made_before(function: Any, arguments: tuple) -> list[Piece]:
+    """What a kernel allocates for itself before its results: inputs that have to lie in order. Attention's backward pass wants
+    the output and its gradient as (B, N, H, D) (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
     """
     if function is BACKWARD:
-        gradient, query, _, _, out, _ = arguments
-        batch, heads, rows, width = query.shape
-        rounding = 32 if width <= 128 else 64
-        rows, width = -(-rows // 128) * 128, -(-width // rounding) * rounding
-        in_order = [(each.shape, each.dtype) for each in (gradient, out) if not each.transpose(1, 2).is_contiguous()]
-        return [*in_order, ((batch, heads, rows), torch.float32), ((batch, rows, heads, width), torch.float32)]
+        gradient, out = arguments[0], arguments[4]
+        return [(each.shape, each.dtype) for each in (gradient, out) if not each.transpose(1, 2).is_contiguous()]
     place = MADE_CONTIGUOUS.get(function)
     if place is None or arguments[place].is_contiguous():
         return []
     return [(arguments[place].shape, arguments[place].dtype)]
+
+
+def made_after(function: Any, arguments: tuple) -> list[Piece]:
+    """What a kernel allocates for itself when its results are there. Attention's backward pass has row sums, and sums the query's
+    gradient in float32, rows rounded to 128 and heads to 32, or to 64 beyond 128 (flash_attn/flash_api.cpp there, mha_bwd). The
+    memory-efficient kernel, which takes masks and float32, has a workspace as large.
+    """
+    if function is not BACKWARD:
+        return []
+    batch, heads, rows, width = arguments[1].shape
+    rounding = 32 if width <= 128 else 64
+    rows, width = -(-rows // 128) * 128, -(-width // rounding) * rounding
+    return [((batch, heads, rows), torch.float32), ((batch, rows, heads, width), torch.float32)]
 
 
 def attention_flops(function: Any, arguments: tuple) -> int:
