@@ -6,10 +6,12 @@ and a chart under benchmarks/results/. `--only N [N ...]` takes some rows; `--me
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -20,6 +22,7 @@ from benchmarks.memory.published import HERE, Row, rows
 from benchmarks.memory.table import GIB, Line, chart, errors, markdown
 
 RESULTS = HERE.parent / "results"
+INTRODUCTION = (HERE / "introduction.md").read_text()
 TIMEOUT = 900  # seconds of one run
 MEASURED = (
     2,
@@ -38,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of rows, from 1")
     parser.add_argument("--measure", action="store_true", help="ours, predicted and measured on the GPU that is here")
+    parser.add_argument("--minutes", type=float, help="begin no further run after this long; a later call goes on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -61,6 +65,27 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "memory.md").write_text(report)
     chart(lines, arguments.out / "memory.png")
+
+
+class _Kept:
+    """Figures of runs that were made with the same code, in a file that grows run by run."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.lock = file, threading.Lock()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sources = sorted([*(HERE.parent.parent / "finetune").rglob("*.py"), *HERE.glob("*.py")])
+        self.code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+        lines = file.read_text().splitlines() if file.exists() else []
+        entries = [json.loads(line) for line in lines]
+        self.figures = {tuple(entry["run"]): entry["figures"] for entry in entries if entry["code"] == self.code}
+
+    def get(self, run: tuple[str, str]) -> dict[str, float] | None:
+        return self.figures.get(run)
+
+    def put(self, run: tuple[str, str], figures: dict[str, float]) -> dict[str, float]:
+        with self.lock, self.file.open("a") as file:
+            file.write(json.dumps({"code": self.code, "run": run, "figures": figures}) + "\n")
+        return figures
 
 
 def _measure(chosen: list[Row], out: Path) -> None:

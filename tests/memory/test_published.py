@@ -1,0 +1,62 @@
+"""The published table, and what is reproduced of it exactly."""
+
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT
+
+from benchmarks.memory.ours import Ours, resident, with_savers
+from benchmarks.memory.published import rows
+from benchmarks.memory.table import Line, errors, markdown
+
+LOAD = """
+import json, sys
+from benchmarks.memory.published import rows
+from benchmarks.memory.reference import Reference
+from finetune.memory.accelerator import Accelerator, register
+from finetune.memory.trace import Trace
+register()
+with Accelerator(Trace(), Trace()) as accelerator:
+    print(json.dumps(Reference(rows()[int(sys.argv[1]) - 1], accelerator)._load()))
+"""
+GIB = 2**30
+
+
+def test_there_are_65_rows_of_which_63_have_a_training_peak() -> None:
+    table = rows()
+    assert len(table) == 65
+    assert sum(row.published[1] is not None for row in table) == 63
+    assert {row.model for row in table} == {"cogvideox-2b", "cogvideox-5b"}
+
+
+@pytest.mark.parametrize("number", [1, 3, 7, 8])  # 2b and 5b with adapters of rank 16 and 64
+def test_memory_before_training_is_reproduced_to_two_mib(number: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOAD, str(number)], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) / GIB == pytest.approx(rows()[number - 1].published[0], abs=0.0021)
+
+
+@pytest.mark.parametrize("choose", [resident, with_savers])
+def test_every_row_has_a_recipe_of_ours_that_is_valid(choose) -> None:
+    for row in rows():
+        ours = choose(row)
+        assert Ours.parse(ours.key).recipe() == ours.recipe()
+        assert ours.recipe().train.micro_batch_size == row.batch_size
+
+
+def test_errors_are_told_by_group_with_masked_rows_apart() -> None:
+    plain, masked = rows()[0], rows()[1]
+    figures = {"reserved": 10 * GIB, "allocated": 9 * GIB}
+    measured = dict(
+        zip(("loaded", "training", "validation", "testing"), (13 * GIB, 44 * GIB, 45 * GIB, 24 * GIB), strict=True)
+    )
+    lines = [Line(plain, figures, figures, measured), Line(masked, figures, figures, measured | {"training": 8 * GIB})]
+    assert lines[0].error(1) == pytest.approx(44 / 43.764 - 1)
+    assert [line.is_masked for line in lines] == [False, True]
+    told = errors(lines)
+    assert "AdamW, no checkpointing | before validation, unmasked | 1 | 0.54%" in told
+    assert "AdamW | before validation, masked | 1 | 0.42%" in told
+    assert "43.76 / 44.00" in markdown(lines)
