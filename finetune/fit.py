@@ -218,8 +218,12 @@ def _whole(recipe: Recipe, changes: Changes, family: Family, bucket: Bucket, gpu
     told = {key: value for key, value in changes.items() if _value(before, key) != value}
     plan = simulate_all(chosen, family, [bucket], gpus, capacity, gpu)
     samples = [phase for phase in plan.phases if phase.name.startswith("validation")]
-    if any(phase.device.reserved > capacity for phase in samples):
-        needed = max(phase.device.reserved for phase in samples) / GIB
+    excess = max((phase.device.reserved - capacity for phase in samples), default=0)
+    if excess > 0 and (stay := changes["memory.resident_blocks"]):
+        fewer = max(0, stay - 1 - int(excess / _block_bytes(chosen, family)))
+        return _whole(recipe, changes | {"memory.resident_blocks": fewer}, family, bucket, gpus, capacity, gpu)
+    if excess > 0:
+        needed = (excess + capacity) / GIB
         plan.notes.append(
             f"samples would take {needed:.2f} GiB: leave out [[validation.prompts]], or give them a smaller shape"
         )
