@@ -249,7 +249,7 @@ def _value(values: dict[str, Any], key: str) -> Any:
 
 
 def _brief(changes: Changes) -> str:
-    return ", ".join(f"{key.split('.')[1]} {value}" for key, value in changes.items() if value not in (False, 0))
+    return ", ".join(f"{key.split('.')[1]} {value}" for key, value in changes.items() if value not in (False, 0, None))
 
 
 def _toml(changes: Changes) -> list[str]:

@@ -87,7 +87,7 @@ def test_a_training_that_does_not_fit_is_warned_before_its_first_step(too_large:
     output, result = too_large
     warning, cure = result.stderr.splitlines()[line_of(result, "warning: ") :][:2]
     assert "does not fit: a GPU needs 0.0" in warning
-    assert "GiB more than there are (peak in step 17x64x96, " in warning
+    assert "GiB more than there are (peak in encode video 17x64x96, " in warning
     command = f"python -m finetune plan --recipe {output}/recipe.toml --gpus 1 --device-memory 2097152B --fit"
     assert cure.endswith(command)
     assert line_of(result, "warning: ") < line_of(result, "step 3/3")
@@ -121,7 +121,8 @@ def test_the_plan_is_written_beside_what_the_steps_took_of_any_rank(
     figures = json.loads((output / "memory.json").read_text())
     assert figures["measured"] == {"allocated": 6 * GIB, "reserved": 12 * GIB}  # the second step's, of the second rank
     plan = finetune("plan", "--recipe", output / "recipe.toml", "--gpus", 2, "--device-memory", "24GiB", "--json")
-    step = json.loads(plan.stdout)["phases"][1]["device"]
+    phases = {phase["name"]: phase for phase in json.loads(plan.stdout)["phases"]}
+    step = phases["step 17x64x96"]["device"]
     assert figures["planned"] == {name: step[name] for name in ("allocated", "reserved")}
     off = step["allocated"] / (6 * GIB) - 1
     assert figures["relative_error"]["allocated"] == pytest.approx(off)
