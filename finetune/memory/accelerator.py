@@ -121,7 +121,7 @@ def register() -> torch.device:
 
 @dataclass(frozen=True)
 class SimulatedDevice(Device):
-    """The engine's door to the simulated accelerator. Reads give ones: a loss is finite, and nobody stops."""
+    """The engine's door to the simulated accelerator. What a step reads is a loss of 1, no stop, and a finite norm."""
 
     trace: Trace
     capacity: int | None = None
@@ -230,11 +230,10 @@ class Accelerator(TorchDispatchMode):
         numbers = self._numbers(function, arguments, keywords, tensors)
         if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
             return numbers
-        on_device = any(_is_on_device(tensor) for tensor in tensors)
-        counts_inside = self.inside and on_device
-        before = self._inside(function, arguments) if counts_inside else None  # noqa: F841 - stays until the end of the kernel
+        is_kernel = any(_is_on_device(tensor) for tensor in tensors)
+        temporaries = self._inside(function, arguments) if self.inside and is_kernel else []
         result = self._shapes(function, arguments, keywords, tensors, numbers)
-        if on_device:
+        if is_kernel or any(_is_on_device(leaf) for leaf in tree_leaves(result)):
             self.work.add(function, arguments, keywords, tensors, result)
         if isinstance(result, FakeTensor):
             self._note(result)
@@ -251,8 +250,8 @@ class Accelerator(TorchDispatchMode):
                 self._note(leaf)
                 if known:
                     self._keep(leaf, known[place])
-        if counts_inside:
-            self._allocated(kernels.made_after(function, arguments))
+        if self.inside and is_kernel:
+            temporaries += self._allocated(kernels.made_after(function, arguments))
         return result
 
     def _inside(self, function: Any, arguments: tuple) -> list[FakeTensor]:

@@ -64,6 +64,11 @@ CASES = {
         x.copy_(host)
         assert (accelerator.work.to_host, accelerator.work.to_device) == (4_000_000, 4_000_000)
     """,
+    "a copy that makes its target is counted, too": """
+        torch.zeros(1000, 1000).to(device)
+        assert accelerator.work.to_device == 4_000_000
+        assert accelerator.work.to_host == 0
+    """,
     "a layer norm copies what is not in order": """
         x = torch.zeros(512, 1024, device=device).t()
         before = accelerator.trace.allocator.allocated
