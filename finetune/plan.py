@@ -22,7 +22,8 @@ from finetune.engine.precision import DTYPES
 from finetune.engine.sampling import Request, generate
 from finetune.engine.step import StepState, run_step
 from finetune.job import build_state
-from finetune.memory.accelerator import Accelerator, simulated_runtime
+from finetune.memory.accelerator import Accelerator
+from finetune.memory.device import simulated_runtime
 from finetune.memory.hollow import HollowFolder
 from finetune.memory.kernels import HOPPER_WORKSPACE, WORKSPACE
 from finetune.memory.plot import Timeline, plot_timelines

@@ -5,9 +5,9 @@ import json
 import sys
 import time
 
+from benchmarks.full_size import CONFIGS
 from benchmarks.gpu import RandomCogVideoX
 from benchmarks.memory.ours import BUCKET, Ours
-from benchmarks.memory.published import CONFIGS
 from finetune.engine.step import run_step
 from finetune.job import build_state
 from finetune.models.folder import ModelFolder

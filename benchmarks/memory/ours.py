@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.memory.published import CONFIGS, Row
+from benchmarks.full_size import CONFIGS
+from benchmarks.memory.published import Row
 from finetune.models.cogvideox import CogVideoX
 from finetune.models.folder import ModelFolder
 from finetune.plan import simulate

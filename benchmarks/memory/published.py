@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CONFIGS = HERE.parent.parent / "tests" / "models" / "configs"
 COLUMNS = ("memory_before_training", "memory_before_validation", "memory_after_validation", "memory_after_testing")
 
 

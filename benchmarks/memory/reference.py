@@ -17,12 +17,14 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
+from benchmarks.full_size import CONFIGS, T5_XXL
 from benchmarks.memory.autocast import HALF, region, simulated_autocast
 from benchmarks.memory.optimizers import AdamW8bitStorages, OffloadedStorages
-from benchmarks.memory.published import CONFIGS, Row
-from finetune.memory.accelerator import Accelerator, register
+from benchmarks.memory.published import Row
+from finetune.memory.accelerator import Accelerator
+from finetune.memory.device import register
 from finetune.memory.trace import Trace
 from finetune.models.tiny import t5_tokenizer
 
@@ -228,19 +230,8 @@ def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Paramete
 
 def new_text_encoder() -> nn.Module:
     """T5 v1.1 XXL's encoder, on meta."""
-    config = T5Config(
-        vocab_size=32128,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-    )
     with torch.device("meta"):
-        return T5EncoderModel(config).requires_grad_(False)
+        return T5EncoderModel(T5_XXL).requires_grad_(False)
 
 
 def _in_half(transformer: nn.Module) -> None:

@@ -1,172 +1,31 @@
 """A simulated accelerator: the CPU is real, the accelerator is fake.
 
 What touches the device runs on fake tensors, shapes without numbers, and every storage that comes or goes there is noted;
-everything else runs for real. Small tensors carry their numbers along, so schedulers, indices and `.item()` work. It is a
-Python backend of torch (PrivateUse1), so autograd, checkpointing, peft and FSDP2 run on it unmodified.
+everything else runs for real. Small tensors carry their numbers along, so schedulers, indices and `.item()` work.
 """
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from finetune.memory import kernels
 from finetune.memory.kernels import KIND
 from finetune.memory.memo import Memo
 from finetune.memory.trace import Trace
 from finetune.memory.work import Work
-from finetune.runtime.device import Copies, Device, Memory
-from finetune.runtime.distributed import Runtime
 
 _NUMBERS = 4096  # elements up to which a tensor carries its numbers
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
-_UNINITIALISED = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.empty_strided.default,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.new_empty_strided.default,
-}
 _LARGE = 2**20  # bytes from which a piece of host memory is fake
-
-
-class _Event:
-    """Events and streams order nothing here: one thing happens after the other."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def record(self, *_: Any) -> None: ...
-
-    wait = synchronize = record
-
-    def query(self) -> bool:
-        return True
-
-
-class _Stream(_Event):
-    def wait_stream(self, _: Any) -> None: ...
-
-    wait_event = wait_stream
-
-    def record_event(self, *_: Any) -> _Event:
-        return _Event()
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-
-class _Backend:
-    """What torch asks a device's module for."""
-
-    Stream, Event = _Stream, _Event
-
-    def is_initialized(self) -> bool:
-        return True
-
-    is_available = is_initialized
-
-    def current_device(self) -> int:
-        return 0
-
-    def device_count(self) -> int:
-        return 1
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def manual_seed_all(self, seed: int) -> None: ...
-
-    set_device = manual_seed_all
-
-    def current_stream(self, _: Any = None) -> _Stream:
-        return _Stream()
-
-    default_stream = current_stream
-
-    def stream(self, _: Any) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    device = stream
-
-    def synchronize(self, _: Any = None) -> None: ...
-
-    empty_cache = synchronize
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-
-def register() -> torch.device:
-    """Make the device known to torch, once a process. From then on torch takes it for the machine's accelerator."""
-    if not hasattr(torch, KIND):
-        _setup_privateuseone_for_python_backend(KIND, _Backend())
-        kernels.register()
-    return torch.device(KIND, 0)
-
-
-@dataclass(frozen=True)
-class SimulatedDevice(Device):
-    """The engine's door to the simulated accelerator. What a step reads is a loss of 1, no stop, and a finite norm."""
-
-    trace: Trace
-    capacity: int | None = None
-    float8: bool = True
-
-    name = "simulated GPU"
-    pins = False
-
-    @property
-    def total_memory(self) -> int | None:
-        return self.capacity
-
-    @property
-    def has_float8(self) -> bool:
-        return self.float8
-
-    def synchronize(self) -> None: ...
-
-    def read(self, values: Tensor) -> list[float]:
-        return [1.0, 0.0, 1.0][: values.numel()] if values.numel() <= 3 else [1.0] * values.numel()
-
-    def memory(self) -> Memory:
-        return Memory(self.trace.allocator.peak_allocated, self.trace.allocator.peak_reserved)
-
-    def reset_peak(self) -> None:
-        self.trace.allocator.reset_peak()
-
-    def empty_cache(self) -> None:
-        self.trace.allocator.empty_cache()
-
-    def copies(self) -> Copies:
-        return Copies(None)
-
-    def pinned(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
-
-    def reseed(self, seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-
-
-def simulated_runtime(gpus: int, trace: Trace, capacity: int | None, float8: bool) -> Runtime:
-    """Rank 0 of `gpus` processes of one host that are not there: collectives do nothing, and take no time."""
-    device = SimulatedDevice(register(), trace, capacity, float8)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    return Runtime(0, 0, gpus, device, dist.group.WORLD, min(gpus, 8))
 
 
 class Accelerator(TorchDispatchMode):
@@ -304,7 +163,7 @@ class Accelerator(TorchDispatchMode):
 
     def _numbers(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor]) -> Any:
         """The result in numbers, if all that it depends on is small and known; None if not."""
-        if function in _UNINITIALISED:
+        if function in kernels.UNINITIALISED:
             return None
         if function is torch.ops.aten.copy_.default and _numbers_of(arguments[0]) is None:  # whatever was there before
             source = _numbers_of(arguments[1])

@@ -15,6 +15,14 @@ WORKSPACE = (2 * 4096 + 8 * 16) * 1024
 HOPPER_WORKSPACE = 32 * 2**20
 MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
+UNINITIALISED = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+
 # Kernels that copy an input which is not contiguous (aten/src/ATen/native/cuda/layer_norm_kernel.cu, group_norm.cpp, SoftMax.cu):
 # its place among the arguments. torch's meta kernels do not.
 MADE_CONTIGUOUS = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
-from finetune.memory.kernels import KIND, attention_flops
+from finetune.memory.kernels import KIND, UNINITIALISED, attention_flops
 
 GB = 10**9
 
@@ -52,15 +52,7 @@ GPUS = {
 
 _INTO = {torch.ops.aten.copy_.default}
 _COPIES = {*_INTO, torch.ops.aten._to_copy.default}
-_MOVES_NOTHING = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.empty_strided.default,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.new_empty_strided.default,
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.detach.default,
-}
+_MOVES_NOTHING = UNINITIALISED | {torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default}
 
 
 @dataclass

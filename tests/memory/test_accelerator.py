@@ -8,7 +8,8 @@ from processes import ROOT
 
 BEGIN = """
 import torch
-from finetune.memory.accelerator import Accelerator, register
+from finetune.memory.accelerator import Accelerator
+from finetune.memory.device import register
 from finetune.memory.trace import Trace
 device = register()
 with Accelerator(Trace(), Trace()) as accelerator:

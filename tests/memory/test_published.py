@@ -14,7 +14,8 @@ LOAD = """
 import json, sys
 from benchmarks.memory.published import rows
 from benchmarks.memory.reference import Reference
-from finetune.memory.accelerator import Accelerator, register
+from finetune.memory.accelerator import Accelerator
+from finetune.memory.device import register
 from finetune.memory.trace import Trace
 register()
 with Accelerator(Trace(), Trace()) as accelerator:

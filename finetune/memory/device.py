@@ -1,0 +1,147 @@
+"""The simulated device as torch and the engine see it: a Python backend (PrivateUse1), so that autograd, checkpointing, peft and
+FSDP2 run on it unmodified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from finetune.memory import kernels
+from finetune.memory.kernels import KIND
+from finetune.memory.trace import Trace
+from finetune.runtime.device import Copies, Device, Memory
+from finetune.runtime.distributed import Runtime
+
+
+class _Event:
+    """Events and streams order nothing here: one thing happens after the other."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    wait = synchronize = record
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream(_Event):
+    def wait_stream(self, _: Any) -> None: ...
+
+    wait_event = wait_stream
+
+    def record_event(self, *_: Any) -> _Event:
+        return _Event()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+class _Backend:
+    """What torch asks a device's module for."""
+
+    Stream, Event = _Stream, _Event
+
+    def is_initialized(self) -> bool:
+        return True
+
+    is_available = is_initialized
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None: ...
+
+    set_device = manual_seed_all
+
+    def current_stream(self, _: Any = None) -> _Stream:
+        return _Stream()
+
+    default_stream = current_stream
+
+    def stream(self, _: Any) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    device = stream
+
+    def synchronize(self, _: Any = None) -> None: ...
+
+    empty_cache = synchronize
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+
+def register() -> torch.device:
+    """Make the device known to torch, once a process. From then on torch takes it for the machine's accelerator."""
+    if not hasattr(torch, KIND):
+        _setup_privateuseone_for_python_backend(KIND, _Backend())
+        kernels.register()
+    return torch.device(KIND, 0)
+
+
+@dataclass(frozen=True)
+class SimulatedDevice(Device):
+    """The engine's door to the simulated accelerator. What a step reads is a loss of 1, no stop, and a finite norm."""
+
+    trace: Trace
+    capacity: int | None = None
+    float8: bool = True
+
+    name = "simulated GPU"
+    pins = False
+
+    @property
+    def total_memory(self) -> int | None:
+        return self.capacity
+
+    @property
+    def has_float8(self) -> bool:
+        return self.float8
+
+    def synchronize(self) -> None: ...
+
+    def read(self, values: Tensor) -> list[float]:
+        return [1.0, 0.0, 1.0][: values.numel()] if values.numel() <= 3 else [1.0] * values.numel()
+
+    def memory(self) -> Memory:
+        return Memory(self.trace.allocator.peak_allocated, self.trace.allocator.peak_reserved)
+
+    def reset_peak(self) -> None:
+        self.trace.allocator.reset_peak()
+
+    def empty_cache(self) -> None:
+        self.trace.allocator.empty_cache()
+
+    def copies(self) -> Copies:
+        return Copies(None)
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def reseed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+
+def simulated_runtime(gpus: int, trace: Trace, capacity: int | None, float8: bool) -> Runtime:
+    """Rank 0 of `gpus` processes of one host that are not there: collectives do nothing, and take no time."""
+    device = SimulatedDevice(register(), trace, capacity, float8)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    return Runtime(0, 0, gpus, device, dist.group.WORLD, min(gpus, 8))
