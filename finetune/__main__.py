@@ -3,5 +3,6 @@
 import sys
 
 from finetune.cli import main
+from finetune.runtime.exit import leave
 
-sys.exit(main(sys.argv[1:]))
+leave(main(sys.argv[1:]))

@@ -29,7 +29,8 @@ from finetune.runtime.signals import end_with_parent
 end_with_parent()
 import sys
 from finetune.cli import main
-sys.exit(main(sys.argv[1:]))
+from finetune.runtime.exit import leave
+leave(main(sys.argv[1:]))
 """
 _LAUNCHER = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
