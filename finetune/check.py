@@ -65,8 +65,13 @@ def check_recipe(recipe: Recipe, world_size: int) -> list[Problem]:
 
 def check_device(recipe: Recipe, device: Device) -> list[Problem]:
     """What the device cannot do."""
-    if recipe.train.float8 and not device.has_float8 and not device.is_cpu:
-        return [Problem(f"{device.name} has no float8 arithmetic", "train.float8", "set it to false")]
+    return [] if device.is_cpu else check_gpu(recipe, device.name, device.has_float8)
+
+
+def check_gpu(recipe: Recipe, name: str, has_float8: bool) -> list[Problem]:
+    """What a GPU, here or not, cannot do."""
+    if recipe.train.float8 and not has_float8:
+        return [Problem(f"{name} has no float8 arithmetic", "train.float8", "set it to false")]
     return []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from finetune.memory.gpus import GPUS
 from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.recipe.schema import Prompt
 from finetune.runtime.errors import LostPeer, UserError
@@ -29,7 +30,6 @@ python -m finetune schema                    JSON Schema of recipes, for editors
 python -m finetune families                  model families
 """
 
-_GPUS = ("RTX 3090", "RTX 4090", "RTX 5090", "A6000", "L40S", "A100", "H100", "H200")  # of memory/work.py
 _LET_RANK_0_SPEAK = 1.0  # seconds; torchrun ends all processes of a node as soon as one has ended
 
 
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--gpus", type=_positive, metavar="N", help="for a training on N GPUs; 1 if not given")
         if name == "plan":
             command.add_argument(
-                "--gpu", choices=_GPUS, help="which one: for its memory, and for an estimate of a step's time"
+                "--gpu", choices=GPUS, help="which one: for its memory, and for an estimate of a step's time"
             )
             command.add_argument("--device-memory", type=_bytes, metavar="24GiB", help="what each GPU has")
             command.add_argument("--fit", action="store_true", help="search the fastest settings that fit")
@@ -165,17 +165,16 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     recipe, gpus = load_recipe(arguments.recipe, arguments.set), arguments.gpus or 1
-    from finetune.check import check_recipe, open_family
+    from finetune.check import check_gpu, check_recipe, open_family
     from finetune.engine.precision import DTYPES
-    from finetune.memory.work import GPUS
     from finetune.plan import cache_bytes, largest, simulate_all
 
     if arguments.write and not arguments.fit:
         raise UserError("there is nothing to write", "give --fit too", "--write")
-    if problems := check_recipe(recipe, gpus):
+    gpu = GPUS.get(arguments.gpu)
+    if problems := check_recipe(recipe, gpus) + (check_gpu(recipe, gpu.name, gpu.has_float8) if gpu else []):
         raise UserError.of(problems)
     family = open_family(recipe, with_weights=False)
-    gpu = GPUS.get(arguments.gpu)
     capacity = arguments.device_memory or (gpu.memory if gpu else None)
     buckets = recipe.data.buckets if arguments.all_buckets else [largest(family, recipe.data.buckets)]
     gpu = gpu or GPUS["A100"]

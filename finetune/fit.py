@@ -10,8 +10,8 @@ from typing import Any
 import tomli_w
 
 from finetune.check import check_recipe
+from finetune.memory.gpus import Gpu
 from finetune.memory.report import GIB, Plan
-from finetune.memory.work import Gpu
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.plan import Simulation, largest, simulate, simulate_all

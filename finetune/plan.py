@@ -24,12 +24,12 @@ from finetune.engine.step import StepState, run_step
 from finetune.job import build_state
 from finetune.memory.accelerator import Accelerator
 from finetune.memory.device import simulated_runtime
+from finetune.memory.gpus import Gpu
 from finetune.memory.hollow import HollowFolder
 from finetune.memory.kernels import HOPPER_WORKSPACE, WORKSPACE
 from finetune.memory.plot import Timeline, plot_timelines
 from finetune.memory.report import Phase, Plan
 from finetune.memory.trace import Trace
-from finetune.memory.work import Gpu
 from finetune.models.family import Batch, Family
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import validation_prompts
@@ -45,7 +45,6 @@ _RUNNING = {
     "validation": "generating",
     "export": "gathering",
 }
-_HOPPERS = ("H100", "H200")
 
 
 class _Zeros:
@@ -93,7 +92,7 @@ class Simulation:
         """
         self.recipe, self.family, self.gpus, self.capacity, self.gpu = recipe, family, gpus, capacity, gpu
         self.device, self.host = Trace(capacity, recipe.memory.expandable_segments), Trace()
-        workspace = HOPPER_WORKSPACE if gpu is not None and gpu.name in _HOPPERS else WORKSPACE
+        workspace = HOPPER_WORKSPACE if gpu and gpu.is_hopper else WORKSPACE
         self.accelerator = Accelerator(self.device, self.host, inside, workspace)
         self.phases: list[Phase] = []
         self.notes: list[str] = []

@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from finetune.memory.gpus import Gpu
 from finetune.memory.trace import Peak
-from finetune.memory.work import Gpu, Work
+from finetune.memory.work import Work
 
 GIB = 2**30
 _WIDTH, _BAR = 40, 24

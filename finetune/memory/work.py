@@ -12,43 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
+from finetune.memory.gpus import Gpu
 from finetune.memory.kernels import KIND, UNINITIALISED, attention_flops
-
-GB = 10**9
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU's dense peak rates, as its maker's data sheet states them.
-
-    Attributes:
-        flops: bf16 operations a second, with float32 accumulation.
-        memory_rate, host_rate, peer_rate: bytes a second from its memory, from the host one way (PCIe x16), and from other GPUs.
-        memory: bytes.
-    """
-
-    name: str
-    flops: float
-    memory_rate: float
-    host_rate: float
-    peer_rate: float
-    memory: int
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("RTX 3090", 71e12, 936 * GB, 32 * GB, 32 * GB, 24 * 2**30),
-        Gpu("RTX 4090", 165e12, 1008 * GB, 32 * GB, 32 * GB, 24 * 2**30),
-        Gpu("RTX 5090", 209e12, 1792 * GB, 64 * GB, 64 * GB, 32 * 2**30),
-        Gpu("A6000", 155e12, 768 * GB, 32 * GB, 56 * GB, 48 * 2**30),
-        Gpu("L40S", 362e12, 864 * GB, 32 * GB, 32 * GB, 48 * 2**30),
-        Gpu("A100", 312e12, 2039 * GB, 32 * GB, 300 * GB, 80 * 2**30),
-        Gpu("H100", 989e12, 3350 * GB, 64 * GB, 450 * GB, 80 * 2**30),
-        Gpu("H200", 989e12, 4800 * GB, 64 * GB, 450 * GB, 141 * 10**9),
-    )
-}
-
 
 _INTO = {torch.ops.aten.copy_.default}
 _COPIES = {*_INTO, torch.ops.aten._to_copy.default}

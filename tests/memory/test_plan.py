@@ -46,7 +46,10 @@ def test_a_plan_says_what_it_takes_and_whether_that_fits(finetune, recipe: Path)
 WITH_SAMPLES = ["--set", 'validation.prompts=[{text = "a ball"}]']
 
 
-@pytest.mark.parametrize("family", ["ltx", "cogvideox", "hunyuan", "mochi"])
+# ltx, as every other test here; the others take their own encoders and VAEs
+@pytest.mark.parametrize(
+    "family", ["cogvideox", *(pytest.param(f, marks=pytest.mark.full) for f in ("hunyuan", "mochi"))]
+)
 def test_a_plan_goes_through_every_phase_of_a_run(finetune, family_recipe: Callable[..., Path], family: str) -> None:
     plan = planned(finetune, family_recipe(family), *WITH_SAMPLES)
     bucket = "13x64x96" if family == "mochi" else BUCKET
@@ -123,6 +126,13 @@ def test_a_bad_recipe_is_refused_as_check_refuses_it(finetune, recipe: Path) -> 
     done = finetune("plan", "--recipe", recipe, "--set", "train.float8=true")
     assert done.returncode == 2
     assert "float8 training is for weights that are trained" in done.stderr
+
+
+def test_what_the_named_gpu_cannot_do_is_refused(finetune, recipe: Path) -> None:
+    float8 = ["--set", "train.method=full", "--set", "train.float8=true"]
+    done = finetune("plan", "--recipe", recipe, *ONE_EACH, *float8, "--gpu", "A100")
+    assert done.returncode == 2
+    assert "A100 has no float8 arithmetic" in done.stderr
 
 
 @pytest.mark.parametrize(
