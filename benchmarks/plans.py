@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -57,33 +58,37 @@ def _plan(name: str, gpus: int, folder: Path) -> list[str]:
         f"train.global_batch_size={size}",
         f"validation.prompts={_toml(prompts)}",
     ]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "finetune",
-        "plan",
-        "--recipe",
-        str(file),
-        "--gpus",
-        str(gpus),
-        "--json",
-    ]
+    start = time.perf_counter()
+    plan = planned("--recipe", file, "--gpus", gpus, settings=settings)
+    took = time.perf_counter() - start
+    phases = {kind: phase for kind in PHASES for phase in plan["phases"] if phase["name"].startswith(kind)}
+    reserved = [gib(phases[kind]["device"]["reserved"]) if kind in phases else "" for kind in PHASES]
+    return [*reserved, gib(plan["host_bytes"]), f"{phases['step']['seconds']:.1f} s", f"{took:.0f} s"]
+
+
+def planned(*arguments: object, settings: Sequence[str] = ()) -> dict:
+    """The figures of `plan`."""
+    return json.loads(finetune("plan", *arguments, "--json", settings=settings))
+
+
+def finetune(*arguments: object, settings: Sequence[str] = ()) -> str:
+    """What the command prints.
+
+    Raises:
+        RuntimeError: it ended with another status than 0.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", "finetune", *map(str, arguments)]
     for setting in settings:
         command += ["--set", setting]
-    start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    took = time.perf_counter() - start
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    plan = json.loads(done.stdout)
-    phases = {kind: phase for kind in PHASES for phase in plan["phases"] if phase["name"].startswith(kind)}
-    reserved = [_gib(phases[kind]["device"]["reserved"]) if kind in phases else "" for kind in PHASES]
-    return [*reserved, _gib(plan["host_bytes"]), f"{phases['step']['seconds']:.1f} s", f"{took:.0f} s"]
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        )
+    return done.stdout
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / GIB:.1f}"
 
 

@@ -61,6 +61,11 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude_none=True)
 
 
+def flat_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's plain values as `table.key` -> value."""
+    return dict(_flatten(recipe_values(recipe)))
+
+
 def changes(ours: Recipe, other: Recipe) -> list[str]:
     """Every key whose value differs, as text with both values."""
     return [text for _, text in _changes(ours, other)]
@@ -74,7 +79,7 @@ def differences(ours: Recipe, other: Recipe) -> list[str]:
 
 
 def _changes(ours: Recipe, other: Recipe) -> Iterator[tuple[str, str]]:
-    left, right = dict(_flatten(recipe_values(ours))), dict(_flatten(recipe_values(other)))
+    left, right = flat_values(ours), flat_values(other)
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key):
             yield key, f"{key} = {right.get(key, 'unset')!r} there, {left.get(key, 'unset')!r} here"
