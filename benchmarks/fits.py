@@ -57,7 +57,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             lines.append("| " + " | ".join(_fit(fit, Path(folder))) + " |")
         print(lines[-1], flush=True)
-    arguments.out.write_text("\n".join(lines) + "\n")
+        arguments.out.write_text("\n".join(lines) + "\n")
 
 
 def _fit(fit: Fit, folder: Path) -> list[str]:
@@ -69,6 +69,8 @@ def _fit(fit: Fit, folder: Path) -> list[str]:
     start = time.perf_counter()
     finetune("plan", "--recipe", file, *memory, "--fit", "--write", found, settings=settings)
     took = time.perf_counter() - start
+    if not found.exists():
+        return [fit.recipe, fit.bucket, str(fit.memory), "nothing fits", "", "", "", "", f"{took:.0f} s"]
     before, after = (flat_values(recipe) for recipe in (load_recipe(file, settings), load_recipe(found)))
     changes = [f"{key} = {after.get(key)}" for key in sorted(after) if after[key] != before.get(key)]
     changes += [f"no {key}" for key in sorted(before.keys() - after.keys())]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from finetune.memory.gpus import GPUS
+from finetune.memory.gpus import CONTEXT, GPUS, Hardware
 from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.recipe.schema import Prompt
 from finetune.runtime.errors import LostPeer, UserError
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("check", "plan"):
             command.add_argument("--gpus", type=_positive, metavar="N", help="for a training on N GPUs; 1 if not given")
         if name == "plan":
+            command.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="8 if not given")
             command.add_argument(
                 "--gpu", choices=GPUS, help="which one: for its memory, and for an estimate of a step's time"
             )
@@ -167,38 +168,47 @@ def _plan(arguments: argparse.Namespace) -> int:
     recipe, gpus = load_recipe(arguments.recipe, arguments.set), arguments.gpus or 1
     from finetune.check import check_gpu, check_recipe, open_family
     from finetune.engine.precision import DTYPES
+    from finetune.memory.plot import check_plot
     from finetune.plan import cache_bytes, largest, simulate_all
 
     if arguments.write and not arguments.fit:
         raise UserError("there is nothing to write", "give --fit too", "--write")
+    if arguments.plot:
+        check_plot(arguments.plot)
+    if gpus > arguments.gpus_per_node and gpus % arguments.gpus_per_node:
+        raise UserError(
+            f"{gpus} GPUs are not nodes of {arguments.gpus_per_node}", "give how many a node has", "--gpus-per-node"
+        )
     gpu = GPUS.get(arguments.gpu)
     if problems := check_recipe(recipe, gpus) + (check_gpu(recipe, gpu.name, gpu.has_float8) if gpu else []):
         raise UserError.of(problems)
+    gc.freeze()  # collections look through what is simulated alone
+    gc.enable()
     family = open_family(recipe, with_weights=False)
-    capacity = arguments.device_memory or (gpu.memory if gpu else None)
+    capacity = arguments.device_memory or (gpu.memory - CONTEXT if gpu else None)
+    hardware = Hardware(gpus, arguments.gpus_per_node, capacity, gpu or GPUS["A100"])
     buckets = recipe.data.buckets if arguments.all_buckets else [largest(family, recipe.data.buckets)]
-    gpu = gpu or GPUS["A100"]
     if arguments.fit:
-        return _fit(recipe, family, gpus, capacity, gpu, arguments)
-    plan = simulate_all(recipe, family, buckets, gpus, capacity, gpu, arguments.plot)
+        return _fit(recipe, family, hardware, arguments)
+    plan = simulate_all(recipe, family, buckets, hardware, arguments.plot)
     clip, caption = (size / 2**20 for size in cache_bytes(family, buckets[0], DTYPES[recipe.train.precision]))
     plan.notes.append(f"cache: {clip:.1f} MiB for each clip of {buckets[0]}, {caption:.2f} MiB for each caption")
     print(json.dumps(plan.as_json(), indent=1) if arguments.json else "\n".join(plan.lines()))
     return 0 if plan.fits is not False else 3
 
 
-def _fit(recipe: Recipe, family, gpus: int, capacity: int | None, gpu, arguments: argparse.Namespace) -> int:
+def _fit(recipe: Recipe, family, hardware: Hardware, arguments: argparse.Namespace) -> int:
     from finetune.fit import fit
     from finetune.runtime.files import writing
 
-    if capacity is None:
+    if hardware.capacity is None:
         raise UserError("how much memory a GPU has is not said", "give --device-memory 24GiB, or --gpu NAME", "--fit")
     if unused := [name for name in ("json", "plot", "all_buckets") if getattr(arguments, name)]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         raise UserError("--fit does not take these", "plan the recipe that it writes with them", options)
     if arguments.write and not arguments.write.absolute().parent.is_dir():
         raise UserError("no such folder", "make it first", str(arguments.write.absolute().parent))
-    found = fit(recipe, family, gpus, capacity, gpu, say)
+    found = fit(recipe, family, hardware, say)
     print("\n".join(found.lines()))
     if arguments.write and found.fits:
         with writing(arguments.write):

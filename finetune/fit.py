@@ -10,7 +10,8 @@ from typing import Any
 import tomli_w
 
 from finetune.check import check_recipe
-from finetune.memory.gpus import Gpu
+from finetune.engine.layout import streams
+from finetune.memory.gpus import Hardware
 from finetune.memory.report import GIB, Plan
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
@@ -37,6 +38,12 @@ _PLAIN: Changes = {  # what belongs to settings that may not be chosen
     "memory.keep_gib": None,
     "memory.checkpoint_every": 2,
     "memory.shard_size": None,
+}
+_NO_SAMPLES: Changes = {
+    "validation.prompts": [],
+    "validation.prompts_file": None,
+    "validation.samples_every": None,
+    "validation.tiling": True,
 }
 _BAND = 0.03  # times that differ by less are alike: the simpler settings, which come first, are taken
 _EIGHT_BIT = {"optimizer.name": "adamw_8bit"}
@@ -78,22 +85,20 @@ class Fit:
         return [*self.plan.lines(), "the fastest settings found that fit:", "", *_toml(self.changes)]
 
 
-def fit(recipe: Recipe, family: Family, gpus: int, capacity: int, gpu: Gpu, say: Callable[[str], None]) -> Fit:
+def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str], None]) -> Fit:
     """Search the memory savers. Those that leave the training's numbers alone come first.
 
     Args:
-        capacity: bytes of a GPU's memory.
-        gpu: whose time is estimated.
+        hardware: with what a GPU has, and whose time is estimated.
         say: is told how the search goes on.
     """
-    bucket = largest(family, recipe.data.buckets)
-    for_encoding = _for_encoding(recipe, family, bucket, gpus, capacity)
+    bucket, capacity = largest(family, recipe.data.buckets), hardware.capacity
+    for_encoding = _for_encoding(recipe, family, bucket, hardware)
     smallest: Candidate | None = None
     for extra in [{}, *_INEXACT[recipe.train.method]]:
-        candidates = [
-            _probe(recipe, family, bucket, gpus, each, gpu, capacity) for each in _settings(recipe, gpus, extra)
-        ]
-        for candidate in sorted(candidates, key=lambda candidate: candidate.seconds):
+        settings = _settings(recipe, hardware.gpus, extra)
+        candidates = [_probe(recipe, family, bucket, hardware, each) for each in settings]
+        for candidate in _ranked(candidates):
             smallest = min(smallest or candidate, candidate, key=lambda candidate: candidate.memory)
             if candidate.memory > capacity:
                 continue
@@ -101,16 +106,18 @@ def fit(recipe: Recipe, family: Family, gpus: int, capacity: int, gpu: Gpu, say:
                 say(
                     f"trying {_brief(changes)}: {candidate.memory / GIB:.1f} GiB, {candidate.seconds:.1f} s a step expected"
                 )
-                if simulate(_changed(recipe, changes), family, [bucket], gpus, capacity, gpu).fits:
-                    return _whole(recipe, changes | for_encoding, family, bucket, gpus, capacity, gpu)
+                if not simulate(_changed(recipe, changes), family, [bucket], hardware).fits:
+                    continue
+                if (found := _whole(recipe, changes | for_encoding, family, hardware)).fits:
+                    return found
         say(f"nothing fits{' with ' + _brief(extra) if extra else ''}")
     if smallest is None:
-        problems = check_recipe(recipe, gpus) or [
+        problems = check_recipe(recipe, hardware.gpus) or [
             Problem("no setting of the memory savers goes with this recipe", "--fit")
         ]
         raise UserError.of(problems)
     least = smallest.changes | {"memory.expandable_segments": True} | for_encoding
-    return replace(_whole(recipe, least, family, bucket, gpus, capacity, gpu), fits=False)
+    return replace(_whole(recipe, least, family, hardware), fits=False)
 
 
 def _ranked(candidates: list[Candidate]) -> Iterator[Candidate]:
@@ -147,29 +154,23 @@ def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
             yield changes
 
 
-def _probe(
-    recipe: Recipe, family: Family, bucket: Bucket, gpus: int, changes: Changes, gpu: Gpu, capacity: int
-) -> Candidate:
+def _probe(recipe: Recipe, family: Family, bucket: Bucket, hardware: Hardware, changes: Changes) -> Candidate:
     """What settings take, by two shallow models; of blocks that are streamed, as many stay on the GPU as have room."""
     blocks = [family.folder.config("transformer")[key] for key in family.depth_keys]
     full, chosen = min(blocks), _changed(recipe, changes)
     figures = []
     for depth in _PROBES if full > max(_PROBES) else [full]:
         shallow = type(family)(_ShallowFolder(family, [depth * count // full for count in blocks]))
-        load, step = simulate(chosen, shallow, [bucket], gpus, None, gpu).phases
+        load, step = simulate(chosen, shallow, [bucket], replace(hardware, capacity=None)).phases
         figures.append((load.device.allocated, step.device.allocated, step.seconds))
     if len(figures) == 2:
         first, second = _PROBES
         figures = [[a + (b - a) * (full - first) / (second - first) for a, b in zip(*figures, strict=True)]]
     load, step, seconds = figures[0]
     memory = max(load, step)
-    if (
-        changes["memory.offload"]
-        and recipe.train.method == "lora"
-        and (gpus == 1 or changes["memory.layout"] == "replicate")
-    ):
+    if streams(chosen.memory, recipe.train.method, hardware.gpus):
         size = _block_bytes(chosen, family)
-        stay = min(sum(blocks) - 1, max(0, int((_ROOM * capacity - memory) / size)))
+        stay = min(sum(blocks) - 1, max(0, int((_ROOM * hardware.capacity - memory) / size)))
         changes, memory = changes | {"memory.resident_blocks": stay}, memory + stay * size
     return Candidate(changes, memory, seconds)
 
@@ -200,37 +201,34 @@ class _ShallowFolder(ModelFolder):
         return config | self._depths if component == "transformer" else config
 
 
-def _for_encoding(recipe: Recipe, family: Family, bucket: Bucket, gpus: int, capacity: int) -> Changes:
+def _for_encoding(recipe: Recipe, family: Family, bucket: Bucket, hardware: Hardware) -> Changes:
     """What captions and clips need, so that they can be encoded."""
-    with Simulation(recipe, family, gpus, capacity).running() as simulation:
+    with Simulation(recipe, family, hardware).running() as simulation:
         simulation.encoding([bucket])
     changes: Changes = {}
     for phase in simulation.phases:
-        if phase.device.reserved > capacity:
+        if phase.device.reserved > hardware.capacity:
             changes |= {"memory.text_encoder": "cpu"} if phase.name == "encode text" else {"vae.tiling": True}
     return changes
 
 
-def _whole(recipe: Recipe, changes: Changes, family: Family, bucket: Bucket, gpus: int, capacity: int, gpu: Gpu) -> Fit:
-    """All phases of what was chosen. Only what differs from the recipe is told."""
-    chosen = _changed(recipe, changes)
-    before = recipe_values(recipe)
-    told = {key: value for key, value in changes.items() if _value(before, key) != value}
-    plan = simulate_all(chosen, family, [bucket], gpus, capacity, gpu)
+def _whole(recipe: Recipe, changes: Changes, family: Family, hardware: Hardware) -> Fit:
+    """All phases of what was chosen, with every bucket. Only what differs from the recipe is told."""
+    chosen, capacity = _changed(recipe, changes), hardware.capacity
+    plan = simulate_all(chosen, family, recipe.data.buckets, hardware)
     samples = [phase for phase in plan.phases if phase.name.startswith("validation")]
     excess = max((phase.device.reserved - capacity for phase in samples), default=0)
     if excess > 0 and (stay := changes["memory.resident_blocks"]):
         fewer = max(0, stay - 1 - int(excess / _block_bytes(chosen, family)))
-        return _whole(recipe, changes | {"memory.resident_blocks": fewer}, family, bucket, gpus, capacity, gpu)
+        return _whole(recipe, changes | {"memory.resident_blocks": fewer}, family, hardware)
     if excess > 0:
         needed = (excess + capacity) / GIB
-        plan.notes.append(
-            f"samples would take {needed:.2f} GiB: leave out [[validation.prompts]], or give them a smaller shape"
-        )
+        plan.notes.append(f"samples would take {needed:.2f} GiB, and are left out; a smaller shape may fit")
         plan = replace(plan, phases=[phase for phase in plan.phases if phase not in samples])
-        silent = {"prompts": [], "prompts_file": None, "samples_every": None, "tiling": True}
-        chosen = chosen.model_copy(update={"validation": chosen.validation.model_copy(update=silent)})
-    return Fit(chosen, told, plan, bool(plan.fits))
+        changes = changes | _NO_SAMPLES
+    before = recipe_values(recipe)
+    told = {key: value for key, value in changes.items() if _value(before, key) != value}
+    return Fit(_changed(recipe, changes), told, plan, bool(plan.fits))
 
 
 def _changed(recipe: Recipe, changes: Changes) -> Recipe:

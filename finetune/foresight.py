@@ -13,7 +13,7 @@ from pathlib import Path
 
 from finetune.memory.report import GIB, Plan
 from finetune.recipe import Bucket, Recipe, write_recipe
-from finetune.runtime.device import Memory
+from finetune.runtime.device import Memory, has_expandable_segments
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
@@ -50,7 +50,7 @@ class Foresight:
         """
         self.recipe, self.model, self.runtime = recipe, model, runtime
         self.patience = min(patience, recipe.distributed.timeout_seconds / 2)
-        self.capacity = runtime.device.total_memory
+        self.capacity = runtime.device.available_memory
         self.plan: Plan | None = None
         self.process: subprocess.Popen | None = None
         self._files: tempfile.TemporaryDirectory | None = None
@@ -147,7 +147,8 @@ class Foresight:
 
     def _start(self, folder: Path) -> subprocess.Popen:
         model = self.recipe.model.model_copy(update={"path": str(self.model.absolute())})
-        write_recipe(self.recipe.model_copy(update={"model": model}), folder / "recipe.toml")
+        memory = self.recipe.memory.model_copy(update={"expandable_segments": has_expandable_segments()})
+        write_recipe(self.recipe.model_copy(update={"model": model, "memory": memory}), folder / "recipe.toml")
         arguments = [*self._plan_arguments(folder / "recipe.toml"), "--all-buckets", "--json"]
         alone = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
         command, environment = [sys.executable, "-c", _COMMAND, *arguments], alone | {"CUDA_VISIBLE_DEVICES": ""}
@@ -156,6 +157,8 @@ class Foresight:
 
     def _plan_arguments(self, recipe: Path) -> list[str]:
         arguments = ["plan", "--recipe", str(recipe), "--gpus", str(self.runtime.world_size)]
+        if self.runtime.world_size > self.runtime.local_world_size:
+            arguments += ["--gpus-per-node", str(self.runtime.local_world_size)]
         return arguments + (["--device-memory", f"{self.capacity}B"] if self.capacity is not None else [])
 
     def _wait(self, stop: Callable[[], bool]) -> Plan | None:

@@ -3,6 +3,7 @@
 Ranks share the work and never encode the same thing twice; a run that was killed continues where it stopped.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,5 +186,6 @@ def _encode(
                 problems += share
             progress.update(min(len(missing), (turn + 1) * _ROUND * runtime.world_size), "")
     del encode
+    gc.collect()
     runtime.device.empty_cache()
     return problems

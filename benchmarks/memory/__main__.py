@@ -44,10 +44,18 @@ def main() -> None:
     wanted: dict[tuple[str, str], None] = {}
     for row in chosen:
         wanted |= dict.fromkeys(_runs(row).values())
+    kept = _Kept(HERE.parent.parent / "runs" / "benchmarks_memory.jsonl")
+
+    def figures(run: tuple[str, str]) -> dict[str, float] | None:
+        late = arguments.minutes is not None and time.perf_counter() - start > 60 * arguments.minutes
+        return kept.get(run) or (None if late else kept.put(run, _run(run)))
+
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        done = dict(zip(wanted, pool.map(_run, wanted), strict=True))
+        done = dict(zip(wanted, pool.map(figures, wanted), strict=True))
+    if left := sum(found is None for found in done.values()):
+        sys.exit(f"{left} of {len(wanted)} runs are left; the same command goes on with them")
     lines = [Line(row, **{name: done[run] for name, run in _runs(row).items()}) for row in chosen]
-    report = f"{markdown(lines)}\n\n{errors(lines)}\n"
+    report = f"{INTRODUCTION}\n{markdown(lines)}\n\n{errors(lines)}\n"
     print(report)
     print(
         f"{len(chosen)} rows, {len(wanted)} runs, {(time.perf_counter() - start) / 60:.0f} minutes, {arguments.jobs} at a time"

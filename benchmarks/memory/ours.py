@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.full_size import CONFIGS
 from benchmarks.memory.published import Row
+from finetune.memory.gpus import Hardware
 from finetune.models.cogvideox import CogVideoX
 from finetune.models.folder import ModelFolder
 from finetune.plan import simulate
@@ -81,7 +82,7 @@ def predict(ours: Ours) -> dict[str, float]:
     """Peaks in bytes of loading and steps, in a process of its own: the simulated device stays known to torch."""
     start = time.perf_counter()
     recipe, family = ours.recipe(), CogVideoX(ModelFolder(CONFIGS / ours.model))
-    plan = simulate(recipe, family, [BUCKET], ours.gpus)
+    plan = simulate(recipe, family, [BUCKET], Hardware(ours.gpus))
     peak = plan.highest.device
     host = max(phase.host.requested for phase in plan.phases)
     return {

@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from finetune.memory import kernels
+from finetune.memory.gpus import Hardware
 from finetune.memory.kernels import KIND
 from finetune.memory.trace import Trace
 from finetune.runtime.device import Copies, Device, Memory
@@ -140,8 +141,8 @@ class SimulatedDevice(Device):
         torch.default_generator.manual_seed(seed)
 
 
-def simulated_runtime(gpus: int, trace: Trace, capacity: int | None, float8: bool) -> Runtime:
-    """Rank 0 of `gpus` processes of one host that are not there: collectives do nothing, and take no time."""
-    device = SimulatedDevice(register(), trace, capacity, float8)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    return Runtime(0, 0, gpus, device, dist.group.WORLD, min(gpus, 8))
+def simulated_runtime(hardware: Hardware, trace: Trace, float8: bool) -> Runtime:
+    """Rank 0 of processes that are not there, one for each GPU: collectives do nothing, and take no time."""
+    device = SimulatedDevice(register(), trace, hardware.capacity, float8)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=hardware.gpus)
+    return Runtime(0, 0, hardware.gpus, device, dist.group.WORLD, hardware.processes)

@@ -1,24 +1,26 @@
-"""GPUs by name: what their makers' data sheets state."""
+"""GPUs by name, and how many of them a training has."""
 
 from dataclasses import dataclass
 
-GB = 10**9
+GB, GIB = 10**9, 2**30
+CONTEXT = GIB // 2  # about
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU and its dense peak rates.
+    """A GPU: its dense peak rates as its maker states them, and its memory as torch counts it.
 
     Attributes:
         architecture: of CUDA, as in sm_90: ten times the compute capability.
-        flops: bf16 operations a second, with float32 accumulation.
+        flops, float32_flops: operations a second; bf16 with float32 accumulation, and float32 without tensor cores.
         memory_rate, host_rate, peer_rate: bytes a second from its memory, from the host one way (PCIe x16), and from other GPUs.
-        memory: bytes.
+        memory: bytes, of which a CUDA context takes `CONTEXT`.
     """
 
     name: str
     architecture: int
     flops: float
+    float32_flops: float
     memory_rate: float
     host_rate: float
     peer_rate: float
@@ -36,13 +38,33 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("RTX 3090", 86, 71e12, 936 * GB, 32 * GB, 32 * GB, 24 * 2**30),
-        Gpu("RTX 4090", 89, 165e12, 1008 * GB, 32 * GB, 32 * GB, 24 * 2**30),
-        Gpu("RTX 5090", 120, 209e12, 1792 * GB, 64 * GB, 64 * GB, 32 * 2**30),
-        Gpu("A6000", 86, 155e12, 768 * GB, 32 * GB, 56 * GB, 48 * 2**30),
-        Gpu("L40S", 89, 362e12, 864 * GB, 32 * GB, 32 * GB, 48 * 2**30),
-        Gpu("A100", 80, 312e12, 2039 * GB, 32 * GB, 300 * GB, 80 * 2**30),
-        Gpu("H100", 90, 989e12, 3350 * GB, 64 * GB, 450 * GB, 80 * 2**30),
-        Gpu("H200", 90, 989e12, 4800 * GB, 64 * GB, 450 * GB, 141 * 10**9),
+        Gpu("RTX 3090", 86, 71e12, 35.6e12, 936 * GB, 32 * GB, 32 * GB, int(23.6 * GIB)),
+        Gpu("RTX 4090", 89, 165e12, 82.6e12, 1008 * GB, 32 * GB, 32 * GB, int(23.5 * GIB)),
+        Gpu("RTX 5090", 120, 209e12, 104.8e12, 1792 * GB, 64 * GB, 64 * GB, int(31.3 * GIB)),
+        Gpu("A6000", 86, 155e12, 38.7e12, 768 * GB, 32 * GB, 56 * GB, int(47.4 * GIB)),
+        Gpu("L40S", 89, 362e12, 91.6e12, 864 * GB, 32 * GB, 32 * GB, int(44.4 * GIB)),
+        Gpu("A100", 80, 312e12, 19.5e12, 2039 * GB, 32 * GB, 300 * GB, int(79.1 * GIB)),
+        Gpu("H100", 90, 989e12, 67e12, 3350 * GB, 64 * GB, 450 * GB, int(79.1 * GIB)),
+        Gpu("H200", 90, 989e12, 67e12, 4800 * GB, 64 * GB, 450 * GB, int(139.7 * GIB)),
     )
 }
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a training has: `gpus` in all, `per_node` of them in each machine.
+
+    Attributes:
+        capacity: bytes of a GPU's memory; None for any number.
+        gpu: which one; None if nothing is timed.
+    """
+
+    gpus: int = 1
+    per_node: int = 8
+    capacity: int | None = None
+    gpu: Gpu | None = None
+
+    @property
+    def processes(self) -> int:
+        """In each node."""
+        return min(self.gpus, self.per_node)

@@ -1,11 +1,23 @@
 """A plan as a picture: what lives on the GPU over time, phase by phase."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from finetune.memory.report import GIB
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import writing
 
 Timeline = list[tuple[int, dict[str, int]]]
+
+
+def check_plot(file: Path) -> None:
+    """Raises UserError if no picture can be drawn there."""
+    if find_spec("matplotlib") is None:
+        raise UserError("matplotlib is not installed", 'pip install "finetune[plots]"', "--plot")
+    if not file.absolute().parent.is_dir():
+        raise UserError("no such folder", "make it first", str(file.absolute().parent))
+    if file.suffix.lower() != ".png":
+        raise UserError(f"{file.name} is no name of a PNG", "end it with .png", "--plot")
 
 
 def plot_timelines(timelines: dict[str, Timeline], capacity: int | None, file: Path) -> None:
@@ -14,10 +26,8 @@ def plot_timelines(timelines: dict[str, Timeline], capacity: int | None, file: P
     Args:
         timelines: phase -> `Trace.timeline`.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("matplotlib is not installed", 'pip install "finetune[plots]"', "--plot") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -39,5 +49,6 @@ def plot_timelines(timelines: dict[str, Timeline], capacity: int | None, file: P
     axes[0][0].set_ylabel("GiB")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
-    figure.savefig(file, dpi=110)
+    with writing(file):
+        figure.savefig(file, dpi=110)
     pyplot.close(figure)

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from finetune.memory.gpus import Gpu
+from finetune.memory.gpus import Gpu, Hardware
 from finetune.memory.trace import Peak
 from finetune.memory.work import Work
 
@@ -32,11 +32,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training takes of each of `gpus` GPUs, which have `capacity` bytes if that is known."""
+    """What a training takes of each GPU, phase by phase."""
 
-    gpus: int
-    capacity: int | None
-    gpu: Gpu | None
+    hardware: Hardware
     phases: list[Phase]
     notes: list[str] = field(default_factory=list)
 
@@ -47,19 +45,20 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        return None if self.capacity is None else self.highest.device.reserved <= self.capacity
+        return None if self.hardware.capacity is None else self.highest.device.reserved <= self.hardware.capacity
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of a node of up to eight GPUs, beside what Python and its libraries take."""
-        processes = min(self.gpus, 8)
+        """Host memory of a node, beside what Python and its libraries take."""
         kept = max(phase.host.requested for phase in self.phases if phase.name != "export")
         exported = max((phase.host.requested for phase in self.phases if phase.name == "export"), default=0)
-        return max(processes * kept, exported)  # rank 0 alone has whole weights to write
+        return max(self.hardware.processes * kept, exported)  # rank 0 alone has whole weights to write
 
     def as_json(self) -> dict[str, Any]:
         """All figures, in bytes, FLOPs and seconds."""
-        return {**asdict(self), "host_bytes": self.host_bytes, "fits": self.fits}
+        phases = [asdict(phase) for phase in self.phases]
+        figures = {"host_bytes": self.host_bytes, "fits": self.fits, "phases": phases, "notes": self.notes}
+        return {**asdict(self.hardware), **figures}
 
     @classmethod
     def from_json(cls, figures: dict[str, Any]) -> "Plan":
@@ -69,7 +68,8 @@ class Plan:
             for each in figures["phases"]
         ]
         gpu = figures["gpu"] and Gpu(**figures["gpu"])
-        return cls(figures["gpus"], figures["capacity"], gpu, phases, figures["notes"])
+        hardware = Hardware(figures["gpus"], figures["per_node"], figures["capacity"], gpu)
+        return cls(hardware, phases, figures["notes"])
 
     def lines(self) -> list[str]:
         """The plan in words and bars."""
@@ -94,12 +94,14 @@ class Plan:
         for phase in self.phases:
             if phase.flops is not None:
                 time = (
-                    f"; estimate: {phase.seconds:.2f} s on {self.gpu.name}, by its peak rates" if phase.seconds else ""
+                    f"; estimate: {phase.seconds:.2f} s on {self.hardware.gpu.name}, by its peak rates"
+                    if phase.seconds
+                    else ""
                 )
                 lines.append(f"{phase.name}: {phase.flops / 1e12:.1f} TFLOP on each GPU{time}")
         if self.host_bytes:
             lines.append(
-                f"host memory of a node of {min(self.gpus, 8)}: {self.host_bytes / GIB:.2f} GiB, beside Python's own"
+                f"host memory of a node of {self.hardware.processes}: {self.host_bytes / GIB:.2f} GiB, beside Python's own"
             )
         return lines
 
@@ -107,12 +109,13 @@ class Plan:
     def verdict(self) -> str:
         """Whether it fits, and by how much not."""
         needs = f"{self.highest.device.reserved / GIB:.2f} GiB"
-        each = "a GPU" if self.gpus == 1 else f"each of {self.gpus} GPUs"
-        if self.capacity is None:
+        hardware = self.hardware
+        each = "a GPU" if hardware.gpus == 1 else f"each of {hardware.gpus} GPUs"
+        if hardware.capacity is None:
             return f"{each} needs {needs}, beside what its driver takes; --device-memory 24GiB says whether it fits"
-        difference = abs(self.capacity - self.highest.device.reserved) / GIB
+        difference = abs(hardware.capacity - self.highest.device.reserved) / GIB
         if self.fits:
-            return f"fits: {each} needs {needs} of {self.capacity / GIB:.2f}, beside what its driver takes"
+            return f"fits: {each} needs {needs} of {hardware.capacity / GIB:.2f}, beside what its driver takes"
         return f"does not fit: {each} needs {needs}, {difference:.2f} GiB more than there are"
 
 

@@ -41,8 +41,17 @@ class Peak:
 class Trace:
     """Is told of each storage of one memory, by its key; keeps what it needs to explain a phase's peak."""
 
-    def __init__(self, limit: int | None = None, expandable: bool = False) -> None:
-        """`limit`: bytes of the memory; None for any number. `expandable`: the allocator's segments grow."""
+    def __init__(
+        self, limit: int | None = None, expandable: bool = False, locked: frozenset[str] = frozenset()
+    ) -> None:
+        """
+        Args:
+            limit: bytes of the memory; None for any number.
+            expandable: the allocator's segments grow.
+            locked: categories that torch's allocator of page-locked host memory holds, in powers of two
+                (ATen/core/CachingHostAllocator.h).
+        """
+        self.locked = locked
         self.allocator = (ExpandableAllocator if expandable else CachingAllocator)(limit)
         self.live: dict[int, Storage] = {}
         self.running, self.module = "load", ""
@@ -85,7 +94,8 @@ class Trace:
                 del there[storage]
         parts: Counter[str] = Counter()
         for storage in there:
-            parts[storage.category] += storage.size
+            size = storage.size
+            parts[storage.category] += 1 << (size - 1).bit_length() if storage.category in self.locked else size
         allocator = self.allocator
         return Peak(
             allocator.peak_allocated, allocator.peak_reserved, parts.total(), self._size_before, *self._in, dict(parts)

@@ -22,9 +22,9 @@ _MOVES_NOTHING = UNINITIALISED | {torch.ops.aten._unsafe_view.default, torch.ops
 
 @dataclass
 class Work:
-    """Operations on the device by (FLOPs, bytes read and written), and bytes copied between it, the host and its peers."""
+    """Operations on the device by (FLOPs, bytes read and written, whether in float32); bytes copied to and from host and peers."""
 
-    operations: Counter[tuple[int, int]]
+    operations: Counter[tuple[int, int, bool]]
     to_device: int = 0
     to_host: int = 0
     peer_bytes: int = 0
@@ -52,18 +52,20 @@ class Work:
             return
         counts = flop_registry.get(function._overloadpacket)
         flops = counts(*arguments, **keywords, out_val=result) if counts else attention_flops(function, arguments)
-        self.operations[flops, sum(tensor.nbytes for tensor in (*tensors, *outputs))] += 1
+        size = sum(tensor.nbytes for tensor in (*tensors, *outputs))
+        self.operations[flops, size, any(each.dtype is torch.float32 for each in outputs)] += 1
 
     @property
     def flops(self) -> int:
-        return sum(flops * count for (flops, _), count in self.operations.items())
+        return sum(flops * count for (flops, *_), count in self.operations.items())
 
     def seconds(self, gpu: Gpu, overlaps: bool = True) -> float:
         """The roofline (Williams et al. 2009): each operation at the GPU's peak rate of computing or of memory, whichever is
         slower; copies from and to the host beside them, or after them, and collectives beside them.
         """
         computing = sum(
-            count * max(flops / gpu.flops, size / gpu.memory_rate) for (flops, size), count in self.operations.items()
+            count * max(flops / (gpu.float32_flops if float32 else gpu.flops), size / gpu.memory_rate)
+            for (flops, size, float32), count in self.operations.items()
         )
         copying = max(self.to_device, self.to_host) / gpu.host_rate
         return max(max(computing, copying) if overlaps else computing + copying, self.peer_bytes / gpu.peer_rate)

@@ -22,6 +22,12 @@ def use_expandable_segments() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def has_expandable_segments() -> bool:
+    """Whether CUDA's caching allocator was told to grow its segments, by `use_expandable_segments` or by the user."""
+    said = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return any("expandable_segments:true" in each.replace(" ", "").lower() for each in said)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Peak bytes since `reset_peak`. On a CPU both figures are the process's peak resident set."""
@@ -86,6 +92,15 @@ class Device:
     def total_memory(self) -> int | None:
         """Bytes of the device's memory; None on a CPU, where nothing is divided by it."""
         return None if self.is_cpu else torch.accelerator.get_memory_info(self.torch_device)[1]
+
+    @property
+    def available_memory(self) -> int | None:
+        """Bytes of the device's memory that torch has or can get: not its context, nor what others hold. None on a CPU."""
+        if self.is_cpu:
+            return None
+        return torch.accelerator.get_memory_info(self.torch_device)[0] + torch.accelerator.memory_reserved(
+            self.torch_device
+        )
 
     @property
     def pins(self) -> bool:

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from finetune.cli import main
 from finetune.runtime import distributed
 from finetune.runtime.device import Device, Memory
+from finetune.runtime.exit import leave
 
 RANK = int(os.environ.get("RANK", 0))
 STEPS = [3.0, 5.0, 4.0]  # GiB that steps report; each further rank one more
@@ -30,6 +31,7 @@ class Card(Device):
     """A CPU that says what memory it has, and what its steps took of it."""
 
     total_memory: int = 0
+    available_memory = property(lambda self: self.total_memory)
     taken: Iterator[float] = field(default_factory=lambda: chain(STEPS, repeat(1.0)))
 
     def memory(self) -> Memory:
@@ -62,4 +64,4 @@ if __name__ == "__main__":
         rank, step = map(int, fails.split(":"))
         if rank == RANK:
             fail_in(step)
-    sys.exit(main(arguments))
+    leave(main(arguments))

@@ -4,7 +4,6 @@ Usage: [torchrun ... ] division_worker.py OUT FOLDER       what went wrong, by o
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from finetune.recipe.schema import Optimizer
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
 
 
@@ -45,4 +45,4 @@ if __name__ == "__main__":
     quiet_libraries()
     main(Path(sys.argv[2]), Path(sys.argv[1]), distributed.start(timeout_seconds=60))
     distributed.stop()
-    os._exit(0)  # torch's threads may ask for an interpreter that is shutting down, and abort
+    leave(0)

@@ -5,7 +5,6 @@ Usage: [torchrun ... ] loading_worker.py OUT MODEL        writes bytes of every 
 
 import gc
 import json
-import os
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +17,7 @@ from finetune.models.folder import ModelFolder
 from finetune.recipe import Recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
+from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
 
 CONFIGURATIONS = {
@@ -85,4 +85,4 @@ if __name__ == "__main__":
     quiet_libraries()
     main(Path(sys.argv[2]), Path(sys.argv[1]), distributed.start(timeout_seconds=120))
     distributed.stop()
-    os._exit(0)  # torch's threads may ask for an interpreter that is shutting down, and abort
+    leave(0)

@@ -4,7 +4,6 @@ Usage: [torchrun ... ] parity_worker.py OUT RECIPE        writes the figures of 
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from finetune.prepare import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
+from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
 
 LORA = ["train.method=lora", "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2"]
@@ -71,4 +71,4 @@ if __name__ == "__main__":
     quiet_libraries()
     main(sys.argv[2], Path(sys.argv[1]), distributed.start(timeout_seconds=60))
     distributed.stop()
-    os._exit(0)  # torch's threads may ask for an interpreter that is shutting down, and abort
+    leave(0)

@@ -4,7 +4,6 @@ Usage: [torchrun ... ] resume_worker.py OUT RECIPE        writes the steps of bo
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from itertools import product
@@ -16,6 +15,7 @@ from finetune.prepare import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
+from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
 
 NAMES = ("adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8")
@@ -48,4 +48,4 @@ if __name__ == "__main__":
     quiet_libraries()
     main(sys.argv[2], Path(sys.argv[1]), distributed.start(timeout_seconds=60))
     distributed.stop()
-    os._exit(0)  # torch's threads may ask for an interpreter that is shutting down, and abort
+    leave(0)

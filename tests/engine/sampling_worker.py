@@ -4,7 +4,6 @@ Usage: [torchrun ...] sampling_worker.py OUT RECIPE...     trains each recipe; r
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from finetune.recipe import load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
 from finetune.trainer import train
 
@@ -33,4 +33,4 @@ if __name__ == "__main__":
     quiet_libraries()
     main(Path(sys.argv[1]), sys.argv[2:], distributed.start(timeout_seconds=60))
     distributed.stop()
-    os._exit(0)  # torch's threads may ask for an interpreter that is shutting down, and abort
+    leave(0)

@@ -7,7 +7,6 @@ given the simulated kernel's storages for both. A batch is on the CPU already wh
 """
 
 import json
-import os
 import sys
 import weakref
 from pathlib import Path
@@ -20,12 +19,14 @@ from torch.utils._pytree import tree_leaves
 from finetune.check import open_family
 from finetune.engine.step import run_step
 from finetune.job import build_state
+from finetune.memory.gpus import Hardware
 from finetune.memory.kernels import fused_attention
 from finetune.memory.trace import Trace
 from finetune.plan import STEPS, example_batch, simulate
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
+from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
 
 
@@ -95,7 +96,7 @@ def real(recipe: Recipe, runtime: Runtime) -> dict[str, int]:
 
 
 def simulated(recipe: Recipe) -> dict[str, dict[str, int]]:
-    plan = simulate(recipe, open_family(recipe), recipe.data.buckets[:1], gpus=1, inside=False)
+    plan = simulate(recipe, open_family(recipe), recipe.data.buckets[:1], Hardware(), inside=False)
     peak = plan.phases[-1].device
     return {"simulated": {"growth": peak.requested - peak.before, "before": peak.before}, "parts": peak.parts}
 
@@ -117,4 +118,4 @@ def main(out: Path, recipe_file: str, cases: dict[str, list[str]]) -> None:
 if __name__ == "__main__":
     quiet_libraries()
     main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
-    os._exit(0)  # torch's threads may ask for an interpreter that is shutting down, and abort
+    leave(0)
