@@ -53,7 +53,7 @@ class Work:
         counts = flop_registry.get(function._overloadpacket)
         flops = counts(*arguments, **keywords, out_val=result) if counts else attention_flops(function, arguments)
         size = sum(tensor.nbytes for tensor in (*tensors, *outputs))
-        self.operations[flops, size, any(each.dtype is torch.float32 for each in outputs)] += 1
+        self.operations[flops, size, bool(outputs) and outputs[0].dtype is torch.float32] += 1
 
     @property
     def flops(self) -> int:

@@ -9,7 +9,9 @@ given the simulated kernel's storages for both. A batch is on the CPU already wh
 import json
 import sys
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -78,7 +80,17 @@ class Recorder(TorchDispatchMode):
         return super().__exit__(*error)
 
 
-def real(recipe: Recipe, runtime: Runtime) -> dict[str, int]:
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Of each storage once; of a DTensor's shard, and of all that a low-bit tensor is made of."""
+    storages = {}
+    for tensor in tensors:
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        for part in [getattr(local, name) for name in getattr(local, "tensor_attrs", ())] or [local]:
+            storages[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def real(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     family = open_family(recipe)
     batch = example_batch(recipe, family, recipe.data.buckets[0])
     with Recorder() as recorder, torch.autograd.set_multithreading_enabled(False):
@@ -92,7 +104,11 @@ def real(recipe: Recipe, runtime: Runtime) -> dict[str, int]:
         peak = recorder.trace.peak()
     values = (value for each in state.optimizer.state.values() for value in each.values())
     counters = sum(value.nbytes for value in values if value.dim() == 0)  # steps taken, on the host beside a GPU, too
-    return {"growth": peak.requested - peak.before - counters, "before": peak.before}
+    weights = {
+        name: storage_bytes(each for each in state.transformer.parameters() if each.requires_grad == trained)
+        for name, trained in (("trained weights", True), ("frozen weights", False))
+    }
+    return {"growth": peak.requested - peak.before - counters, "before": peak.before, "weights": weights}
 
 
 def simulated(recipe: Recipe) -> dict[str, dict[str, int]]:
