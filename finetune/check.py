@@ -169,7 +169,9 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem("this key has no effect here", key, f"remove it, or {cure}")
     for package in recipe.tracking.trackers:
         if find_spec(package) is None:
-            yield Problem(f"{package} is not installed", "tracking.trackers", f'pip install "finetune[{package}]"')
+            yield Problem(
+                f"{package} is not installed", "tracking.trackers", f'in the checkout: pip install -e ".[{package}]"'
+            )
 
 
 def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic import ValidationError
 
@@ -20,7 +21,7 @@ from finetune.runtime.logging import console, quiet_libraries, say
 USAGE = """\
 torchrun ... -m finetune --recipe R          train, or resume (encodes the dataset first if it must)
 python -m finetune check    --recipe R       recipe, model folder and clips: every problem at once
-python -m finetune plan     --recipe R [--gpus N] [--device-memory 24GiB]   peak memory of the training, without a GPU
+python -m finetune plan     --recipe R [--gpus N] [--gpu NAME] [--device-memory 24GiB] [--fit] ...   peak memory, without a GPU
 torchrun ... -m finetune prepare --recipe R  encode clips and captions into the cache
 python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEXT [--shape FxHxW] [--image FILE] ...]
 python -m finetune export   --recipe R [--step N] --out DIR
@@ -37,9 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run a command; returns the exit status."""
     quiet_libraries()
     is_train = bool(arguments) and arguments[0].startswith("--") and arguments[0] != "--help"
-    parsed = _parser().parse_args(["train", *arguments] if is_train else arguments)
     gc.disable()  # what the commands import stays: to look through it for garbage is a fifth of the time it takes
     try:
+        parsed = _parser().parse_args(["train", *arguments] if is_train else arguments)
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
         _print_error(error)
@@ -50,11 +51,18 @@ def main(arguments: Sequence[str]) -> int:
         gc.enable()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are the user's, as those of a recipe are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, f"{self.prog} --help lists what it takes")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("finetune", usage=USAGE, add_help=True)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = _Parser("python -m finetune", usage=USAGE)
+    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
     for name in ("train", "check", "plan", "prepare", "sample", "export"):
-        command = commands.add_parser(name, usage=USAGE)
+        command = commands.add_parser(name)
         command.add_argument("--recipe", required=True, help="a TOML recipe")
         command.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
         if name == "sample":
@@ -71,9 +79,18 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             command.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="8 if not given")
             command.add_argument(
-                "--gpu", choices=GPUS, help="which one: for its memory, and for an estimate of a step's time"
+                "--gpu",
+                type=_gpu_name,
+                choices=GPUS,
+                help="which one: for its memory if that is not given, and for an estimate of a step's time (A100)",
             )
-            command.add_argument("--device-memory", type=_bytes, metavar="24GiB", help="what each GPU has")
+            command.add_argument(
+                "--device-memory",
+                type=_bytes,
+                metavar="24GiB",
+                help="what torch can have of each GPU: about half a GiB less than it has",
+            )
+            command.add_argument("--host-memory", type=_bytes, metavar="64GiB", help="what each node has to spare")
             command.add_argument("--fit", action="store_true", help="search the fastest settings that fit")
             command.add_argument("--write", type=Path, metavar="FILE", help="with --fit: the recipe that fits")
             command.add_argument("--plot", type=Path, metavar="PNG", help="a picture of what lives on a GPU when")
@@ -82,14 +99,14 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             command.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
             command.add_argument("--out", type=Path, required=True)
-    plot = commands.add_parser("plot", usage=USAGE)
+    plot = commands.add_parser("plot")
     plot.add_argument("--run", type=Path, required=True)
-    demo = commands.add_parser("demo", usage=USAGE)
+    demo = commands.add_parser("demo")
     demo.add_argument("--out", type=Path, required=True)
     demo.add_argument("--family", default="ltx")
     demo.add_argument("--variant", help="which checkpoint of the family; see `families`")
-    commands.add_parser("schema", usage=USAGE)
-    commands.add_parser("families", usage=USAGE)
+    commands.add_parser("schema")
+    commands.add_parser("families")
     return parser
 
 
@@ -97,6 +114,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs")
     return int(text)
+
+
+def _gpu_name(text: str) -> str:
+    """The name as `GPUS` has it: "h100", "4090" and "rtx4090" are known, too."""
+    plain = lambda name: name.upper().replace(" ", "").removeprefix("RTX")  # noqa: E731
+    return next((name for name in GPUS if plain(name) == plain(text)), text)
 
 
 def _bytes(text: str) -> int:
@@ -186,12 +209,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     gc.enable()
     family = open_family(recipe, with_weights=False)
     capacity = arguments.device_memory or (gpu.memory - CONTEXT if gpu else None)
-    hardware = Hardware(gpus, arguments.gpus_per_node, capacity, gpu or GPUS["A100"])
+    hardware = Hardware(gpus, arguments.gpus_per_node, capacity, arguments.host_memory, gpu or GPUS["A100"])
     buckets = recipe.data.buckets if arguments.all_buckets else [largest(family, recipe.data.buckets)]
     if arguments.fit:
         return _fit(recipe, family, hardware, arguments)
     plan = simulate_all(recipe, family, buckets, hardware, arguments.plot)
     clip, caption = (size / 2**20 for size in cache_bytes(family, buckets[0], DTYPES[recipe.train.precision]))
+    if arguments.plot and not arguments.json:
+        plan.notes.append(f"drawn: {arguments.plot}")
     plan.notes.append(f"cache: {clip:.1f} MiB for each clip of {buckets[0]}, {caption:.2f} MiB for each caption")
     print(json.dumps(plan.as_json(), indent=1) if arguments.json else "\n".join(plan.lines()))
     return 0 if plan.fits is not False else 3
@@ -212,8 +237,10 @@ def _fit(recipe: Recipe, family, hardware: Hardware, arguments: argparse.Namespa
     print("\n".join(found.lines()))
     if arguments.write and found.fits:
         with writing(arguments.write):
-            write_recipe(found.recipe, arguments.write)
+            write_recipe(found.recipe, arguments.write, "Found by plan --fit, with every default spelled out.")
         print(f"\nwritten to {arguments.write}")
+    elif arguments.write:
+        print(f"\n{arguments.write} is not written")
     return 0 if found.fits else 3
 
 

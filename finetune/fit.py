@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import tomli_w
 from finetune.check import check_recipe
 from finetune.engine.layout import streams
 from finetune.memory.gpus import Hardware
-from finetune.memory.report import GIB, Plan
+from finetune.memory.report import GIB, Phase, Plan
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.plan import Simulation, largest, simulate, simulate_all
@@ -59,10 +60,11 @@ _INEXACT: dict[str, list[Changes]] = {  # what changes a training's numbers, lea
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings, and what shallow models say of them: bytes of a GPU at the peak, and seconds of a step."""
+    """Settings, and what shallow models say of them: bytes of a GPU and of a node's host at the peak, seconds of a step."""
 
     changes: Changes
     memory: float
+    host: float
     seconds: float
 
 
@@ -93,14 +95,15 @@ def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str],
         say: is told how the search goes on.
     """
     bucket, capacity = largest(family, recipe.data.buckets), hardware.capacity
-    for_encoding = _for_encoding(recipe, family, bucket, hardware)
+    for_encoding, hopeless = _for_encoding(recipe, family, bucket, hardware)
     smallest: Candidate | None = None
-    for extra in [{}, *_INEXACT[recipe.train.method]]:
-        settings = _settings(recipe, hardware.gpus, extra)
+    for extra in [{}, *_INEXACT[recipe.train.method]][-1 if hopeless else 0 :]:
+        settings = list(_settings(recipe, hardware.gpus, extra))
+        say(f"{hopeless or 'searching'}: {len(settings)} settings{' with ' + _brief(extra) if extra else ''}")
         candidates = [_probe(recipe, family, bucket, hardware, each) for each in settings]
         for candidate in _ranked(candidates):
             smallest = min(smallest or candidate, candidate, key=lambda candidate: candidate.memory)
-            if candidate.memory > capacity:
+            if hopeless or candidate.memory > capacity or candidate.host > (hardware.host_capacity or math.inf):
                 continue
             for changes in _attempts(candidate, capacity):
                 say(
@@ -110,7 +113,6 @@ def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str],
                     continue
                 if (found := _whole(recipe, changes | for_encoding, family, hardware)).fits:
                     return found
-        say(f"nothing fits{' with ' + _brief(extra) if extra else ''}")
     if smallest is None:
         problems = check_recipe(recipe, hardware.gpus) or [
             Problem("no setting of the memory savers goes with this recipe", "--fit")
@@ -162,17 +164,19 @@ def _probe(recipe: Recipe, family: Family, bucket: Bucket, hardware: Hardware, c
     for depth in _PROBES if full > max(_PROBES) else [full]:
         shallow = type(family)(_ShallowFolder(family, [depth * count // full for count in blocks]))
         load, step = simulate(chosen, shallow, [bucket], replace(hardware, capacity=None)).phases
-        figures.append((load.device.allocated, step.device.allocated, step.seconds))
+        host = hardware.processes * max(load.host.requested, step.host.requested)
+        figures.append((load.device.allocated, step.device.allocated, host, step.seconds))
     if len(figures) == 2:
         first, second = _PROBES
         figures = [[a + (b - a) * (full - first) / (second - first) for a, b in zip(*figures, strict=True)]]
-    load, step, seconds = figures[0]
+    load, step, host, seconds = figures[0]
     memory = max(load, step)
     if streams(chosen.memory, recipe.train.method, hardware.gpus):
         size = _block_bytes(chosen, family)
         stay = min(sum(blocks) - 1, max(0, int((_ROOM * hardware.capacity - memory) / size)))
         changes, memory = changes | {"memory.resident_blocks": stay}, memory + stay * size
-    return Candidate(changes, memory, seconds)
+        host -= hardware.processes * stay * size
+    return Candidate(changes, memory, host, seconds)
 
 
 def _block_bytes(recipe: Recipe, family: Family) -> float:
@@ -201,15 +205,20 @@ class _ShallowFolder(ModelFolder):
         return config | self._depths if component == "transformer" else config
 
 
-def _for_encoding(recipe: Recipe, family: Family, bucket: Bucket, hardware: Hardware) -> Changes:
-    """What captions and clips need, so that they can be encoded."""
-    with Simulation(recipe, family, hardware).running() as simulation:
-        simulation.encoding([bucket])
+def _for_encoding(recipe: Recipe, family: Family, bucket: Bucket, hardware: Hardware) -> tuple[Changes, str]:
+    """What captions and clips need, so that they can be encoded; and why they cannot be, if so."""
+
+    def too_large(recipe: Recipe) -> list[Phase]:
+        with Simulation(recipe, family, hardware).running() as simulation:
+            simulation.encoding([bucket])
+        return [phase for phase in simulation.phases if phase.device.reserved > hardware.capacity]
+
     changes: Changes = {}
-    for phase in simulation.phases:
-        if phase.device.reserved > hardware.capacity:
-            changes |= {"memory.text_encoder": "cpu"} if phase.name == "encode text" else {"vae.tiling": True}
-    return changes
+    for phase in too_large(recipe):
+        changes |= {"memory.text_encoder": "cpu"} if phase.name == "encode text" else {"vae.tiling": True}
+    for phase in too_large(_changed(recipe, changes)) if changes else []:
+        return changes, f"{phase.name} alone takes {phase.device.reserved / GIB:.2f} GiB, whatever the other settings"
+    return changes, ""
 
 
 def _whole(recipe: Recipe, changes: Changes, family: Family, hardware: Hardware) -> Fit:
@@ -247,7 +256,10 @@ def _value(values: dict[str, Any], key: str) -> Any:
 
 
 def _brief(changes: Changes) -> str:
-    return ", ".join(f"{key.split('.')[1]} {value}" for key, value in changes.items() if value not in (False, 0, None))
+    chosen = (key for key, value in changes.items() if value not in (False, 0, None, "auto", "none"))
+    return (
+        ", ".join(f"{key} = {changes[key]}" for key in chosen if key not in ("memory.checkpoint_every",)) or "no savers"
+    )
 
 
 def _toml(changes: Changes) -> list[str]:

@@ -34,6 +34,7 @@ from finetune.models.family import Batch, Family
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Prompt
+from finetune.runtime.logging import quietly
 
 STEPS = (1, 2)  # micro-batches of each: the optimizer's state comes with the first step; no third is unlike the second
 _DENOISING_STEPS = 2  # no third takes more
@@ -229,8 +230,8 @@ def simulate(
     hardware: Hardware,
     inside: bool = True,
 ) -> Plan:
-    """Loading and steps alone; see `Simulation`."""
-    with Simulation(recipe, family, hardware, inside).running() as simulation:
+    """Loading and steps alone, in silence; see `Simulation`."""
+    with quietly(), Simulation(recipe, family, hardware, inside).running() as simulation:
         simulation.training(buckets)
     return simulation.plan()
 

@@ -38,6 +38,10 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
+        Gpu("RTX 3060", 86, 25.5e12, 12.7e12, 360 * GB, 32 * GB, 32 * GB, int(11.6 * GIB)),
+        Gpu("RTX 4060 Ti", 89, 44e12, 22e12, 288 * GB, 16 * GB, 16 * GB, int(15.6 * GIB)),
+        Gpu("RTX 4070", 89, 58e12, 29e12, 504 * GB, 32 * GB, 32 * GB, int(11.6 * GIB)),
+        Gpu("RTX 4080", 89, 97e12, 48.7e12, 717 * GB, 32 * GB, 32 * GB, int(15.6 * GIB)),
         Gpu("RTX 3090", 86, 71e12, 35.6e12, 936 * GB, 32 * GB, 32 * GB, int(23.6 * GIB)),
         Gpu("RTX 4090", 89, 165e12, 82.6e12, 1008 * GB, 32 * GB, 32 * GB, int(23.5 * GIB)),
         Gpu("RTX 5090", 120, 209e12, 104.8e12, 1792 * GB, 64 * GB, 64 * GB, int(31.3 * GIB)),
@@ -55,13 +59,14 @@ class Hardware:
     """What a training has: `gpus` in all, `per_node` of them in each machine.
 
     Attributes:
-        capacity: bytes of a GPU's memory; None for any number.
+        capacity, host_capacity: bytes of a GPU's memory, and of a node's; None for any number.
         gpu: which one; None if nothing is timed.
     """
 
     gpus: int = 1
     per_node: int = 8
     capacity: int | None = None
+    host_capacity: int | None = None
     gpu: Gpu | None = None
 
     @property

@@ -13,7 +13,7 @@ Timeline = list[tuple[int, dict[str, int]]]
 def check_plot(file: Path) -> None:
     """Raises UserError if no picture can be drawn there."""
     if find_spec("matplotlib") is None:
-        raise UserError("matplotlib is not installed", 'pip install "finetune[plots]"', "--plot")
+        raise UserError("matplotlib is not installed", 'in the checkout: pip install -e ".[plots]"', "--plot")
     if not file.absolute().parent.is_dir():
         raise UserError("no such folder", "make it first", str(file.absolute().parent))
     if file.suffix.lower() != ".png":

@@ -45,7 +45,10 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        return None if self.hardware.capacity is None else self.highest.device.reserved <= self.hardware.capacity
+        """Whether both memories suffice; None if neither is known."""
+        limits = (self.hardware.capacity, self.highest.device.reserved), (self.hardware.host_capacity, self.host_bytes)
+        known = [needed <= limit for limit, needed in limits if limit is not None]
+        return all(known) if known else None
 
     @property
     def host_bytes(self) -> int:
@@ -68,7 +71,7 @@ class Plan:
             for each in figures["phases"]
         ]
         gpu = figures["gpu"] and Gpu(**figures["gpu"])
-        hardware = Hardware(figures["gpus"], figures["per_node"], figures["capacity"], gpu)
+        hardware = Hardware(figures["gpus"], figures["per_node"], figures["capacity"], figures["host_capacity"], gpu)
         return cls(hardware, phases, figures["notes"])
 
     def lines(self) -> list[str]:
@@ -111,6 +114,10 @@ class Plan:
         needs = f"{self.highest.device.reserved / GIB:.2f} GiB"
         hardware = self.hardware
         each = "a GPU" if hardware.gpus == 1 else f"each of {hardware.gpus} GPUs"
+        excess = self.host_bytes - hardware.host_capacity if hardware.host_capacity else 0
+        if excess > 0:
+            node = f"a node needs {self.host_bytes / GIB:.2f} GiB of host memory"
+            return f"does not fit: {node}, {excess / GIB:.2f} more than there are; {each} needs {needs}"
         if hardware.capacity is None:
             return f"{each} needs {needs}, beside what its driver takes; --device-memory 24GiB says whether it fits"
         difference = abs(hardware.capacity - self.highest.device.reserved) / GIB

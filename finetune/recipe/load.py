@@ -51,9 +51,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
+def write_recipe(recipe: Recipe, path: Path, heading: str = "The effective recipe of this run.") -> None:
     """Write the effective recipe, with every default spelled out, as TOML that `load_recipe` reads back."""
-    path.write_text("# The effective recipe of this run.\n\n" + tomli_w.dumps(recipe_values(recipe)), encoding="utf-8")
+    path.write_text(f"# {heading}\n\n" + tomli_w.dumps(recipe_values(recipe)), encoding="utf-8")
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:

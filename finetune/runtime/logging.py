@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -42,6 +44,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing is said inside."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 def say(message: str) -> None:

@@ -14,7 +14,7 @@ def plot_losses(run: Path) -> Path:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("matplotlib is not installed", 'pip install "finetune[plots]"', "plot") from None
+        raise UserError("matplotlib is not installed", 'in the checkout: pip install -e ".[plots]"', "plot") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -129,4 +129,6 @@ def _complete_lines(path: Path) -> list[str]:
 
 
 def _missing(package: str) -> UserError:
-    return UserError(f"{package} is not installed", f'pip install "finetune[{package}]"', "tracking.trackers")
+    return UserError(
+        f"{package} is not installed", f'in the checkout: pip install -e ".[{package}]"', "tracking.trackers"
+    )

@@ -89,10 +89,14 @@ def test_fit_finds_settings_and_writes_a_recipe_that_is_planned_within_them(
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.full  # it tries every setting there is
-def test_where_nothing_fits_the_smallest_is_named(finetune, recipe: Path) -> None:
-    done = finetune("plan", "--recipe", recipe, *ONE_EACH, "--device-memory", "2MiB", "--fit", timeout=600)
+def test_where_nothing_fits_the_smallest_is_named(finetune, recipe: Path, tmp_path: Path) -> None:
+    found = tmp_path / "fits.toml"
+    memory = ["--device-memory", "2MiB", "--fit", "--write", found]
+    done = finetune("plan", "--recipe", recipe, *ONE_EACH, *memory, timeout=200)
     assert done.returncode == 3, done.stderr
+    assert "encode video 17x64x96 alone takes 0.0" in done.stderr
+    assert f"{found} is not written" in done.stdout
+    assert not found.exists()
     assert "nothing fits; these settings take least" in done.stdout
     assert "[memory]" in done.stdout
 
@@ -114,6 +118,26 @@ def test_shards_of_eight_take_less_of_each(finetune, recipe: Path) -> None:
     alone, eight = (planned(finetune, recipe, *sharded, "--gpus", gpus) for gpus in ("1", "8"))
     state = [plan["phases"][3]["device"]["parts"]["optimizer state"] for plan in (alone, eight)]
     assert state[1] == pytest.approx(state[0] / 8, rel=0.1)
+
+
+def test_host_memory_is_a_limit_too(finetune, recipe: Path) -> None:
+    memory = ["--set", "memory.offload=true", "--device-memory", "24GiB", "--host-memory", "0.1MiB"]
+    done = finetune("plan", "--recipe", recipe, *ONE_EACH, *memory)
+    assert done.returncode == 3
+    assert "does not fit: a node needs 0.00 GiB of host memory" in done.stdout
+
+
+def test_half_a_node_too_much_is_refused(finetune, recipe: Path) -> None:
+    done = finetune("plan", "--recipe", recipe, *ONE_EACH, "--gpus", "6", "--gpus-per-node", "4")
+    assert done.returncode == 2
+    assert "error: --gpus-per-node: 6 GPUs are not nodes of 4" in done.stderr
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_first(finetune, recipe: Path, tmp_path: Path) -> None:
+    for picture in (tmp_path / "plan.txt", tmp_path / "nowhere" / "plan.png"):
+        done = finetune("plan", "--recipe", recipe, *ONE_EACH, "--plot", picture)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
 
 
 def test_offloaded_weights_are_in_host_memory(finetune, recipe: Path) -> None:
