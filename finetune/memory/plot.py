@@ -41,12 +41,13 @@ def plot_timelines(timelines: dict[str, Timeline], capacity: int | None, file: P
         panel, at = axes[0][place], range(len(moments))
         stacks = [[sizes.get(name, 0) / GIB for _, sizes in moments] for name in names]
         panel.stackplot(at, stacks, labels=names, colors=colours)
-        panel.plot(at, [reserved / GIB for reserved, _ in moments], color="black", linewidth=0.8, label="reserved")
+        panel.plot(at, [reserved / GIB for reserved, _ in moments], color="black", linewidth=0.5, alpha=0.7, label="reserved")
         if capacity is not None:
-            panel.axhline(capacity / GIB, color="tab:red", linestyle="--", label="the GPU's")
+            panel.axhline(capacity / GIB, color="black", linestyle="--", label="the GPU's")
         panel.set_title(phase, fontsize=8)
         panel.set_xticks([])
     axes[0][0].set_ylabel("GiB")
+    figure.suptitle("What is in a GPU's memory, operation by operation", fontsize=10)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
     with writing(file):
