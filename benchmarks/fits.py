@@ -44,6 +44,13 @@ HEAD = [
     "took",
 ]
 
+TITLE = """\
+# What `--fit` finds
+
+`python -m benchmarks.fits`: one GPU, one clip a step; GiB, simulated on a CPU. A row is the plan of the recipe that was written, with all of its phases.
+
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
@@ -57,7 +64,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             lines.append("| " + " | ".join(_fit(fit, Path(folder))) + " |")
         print(lines[-1], flush=True)
-        arguments.out.write_text("\n".join(lines) + "\n")
+        arguments.out.write_text(TITLE + "\n".join(lines) + "\n")
 
 
 def _fit(fit: Fit, folder: Path) -> list[str]:
@@ -75,6 +82,8 @@ def _fit(fit: Fit, folder: Path) -> list[str]:
     changes = [f"{key} = {after.get(key)}" for key in sorted(after) if after[key] != before.get(key)]
     changes += [f"no {key}" for key in sorted(before.keys() - after.keys())]
     plan = planned("--recipe", found, *memory)
+    if not plan["fits"]:
+        raise RuntimeError(f"{fit.name}: what --fit wrote does not fit")
     highest = max(plan["phases"], key=lambda phase: phase["device"]["reserved"])
     (step,) = (phase for phase in plan["phases"] if phase["name"].startswith("step"))
     reserved = [gib(highest["device"]["reserved"]), highest["name"], gib(plan["host_bytes"])]

@@ -23,6 +23,14 @@ DOES_NOT_FIT = 3  # exit status
 PHASES = ["encode text", "encode video", "load", "step", "validation", "export"]
 HEAD = ["recipe", "GPUs", *PHASES, "host of a node", "a step on A100, by peak rates", "took"]
 
+TITLE = """\
+# Every recipe, planned
+
+`python -m benchmarks.plans`: GiB reserved by each GPU in each phase (the largest bucket, the recipe's own settings, its global batch rounded up to the GPUs),
+simulated on one core of a CPU with full-size configs. None is measured yet.
+
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
@@ -42,7 +50,7 @@ def main() -> None:
                 cells = _plan(name, gpus, Path(folder))
                 lines.append("| " + " | ".join([name, str(gpus), *cells]) + " |")
                 print(lines[-1], flush=True)
-                arguments.out.write_text("\n".join(lines) + "\n")
+                arguments.out.write_text(TITLE + "\n".join(lines) + "\n")
 
 
 def _plan(name: str, gpus: int, folder: Path) -> list[str]:

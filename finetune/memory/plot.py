@@ -41,7 +41,9 @@ def plot_timelines(timelines: dict[str, Timeline], capacity: int | None, file: P
         panel, at = axes[0][place], range(len(moments))
         stacks = [[sizes.get(name, 0) / GIB for _, sizes in moments] for name in names]
         panel.stackplot(at, stacks, labels=names, colors=colours)
-        panel.plot(at, [reserved / GIB for reserved, _ in moments], color="black", linewidth=0.5, alpha=0.7, label="reserved")
+        panel.plot(
+            at, [reserved / GIB for reserved, _ in moments], color="black", linewidth=0.5, alpha=0.7, label="reserved"
+        )
         if capacity is not None:
             panel.axhline(capacity / GIB, color="black", linestyle="--", label="the GPU's")
         panel.set_title(phase, fontsize=8)
