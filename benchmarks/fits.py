@@ -47,7 +47,8 @@ HEAD = [
 TITLE = """\
 # What `--fit` finds
 
-`python -m benchmarks.fits`: one GPU, one clip a step; GiB, simulated on a CPU. A row is the plan of the recipe that was written, with all of its phases.
+`python -m benchmarks.fits`: one GPU, one clip a step; GiB, simulated on a CPU.
+A row is the plan of the recipe that was written, with all of its phases.
 
 """
 

@@ -26,8 +26,8 @@ HEAD = ["recipe", "GPUs", *PHASES, "host of a node", "a step on A100, by peak ra
 TITLE = """\
 # Every recipe, planned
 
-`python -m benchmarks.plans`: GiB reserved by each GPU in each phase (the largest bucket, the recipe's own settings, its global batch rounded up to the GPUs),
-simulated on one core of a CPU with full-size configs. None is measured yet.
+`python -m benchmarks.plans`: GiB reserved by each GPU in each phase (the largest bucket, the recipe's own settings,
+its global batch rounded up to the GPUs), simulated on one core of a CPU with full-size configs. None is measured yet.
 
 """
 
