@@ -111,7 +111,7 @@ class Simulation:
                 encode("a caption")
                 del encode
         for bucket in buckets:
-            with self._phase(f"encode video {bucket}"):
+            with self._phase(f"encode video {bucket}"), _NoPictures():
                 encode = hollow.video_encoder(device.torch_device, dtype, self.recipe.vae)
                 encode(np.zeros((*bucket, 3), np.uint8))
                 del encode

@@ -48,7 +48,7 @@ WITH_SAMPLES = ["--set", 'validation.prompts=[{text = "a ball"}]']
 
 # ltx, as every other test here; the others take their own encoders and VAEs
 @pytest.mark.parametrize(
-    "family", ["cogvideox", *(pytest.param(f, marks=pytest.mark.full) for f in ("hunyuan", "mochi"))]
+    "family", ["cogvideox_i2v", *(pytest.param(f, marks=pytest.mark.full) for f in ("cogvideox", "hunyuan", "mochi"))]
 )
 def test_a_plan_goes_through_every_phase_of_a_run(finetune, family_recipe: Callable[..., Path], family: str) -> None:
     plan = planned(finetune, family_recipe(family), *WITH_SAMPLES)
