@@ -35,7 +35,7 @@ FITS = [
 HEAD = [
     "recipe",
     "clips",
-    "GPU, GiB",
+    "--device-memory, GiB",
     "what --fit changes",
     "reserved at the peak",
     "in",

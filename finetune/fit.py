@@ -67,6 +67,10 @@ class Candidate:
     host: float
     seconds: float
 
+    def share_of(self, hardware: Hardware) -> float:
+        """What is taken of the memory that is scarcer."""
+        return max(self.memory / hardware.capacity, self.host / (hardware.host_capacity or math.inf))
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -95,15 +99,18 @@ def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str],
         say: is told how the search goes on.
     """
     bucket, capacity = largest(family, recipe.data.buckets), hardware.capacity
-    for_encoding, hopeless = _for_encoding(recipe, family, bucket, hardware)
+    for_encoding, hopeless = _for_encoding(recipe, family, hardware)
     smallest: Candidate | None = None
-    for extra in [{}, *_INEXACT[recipe.train.method]][-1 if hopeless else 0 :]:
+    extras = [{}, *_INEXACT[recipe.train.method]]
+    if hopeless:  # all that is left to say is what takes least
+        extras = [next((extra for extra in reversed(extras) if any(_settings(recipe, hardware.gpus, extra))), {})]
+    for extra in extras:
         settings = list(_settings(recipe, hardware.gpus, extra))
         say(f"{hopeless or 'searching'}: {len(settings)} settings{' with ' + _brief(extra) if extra else ''}")
         candidates = [_probe(recipe, family, bucket, hardware, each) for each in settings]
         for candidate in _ranked(candidates):
-            smallest = min(smallest or candidate, candidate, key=lambda candidate: candidate.memory)
-            if hopeless or candidate.memory > capacity or candidate.host > (hardware.host_capacity or math.inf):
+            smallest = min(smallest or candidate, candidate, key=lambda each: each.share_of(hardware))
+            if hopeless or candidate.share_of(hardware) > 1:
                 continue
             for changes in _attempts(candidate, capacity):
                 say(
@@ -205,19 +212,25 @@ class _ShallowFolder(ModelFolder):
         return config | self._depths if component == "transformer" else config
 
 
-def _for_encoding(recipe: Recipe, family: Family, bucket: Bucket, hardware: Hardware) -> tuple[Changes, str]:
+def _for_encoding(recipe: Recipe, family: Family, hardware: Hardware) -> tuple[Changes, str]:
     """What captions and clips need, so that they can be encoded; and why they cannot be, if so."""
 
-    def too_large(recipe: Recipe) -> list[Phase]:
+    def encoded(recipe: Recipe) -> tuple[list[Phase], int]:
         with Simulation(recipe, family, hardware).running() as simulation:
-            simulation.encoding([bucket])
-        return [phase for phase in simulation.phases if phase.device.reserved > hardware.capacity]
+            simulation.encoding(recipe.data.buckets)
+        too_large = [phase for phase in simulation.phases if phase.device.reserved > hardware.capacity]
+        return too_large, simulation.plan().host_bytes if simulation.phases else 0
 
     changes: Changes = {}
-    for phase in too_large(recipe):
+    too_large, host = encoded(recipe)
+    for phase in too_large:
         changes |= {"memory.text_encoder": "cpu"} if phase.name == "encode text" else {"vae.tiling": True}
-    for phase in too_large(_changed(recipe, changes)) if changes else []:
+    if changes:
+        too_large, host = encoded(_changed(recipe, changes))
+    for phase in too_large:
         return changes, f"{phase.name} alone takes {phase.device.reserved / GIB:.2f} GiB, whatever the other settings"
+    if host > (hardware.host_capacity or math.inf):
+        return changes, f"encoding alone takes {host / GIB:.2f} GiB of a node's memory, whatever the other settings"
     return changes, ""
 
 

@@ -8,9 +8,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from finetune.memory.gpus import GPUS
 from finetune.memory.report import GIB, Plan
 from finetune.recipe import Bucket, Recipe, write_recipe
 from finetune.runtime.device import Memory, has_expandable_segments
@@ -50,7 +51,7 @@ class Foresight:
         """
         self.recipe, self.model, self.runtime = recipe, model, runtime
         self.patience = min(patience, recipe.distributed.timeout_seconds / 2)
-        self.capacity = runtime.device.available_memory
+        self.capacity = runtime.device.total_memory  # by which `layout = "auto"` divides; what is free, from `tell` on
         self.plan: Plan | None = None
         self.process: subprocess.Popen | None = None
         self._files: tempfile.TemporaryDirectory | None = None
@@ -80,8 +81,10 @@ class Foresight:
         if self.capacity is None:
             return
         self.plan = self.runtime.from_main(self._wait(stop) if self.process else None)
+        self.capacity = min(self.runtime.gather(self.runtime.device.available_memory))
         if self.plan is None:
             return
+        self.plan = replace(self.plan, hardware=replace(self.plan.hardware, capacity=self.capacity))
         peak = f"{self.plan.verdict} (peak in {self.plan.highest.name}, {self.plan.highest.device.running})"
         if self.plan.fits:
             say(f"memory plan: {peak}")
@@ -157,8 +160,10 @@ class Foresight:
 
     def _plan_arguments(self, recipe: Path) -> list[str]:
         arguments = ["plan", "--recipe", str(recipe), "--gpus", str(self.runtime.world_size)]
-        if self.runtime.world_size > self.runtime.local_world_size:
+        if self.runtime.local_world_size != min(self.runtime.world_size, 8):  # as `plan` takes it
             arguments += ["--gpus-per-node", str(self.runtime.local_world_size)]
+        if names := [name for name in GPUS if name in self.runtime.device.name]:
+            arguments += ["--gpu", max(names, key=len)]
         return arguments + (["--device-memory", f"{self.capacity}B"] if self.capacity is not None else [])
 
     def _wait(self, stop: Callable[[], bool]) -> Plan | None:

@@ -39,7 +39,7 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("RTX 3060", 86, 25.5e12, 12.7e12, 360 * GB, 32 * GB, 32 * GB, int(11.6 * GIB)),
-        Gpu("RTX 4060 Ti", 89, 44e12, 22e12, 288 * GB, 16 * GB, 16 * GB, int(15.6 * GIB)),
+        Gpu("RTX 4060 Ti 16GB", 89, 44e12, 22e12, 288 * GB, 16 * GB, 16 * GB, int(15.6 * GIB)),
         Gpu("RTX 4070", 89, 58e12, 29e12, 504 * GB, 32 * GB, 32 * GB, int(11.6 * GIB)),
         Gpu("RTX 4080", 89, 97e12, 48.7e12, 717 * GB, 32 * GB, 32 * GB, int(15.6 * GIB)),
         Gpu("RTX 3090", 86, 71e12, 35.6e12, 936 * GB, 32 * GB, 32 * GB, int(23.6 * GIB)),
