@@ -123,16 +123,16 @@ class Accelerator(TorchDispatchMode):
     def _allocated(self, pieces: list[kernels.Piece]) -> list[FakeTensor]:
         return [self._allocate(shape, dtype) for shape, dtype in pieces]
 
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = KIND) -> FakeTensor:
         with self.fake:
-            tensor = torch.empty(shape, dtype=dtype, device=KIND)
+            tensor = torch.empty(shape, dtype=dtype, device=device)
         self._note(tensor)
         return tensor
 
     def _shapes(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor], known: Any) -> Any:
         """The result in shapes."""
         if known is not None and torch.Tag.dynamic_output_shape in function.tags:
-            return self._allocate(known.shape, known.dtype)  # nonzero and the like, of known numbers
+            return self._allocate(known.shape, known.dtype, tensors[0].device)  # nonzero and the like, of known numbers
         key = self._memo.key(function, arguments, keywords)
         if key is not None:
             result = self._memo.recall(key, tensors)

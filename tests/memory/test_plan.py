@@ -154,6 +154,13 @@ def test_offloaded_weights_are_in_host_memory(finetune, recipe: Path) -> None:
     assert weights <= away["host"]["parts"]["trained weights"] <= 2 * weights  # page-locked: powers of two
 
 
+def test_moments_in_8_bits_lie_on_the_host_with_the_weights(finetune, recipe: Path) -> None:
+    memory = ["--set", "train.method=full", "--set", "memory.offload=true", "--set", "optimizer.name=adamw_8bit"]
+    step = planned(finetune, recipe, *memory)["phases"][3]
+    assert "optimizer state" not in step["device"]["parts"]
+    assert step["host"]["parts"]["optimizer state"] > 0
+
+
 def test_a_bad_recipe_is_refused_as_check_refuses_it(finetune, recipe: Path) -> None:
     done = finetune("plan", "--recipe", recipe, "--set", "train.float8=true")
     assert done.returncode == 2
