@@ -118,8 +118,12 @@ def _positive(text: str) -> int:
 
 def _gpu_name(text: str) -> str:
     """The name as `GPUS` has it: "h100", "4090" and "rtx4090" are known, too."""
-    plain = lambda name: name.upper().replace(" ", "").removeprefix("RTX")  # noqa: E731
-    return next((name for name in GPUS if plain(name) == plain(text)), text)
+    known = {_plain(name): name for name in GPUS}
+    return known.get(_plain(text), text)
+
+
+def _plain(name: str) -> str:
+    return name.upper().replace(" ", "").removeprefix("RTX")
 
 
 def _bytes(text: str) -> int:

@@ -169,7 +169,7 @@ def test_a_bad_recipe_is_refused_as_check_refuses_it(finetune, recipe: Path) -> 
 
 def test_what_the_named_gpu_cannot_do_is_refused(finetune, recipe: Path) -> None:
     float8 = ["--set", "train.method=full", "--set", "train.float8=true"]
-    done = finetune("plan", "--recipe", recipe, *ONE_EACH, *float8, "--gpu", "A100")
+    done = finetune("plan", "--recipe", recipe, *ONE_EACH, *float8, "--gpu", "a100")
     assert done.returncode == 2
     assert "A100 has no float8 arithmetic" in done.stderr
 
