@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.paired import print_table
 from finetune.data.loader import Sample
 from finetune.engine.step import run_step
-from finetune.job import build_state
 from finetune.models import lora
 from finetune.models.cogvideox import CogVideoX
 from finetune.models.family import Batch
@@ -33,6 +32,7 @@ from finetune.models.folder import ModelFolder
 from finetune.recipe import Bucket, Recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
+from finetune.training.job import build_state
 
 BUCKET = Bucket(49, 480, 720)
 MODELS = {

@@ -1,6 +1,6 @@
 """What the training loop costs over a bare torch loop, per step, on a tiny model.
 
-`python -m benchmarks.overhead [--workers N]`. `finetune.trainer.run` runs as it does in a training, with its loader,
+`python -m benchmarks.overhead [--workers N]`. `finetune.training.run.run` runs as it does in a training, with its loader,
 metrics.jsonl and the progress line; after each block of its steps the bare loops take a block of as many, on batches
 kept in memory: forward, loss, backward, clipping, AdamW, loss to the host. One bare loop works on the run's own
 parallelised model, the other on the same model without FSDP; both have the run's optimizer settings.
@@ -17,23 +17,23 @@ import torch
 from torch import nn
 
 from benchmarks.paired import print_table
-from finetune.check import open_family
-from finetune.demo import make_demo
-from finetune.engine.loading import whole_transformer
+from finetune.checks.settings import open_family
+from finetune.commands.demo import make_demo
 from finetune.engine.optimizer import build_optimizer
 from finetune.engine.parallel import trained_parameters
 from finetune.engine.precision import storage_dtype
 from finetune.engine.step import StepResult
-from finetune.foresight import Foresight
-from finetune.job import Job, build
+from finetune.engine.weights.loading import whole_transformer
 from finetune.models import lora
 from finetune.models.family import Batch, Family
-from finetune.prepare import prepare
+from finetune.planning.forecast import Foresight
+from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe
-from finetune.report import Report
 from finetune.runtime import distributed
 from finetune.runtime.signals import StopRequest
-from finetune.trainer import run
+from finetune.training.job import Job, build
+from finetune.training.report import Report
+from finetune.training.run import run
 
 MAX_NORM = 1.0
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.paired import print_table
-from finetune.demo import make_demo
+from finetune.commands.demo import make_demo
 
 RECIPE = """
 output = "{folder}/run"

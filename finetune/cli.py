@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from finetune.memory.gpus import CONTEXT, GPUS, Hardware
+from finetune.planning.gpus import CONTEXT, GPUS, Hardware
 from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.recipe.schema import Prompt
 from finetune.runtime.errors import LostPeer, UserError
@@ -127,7 +127,7 @@ def _plain(name: str) -> str:
 
 
 def _bytes(text: str) -> int:
-    from finetune.memory.report import parse_bytes
+    from finetune.planning.report import parse_bytes
 
     try:
         return parse_bytes(text)
@@ -172,14 +172,14 @@ def _with_runtime(recipe: Recipe, body) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    from finetune.trainer import train
+    from finetune.training.run import train
 
     return _with_runtime(recipe, lambda runtime: train(recipe, runtime))
 
 
 def _check(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    from finetune.check import check_all
+    from finetune.checks.settings import check_all
 
     def body(runtime) -> int:
         gpus = arguments.gpus or runtime.world_size
@@ -193,10 +193,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     recipe, gpus = load_recipe(arguments.recipe, arguments.set), arguments.gpus or 1
-    from finetune.check import check_gpu, check_recipe, open_family
+    from finetune.checks.settings import check_gpu, check_recipe, open_family
     from finetune.engine.precision import DTYPES
-    from finetune.memory.plot import check_plot
-    from finetune.plan import cache_bytes, largest, simulate_all
+    from finetune.planning.simulate import cache_bytes, largest, simulate_all
+    from finetune.planning.timeline import check_plot
 
     if arguments.write and not arguments.fit:
         raise UserError("there is nothing to write", "give --fit too", "--write")
@@ -227,7 +227,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _fit(recipe: Recipe, family, hardware: Hardware, arguments: argparse.Namespace) -> int:
-    from finetune.fit import fit
+    from finetune.planning.search import fit
     from finetune.runtime.files import writing
 
     if hardware.capacity is None:
@@ -250,8 +250,8 @@ def _fit(recipe: Recipe, family, hardware: Hardware, arguments: argparse.Namespa
 
 def _prepare(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    from finetune.check import open_family
-    from finetune.prepare import prepare
+    from finetune.checks.settings import open_family
+    from finetune.preparation.encode import prepare
 
     def body(runtime) -> int:
         with runtime.together():
@@ -284,8 +284,8 @@ def _sample(arguments: argparse.Namespace) -> int:
         raise UserError("this is about --prompt, which is not given", "give --prompt, or remove it", " ".join(unused))
     if not (recipe.validation.prompts or recipe.validation.prompts_file):
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
-    from finetune.check import open_family
-    from finetune.sample import sample
+    from finetune.checks.settings import open_family
+    from finetune.commands.sample import sample
 
     def body(runtime) -> int:
         if runtime.world_size > 1:
@@ -299,8 +299,8 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    from finetune.check import check_output, open_family
-    from finetune.job import build_state, export_weights, open_checkpoints
+    from finetune.checks.settings import check_output, open_family
+    from finetune.training.job import build_state, export_weights, open_checkpoints
 
     def body(runtime) -> int:
         with runtime.together():
@@ -328,7 +328,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from finetune.demo import make_demo
+    from finetune.commands.demo import make_demo
 
     make_demo(arguments.out, arguments.family, arguments.variant)
     return 0

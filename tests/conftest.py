@@ -20,8 +20,8 @@ from finetune.runtime.logging import quiet_libraries
 quiet_libraries()
 
 if TYPE_CHECKING:
-    from finetune.job import Job
     from finetune.runtime.distributed import Runtime
+    from finetune.training.job import Job
 
 
 @pytest.fixture(scope="session")
@@ -114,10 +114,10 @@ def runtime() -> Iterator[Runtime]:
 @pytest.fixture
 def build_job(recipe_file: Path, runtime: Runtime) -> Callable[..., Job]:
     """Build a training in this process, of the small recipe if no other is given: `build_job("train.method=full")`."""
-    from finetune.check import open_family
-    from finetune.job import build
-    from finetune.prepare import prepare
+    from finetune.checks.settings import open_family
+    from finetune.preparation.encode import prepare
     from finetune.recipe import load_recipe
+    from finetune.training.job import build
 
     def make(*overrides: str, recipe_file: Path = recipe_file) -> Job:
         recipe = load_recipe(recipe_file, overrides)

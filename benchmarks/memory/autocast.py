@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from finetune.memory.kernels import KIND
+from finetune.planning.kernels import KIND
 
 HALF = torch.float16
 _LOWER = ("linear", "matmul", "mm", "addmm", "bmm", "conv2d", "conv3d", "scaled_dot_product_attention")

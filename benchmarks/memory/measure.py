@@ -9,10 +9,10 @@ from benchmarks.full_size import CONFIGS
 from benchmarks.gpu import RandomCogVideoX
 from benchmarks.memory.ours import BUCKET, Ours
 from finetune.engine.step import run_step
-from finetune.job import build_state
 from finetune.models.folder import ModelFolder
-from finetune.plan import STEPS, example_batch
+from finetune.planning.simulate import STEPS, example_batch
 from finetune.runtime import distributed
+from finetune.training.job import build_state
 
 
 def measure(ours: Ours) -> dict[str, float]:

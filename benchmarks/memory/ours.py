@@ -8,10 +8,10 @@ from typing import Any
 
 from benchmarks.full_size import CONFIGS
 from benchmarks.memory.published import Row
-from finetune.memory.gpus import Hardware
 from finetune.models.cogvideox import CogVideoX
 from finetune.models.folder import ModelFolder
-from finetune.plan import simulate
+from finetune.planning.gpus import Hardware
+from finetune.planning.simulate import simulate
 from finetune.recipe import Bucket, Recipe
 
 BUCKET = Bucket(49, 480, 720)

@@ -23,10 +23,10 @@ from benchmarks.full_size import CONFIGS, T5_XXL
 from benchmarks.memory.autocast import HALF, region, simulated_autocast
 from benchmarks.memory.optimizers import AdamW8bitStorages, OffloadedStorages
 from benchmarks.memory.published import Row
-from finetune.memory.accelerator import Accelerator
-from finetune.memory.device import register
-from finetune.memory.trace import Trace
 from finetune.models.tiny import t5_tokenizer
+from finetune.planning.accelerator import Accelerator
+from finetune.planning.device import register
+from finetune.planning.trace import Trace
 
 TOKENS, TEXT_WIDTH = 226, 4096
 LATENTS = (13, 16, 60, 90)  # of 49x480x720

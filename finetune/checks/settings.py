@@ -13,6 +13,7 @@ from finetune.engine.layout import streams
 from finetune.models import FAMILIES, family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
+from finetune.preparation.inspect import carve, survey
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.load import differences
 from finetune.recipe.prompts import validation_prompts
@@ -20,7 +21,6 @@ from finetune.recipe.schema import Lora
 from finetune.runtime.device import Device
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
-from finetune.survey import carve, survey
 
 
 def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:

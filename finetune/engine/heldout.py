@@ -8,7 +8,7 @@ from torch import Tensor
 
 from finetune.data.cache import Cache
 from finetune.data.loader import Item, read_sample
-from finetune.engine.sampling import evaluating
+from finetune.engine.generate import evaluating
 from finetune.engine.step import StepState, sample_losses
 from finetune.models.objective import Objective
 from finetune.runtime import seeds

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from finetune.engine import activation, lowbit, precision
+from finetune.engine import precision
 from finetune.engine.layout import Layout, choose_layout
-from finetune.engine.loading import materialise, move_real
-from finetune.engine.streaming import stream_blocks
+from finetune.engine.savers import activation, lowbit
+from finetune.engine.savers.streaming import stream_blocks
+from finetune.engine.weights.loading import materialise, move_real
 from finetune.models import lora
 from finetune.models.family import Family
 from finetune.recipe.schema import Lora, Memory, Train

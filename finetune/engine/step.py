@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from finetune.engine.offload import ActivationOffload
 from finetune.engine.optimizer import InBackward
 from finetune.engine.parallel import global_norm, local, replicas
+from finetune.engine.savers.offload import ActivationOffload
 from finetune.models.family import Batch, Family
 from finetune.runtime import seeds
 from finetune.runtime.distributed import Runtime

@@ -1,1 +1,1 @@
-"""Memory of a step, predicted: an accelerator that is simulated, its allocator, and what lived there when."""
+"""The plan: peak memory and time of a training, predicted on a simulated accelerator. The trainer runs without it."""

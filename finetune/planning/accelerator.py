@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from finetune.memory import kernels
-from finetune.memory.kernels import KIND
-from finetune.memory.memo import Memo
-from finetune.memory.trace import Trace
-from finetune.memory.work import Work
+from finetune.planning import kernels
+from finetune.planning.kernels import KIND
+from finetune.planning.memo import Memo
+from finetune.planning.trace import Trace
+from finetune.planning.work import Work
 
 _NUMBERS = 4096  # elements up to which a tensor carries its numbers
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)

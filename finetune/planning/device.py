@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from finetune.memory import kernels
-from finetune.memory.gpus import Hardware
-from finetune.memory.kernels import KIND
-from finetune.memory.trace import Trace
+from finetune.planning import kernels
+from finetune.planning.gpus import Hardware
+from finetune.planning.kernels import KIND
+from finetune.planning.trace import Trace
 from finetune.runtime.device import Copies, Device, Memory
 from finetune.runtime.distributed import Runtime
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from finetune.memory.gpus import GPUS
-from finetune.memory.report import GIB, Plan
+from finetune.planning.gpus import GPUS
+from finetune.planning.report import GIB, Plan
 from finetune.recipe import Bucket, Recipe, write_recipe
 from finetune.runtime.device import Memory, has_expandable_segments
 from finetune.runtime.distributed import Runtime

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from finetune.memory.gpus import Gpu, Hardware
-from finetune.memory.trace import Peak
-from finetune.memory.work import Work
+from finetune.planning.gpus import Gpu, Hardware
+from finetune.planning.trace import Peak
+from finetune.planning.work import Work
 
 GIB = 2**30
 _WIDTH, _BAR = 40, 24

@@ -10,13 +10,13 @@ from typing import Any
 
 import tomli_w
 
-from finetune.check import check_recipe
+from finetune.checks.settings import check_recipe
 from finetune.engine.layout import streams
-from finetune.memory.gpus import Hardware
-from finetune.memory.report import GIB, Phase, Plan
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
-from finetune.plan import Simulation, largest, simulate, simulate_all
+from finetune.planning.gpus import Hardware
+from finetune.planning.report import GIB, Phase, Plan
+from finetune.planning.simulate import Simulation, largest, simulate, simulate_all
 from finetune.recipe import Bucket, Recipe, recipe_values
 from finetune.runtime.errors import Problem, UserError
 

@@ -15,26 +15,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from finetune.data.loader import Sample
-from finetune.engine.export import gathered
+from finetune.engine.generate import Request, generate
 from finetune.engine.layout import streams
-from finetune.engine.loading import plain_name
 from finetune.engine.precision import DTYPES
-from finetune.engine.sampling import Request, generate
 from finetune.engine.step import StepState, run_step
-from finetune.job import build_state
-from finetune.memory.accelerator import Accelerator
-from finetune.memory.device import simulated_runtime
-from finetune.memory.gpus import Hardware
-from finetune.memory.hollow import HollowFolder
-from finetune.memory.kernels import HOPPER_WORKSPACE, WORKSPACE
-from finetune.memory.plot import Timeline, plot_timelines
-from finetune.memory.report import Phase, Plan
-from finetune.memory.trace import Trace
+from finetune.engine.weights.export import gathered
+from finetune.engine.weights.loading import plain_name
 from finetune.models.family import Batch, Family
+from finetune.planning.accelerator import Accelerator
+from finetune.planning.device import simulated_runtime
+from finetune.planning.gpus import Hardware
+from finetune.planning.kernels import HOPPER_WORKSPACE, WORKSPACE
+from finetune.planning.report import Phase, Plan
+from finetune.planning.timeline import Timeline, plot_timelines
+from finetune.planning.trace import Trace
+from finetune.planning.weightless import HollowFolder
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Prompt
 from finetune.runtime.logging import quietly
+from finetune.training.job import build_state
 
 STEPS = (1, 2)  # micro-batches of each: the optimizer's state comes with the first step; no third is unlike the second
 _DENOISING_STEPS = 2  # no third takes more

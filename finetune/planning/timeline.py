@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from finetune.memory.report import GIB
+from finetune.planning.report import GIB
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import writing
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from finetune.memory.allocator import Block, CachingAllocator, ExpandableAllocator
+from finetune.planning.allocator import Block, CachingAllocator, ExpandableAllocator
 
 
 @dataclass(eq=False)

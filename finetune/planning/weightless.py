@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.memory.accelerator import Accelerator
 from finetune.models.folder import ModelFolder
+from finetune.planning.accelerator import Accelerator
 
 
 class HollowFolder(ModelFolder):

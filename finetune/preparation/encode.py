@@ -16,12 +16,12 @@ from finetune.data.images import is_address, load_image, missing_image
 from finetune.data.loader import Item
 from finetune.engine.precision import DTYPES
 from finetune.models.family import Family
+from finetune.preparation.inspect import carve, refuse_or_skip, require, survey
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Prompt
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
-from finetune.survey import carve, refuse_or_skip, require, survey
 from finetune.tracking.progress import ProgressLine
 
 _ROUND = 4  # items a rank encodes between two meetings: bounds waiting, and errors surface early

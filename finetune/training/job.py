@@ -10,19 +10,19 @@ import torch
 from finetune.data.cache import digest
 from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
-from finetune.engine import export
-from finetune.engine.checkpoint import Checkpoints
-from finetune.engine.loading import load_weights
-from finetune.engine.offload import ActivationOffload
+from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizer import InBackward, build_optimizer, build_schedule, set_schedule_step
 from finetune.engine.parallel import parallelize, trained_parameters
 from finetune.engine.precision import storage_dtype
+from finetune.engine.savers.offload import ActivationOffload
 from finetune.engine.step import StepResult, StepState, run_step
-from finetune.engine.validation import HeldOut, heldout_loss
+from finetune.engine.weights import export
+from finetune.engine.weights.checkpoint import Checkpoints
+from finetune.engine.weights.loading import load_weights
 from finetune.models.family import Batch, Family
 from finetune.models.objective import Objective
 from finetune.models.weights import Weights
-from finetune.prepare import Prepared
+from finetune.preparation.encode import Prepared
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError

@@ -3,16 +3,16 @@
 import time
 from pathlib import Path
 
+from finetune.engine.heldout import HeldOut
 from finetune.engine.step import StepResult
-from finetune.engine.validation import HeldOut
-from finetune.job import Job
 from finetune.recipe.load import recipe_values
 from finetune.runtime.device import Memory
 from finetune.runtime.files import writing
 from finetune.runtime.logging import say
 from finetune.tracking.progress import ProgressLine
 from finetune.tracking.trackers import Tracker, open_trackers
-from finetune.validate import Samples
+from finetune.training.job import Job
+from finetune.training.samples import Samples
 
 GIB = 2**30
 

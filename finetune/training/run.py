@@ -5,22 +5,22 @@ from pathlib import Path
 
 import torch
 
-from finetune.check import check_device, check_output, check_recipe, open_family
-from finetune.engine.export import LORA_FILE
+from finetune.checks.settings import check_device, check_output, check_recipe, open_family
 from finetune.engine.step import StepResult
-from finetune.foresight import Foresight
-from finetune.job import Job, build
+from finetune.engine.weights.export import LORA_FILE
 from finetune.models.family import Family
-from finetune.prepare import prepare
+from finetune.planning.forecast import Foresight
+from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.recipe.load import changes
-from finetune.report import Report
 from finetune.runtime.distributed import Runtime, describe
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import FolderLock, atomic, writing
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
-from finetune.validate import has_samples, validation_samples
+from finetune.training.job import Job, build
+from finetune.training.report import Report
+from finetune.training.samples import has_samples, validation_samples
 
 
 def train(recipe: Recipe, runtime: Runtime) -> int:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
-from finetune.engine.sampling import Request, generate
-from finetune.job import Job
-from finetune.prepare import PreparedPrompt
+from finetune.preparation.encode import PreparedPrompt
 from finetune.runtime.files import writing
 from finetune.tracking.media import contact_sheet, strip, write_video
+from finetune.training.job import Job
 
 SHEET = "contact_sheet.png"  # written when all videos are
 

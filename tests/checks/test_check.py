@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.check import check_device, check_output, check_recipe, open_family
-from finetune.prepare import prepare
+from finetune.checks.settings import check_device, check_output, check_recipe, open_family
+from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe, write_recipe
 from finetune.runtime.device import Device
 from finetune.runtime.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.check import check_all, open_family
+from finetune.checks.settings import check_all, open_family
 from finetune.recipe import load_recipe
 from finetune.runtime.errors import UserError
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.check import open_family
-from finetune.job import Job
+from finetune.checks.settings import open_family
+from finetune.commands.sample import sample
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.errors import UserError
-from finetune.sample import sample
+from finetune.training.job import Job
 
 PROMPTS = 'validation.prompts=[{text = "a red ball", steps = 2, guidance = 1.0, count = 2}]'
 

@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from finetune.check import open_family
+from finetune.checks.settings import open_family
 from finetune.data.cache import Cache, atomic, content_hash, digest
 from finetune.data.synthetic import RECORDINGS, Recording, record, scene, write_clips
-from finetune.prepare import Prepared, prepare
+from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import Recipe, write_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError

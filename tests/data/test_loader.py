@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.check import open_family
+from finetune.checks.settings import open_family
 from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader
 from finetune.data.sampler import Order
 from finetune.models.family import Batch, Family
 from finetune.models.ltx import pack
-from finetune.prepare import Prepared, prepare
+from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import Recipe
 
 STEPS = 9  # more than two epochs

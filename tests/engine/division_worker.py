@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from finetune.engine.checkpoint import Checkpoints
 from finetune.engine.optimizer import build_optimizer
+from finetune.engine.weights.checkpoint import Checkpoints
 from finetune.recipe.schema import Optimizer
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime

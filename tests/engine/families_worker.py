@@ -9,14 +9,14 @@ from pathlib import Path
 
 from parity_worker import figures
 
-from finetune.check import open_family
-from finetune.job import build
-from finetune.prepare import prepare
+from finetune.checks.settings import open_family
+from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
+from finetune.training.job import build
 
 METHODS = {
     "lora": ["lora.rank=4", "lora.alpha=8"],

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch.distributed.tensor import DTensor
 
-from finetune.job import build_state
 from finetune.models import family_class
 from finetune.models.folder import ModelFolder
 from finetune.recipe import Recipe
@@ -19,6 +18,7 @@ from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
+from finetune.training.job import build_state
 
 CONFIGURATIONS = {
     "lora": {"train": {"method": "lora"}},

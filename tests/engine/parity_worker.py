@@ -7,14 +7,14 @@ import json
 import sys
 from pathlib import Path
 
-from finetune.check import open_family
-from finetune.job import Job, build
-from finetune.prepare import prepare
+from finetune.checks.settings import open_family
+from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
+from finetune.training.job import Job, build
 
 LORA = ["train.method=lora", "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2"]
 FULL = ["train.method=full", "optimizer.lr=1e-3"]

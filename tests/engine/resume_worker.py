@@ -9,14 +9,14 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from finetune.check import open_family
-from finetune.job import Job, build
-from finetune.prepare import prepare
+from finetune.checks.settings import open_family
+from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
+from finetune.training.job import Job, build
 
 NAMES = ("adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8")
 

@@ -13,7 +13,7 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
-from finetune.trainer import train
+from finetune.training.run import train
 
 
 def main(out: Path, recipes: list[str], runtime: Runtime) -> None:

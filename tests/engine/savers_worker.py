@@ -11,14 +11,14 @@ import torch
 from parity_worker import figures
 from savers import METHODS, PLAIN, baseline, baseline_overrides, chosen, overrides
 
-from finetune.check import check_recipe, open_family
-from finetune.job import build
-from finetune.prepare import prepare
+from finetune.checks.settings import check_recipe, open_family
+from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
+from finetune.training.job import build
 
 
 def main(recipe_files: list[str], which: str, out: Path, runtime: Runtime) -> None:

@@ -9,8 +9,8 @@ import torch
 from every_family import FIRST, Model, every_family, title
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.engine.offload import SMALLEST, ActivationOffload
-from finetune.job import Job
+from finetune.engine.savers.offload import SMALLEST, ActivationOffload
+from finetune.training.job import Job
 
 MODES = {
     "full": ["memory.activation_checkpointing=full"],
@@ -152,7 +152,7 @@ def test_each_way_recomputes_what_it_says(build_job: Callable[..., Job], family_
 def test_a_budget_is_spent_in_the_order_of_computation_and_not_exceeded() -> None:
     from torch.utils.checkpoint import CheckpointPolicy
 
-    from finetune.engine.activation import Keep
+    from finetune.engine.savers.activation import Keep
 
     class Context:
         is_recompute = False

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from every_family import Model, every_family
 
-from finetune.job import Job
+from finetune.training.job import Job
 
 
 @every_family

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from finetune.engine.step import StepResult
-from finetune.job import Job
 from finetune.runtime.errors import UserError
+from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
 METHODS = {"lora": ["lora.dropout=0.2"], "full": ["train.method=full"]}

@@ -8,7 +8,7 @@ import torch
 from every_family import Model, every_model
 from torch import nn
 
-from finetune.job import Job
+from finetune.training.job import Job
 
 
 def inputs_of(block: nn.Module, job: Job) -> tuple[tuple, dict]:

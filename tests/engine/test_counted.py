@@ -10,8 +10,8 @@ from every_family import MODELS, Model, every_model
 from torch import Tensor
 
 from finetune.engine.step import sample_losses
-from finetune.job import Job
 from finetune.models.family import Batch
+from finetune.training.job import Job
 
 GIVEN_FRAME = [model for model in MODELS if model[0] == "ltx_i2v"]
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from finetune.engine.export import LORA_FILE, verify_lora
 from finetune.engine.precision import DTYPES
-from finetune.job import Job
+from finetune.engine.weights.export import LORA_FILE, verify_lora
 from finetune.runtime.errors import UserError
+from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
 

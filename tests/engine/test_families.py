@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from finetune.engine.precision import DTYPES
 from finetune.engine.step import StepResult
-from finetune.job import Job
 from finetune.models import family_class
 from finetune.models.folder import ModelFolder
 from finetune.models.mochi import MaskedAttention
+from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
 Figures = Callable[[Model, int], dict[str, dict[str, list[float]]]]

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.data.synthetic import scene
-from finetune.engine.export import LORA_FILE
+from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
-from finetune.engine.sampling import Request, generate
-from finetune.job import Job
-from finetune.validate import request_of, validation_samples
+from finetune.engine.weights.export import LORA_FILE
+from finetune.training.job import Job
+from finetune.training.samples import request_of, validation_samples
 
 PROMPT = "a red ball moves to the left over a dark floor"
 NEGATIVE = "blurry"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.job import Job
+from finetune.training.job import Job
 
 Figures = dict[int, dict[str, dict[str, list[float]]]]
 

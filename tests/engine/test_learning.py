@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from every_family import FIRST, Model, every_model, title
 
-from finetune.engine.validation import HeldOut, heldout_loss
-from finetune.job import Job
+from finetune.engine.heldout import HeldOut, heldout_loss
+from finetune.training.job import Job
 
 Overfit = Callable[[Model, int, list[str]], tuple[HeldOut, HeldOut]]
 FULL = ["train.method=full", "optimizer.lr=3e-3"]

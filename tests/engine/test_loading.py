@@ -14,8 +14,8 @@ from processes import figures_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune.engine.loading import load_weights, whole_transformer
 from finetune.engine.parallel import parallelize
+from finetune.engine.weights.loading import load_weights, whole_transformer
 from finetune.models import family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder

@@ -8,10 +8,10 @@ import torch
 from every_family import FIRST, Model, every_family, title
 from torch import Tensor, nn
 
-from finetune.engine.loading import plain_name, whole_transformer
-from finetune.engine.lowbit import LowBitLinear, dequantize, quantize
-from finetune.job import Job
+from finetune.engine.savers.lowbit import LowBitLinear, dequantize, quantize
+from finetune.engine.weights.loading import plain_name, whole_transformer
 from finetune.models.weights import Weights
+from finetune.training.job import Job
 
 KINDS = ["int8", "float8", "nf4"]
 BITS = {"int8": 8, "float8": 8, "nf4": 4}
@@ -32,7 +32,7 @@ def test_rounding_errors_are_those_of_the_format(kind: str, limit: float) -> Non
 
 
 def test_nf4_rounds_each_weight_to_the_nearest_level() -> None:
-    from finetune.engine.lowbit import _NF4
+    from finetune.engine.savers.lowbit import _NF4
 
     weight = torch.randn(8, 128)
     codes, scale = quantize(weight, "nf4")

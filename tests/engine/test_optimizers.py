@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 
 from finetune.engine.step import StepResult
-from finetune.job import Job
+from finetune.training.job import Job
 
 NAMES = ["adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8"]
 WEIGHTS = ["float32", "bf16"]

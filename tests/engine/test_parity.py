@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from finetune.data.loader import Layout, MicroBatches
-from finetune.job import Job
+from finetune.training.job import Job
 
 TOLERANCE = 1e-5  # relative, in float32; what is seen is 1e-7
 

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from finetune.engine.optimizer import build_optimizer, build_schedule, set_schedule_step
 from finetune.engine.step import StepResult, grad_norm, run_step
-from finetune.job import Job
 from finetune.models.family import Batch
 from finetune.recipe.schema import Optimizer, Schedule
+from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from every_family import FIRST, Model, every_family, title
 
-from finetune.engine.streaming import Streamed, Streamer
-from finetune.job import Job
+from finetune.engine.savers.streaming import Streamed, Streamer
+from finetune.training.job import Job
 
 CHECKPOINTING = ["none", "full", "every_n", "selective"]
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from finetune.check import open_family
-from finetune.job import build
-from finetune.prepare import prepare
+from finetune.checks.settings import open_family
+from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
+from finetune.training.job import build
 
 METHODS = {"lora": ["lora.rank=4", "optimizer.lr=1e-3"], "full": ["train.method=full", "optimizer.lr=1e-3"]}
 CLIPPED = ["train.max_grad_norm=0.05", "train.global_batch_size=4", "train.micro_batch_size=1", "train.steps=3"]

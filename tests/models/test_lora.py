@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from finetune.engine.loading import whole_transformer
+from finetune.engine.weights.loading import whole_transformer
 from finetune.models import lora
 from finetune.models.folder import ModelFolder
 from finetune.models.ltx import LTXVideo

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import MochiAttention, MochiAttnProces
 from recording import PROMPT, TinyModel, generator, stacked, variant_id, variants
 from torch import Tensor
 
-from finetune.engine.loading import whole_transformer
+from finetune.engine.weights.loading import whole_transformer
 from finetune.models.mochi import MaskedAttention
 
 VIDEO, TEXT, HEADS, SIZE, WIDTH, TEXT_WIDTH = 12, 9, 3, 8, 20, 14

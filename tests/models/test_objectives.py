@@ -9,7 +9,7 @@ from recording import VARIANTS, TinyModel, generator, unpacked, variant_id, vari
 from torch import Tensor
 
 from finetune.data.loader import Sample
-from finetune.engine.loading import whole_transformer
+from finetune.engine.weights.loading import whole_transformer
 from finetune.models.family import Batch
 from finetune.recipe.schema import Objective
 

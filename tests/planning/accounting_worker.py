@@ -18,18 +18,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.check import open_family
+from finetune.checks.settings import open_family
 from finetune.engine.step import run_step
-from finetune.job import build_state
-from finetune.memory.gpus import Hardware
-from finetune.memory.kernels import fused_attention
-from finetune.memory.trace import Trace
-from finetune.plan import STEPS, example_batch, simulate
+from finetune.planning.gpus import Hardware
+from finetune.planning.kernels import fused_attention
+from finetune.planning.simulate import STEPS, example_batch, simulate
+from finetune.planning.trace import Trace
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
+from finetune.training.job import build_state
 
 
 class Recorder(TorchDispatchMode):

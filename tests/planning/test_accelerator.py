@@ -8,9 +8,9 @@ from processes import ROOT
 
 BEGIN = """
 import torch
-from finetune.memory.accelerator import Accelerator
-from finetune.memory.device import register
-from finetune.memory.trace import Trace
+from finetune.planning.accelerator import Accelerator
+from finetune.planning.device import register
+from finetune.planning.trace import Trace
 device = register()
 with Accelerator(Trace(), Trace()) as accelerator:
 """

@@ -42,14 +42,14 @@ ON_THE_HOST = (
 def accounts(
     family_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], dict[str, dict[str, int]]]:
-    """Figures of tests/memory/accounting_worker.py, a process for each family: a simulated device stays known to torch."""
+    """Figures of tests/planning/accounting_worker.py, a process for each family: a simulated device stays known to torch."""
     folder, known = tmp_path_factory.mktemp("accounts"), {}
 
     def get(family: str, saver: str) -> dict[str, dict[str, int]]:
         if family not in known:
             out = folder / f"{family}.json"
             cases = {name: SAVERS.get(name) or OF_LTX.get(name, []) for each, name in CASES if each == family}
-            worker = ROOT / "tests" / "memory" / "accounting_worker.py"
+            worker = ROOT / "tests" / "planning" / "accounting_worker.py"
             command = [sys.executable, worker, out, family_recipe(family), json.dumps(cases)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
             assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from finetune.memory.allocator import KIB, MIB, CachingAllocator, ExpandableAllocator
+from finetune.planning.allocator import KIB, MIB, CachingAllocator, ExpandableAllocator
 
 
 @pytest.mark.parametrize(

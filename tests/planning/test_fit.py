@@ -1,6 +1,6 @@
 """Which settings are tried, and in what order."""
 
-from finetune.fit import Candidate, _attempts, _ranked
+from finetune.planning.search import Candidate, _attempts, _ranked
 
 GIB = 2**30
 

@@ -16,7 +16,7 @@ import torch
 from foresight_worker import Card
 from processes import ROOT, Finetune
 
-from finetune.foresight import Foresight
+from finetune.planning.forecast import Foresight
 from finetune.recipe import load_recipe
 from finetune.runtime.device import Device
 from finetune.runtime.distributed import Runtime
@@ -33,14 +33,14 @@ def recipe(family_recipe: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def train(recipe: Path) -> Train:
-    """Train three steps with tests/composition/foresight_worker.py."""
+    """Train three steps with tests/planning/forecast_worker.py."""
 
     def run(output: Path, card: int, fails: str = "never", processes: int = 0) -> Result:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         settings = ["train.steps=3", f"train.micro_batch_size={2 // max(processes, 1)}", f"output={output}"]
         output.mkdir(parents=True)
         return subprocess.run(
-            [sys.executable, *(torchrun if processes else []), ROOT / "tests" / "composition" / "foresight_worker.py"]
+            [sys.executable, *(torchrun if processes else []), ROOT / "tests" / "planning" / "forecast_worker.py"]
             + [str(card), fails, "--recipe", recipe]
             + [part for setting in settings for part in ("--set", setting)],
             cwd=ROOT,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune.memory.report import parse_bytes
+from finetune.planning.report import parse_bytes
 from finetune.recipe import load_recipe
 
 

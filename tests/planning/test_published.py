@@ -14,9 +14,9 @@ LOAD = """
 import json, sys
 from benchmarks.memory.published import rows
 from benchmarks.memory.reference import Reference
-from finetune.memory.accelerator import Accelerator
-from finetune.memory.device import register
-from finetune.memory.trace import Trace
+from finetune.planning.accelerator import Accelerator
+from finetune.planning.device import register
+from finetune.planning.trace import Trace
 register()
 with Accelerator(Trace(), Trace()) as accelerator:
     print(json.dumps(Reference(rows()[int(sys.argv[1]) - 1], accelerator)._load()))

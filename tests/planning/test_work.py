@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from finetune.memory.gpus import GPUS
-from finetune.memory.work import Work
+from finetune.planning.gpus import GPUS
+from finetune.planning.work import Work
 
 A100 = GPUS["A100"]
 TERA, GB = 10**12, 10**9

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.check import open_family
+from finetune.checks.settings import open_family
 from finetune.data.manifest import VIDEO_SUFFIXES
-from finetune.prepare import Prepared, prepare
+from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import load_recipe
 from finetune.runtime.errors import UserError
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from finetune.engine.lowbit import LowBitLinear
-from finetune.engine.streaming import Streamed
+from finetune.engine.savers.lowbit import LowBitLinear
+from finetune.engine.savers.streaming import Streamed
 from finetune.models.family import Family
 from finetune.models.lora import ADAPTER
 from finetune.models.weights import Weights

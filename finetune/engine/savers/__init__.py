@@ -1,0 +1,1 @@
+"""What is traded for memory: checkpointed activations, offloading, streaming and low-bit storage."""

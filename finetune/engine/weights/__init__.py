@@ -1,0 +1,1 @@
+"""Weights on disk: loading by the shard, checkpoints, and exports that other tools load."""

@@ -1,0 +1,1 @@
+"""From a dataset to cached items: clips are inspected, split into trained and held out, and encoded."""
