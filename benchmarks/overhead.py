@@ -26,7 +26,7 @@ from finetune.engine.step import StepResult
 from finetune.engine.weights.loading import whole_transformer
 from finetune.models import lora
 from finetune.models.family import Batch, Family
-from finetune.planning.forecast import Foresight
+from finetune.planning.forecast import Forecast
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe
 from finetune.runtime import distributed
@@ -138,7 +138,7 @@ def main() -> None:
             "bare, no FSDP": bare_loop(plain_model(recipe, family), recipe, family, in_memory),
         }
         with TakingTurns(job, arguments.steps, others) as report:
-            run(job, 0, report, StopRequest(), Foresight(recipe, family.folder.path, runtime))
+            run(job, 0, report, StopRequest(), Forecast(recipe, family.folder.path, runtime))
     distributed.stop()
     ours = np.array(report.milliseconds["finetune"])  # (blocks, clocks)
     rows = []

@@ -13,7 +13,7 @@ from finetune.engine.layout import streams
 from finetune.models import FAMILIES, family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
-from finetune.preparation.inspect import carve, survey
+from finetune.preparation.inspect import inspect_clips, split_heldout
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.load import differences
 from finetune.recipe.prompts import validation_prompts
@@ -29,8 +29,8 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     cache = Cache(recipe.data.cache)
     datasets = [path for path in (recipe.data.path, recipe.validation.heldout) if path]
     parts: list[Callable[[], object]] = [lambda: check_output(recipe), lambda: open_family(recipe)]
-    parts += [partial(survey, recipe.data, path, cache, runtime) for path in datasets[1:]]
-    parts += [lambda: carve(survey(recipe.data, recipe.data.path, cache, runtime), recipe)]
+    parts += [partial(inspect_clips, recipe.data, path, cache, runtime) for path in datasets[1:]]
+    parts += [lambda: split_heldout(inspect_clips(recipe.data, recipe.data.path, cache, runtime), recipe)]
     parts += [partial(_load_images, recipe)]
     for part in parts:
         try:

@@ -10,7 +10,7 @@ from finetune.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Fit:
+class BucketFit:
     """A clip's bucket and what is lost to it. `cropped` is the share of the picture outside the bucket."""
 
     bucket: Bucket
@@ -25,7 +25,7 @@ class Fit:
         return self.frames_available - self.bucket.frames
 
 
-def fit(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str) -> Fit:
+def fit_to_bucket(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str) -> BucketFit:
     """The bucket that loses least of a clip: nearest aspect ratio, then most frames, then largest picture not enlarged.
 
     Args:
@@ -53,7 +53,7 @@ def fit(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: st
 
     best = min(possible, key=loss)
     enlarged = max(best.height / clip.height, best.width / clip.width)
-    return Fit(best, rate, available, 1 - math.exp(-_aspect_distance(clip, best)), enlarged)
+    return BucketFit(best, rate, available, 1 - math.exp(-_aspect_distance(clip, best)), enlarged)
 
 
 def _aspect_distance(clip: VideoInfo, bucket: Bucket) -> float:

@@ -59,7 +59,7 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchSplit:
     """How a global batch is spread: each rank takes `micro` samples at a time, `accumulation` times."""
 
     rank: int
@@ -94,20 +94,20 @@ class MicroBatches(Dataset):
         self,
         items: Sequence[Item],
         order: Order,
-        layout: Layout,
+        split: BatchSplit,
         cache: Cache,
         assemble: Callable[[list[Sample]], Any],
         seed: int,
         dropout: Dropout,
     ) -> None:
-        self.items, self.order, self.layout, self.cache = items, order, layout, cache
+        self.items, self.order, self.split, self.cache = items, order, split, cache
         self.assemble, self.seed, self.dropout = assemble, seed, dropout
 
     def __getitem__(self, k: int) -> Any:
-        step, micro_step = divmod(k, self.layout.accumulation)
+        step, micro_step = divmod(k, self.split.accumulation)
         plan = self.order.plan(step)
         try:
-            samples = [self._sample(step, position, plan.items) for position in self.layout.positions(micro_step)]
+            samples = [self._sample(step, position, plan.items) for position in self.split.positions(micro_step)]
         except UserError as error:
             return error  # for the consumer to raise: a worker's exceptions arrive as text
         return self.assemble(samples)
@@ -123,7 +123,7 @@ class MicroBatches(Dataset):
             bucket=item.bucket,
             fps=item.fps,
             generator=generator,
-            stratum=(position, self.layout.global_batch),
+            stratum=(position, self.split.global_batch),
             image_dropped=image_dropped < self.dropout.image,
         )
 
@@ -148,7 +148,7 @@ def open_loader(
     batches: MicroBatches, first_step: int, last_step: int, workers: int, pin_memory: bool
 ) -> StatefulDataLoader:
     """A loader of the micro-batches of steps first_step .. last_step - 1, in order."""
-    accumulation = batches.layout.accumulation
+    accumulation = batches.split.accumulation
     return StatefulDataLoader(
         batches,
         batch_size=None,

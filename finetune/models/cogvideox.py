@@ -24,7 +24,7 @@ from finetune.models.family import Family, SampleLike, Tensors, nearest_bucket, 
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import VPrediction
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Objective, Vae
+from finetune.recipe.schema import ObjectiveSettings, Vae
 
 
 class CogVideoX(Family):
@@ -89,7 +89,7 @@ class CogVideoX(Family):
         """1.5's even number of latent frames: (C, F, H, W) with the first frame repeated if F is odd."""
         return torch.cat([latents[:, : latents.shape[1] % self.patch_t], latents], 1)
 
-    def objective(self, settings: Objective) -> VPrediction:
+    def objective(self, settings: ObjectiveSettings) -> VPrediction:
         return VPrediction(settings, CogVideoXDDIMScheduler.from_config(self.folder.config("scheduler")))
 
     def inputs(
@@ -190,7 +190,7 @@ class CogVideoXImageToVideo(CogVideoX):
         first = {"image_mean": posterior.mean[0], "image_logvar": posterior.logvar[0]}
         return super().encode_video(vae, video, settings) | first
 
-    def condition(self, sample: SampleLike, x0: Tensor, settings: Objective) -> Tensors:
+    def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         moments = sample.moments
         z = posterior_sample(moments["image_mean"], moments["image_logvar"], sample.generator)  # (C, 1, H, W)
         if sample.image_dropped:

@@ -23,8 +23,7 @@ from finetune.models.folder import ModelFolder
 from finetune.models.objective import FlowMatching, Objective, recipe_shift
 from finetune.models.weights import Weights
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Objective as ObjectiveSettings
-from finetune.recipe.schema import Prompt, Vae
+from finetune.recipe.schema import ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import UserError
 
 Tensors = dict[str, Tensor]

@@ -23,7 +23,7 @@ from torch import Tensor
 from finetune.models import tiny
 from finetune.models.family import Family, SampleLike, Tensors
 from finetune.models.folder import ModelFolder
-from finetune.recipe.schema import Objective, Prompt
+from finetune.recipe.schema import ObjectiveSettings, Prompt
 
 
 class HunyuanVideo(Family):
@@ -74,7 +74,7 @@ class HunyuanVideo(Family):
     def normalise(self, z: Tensor) -> Tensor:
         return z * self.scaling_factor
 
-    def condition(self, sample: SampleLike, x0: Tensor, settings: Objective) -> Tensors:
+    def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         return {"guidance": torch.tensor(settings.guidance)}
 
     def inputs(

@@ -26,7 +26,7 @@ from torch import Tensor
 from finetune.models import tiny
 from finetune.models.family import Family, SampleLike, Tensors
 from finetune.models.folder import ModelFolder
-from finetune.recipe.schema import Objective, Prompt
+from finetune.recipe.schema import ObjectiveSettings, Prompt
 
 
 class LTXVideo(Family):
@@ -145,7 +145,7 @@ class LTXImageToVideo(LTXVideo):
     def unused_keys(self) -> dict[str, str]:
         return super().unused_keys() | {"vae.image_noise": "the condition is the clip's own first latent frame"}
 
-    def condition(self, sample: SampleLike, x0: Tensor, settings: Objective) -> Tensors:
+    def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         given = torch.zeros(x0.shape[1:])
         given[0] = 0.0 if sample.image_dropped else 1.0
         return {"given": given, "x0": x0}

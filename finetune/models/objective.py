@@ -13,7 +13,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from finetune.recipe.schema import Objective as Settings
+from finetune.recipe.schema import ObjectiveSettings
 
 Shift = Callable[[Tensor, int], Tensor]  # (sigma, tokens) -> sigma
 
@@ -21,7 +21,7 @@ Shift = Callable[[Tensor, int], Tensor]  # (sigma, tokens) -> sigma
 class Objective(Protocol):
     """How clean latents become what the model sees and what it is asked for."""
 
-    settings: Settings
+    settings: ObjectiveSettings
     default_sampling: ClassVar[str]  # where the recipe names none
 
     def level(self, u: Tensor, tokens: int) -> Tensor:
@@ -45,7 +45,7 @@ class FlowMatching:
     A level is sigma, float32 in (0, 1). `shift` moves it as the checkpoint's scheduler does at inference.
     """
 
-    settings: Settings
+    settings: ObjectiveSettings
     shift: Shift
     default_sampling: ClassVar[str] = "logit_normal"
 
@@ -73,7 +73,7 @@ class VPrediction:
     functions take abar in the dtype of the sample, so they are called in float32.
     """
 
-    settings: Settings
+    settings: ObjectiveSettings
     scheduler: CogVideoXDDIMScheduler
     default_sampling: ClassVar[str] = "uniform"
 
@@ -89,7 +89,7 @@ class VPrediction:
         return torch.ones(level.shape)
 
 
-def density(u: Tensor, settings: Settings, default: str) -> Tensor:
+def density(u: Tensor, settings: ObjectiveSettings, default: str) -> Tensor:
     """Quantiles of the recipe's distribution of noise levels on (0, 1) (Esser et al. 2024, section 3.1)."""
     name = settings.sigma_sampling or default
     if name == "logit_normal":
@@ -99,7 +99,7 @@ def density(u: Tensor, settings: Settings, default: str) -> Tensor:
     return u
 
 
-def rescale(level: Tensor, settings: Settings) -> Tensor:
+def rescale(level: Tensor, settings: ObjectiveSettings) -> Tensor:
     """(0, 1) onto (sigma_min, sigma_max): clamping would pile samples up at the ends."""
     if (settings.sigma_min, settings.sigma_max) == (0.0, 1.0):
         return level
@@ -111,7 +111,7 @@ def constant_shift(s: float) -> Shift:
     return lambda sigma, tokens: s * sigma / (1 + (s - 1) * sigma)
 
 
-def recipe_shift(settings: Settings, scheduler: dict) -> Shift:
+def recipe_shift(settings: ObjectiveSettings, scheduler: dict) -> Shift:
     """The recipe's shift, which may be the scheduler's."""
     return scheduler_shift(scheduler) if settings.shift == "scheduler" else constant_shift(settings.shift)
 

@@ -18,7 +18,7 @@ from finetune.planning import kernels
 from finetune.planning.gpus import Hardware
 from finetune.planning.kernels import KIND
 from finetune.planning.trace import Trace
-from finetune.runtime.device import Copies, Device, Memory
+from finetune.runtime.device import Copies, Device, PeakMemory
 from finetune.runtime.distributed import Runtime
 
 
@@ -122,8 +122,8 @@ class SimulatedDevice(Device):
     def read(self, values: Tensor) -> list[float]:
         return [1.0, 0.0, 1.0][: values.numel()] if values.numel() <= 3 else [1.0] * values.numel()
 
-    def memory(self) -> Memory:
-        return Memory(self.trace.allocator.peak_allocated, self.trace.allocator.peak_reserved)
+    def memory(self) -> PeakMemory:
+        return PeakMemory(self.trace.allocator.peak_allocated, self.trace.allocator.peak_reserved)
 
     def reset_peak(self) -> None:
         self.trace.allocator.reset_peak()

@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune.planning.gpus import GPUS
 from finetune.planning.report import GIB, Plan
 from finetune.recipe import Bucket, Recipe, write_recipe
-from finetune.runtime.device import Memory, has_expandable_segments
+from finetune.runtime.device import PeakMemory, has_expandable_segments
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
@@ -36,7 +36,7 @@ leave(main(sys.argv[1:]))
 _LAUNCHER = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
-class Foresight:
+class Forecast:
     """The plan of a training that begins: made beside it, in a process that rank 0 starts on entering and ends on leaving.
 
     It never stops a training: what goes wrong with it is said in a line. On a device that does not know its memory, a CPU,
@@ -56,7 +56,7 @@ class Foresight:
         self.process: subprocess.Popen | None = None
         self._files: tempfile.TemporaryDirectory | None = None
 
-    def __enter__(self) -> "Foresight":
+    def __enter__(self) -> "Forecast":
         if self.capacity is not None and self.runtime.is_main:
             try:
                 self._files = tempfile.TemporaryDirectory(prefix="finetune-plan-", ignore_cleanup_errors=True)
@@ -105,7 +105,7 @@ class Foresight:
         if self.capacity is None:
             return
         ranks = self.runtime.gather(taken)
-        measured = Memory(max(rank.allocated for rank in ranks), max(rank.reserved for rank in ranks))
+        measured = PeakMemory(max(rank.allocated for rank in ranks), max(rank.reserved for rank in ranks))
         figures = {"measured": asdict(measured), "planned": None, "relative_error": None}
         line = f"the steps took {_gib(measured.allocated)} GiB allocated, {_gib(measured.reserved)} reserved"
         if self.plan:
@@ -191,10 +191,10 @@ class Foresight:
         raise ValueError(next((line for line in lines if line.startswith("error: ")), lines[-1]))
 
 
-def step_peak(plan: Plan) -> Memory:
+def step_peak(plan: Plan) -> PeakMemory:
     """The most that a plan's steps take, of any bucket."""
     steps = [phase.device for phase in plan.phases if phase.name.startswith("step ")]
-    return Memory(max(step.allocated for step in steps), max(step.reserved for step in steps))
+    return PeakMemory(max(step.allocated for step in steps), max(step.reserved for step in steps))
 
 
 def _gib(size: int) -> str:

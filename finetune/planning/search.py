@@ -73,7 +73,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Fit:
+class SearchResult:
     """What was found; `fits` is False where nothing fits, and the plan is then the smallest."""
 
     recipe: Recipe
@@ -91,7 +91,7 @@ class Fit:
         return [*self.plan.lines(), "the fastest settings found that fit:", "", *_toml(self.changes)]
 
 
-def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str], None]) -> Fit:
+def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str], None]) -> SearchResult:
     """Search the memory savers. Those that leave the training's numbers alone come first.
 
     Args:
@@ -234,7 +234,7 @@ def _for_encoding(recipe: Recipe, family: Family, hardware: Hardware) -> tuple[C
     return changes, ""
 
 
-def _whole(recipe: Recipe, changes: Changes, family: Family, hardware: Hardware) -> Fit:
+def _whole(recipe: Recipe, changes: Changes, family: Family, hardware: Hardware) -> SearchResult:
     """All phases of what was chosen, with every bucket. Only what differs from the recipe is told."""
     chosen, capacity = _changed(recipe, changes), hardware.capacity
     plan = simulate_all(chosen, family, recipe.data.buckets, hardware)
@@ -250,7 +250,7 @@ def _whole(recipe: Recipe, changes: Changes, family: Family, hardware: Hardware)
         changes = changes | _NO_SAMPLES
     before = recipe_values(recipe)
     told = {key: value for key, value in changes.items() if _value(before, key) != value}
-    return Fit(_changed(recipe, changes), told, plan, bool(plan.fits))
+    return SearchResult(_changed(recipe, changes), told, plan, bool(plan.fits))
 
 
 def _changed(recipe: Recipe, changes: Changes) -> Recipe:

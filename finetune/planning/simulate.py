@@ -29,7 +29,7 @@ from finetune.planning.kernels import HOPPER_WORKSPACE, WORKSPACE
 from finetune.planning.report import Phase, Plan
 from finetune.planning.timeline import Timeline, plot_timelines
 from finetune.planning.trace import Trace
-from finetune.planning.weightless import HollowFolder
+from finetune.planning.weightless import WeightlessFolder
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Prompt
@@ -99,20 +99,22 @@ class Simulation:
 
     def encoding(self, buckets: list[Bucket]) -> None:
         """Text encoders, then the VAE, as `prepare` has them on the device."""
-        hollow = type(self.family)(HollowFolder(self.family.folder.path, self.accelerator))
+        weightless = type(self.family)(WeightlessFolder(self.family.folder.path, self.accelerator))
         device, dtype = self.runtime.device, DTYPES[self.recipe.train.precision]
-        missing = [name for name in hollow.text_components if not any((hollow.folder.path / name).glob("*config.json"))]
+        missing = [
+            name for name in weightless.text_components if not any((weightless.folder.path / name).glob("*config.json"))
+        ]
         if missing:
-            self.notes.append(f"encoding captions is not in it: {hollow.folder.path} has no {', '.join(missing)}")
+            self.notes.append(f"encoding captions is not in it: {weightless.folder.path} has no {', '.join(missing)}")
         else:
             with self._phase("encode text"):
                 on_host = self.recipe.memory.text_encoder == "cpu"
-                encode = hollow.text_encoder(torch.device("cpu") if on_host else device.torch_device, dtype)
+                encode = weightless.text_encoder(torch.device("cpu") if on_host else device.torch_device, dtype)
                 encode("a caption")
                 del encode
         for bucket in buckets:
             with self._phase(f"encode video {bucket}"), _NoPictures():
-                encode = hollow.video_encoder(device.torch_device, dtype, self.recipe.vae)
+                encode = weightless.video_encoder(device.torch_device, dtype, self.recipe.vae)
                 encode(np.zeros((*bucket, 3), np.uint8))
                 del encode
 
@@ -147,7 +149,7 @@ class Simulation:
         text = self.family.example_text(dtype)
         image = np.zeros((prompt.shape.height, prompt.shape.width, 3), np.uint8) if self.family.takes_image else None
         family, idle = state.family, example_batch(self.recipe, self.family, prompt.shape)
-        state.family = type(family)(HollowFolder(family.folder.path, self.accelerator))
+        state.family = type(family)(WeightlessFolder(family.folder.path, self.accelerator))
         with self._phase(f"validation {prompt.shape}"), _NoPictures():
             request = Request(prompt, 0, text, text, image)
             generate(state, [request], idle, self.recipe.validation.tiling, dtype, lambda *_: None)

@@ -14,7 +14,7 @@ from finetune.models.folder import ModelFolder
 from finetune.planning.accelerator import Accelerator
 
 
-class HollowFolder(ModelFolder):
+class WeightlessFolder(ModelFolder):
     """Gives text encoders and VAEs made of their configs alone, within an accelerator."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:

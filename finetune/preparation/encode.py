@@ -16,7 +16,7 @@ from finetune.data.images import is_address, load_image, missing_image
 from finetune.data.loader import Item
 from finetune.engine.precision import DTYPES
 from finetune.models.family import Family
-from finetune.preparation.inspect import carve, refuse_or_skip, require, survey
+from finetune.preparation.inspect import inspect_clips, refuse_or_skip, require, split_heldout
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Prompt
@@ -78,12 +78,12 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     def text_key(caption: str) -> str:
         return digest("text", family.pipeline_class, text_fingerprint, caption)  # whose encode_prompt it is
 
-    usable = survey(recipe.data, recipe.data.path, cache, runtime)
+    usable = inspect_clips(recipe.data, recipe.data.path, cache, runtime)
     named = recipe.validation.heldout
     if named:
-        split = usable, survey(recipe.data, named, cache, runtime)
+        split = usable, inspect_clips(recipe.data, named, cache, runtime)
     else:
-        split = carve(usable, recipe)
+        split = split_heldout(usable, recipe)
     work: list[_Encoding] = []
     datasets = []
     for part in split:

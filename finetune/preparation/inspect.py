@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.data import decode
-from finetune.data.buckets import Fit, fit
+from finetune.data.buckets import BucketFit, fit_to_bucket
 from finetune.data.cache import Cache, content_hash, digest
 from finetune.data.manifest import Clip, read_manifest
 from finetune.recipe import Recipe
@@ -17,16 +17,16 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.logging import say
 
 
-class Usable(NamedTuple):
+class InspectedClip(NamedTuple):
     """A clip that can be trained on: what it is, the hash of its bytes, what it holds, and its bucket."""
 
     clip: Clip
     hash: str
     info: decode.VideoInfo
-    fit: Fit
+    fit: BucketFit
 
 
-def survey(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[Usable]:
+def inspect_clips(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[InspectedClip]:
     """Inspect a dataset; ranks share the reading of files. Collective, with the same result on every rank.
 
     Args:
@@ -53,7 +53,9 @@ def survey(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[Usabl
             if isinstance(entry, UserError):
                 raise entry
             info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
-            usable.append(Usable(clip, entry["hash"], info, fit(info, data.buckets, data.fps, str(clip.path))))
+            usable.append(
+                InspectedClip(clip, entry["hash"], info, fit_to_bucket(info, data.buckets, data.fps, str(clip.path)))
+            )
         except UserError as error:
             problems += error.problems
     refuse_or_skip(problems, data.bad_clips, "used")
@@ -62,7 +64,7 @@ def survey(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[Usabl
     return usable
 
 
-def carve(usable: Sequence[Usable], recipe: Recipe) -> tuple[list[Usable], list[Usable]]:
+def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list[InspectedClip], list[InspectedClip]]:
     """(clips to train on, clips held out): files chosen by content and seed, so that renaming changes nothing.
 
     Raises:
@@ -111,7 +113,7 @@ def _inspect(video: Path, cache: Cache) -> dict | UserError:
         return error
 
 
-def _report(path: Path, usable: Sequence[Usable]) -> None:
+def _report(path: Path, usable: Sequence[InspectedClip]) -> None:
     """One line: how many clips in which bucket, and what is lost to it."""
     buckets = Counter(str(entry.fit.bucket) for entry in usable)
     trimmed = sum(entry.fit.trimmed > 0 for entry in usable)

@@ -110,7 +110,7 @@ class Lora(Table):
     """Dropout on the adapter's input."""
 
 
-class Objective(Table):
+class ObjectiveSettings(Table):
     sigma_sampling: Literal["uniform", "logit_normal", "mode"] | None = None
     """Distribution of sigma before the shift (Stable Diffusion 3 paper, section 3.1); unset: logit_normal for flow matching,
     uniform for v-prediction, where sigma is timestep / 1000."""
@@ -289,7 +289,7 @@ class Recipe(Table):
     """How it is trained."""
     lora: Lora = Lora()
     """The adapter, for train.method = "lora"."""
-    objective: Objective = Objective()
+    objective: ObjectiveSettings = ObjectiveSettings()
     """Noise levels and loss."""
     optimizer: Optimizer = Optimizer()
     """The update."""

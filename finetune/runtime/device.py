@@ -29,7 +29,7 @@ def has_expandable_segments() -> bool:
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Peak bytes since `reset_peak`. On a CPU both figures are the process's peak resident set."""
 
     allocated: int
@@ -121,12 +121,12 @@ class Device:
         """The host copy of a 1-D tensor. This waits for the device: the engine calls it once per optimizer step."""
         return values.tolist()
 
-    def memory(self) -> Memory:
+    def memory(self) -> PeakMemory:
         """Peak device memory, in bytes."""
         if self.is_cpu:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            return Memory(peak, peak)
-        return Memory(
+            return PeakMemory(peak, peak)
+        return PeakMemory(
             torch.accelerator.max_memory_allocated(self.torch_device),
             torch.accelerator.max_memory_reserved(self.torch_device),
         )

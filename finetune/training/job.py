@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from finetune.data.cache import digest
-from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader, read_sample
+from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
 from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizer import InBackward, build_optimizer, build_schedule, set_schedule_step
@@ -37,7 +37,7 @@ class Job:
     objective: Objective
     prepared: Prepared
     order: Order
-    layout: Layout
+    split: BatchSplit
     checkpoints: Checkpoints
 
     def step(self, step: int, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
@@ -58,7 +58,7 @@ class Job:
         return MicroBatches(
             self.prepared.train,
             self.order,
-            self.layout,
+            self.split,
             self.prepared.cache,
             partial(self.state.family.batch, objective=self.objective),
             self.recipe.train.seed,
@@ -157,7 +157,7 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         objective=family.objective(recipe.objective),
         prepared=prepared,
         order=Order([item.bucket for item in prepared.train], train.global_batch_size, train.seed),
-        layout=Layout(runtime.rank, runtime.world_size, train.global_batch_size, train.micro_batch_size),
+        split=BatchSplit(runtime.rank, runtime.world_size, train.global_batch_size, train.micro_batch_size),
         checkpoints=open_checkpoints(recipe, runtime),
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from finetune.engine.heldout import HeldOut
 from finetune.engine.step import StepResult
 from finetune.recipe.load import recipe_values
-from finetune.runtime.device import Memory
+from finetune.runtime.device import PeakMemory
 from finetune.runtime.files import writing
 from finetune.runtime.logging import say
 from finetune.tracking.progress import ProgressLine
@@ -28,7 +28,7 @@ class Report:
         self.job, self.done = job, done
         self.enabled = job.state.runtime.is_main
         self.trackers: list[Tracker] = []
-        self.memory = Memory(0, 0)
+        self.memory = PeakMemory(0, 0)
 
     def __enter__(self) -> "Report":
         recipe, job = self.job.recipe, self.job
@@ -40,8 +40,8 @@ class Report:
             start = f"resuming after step {self.done}" if self.done else "starting"
             say(
                 f"{start}: {recipe.train.steps} steps, {job.order.steps_per_epoch} an epoch; global batch "
-                f"{job.layout.global_batch} = {job.layout.world_size} ranks x {job.layout.micro} samples x "
-                f"{job.layout.accumulation} accumulation; {trained:,} trained parameters"
+                f"{job.split.global_batch} = {job.split.world_size} ranks x {job.split.micro} samples x "
+                f"{job.split.accumulation} accumulation; {trained:,} trained parameters"
             )
         with job.state.runtime.together():
             if self.enabled:
@@ -62,12 +62,14 @@ class Report:
     def step(self, step: int, result: StepResult) -> None:
         """One optimizer step, counted from 1."""
         memory = self.job.state.runtime.device.memory()
-        self.memory = Memory(max(memory.allocated, self.memory.allocated), max(memory.reserved, self.memory.reserved))
+        self.memory = PeakMemory(
+            max(memory.allocated, self.memory.allocated), max(memory.reserved, self.memory.reserved)
+        )
         if not self.enabled:
             return
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        samples = self.job.layout.global_batch / seconds
+        samples = self.job.split.global_batch / seconds
         self._log(
             step,
             {

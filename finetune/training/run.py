@@ -9,7 +9,7 @@ from finetune.checks.settings import check_device, check_output, check_recipe, o
 from finetune.engine.step import StepResult
 from finetune.engine.weights.export import LORA_FILE
 from finetune.models.family import Family
-from finetune.planning.forecast import Foresight
+from finetune.planning.forecast import Forecast
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.recipe.load import changes
@@ -35,11 +35,11 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
         family = open_family(recipe)
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     runtime.device.record_memory()
-    with Foresight(recipe, family.folder.path, runtime) as foresight:
-        return _train(recipe, runtime, family, foresight)
+    with Forecast(recipe, family.folder.path, runtime) as forecast:
+        return _train(recipe, runtime, family, forecast)
 
 
-def _train(recipe: Recipe, runtime: Runtime, family: Family, foresight: Foresight) -> int:
+def _train(recipe: Recipe, runtime: Runtime, family: Family, forecast: Forecast) -> int:
     """The training of a recipe that is known to be sound."""
     prepared = prepare(recipe, family, runtime)
     with runtime.together():
@@ -54,9 +54,9 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, foresight: Foresigh
         )
     stop = StopRequest()
     with Report(job, done) as report:
-        stopped = run(job, done, report, stop, foresight)
+        stopped = run(job, done, report, stop, forecast)
         if done < recipe.train.steps:
-            foresight.compare(report.memory)
+            forecast.compare(report.memory)
         if not stopped:
             exported = export(job)
             if done < recipe.train.steps:  # after the weights are safe: samples need the most memory
@@ -84,7 +84,7 @@ def _claim_output(recipe: Recipe) -> FolderLock:
     return lock
 
 
-def run(job: Job, done: int, report: Report, stop: StopRequest, foresight: Foresight) -> bool:
+def run(job: Job, done: int, report: Report, stop: StopRequest, forecast: Forecast) -> bool:
     """Train from step `done` to the recipe's last; returns whether the run was asked to end before it."""
     recipe, validation = job.recipe, job.recipe.validation
     batches = job.batches(done)
@@ -93,14 +93,14 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, foresight: Fores
     if done == 0 or (_due(validation.samples_every, done) and not has_samples(job, done)):  # a stop came before them
         report.samples(done, validation_samples(job, done, lambda: stop.requested))
     if done < recipe.train.steps:
-        foresight.tell(lambda: stop.requested)
+        forecast.tell(lambda: stop.requested)
         report.restart_clock()
     for step in range(done, recipe.train.steps):
-        micro_batches = [next(batches) for _ in range(job.layout.accumulation)]
+        micro_batches = [next(batches) for _ in range(job.split.accumulation)]
         try:
             result = job.step(step, micro_batches, stop=stop.requested)
         except torch.OutOfMemoryError as error:  # of one rank, amid collectives: the others end with its process
-            raise foresight.out_of_memory(error, step + 1, job.order.plan(step).bucket) from error
+            raise forecast.out_of_memory(error, step + 1, job.order.plan(step).bucket) from error
         report.step(step + 1, result)
         if not result.updated:
             raise _not_finite(job, step, result)

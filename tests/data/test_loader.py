@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.checks.settings import open_family
-from finetune.data.loader import Dropout, Layout, MicroBatches, open_loader
+from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader
 from finetune.data.sampler import Order
 from finetune.models.family import Batch, Family
 from finetune.models.ltx import pack
@@ -17,7 +17,7 @@ from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import Recipe
 
 STEPS = 9  # more than two epochs
-WHOLE = Layout(rank=0, world_size=1, global_batch=4, micro=4)
+WHOLE = BatchSplit(rank=0, world_size=1, global_batch=4, micro=4)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def prepared(recipe: Recipe, family: Family, runtime) -> Prepared:
 def open_batches(recipe: Recipe, family: Family, prepared: Prepared):
     """The micro-batches of one rank."""
 
-    def build(layout: Layout, seed: int = 42, dropout: float = recipe.data.caption_dropout) -> MicroBatches:
+    def build(layout: BatchSplit, seed: int = 42, dropout: float = recipe.data.caption_dropout) -> MicroBatches:
         order = Order([item.bucket for item in prepared.train], layout.global_batch, seed)
         assemble = partial(family.batch, objective=family.objective(recipe.objective))
         drop = Dropout(dropout, 0.0, prepared.unconditional_key)
@@ -73,7 +73,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("world, micro", [(1, 2), (1, 1), (2, 2), (2, 1), (4, 1)])
 def test_ranks_together_see_what_one_rank_sees(open_batches, world: int, micro: int) -> None:
     alone = [open_batches(WHOLE)]
-    ranks = [open_batches(Layout(rank, world, 4, micro)) for rank in range(world)]
+    ranks = [open_batches(BatchSplit(rank, world, 4, micro)) for rank in range(world)]
     for step in range(STEPS):
         expected, found = step_rows(alone, step), step_rows(ranks, step)
         assert len(found) == 4
@@ -82,7 +82,7 @@ def test_ranks_together_see_what_one_rank_sees(open_batches, world: int, micro: 
 
 @pytest.mark.parametrize("first", [1, 4, 8])
 def test_starting_at_a_step_is_skipping_those_before_it(open_batches, first: int) -> None:
-    layout = Layout(rank=1, world_size=2, global_batch=4, micro=1)
+    layout = BatchSplit(rank=1, world_size=2, global_batch=4, micro=1)
     all_steps = list(open_loader(open_batches(layout), 0, STEPS, workers=0, pin_memory=False))
     resumed = list(open_loader(open_batches(layout), first, STEPS, workers=0, pin_memory=False))
     assert len(resumed) == 2 * (STEPS - first)
@@ -92,7 +92,7 @@ def test_starting_at_a_step_is_skipping_those_before_it(open_batches, first: int
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_load_what_the_process_itself_would(open_batches, workers: int) -> None:
-    batches = open_batches(Layout(rank=0, world_size=2, global_batch=4, micro=2))
+    batches = open_batches(BatchSplit(rank=0, world_size=2, global_batch=4, micro=2))
     loaded = list(open_loader(batches, 2, STEPS, workers=workers, pin_memory=False))
     assert len(loaded) == STEPS - 2
     for step, found in enumerate(loaded, start=2):

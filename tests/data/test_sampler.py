@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from finetune.data.loader import Layout
+from finetune.data.loader import BatchSplit
 from finetune.data.sampler import Order, StepPlan
 from finetune.recipe import Bucket
 
@@ -96,6 +96,6 @@ def test_seeds_give_different_orders() -> None:
 
 @pytest.mark.parametrize("batch, world, micro", [(8, 1, 1), (8, 1, 8), (8, 2, 4), (8, 2, 1), (8, 4, 2), (12, 2, 3)])
 def test_ranks_share_a_global_batch_without_gap_or_overlap(batch: int, world: int, micro: int) -> None:
-    layouts = [Layout(rank, world, batch, micro) for rank in range(world)]
+    layouts = [BatchSplit(rank, world, batch, micro) for rank in range(world)]
     taken = [p for layout in layouts for turn in range(layout.accumulation) for p in layout.positions(turn)]
     assert sorted(taken) == list(range(batch))

@@ -66,7 +66,7 @@ def about(found: dict[str, str], name: object) -> tuple[str, str]:
 @pytest.fixture(scope="session")
 def hollow_model(tmp_path_factory: pytest.TempPathFactory, tiny_ltx: Path) -> Path:
     """A model whose text encoder has a sound header and nothing in it: whoever begins with a run's work fails."""
-    folder = tmp_path_factory.mktemp("hollow") / "model"
+    folder = tmp_path_factory.mktemp("weightless") / "model"
     shutil.copytree(tiny_ltx, folder)
     save_file({"nothing": torch.zeros(1)}, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
     return folder

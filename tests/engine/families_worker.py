@@ -34,7 +34,7 @@ def main(recipe_files: list[str], out: Path, runtime: Runtime) -> None:
             recipe = load_recipe(file, [*overrides, *SPREAD[runtime.world_size], share])
             family = open_family(recipe)
             job = build(recipe, runtime, family, prepare(recipe, family, runtime))
-            assert job.layout.accumulation == 1
+            assert job.split.accumulation == 1
             results.setdefault(Path(file).stem, {})[method] = figures(job, "first and last")
     if runtime.is_main:
         out.write_text(json.dumps(results, indent=1))

@@ -45,7 +45,7 @@ def figures(job: Job, validate: str) -> dict[str, list[float]]:
         if step in measured:
             heldout.append(job.heldout_loss())
         if step < total:
-            steps.append(job.step(step, [next(batches) for _ in range(job.layout.accumulation)]))
+            steps.append(job.step(step, [next(batches) for _ in range(job.split.accumulation)]))
     return {
         "loss": [step.loss for step in steps],
         "grad_norm": [step.grad_norm for step in steps],
@@ -61,7 +61,7 @@ def main(recipe_file: str, out: Path, runtime: Runtime) -> None:
         recipe = load_recipe(recipe_file, [*overrides, f"train.micro_batch_size={micro}"])
         family = open_family(recipe)
         job = build(recipe, runtime, family, prepare(recipe, family, runtime))
-        assert job.layout.accumulation == accumulation
+        assert job.split.accumulation == accumulation
         results[name] = figures(job, validate)
     if runtime.is_main:
         out.write_text(json.dumps(results, indent=1))

@@ -21,7 +21,7 @@ MODES = {
 
 
 def train(job: Job, steps: int = 2) -> list[tuple[float, float]]:
-    batches, count = job.micro_batches(), job.layout.accumulation
+    batches, count = job.micro_batches(), job.split.accumulation
     results = [job.step(step, [batches[step * count + k] for k in range(count)]) for step in range(steps)]
     return [(result.loss, result.grad_norm) for result in results]
 

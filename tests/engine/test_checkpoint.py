@@ -23,7 +23,7 @@ def run(job: Job, first: int, last: int, save_each: int | None = None) -> list[S
     batches = iter(job.batches(first))
     results = []
     for step in range(first, last):
-        results.append(job.step(step, [next(batches) for _ in range(job.layout.accumulation)]))
+        results.append(job.step(step, [next(batches) for _ in range(job.split.accumulation)]))
         if save_each and (step + 1) % save_each == 0:
             job.save(step + 1)
     return results

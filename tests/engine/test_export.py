@@ -25,8 +25,8 @@ def trained(build_job: BuildJob, *overrides: str, steps: int = 3) -> Job:
     job = build_job("optimizer.lr=1e-2", *overrides)
     batches = job.micro_batches()
     for step in range(steps):
-        first = step * job.layout.accumulation
-        job.step(step, [batches[first + index] for index in range(job.layout.accumulation)])
+        first = step * job.split.accumulation
+        job.step(step, [batches[first + index] for index in range(job.split.accumulation)])
     return job
 
 

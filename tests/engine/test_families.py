@@ -40,7 +40,7 @@ def make_job(build_job: BuildJob, family_recipe: Callable[..., Path], tmp_path: 
 def run(job: Job, first: int, last: int) -> list[StepResult]:
     """Steps first .. last - 1, as the trainer makes them."""
     batches = iter(job.batches(first))
-    return [job.step(step, [next(batches) for _ in range(job.layout.accumulation)]) for step in range(first, last)]
+    return [job.step(step, [next(batches) for _ in range(job.split.accumulation)]) for step in range(first, last)]
 
 
 # Spread

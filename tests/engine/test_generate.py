@@ -116,7 +116,7 @@ def test_a_trained_adapter_generates_what_its_export_does(
     base = live_video(job)
     batches = job.batches(0)
     for step in range(5):
-        job.step(step, [next(batches) for _ in range(job.layout.accumulation)])
+        job.step(step, [next(batches) for _ in range(job.split.accumulation)])
     trained = live_video(job)
     assert np.abs(trained.astype(int) - base).mean() > 0.5
     job.export(tmp_path / "lora")
@@ -133,9 +133,9 @@ def test_samples_are_decoded_in_tiles(build_job: Callable[..., Job], prompted: C
 def test_nothing_stays_in_memory(build_job: Callable[..., Job], prompted: Callable[[Model], Path], method: str) -> None:
     job = build_job(f"train.method={method}", recipe_file=prompted(("cogvideox_i2v", "5b-I2V")))
     batches = job.batches(0)
-    job.step(0, [next(batches) for _ in range(job.layout.accumulation)])
+    job.step(0, [next(batches) for _ in range(job.split.accumulation)])
     live_video(job)  # what libraries keep from their first use
-    job.step(1, [next(batches) for _ in range(job.layout.accumulation)])
+    job.step(1, [next(batches) for _ in range(job.split.accumulation)])
     before = tensors_alive()
     live_video(job)
     job.heldout_loss()

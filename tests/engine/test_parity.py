@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from finetune.data.loader import Layout, MicroBatches
+from finetune.data.loader import BatchSplit, MicroBatches
 from finetune.training.job import Job
 
 TOLERANCE = 1e-5  # relative, in float32; what is seen is 1e-7
@@ -51,8 +51,8 @@ def test_the_batches_are_bit_for_bit_those_of_one_process(
 ) -> None:
     """What the ranks take together, in the order of their positions in the global batch."""
     job = build_job(recipe_file=parity_recipe)
-    alone = replace_layout(job, Layout(0, 1, 4, 4))
-    spread = [replace_layout(job, Layout(rank, ranks, 4, micro)) for rank in range(ranks)]
+    alone = replace_layout(job, BatchSplit(0, 1, 4, 4))
+    spread = [replace_layout(job, BatchSplit(rank, ranks, 4, micro)) for rank in range(ranks)]
     for step in range(4):
         whole, parts = (
             alone[step],
@@ -69,7 +69,7 @@ def test_the_batches_are_bit_for_bit_those_of_one_process(
                 assert torch.equal(torch.cat([part.inputs[name] for part in parts]), value), name
 
 
-def replace_layout(job: Job, layout: Layout) -> MicroBatches:
+def replace_layout(job: Job, layout: BatchSplit) -> MicroBatches:
     batches = job.micro_batches()
     batches.layout = layout
     return batches

@@ -21,7 +21,7 @@ BuildJob = Callable[..., Job]
 
 
 def batches_of(job: Job, step: int) -> list[Batch]:
-    accumulation = job.layout.accumulation
+    accumulation = job.split.accumulation
     return [job.micro_batches()[step * accumulation + index] for index in range(accumulation)]
 
 
@@ -66,7 +66,7 @@ def test_without_a_limit_gradients_are_left_alone() -> None:
 def test_the_accumulated_gradient_is_clipped_once_to_the_global_norm(build_job: BuildJob) -> None:
     """With plain gradient descent at rate 1 the change of the weights is the gradient: its norm is the limit."""
     job = build_job("train.micro_batch_size=1", "train.max_grad_norm=1e-3")
-    assert job.layout.accumulation == 4
+    assert job.split.accumulation == 4
     job.state.optimizer = torch.optim.SGD(job.state.parameters, lr=1.0)
     job.state.schedule = build_schedule(job.state.optimizer, Schedule(), 10)
     before = trained_weights(job)

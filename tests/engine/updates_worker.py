@@ -30,11 +30,11 @@ def main(recipe_file: str, out: Path, runtime: Runtime) -> None:
             recipe = load_recipe(recipe_file, [*overrides, *CLIPPED, f"memory.offload={offload}"])
             family = open_family(recipe)
             job = build(recipe, runtime, family, prepare(recipe, family, runtime))
-            assert job.layout.accumulation == 4 // runtime.world_size
+            assert job.split.accumulation == 4 // runtime.world_size
             batches = iter(job.batches(0))
             name = f"{method} {'offloaded' if offload == 'true' else 'plain'}"
             norms[name] = [
-                job.step(step, [next(batches) for _ in range(job.layout.accumulation)]).grad_norm
+                job.step(step, [next(batches) for _ in range(job.split.accumulation)]).grad_norm
                 for step in range(recipe.train.steps)
             ]
             options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)

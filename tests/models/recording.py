@@ -19,7 +19,7 @@ from finetune.models import FAMILIES, family_class
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Objective
+from finetune.recipe.schema import ObjectiveSettings
 
 CPU = torch.device("cpu")
 PROMPT = "a red ball moves to the left over a dark floor"
@@ -239,7 +239,7 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
             noisy[:, :, 0] = 1e3  # training noises the whole clip, and puts the image back
         sample = Sample(moments, clip.text, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped)
         samples.append(sample)
-        conditions.append(model.family.condition(sample, x0, Objective(guidance=GUIDANCE)))
+        conditions.append(model.family.condition(sample, x0, ObjectiveSettings(guidance=GUIDANCE)))
     level = torch.cat([clip.call.level for clip in clips])
     return model.family.inputs(noisy, level, stacked([clip.text for clip in clips]), stacked(conditions), samples)
 

@@ -16,7 +16,7 @@ from finetune.data.loader import Sample
 from finetune.data.synthetic import scene
 from finetune.models.cogvideox import noise_of
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Objective, Vae
+from finetune.recipe.schema import ObjectiveSettings, Vae
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 COGVIDEOX_I2V = pytest.mark.parametrize("model", variants("cogvideox_i2v"), ids=variant_id, indirect=True)
@@ -110,7 +110,7 @@ def as_video(frames: np.ndarray) -> Tensor:
 
 def decoded_by_pipeline(model: TinyModel, latents: Tensor, bucket: Bucket) -> Tensor:
     """Have the pipeline generate latents (C, F, H, W), and decode them; video (1, F, 3, H, W) in [0, 1]."""
-    objective, noise = model.family.objective(Objective()), []
+    objective, noise = model.family.objective(ObjectiveSettings()), []
 
     def answer(call: Call) -> Tensor:
         noise.append(call.latents.clone())
@@ -181,7 +181,7 @@ def test_image_latents_are_the_pipelines(model: TinyModel) -> None:
     moments = family.video_encoder(CPU, torch.float32, Vae())(model.clip)
     sample = Sample(moments, {}, model.bucket, 25.0, generator())
     x0 = family.latents(moments, generator(1))
-    ours = family.condition(sample, x0, Objective())["image"]
+    ours = family.condition(sample, x0, ObjectiveSettings())["image"]
     assert ours.shape == x0.shape
     torch.testing.assert_close(ours, theirs[0].transpose(0, 1), rtol=0, atol=0)
 
@@ -192,7 +192,9 @@ def test_each_use_of_a_condition_image_draws_another_posterior_sample(model: Tin
     x0 = torch.zeros(8, 5, 8, 12)
     draws = torch.stack(
         [
-            model.family.condition(Sample(image, {}, model.bucket, 25.0, generator(seed)), x0, Objective())["image"]
+            model.family.condition(Sample(image, {}, model.bucket, 25.0, generator(seed)), x0, ObjectiveSettings())[
+                "image"
+            ]
             for seed in range(200)
         ]
     )

@@ -19,7 +19,7 @@ from finetune.models import lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Lora, Memory, Objective, Prompt, Train
+from finetune.recipe.schema import Lora, Memory, ObjectiveSettings, Prompt, Train
 from finetune.runtime import distributed
 
 COMPONENTS = [(checkpoint, part) for checkpoint in CHECKPOINTS for part in ("transformer", "vae", "scheduler")]
@@ -214,7 +214,7 @@ def test_the_published_configs_are_enough_for_a_batch(family: Family) -> None:
         stratum=(0, 1),
         image_dropped=False,
     )
-    batch = family.batch([sample, sample], family.objective(Objective()))
+    batch = family.batch([sample, sample], family.objective(ObjectiveSettings()))
     assert batch.target.shape[0] == 2
     accepted = inspect.signature(getattr(diffusers, family.transformer_class).forward).parameters
     assert set(batch.inputs) <= set(accepted)

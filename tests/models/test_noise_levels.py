@@ -14,7 +14,7 @@ from torch import Tensor
 from finetune.data.loader import Sample
 from finetune.models.objective import FlowMatching, constant_shift, scheduler_shift
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Objective
+from finetune.recipe.schema import ObjectiveSettings
 
 FLOW_MATCHING = pytest.mark.parametrize(
     "model", variants("hunyuan", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True
@@ -70,13 +70,13 @@ def test_noise_levels_are_shifted_as_the_checkpoints_scheduler_shifts(model: Tin
     sigma = pipeline_schedule(scheduler, tokens, steps=1_000_000)
     sigmas = scheduler.sigmas[:-1]
     theirs = 1 - sigmas if scheduler.config.invert_sigmas else sigmas
-    objective = model.family.objective(Objective(sigma_sampling="uniform", shift="scheduler"))
+    objective = model.family.objective(ObjectiveSettings(sigma_sampling="uniform", shift="scheduler"))
     torch.testing.assert_close(objective.level(sigma, tokens).float(), theirs, rtol=0, atol=2e-5)
 
 
 @FLOW_MATCHING
 def test_a_shift_of_the_recipe_replaces_the_schedulers(model: TinyModel) -> None:
-    objective = model.family.objective(Objective(sigma_sampling="uniform", shift=7.0))
+    objective = model.family.objective(ObjectiveSettings(sigma_sampling="uniform", shift=7.0))
     fixed = FlowMatchEulerDiscreteScheduler(shift=7.0)
     sigma = pipeline_schedule(fixed, tokens=18, steps=50)
     torch.testing.assert_close(objective.level(sigma, 18).float(), fixed.sigmas[:-1])
@@ -87,7 +87,9 @@ def test_logit_normal_sigmas_are_diffusers(mean: float, std: float) -> None:
     seed = generator(0)
     oracle = compute_density_for_timestep_sampling("logit_normal", 1000, mean, std, generator=seed)
     u = torch.special.ndtr(torch.randn(1000, generator=generator(0), dtype=torch.float32).double())
-    ours = unshifted(Objective(sigma_sampling="logit_normal", logit_mean=mean, logit_std=std)).level(u, tokens=1)
+    ours = unshifted(ObjectiveSettings(sigma_sampling="logit_normal", logit_mean=mean, logit_std=std)).level(
+        u, tokens=1
+    )
     torch.testing.assert_close(ours.float(), oracle, rtol=0, atol=1e-6)
 
 
@@ -96,14 +98,14 @@ def test_mode_sigmas_are_diffusers(scale: float) -> None:
     seed = generator(0)
     oracle = compute_density_for_timestep_sampling("mode", 1000, mode_scale=scale, generator=seed)
     u = torch.rand(1000, generator=generator(0))
-    ours = unshifted(Objective(sigma_sampling="mode", mode_scale=scale)).level(u, tokens=1)
+    ours = unshifted(ObjectiveSettings(sigma_sampling="mode", mode_scale=scale)).level(u, tokens=1)
     torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "mode"])
 def test_drawn_sigmas_are_distributed_as_diffusers(tiny_ltx: Path, sampling: str) -> None:
     """Over many batches, through `Family.batch`, which draws u itself."""
-    family, objective = TinyModel.open(tiny_ltx, "ltx").family, unshifted(Objective(sigma_sampling=sampling))
+    family, objective = TinyModel.open(tiny_ltx, "ltx").family, unshifted(ObjectiveSettings(sigma_sampling=sampling))
     seed = generator(1)
     oracle = compute_density_for_timestep_sampling(sampling, 100_000, 0.0, 1.0, 1.29, generator=seed)
     moments = {"mean": torch.zeros(16, 1, 1, 1), "logvar": torch.zeros(16, 1, 1, 1)}
@@ -117,9 +119,9 @@ def test_drawn_sigmas_are_distributed_as_diffusers(tiny_ltx: Path, sampling: str
 @pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
 def test_loss_weights_are_diffusers(weighting: str) -> None:
     sigma = torch.linspace(0.01, 1, 100)
-    ours = unshifted(Objective(weighting=weighting)).weight(sigma)
+    ours = unshifted(ObjectiveSettings(weighting=weighting)).weight(sigma)
     torch.testing.assert_close(ours, compute_loss_weighting_for_sd3(weighting, sigma))
 
 
-def unshifted(settings: Objective) -> FlowMatching:
+def unshifted(settings: ObjectiveSettings) -> FlowMatching:
     return FlowMatching(settings, constant_shift(1.0))

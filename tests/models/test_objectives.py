@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune.data.loader import Sample
 from finetune.engine.weights.loading import whole_transformer
 from finetune.models.family import Batch
-from finetune.recipe.schema import Objective
+from finetune.recipe.schema import ObjectiveSettings
 
 COGVIDEOX = pytest.mark.parametrize("model", variants("cogvideox", "cogvideox_i2v"), ids=variant_id, indirect=True)
 LTX_I2V = pytest.mark.parametrize("model", variants("ltx_i2v"), ids=variant_id, indirect=True)
@@ -35,7 +35,7 @@ def samples(model: TinyModel, count: int, dtype: torch.dtype = torch.float32, **
 
 def drawn(model: TinyModel, count: int, **settings: Any) -> Tensor:
     """Noise levels of many samples in (0, 1): the share of noise, or CogVideoX's timestep / 1000."""
-    batch = model.family.batch(samples(model, count), model.family.objective(Objective(**settings)))
+    batch = model.family.batch(samples(model, count), model.family.objective(ObjectiveSettings(**settings)))
     return level_of(model, batch)
 
 
@@ -79,7 +79,7 @@ def test_timesteps_are_distributed_as_diffusers_densities(model: TinyModel, samp
     seed = generator(1)
     oracle = compute_density_for_timestep_sampling(sampling or "uniform", 100_000, 0.0, 1.0, 1.29, generator=seed)
     u = torch.rand(100_000, generator=generator(2))
-    level = model.family.objective(Objective(sigma_sampling=sampling)).level(u, tokens=1)
+    level = model.family.objective(ObjectiveSettings(sigma_sampling=sampling)).level(u, tokens=1)
     assert level.dtype == torch.int64
     points = torch.linspace(0.02, 0.98, 25)
     torch.testing.assert_close(level.float().quantile(points), 1000 * oracle.quantile(points), rtol=0, atol=6)
@@ -88,9 +88,9 @@ def test_timesteps_are_distributed_as_diffusers_densities(model: TinyModel, samp
 @COGVIDEOX
 def test_every_timestep_is_drawn_and_equally_often(model: TinyModel) -> None:
     u = (torch.arange(100_000) + 0.5) / 100_000
-    level = model.family.objective(Objective()).level(u, tokens=1)
+    level = model.family.objective(ObjectiveSettings()).level(u, tokens=1)
     assert torch.equal(level.bincount(), torch.full((1000,), 100))
-    assert model.family.objective(Objective()).level(torch.ones(1), tokens=1).item() == 999
+    assert model.family.objective(ObjectiveSettings()).level(torch.ones(1), tokens=1).item() == 999
 
 
 @pytest.mark.parametrize("model", variants("hunyuan", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True)
@@ -101,7 +101,7 @@ def test_flow_matching_is_logit_normal_if_nothing_is_said(model: TinyModel) -> N
 
 @COGVIDEOX
 def test_v_prediction_weighs_all_timesteps_alike(model: TinyModel) -> None:
-    weight = model.family.objective(Objective()).weight(torch.arange(1000))
+    weight = model.family.objective(ObjectiveSettings()).weight(torch.arange(1000))
     assert torch.equal(weight, torch.ones(1000))
 
 
@@ -111,7 +111,7 @@ def test_v_prediction_weighs_all_timesteps_alike(model: TinyModel) -> None:
 def test_a_batch_is_made_of_the_clips_latents(model: TinyModel) -> None:
     """The model's own target, taken out of the noised latents as the noise level says, leaves each clip."""
     pipeline, clips = model.pipeline(), samples(model, 3)
-    batch = model.family.batch(clips, model.family.objective(Objective()))
+    batch = model.family.batch(clips, model.family.objective(ObjectiveSettings()))
     noisy = unpacked(pipeline, batch.inputs["hidden_states"], model.small)
     target = unpacked(pipeline, batch.target, model.small)
     if model.family.name.startswith("cogvideox"):
@@ -127,7 +127,7 @@ def test_a_batch_is_made_of_the_clips_latents(model: TinyModel) -> None:
 
 
 def test_the_loss_is_taken_in_float32_whatever_the_models_precision(model: TinyModel) -> None:
-    batch = model.family.batch(samples(model, 2, torch.bfloat16), model.family.objective(Objective()))
+    batch = model.family.batch(samples(model, 2, torch.bfloat16), model.family.objective(ObjectiveSettings()))
     assert batch.inputs["hidden_states"].dtype == torch.bfloat16
     assert batch.target.dtype == batch.weight.dtype == torch.float32
     output = model.family.predict(whole_transformer(model.family, torch.bfloat16), batch.inputs)
@@ -135,7 +135,7 @@ def test_the_loss_is_taken_in_float32_whatever_the_models_precision(model: TinyM
 
 
 def test_a_batch_is_a_function_of_its_samples_generators(model: TinyModel) -> None:
-    objective = model.family.objective(Objective())
+    objective = model.family.objective(ObjectiveSettings())
     first, second = (model.family.batch(samples(model, 2), objective) for _ in range(2))
     other = model.family.batch(samples(model, 3)[1:], objective)
     assert torch.equal(first.target, second.target)
@@ -146,14 +146,14 @@ def test_a_batch_is_a_function_of_its_samples_generators(model: TinyModel) -> No
 
 @pytest.mark.parametrize("model", [each for each in VARIANTS if each[0] != "ltx_i2v"], ids=variant_id, indirect=True)
 def test_everything_counts_where_no_frame_is_given(model: TinyModel) -> None:
-    assert model.family.batch(samples(model, 2), model.family.objective(Objective())).counted is None
+    assert model.family.batch(samples(model, 2), model.family.objective(ObjectiveSettings())).counted is None
 
 
 @LTX_I2V
 def test_all_but_the_given_frame_counts(model: TinyModel) -> None:
     """And the given frame's tokens are at timestep 0; a sample whose image is dropped is like text-to-video."""
     with_image, dropped = samples(model, 1)[0], samples(model, 1, image_dropped=True)[0]
-    batch = model.family.batch([with_image, dropped], model.family.objective(Objective()))
+    batch = model.family.batch([with_image, dropped], model.family.objective(ObjectiveSettings()))
     counted = unpacked(model.pipeline(), batch.counted.expand_as(batch.target), model.small)
     expected = torch.ones_like(counted)
     expected[0, :, 0] = 0

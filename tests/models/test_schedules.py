@@ -7,7 +7,7 @@ import torch
 from recording import Call, Generation, TinyModel, generate, generator, variant_id, variants
 from torch import Tensor
 
-from finetune.recipe.schema import Objective
+from finetune.recipe.schema import ObjectiveSettings
 
 
 @cache
@@ -17,7 +17,7 @@ def perfect(model: TinyModel, steps: int = 5) -> tuple[Generation, Tensor, Tenso
     Where a clean first frame is given, the answer for it is nonsense: what training does not count, the pipeline ignores.
     """
     family, seen = model.family, []
-    objective = family.objective(Objective())
+    objective = family.objective(ObjectiveSettings())
     x0 = torch.randn(1, *latent_shape(model), generator=generator(7))
 
     def answer(call: Call) -> Tensor:
@@ -49,7 +49,7 @@ def test_the_given_frame_is_kept_whatever_is_predicted_for_it(model: TinyModel) 
 
 def test_the_pipelines_latents_on_the_way_are_trainings_noised_latents(model: TinyModel) -> None:
     generation, x0, noise = perfect(model)
-    objective = model.family.objective(Objective())
+    objective = model.family.objective(ObjectiveSettings())
     given = 1 if model.family.name == "ltx_i2v" else 0
     assert len(generation.calls) == 5
     for call in generation.calls:
@@ -58,7 +58,7 @@ def test_the_pipelines_latents_on_the_way_are_trainings_noised_latents(model: Ti
 
 
 def test_sampling_begins_at_the_highest_noise_level_that_training_knows(model: TinyModel) -> None:
-    objective = model.family.objective(Objective())
+    objective = model.family.objective(ObjectiveSettings())
     first = perfect(model)[0].calls[0].level
     highest = objective.level(torch.tensor([1.0]), model.family.tokens(model.bucket))
     torch.testing.assert_close(first, highest, rtol=0, atol=1e-6)
@@ -71,7 +71,7 @@ def test_noised_latents_are_those_of_the_scheduler(model: TinyModel) -> None:
     generate(model, model.pipeline(), steps=5)  # sets it, as the pipeline does
     scheduler._begin_index = scheduler._step_index = None
     x0, noise = torch.randn(2, 5, 4, 3, 2, 2, generator=generator())
-    noised, _ = model.family.objective(Objective()).noised(x0, noise, scheduler.sigmas[:-1])
+    noised, _ = model.family.objective(ObjectiveSettings()).noised(x0, noise, scheduler.sigmas[:-1])
     torch.testing.assert_close(noised, scheduler.scale_noise(x0, scheduler.timesteps, noise), rtol=0, atol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_v_prediction_is_the_schedulers_at_every_timestep(model: TinyModel) -> N
     scheduler = model.pipeline().scheduler
     level = torch.arange(1000)
     x0, noise = torch.randn(2, 1000, 2, 1, 2, 2, generator=generator())
-    noised, target = model.family.objective(Objective()).noised(x0, noise, level)
+    noised, target = model.family.objective(ObjectiveSettings()).noised(x0, noise, level)
     assert torch.equal(noised, scheduler.add_noise(x0, noise, level))
     assert torch.equal(target, scheduler.get_velocity(x0, noise, level))
 
@@ -90,7 +90,7 @@ def test_v_prediction_is_exact_whatever_the_models_precision(model: TinyModel) -
     """The scheduler's functions round their coefficients to the sample's dtype: in bf16 they would be off by percents."""
     alphas = model.pipeline().scheduler.alphas_cumprod.double().view(-1, 1, 1, 1, 1)
     x0, noise = torch.randn(2, 1000, 2, 1, 2, 2, generator=generator())
-    noised, target = model.family.objective(Objective()).noised(x0, noise, torch.arange(1000))
+    noised, target = model.family.objective(ObjectiveSettings()).noised(x0, noise, torch.arange(1000))
     expected = alphas.sqrt() * x0 + (1 - alphas).sqrt() * noise, alphas.sqrt() * noise - (1 - alphas).sqrt() * x0
     torch.testing.assert_close(noised.double(), expected[0], rtol=0, atol=2e-6)
     torch.testing.assert_close(target.double(), expected[1], rtol=0, atol=2e-6)

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from finetune.cli import main
 from finetune.runtime import distributed
-from finetune.runtime.device import Device, Memory
+from finetune.runtime.device import Device, PeakMemory
 from finetune.runtime.exit import leave
 
 RANK = int(os.environ.get("RANK", 0))
@@ -34,9 +34,9 @@ class Card(Device):
     available_memory = property(lambda self: self.total_memory - 2**20)  # another process has the rest
     taken: Iterator[float] = field(default_factory=lambda: chain(STEPS, repeat(1.0)))
 
-    def memory(self) -> Memory:
+    def memory(self) -> PeakMemory:
         allocated = int((next(self.taken) + RANK) * 2**30)
-        return Memory(allocated, 2 * allocated)
+        return PeakMemory(allocated, 2 * allocated)
 
     def snapshot(self, path: Path) -> bool:
         path.write_bytes(b"what was in memory")

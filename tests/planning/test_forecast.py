@@ -16,7 +16,7 @@ import torch
 from foresight_worker import Card
 from processes import ROOT, Finetune
 
-from finetune.planning.forecast import Foresight
+from finetune.planning.forecast import Forecast
 from finetune.recipe import load_recipe
 from finetune.runtime.device import Device
 from finetune.runtime.distributed import Runtime
@@ -160,7 +160,7 @@ def test_a_snapshot_that_cannot_be_written_does_not_hide_what_ran_out(
     recipe: Path, runtime: Runtime, tmp_path: Path
 ) -> None:
     (tmp_path / "run").write_text("in the way of the folder")
-    shown = foresight(recipe, card(runtime), f"output={tmp_path}/run").out_of_memory(
+    shown = forecast(recipe, card(runtime), f"output={tmp_path}/run").out_of_memory(
         torch.OutOfMemoryError("CUDA out of memory."), 2, "17x64x96"
     )
     assert str(shown).startswith("step 2 of bucket 17x64x96, rank 0: CUDA out of memory.\n")
@@ -196,13 +196,13 @@ def card(runtime: Runtime) -> Runtime:
     return replace(runtime, device=Card(torch.device("cpu"), 24 * GIB))
 
 
-def foresight(recipe: Path, runtime: Runtime, *overrides: str, model: Path | None = None, **options) -> Foresight:
+def forecast(recipe: Path, runtime: Runtime, *overrides: str, model: Path | None = None, **options) -> Forecast:
     loaded = load_recipe(recipe, overrides)
-    return Foresight(loaded, model or Path(loaded.model.path), runtime, **options)
+    return Forecast(loaded, model or Path(loaded.model.path), runtime, **options)
 
 
 def test_a_plan_that_fails_is_said_in_a_line(recipe: Path, runtime: Runtime, tmp_path: Path, capsys) -> None:
-    with foresight(recipe, card(runtime), model=tmp_path / "gone") as plan:
+    with forecast(recipe, card(runtime), model=tmp_path / "gone") as plan:
         plan.tell(lambda: False)
     assert plan.plan is None
     assert capsys.readouterr().err == (
@@ -211,18 +211,18 @@ def test_a_plan_that_fails_is_said_in_a_line(recipe: Path, runtime: Runtime, tmp
 
 
 def test_a_plan_that_takes_too_long_is_said_in_a_line_and_ended(recipe: Path, runtime: Runtime, capsys) -> None:
-    with foresight(recipe, card(runtime), patience=0.2) as plan:
+    with forecast(recipe, card(runtime), patience=0.2) as plan:
         plan.tell(lambda: False)
         assert plan.process.wait(10) == -signal.SIGKILL
     assert capsys.readouterr().err == "no memory plan (not made within 0.2 s); the training goes on without\n"
 
 
 def test_a_plan_is_awaited_for_less_time_than_other_ranks_wait(recipe: Path, runtime: Runtime) -> None:
-    assert foresight(recipe, card(runtime), "distributed.timeout_seconds=30").patience < 30
+    assert forecast(recipe, card(runtime), "distributed.timeout_seconds=30").patience < 30
 
 
 def test_a_run_that_is_asked_to_end_does_not_wait_for_its_plan(recipe: Path, runtime: Runtime, capsys) -> None:
-    with foresight(recipe, card(runtime)) as plan:
+    with forecast(recipe, card(runtime)) as plan:
         plan.tell(lambda: True)
         assert plan.process.poll() is None
     assert plan.process.returncode == -signal.SIGKILL
@@ -230,7 +230,7 @@ def test_a_run_that_is_asked_to_end_does_not_wait_for_its_plan(recipe: Path, run
 
 
 def test_a_training_that_fails_before_its_plan_ends_it(recipe: Path, runtime: Runtime) -> None:
-    with pytest.raises(ValueError, match="clips"), foresight(recipe, card(runtime)) as plan:
+    with pytest.raises(ValueError, match="clips"), forecast(recipe, card(runtime)) as plan:
         raise ValueError("the clips cannot be read")
     assert plan.process.returncode == -signal.SIGKILL
 
@@ -240,9 +240,9 @@ def test_a_killed_training_takes_its_plan_with_it(recipe: Path) -> None:
     script = f"""
 import sys, time
 from pathlib import Path
-from test_foresight import card, foresight
+from test_foresight import card, forecast
 from finetune.runtime import distributed
-with foresight(Path({str(recipe)!r}), card(distributed.start(60))) as plan:
+with forecast(Path({str(recipe)!r}), card(distributed.start(60))) as plan:
     print(plan.process.pid, flush=True)
     time.sleep(60)
 """
@@ -279,7 +279,7 @@ def test_a_plan_sees_no_gpu_and_no_launcher(recipe: Path, runtime: Runtime, monk
     for name in launcher:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with foresight(recipe, card(runtime)) as plan:
+    with forecast(recipe, card(runtime)) as plan:
         environment = Path(f"/proc/{plan.process.pid}/environ")
         wait_until(lambda: environment.read_text() != "")  # it is being loaded
         seen = dict(line.split("=", 1) for line in environment.read_text().split("\0") if line)
@@ -289,7 +289,7 @@ def test_a_plan_sees_no_gpu_and_no_launcher(recipe: Path, runtime: Runtime, monk
 
 
 def test_a_cpu_is_told_nothing(recipe: Path, runtime: Runtime, tmp_path: Path, capsys) -> None:
-    with foresight(recipe, runtime, f"output={tmp_path}") as plan:
+    with forecast(recipe, runtime, f"output={tmp_path}") as plan:
         plan.tell(lambda: False)
         plan.compare(runtime.device.memory())
     assert plan.process is None
@@ -298,5 +298,5 @@ def test_a_cpu_is_told_nothing(recipe: Path, runtime: Runtime, tmp_path: Path, c
 
 
 def test_ranks_other_than_the_first_start_no_plan(recipe: Path, runtime: Runtime) -> None:
-    with foresight(recipe, replace(card(runtime), rank=1)) as plan:
+    with forecast(recipe, replace(card(runtime), rank=1)) as plan:
         assert plan.process is None
