@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.paired import print_table
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.commands.demo import make_demo
 from finetune.engine.optimizer import build_optimizer
 from finetune.engine.parallel import trained_parameters

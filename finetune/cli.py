@@ -179,7 +179,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    from finetune.checks.settings import check_all
+    from finetune.checks.everything import check_all
 
     def body(runtime) -> int:
         gpus = arguments.gpus or runtime.world_size
@@ -193,7 +193,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     recipe, gpus = load_recipe(arguments.recipe, arguments.set), arguments.gpus or 1
-    from finetune.checks.settings import check_gpu, check_recipe, open_family
+    from finetune.checks.model import open_family
+    from finetune.checks.settings import check_gpu, check_recipe
     from finetune.engine.precision import DTYPES
     from finetune.planning.simulate import cache_bytes, largest, simulate_all
     from finetune.planning.timeline import check_plot
@@ -250,7 +251,7 @@ def _fit(recipe: Recipe, family, hardware: Hardware, arguments: argparse.Namespa
 
 def _prepare(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    from finetune.checks.settings import open_family
+    from finetune.checks.model import open_family
     from finetune.preparation.encode import prepare
 
     def body(runtime) -> int:
@@ -284,7 +285,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         raise UserError("this is about --prompt, which is not given", "give --prompt, or remove it", " ".join(unused))
     if not (recipe.validation.prompts or recipe.validation.prompts_file):
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
-    from finetune.checks.settings import open_family
+    from finetune.checks.model import open_family
     from finetune.commands.sample import sample
 
     def body(runtime) -> int:
@@ -299,7 +300,8 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
-    from finetune.checks.settings import check_output, open_family
+    from finetune.checks.model import open_family
+    from finetune.checks.output import check_output
     from finetune.training.job import build_state, export_weights, open_checkpoints
 
     def body(runtime) -> int:

@@ -114,7 +114,7 @@ def runtime() -> Iterator[Runtime]:
 @pytest.fixture
 def build_job(recipe_file: Path, runtime: Runtime) -> Callable[..., Job]:
     """Build a training in this process, of the small recipe if no other is given: `build_job("train.method=full")`."""
-    from finetune.checks.settings import open_family
+    from finetune.checks.model import open_family
     from finetune.preparation.encode import prepare
     from finetune.recipe import load_recipe
     from finetune.training.job import build

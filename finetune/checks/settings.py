@@ -1,56 +1,13 @@
-"""Everything about a recipe that can be wrong, found before a weight is read: recipe against itself, model and clips."""
+"""Settings of a recipe that contradict each other, or that the machine cannot do."""
 
-import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from importlib.util import find_spec
 
-from torch import nn
-
-from finetune.data.cache import Cache
-from finetune.data.images import load_image, missing_image
 from finetune.engine.layout import streams
-from finetune.models import FAMILIES, family_class, lora
-from finetune.models.family import Family
-from finetune.models.folder import ModelFolder, resolve
-from finetune.preparation.inspect import inspect_clips, split_heldout
-from finetune.recipe import Recipe, load_recipe
-from finetune.recipe.load import differences
-from finetune.recipe.prompts import validation_prompts
+from finetune.recipe import Recipe
 from finetune.recipe.schema import Lora
 from finetune.runtime.device import Device
-from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
-
-
-def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
-    """Everything that is wrong with recipe, output folder, model folder and clips, for training on `gpus`. Collective."""
-    problems = check_recipe(recipe, gpus) + check_device(recipe, runtime.device)
-    cache = Cache(recipe.data.cache)
-    datasets = [path for path in (recipe.data.path, recipe.validation.heldout) if path]
-    parts: list[Callable[[], object]] = [lambda: check_output(recipe), lambda: open_family(recipe)]
-    parts += [partial(inspect_clips, recipe.data, path, cache, runtime) for path in datasets[1:]]
-    parts += [lambda: split_heldout(inspect_clips(recipe.data, recipe.data.path, cache, runtime), recipe)]
-    parts += [partial(_load_images, recipe)]
-    for part in parts:
-        try:
-            part()
-        except UserError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    return problems
-
-
-def _load_images(recipe: Recipe) -> None:
-    """Read every condition image, wherever it is; missing files are `family_problems`' business."""
-    problems = []
-    for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
-        try:
-            if prompt.image and not missing_image(prompt.image):
-                load_image(prompt.image, *prompt.shape[1:])
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError.of(problems)
+from finetune.runtime.errors import Problem
 
 
 def check_recipe(recipe: Recipe, world_size: int) -> list[Problem]:
@@ -165,7 +122,7 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.objective.sigma_min >= recipe.objective.sigma_max:
         yield Problem("sigma_min is not below sigma_max", "objective.sigma_min", "lower it")
     for key, effective, cure in _needs(recipe):
-        if _is_set(recipe, key) and not effective:
+        if is_set(recipe, key) and not effective:
             yield Problem("this key has no effect here", key, f"remove it, or {cure}")
     for package in recipe.tracking.trackers:
         if find_spec(package) is None:
@@ -197,127 +154,7 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "tracking.project", "wandb" in recipe.tracking.trackers, 'add "wandb" to tracking.trackers'
 
 
-def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
-    """Find the model, check its files by their headers, and the recipe's buckets and targets against it.
-
-    Args:
-        with_weights: False to do with configs alone; weights are then neither fetched nor looked for.
-    Raises:
-        UserError: every problem of model folder and buckets at once.
-    """
-    cls = family_class(recipe.model.family)
-    wanted = (
-        [f"{name}/*" for name in cls.components]
-        if with_weights
-        else ["*/*config.json", "tokenizer*/*", *cls.read_when_opened]
-    )
-    folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, wanted))
-    if folder.pipeline_class not in cls.pipeline_classes:
-        fitting = [name for name in FAMILIES if folder.pipeline_class in family_class(name).pipeline_classes]
-        right = f'set model.family = "{fitting[0]}", or model.path to a checkpoint of {cls.title}' if fitting else ""
-        cure = right or f"families are: {', '.join(FAMILIES)}"
-        trains = f"family {recipe.model.family!r} trains {' or '.join(cls.pipeline_classes)}"
-        raise UserError(f"this is {folder.pipeline_class}, and {trains}", cure, str(folder.path))
-    problems = folder.problems(cls.components) if with_weights else []
-    if problems:
-        raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
-    family = cls(folder)
-    transformer = family.empty_transformer()
-    about_weights = _weight_problems(family, transformer) if with_weights else []
-    if wrong := [*family_problems(recipe, family), *about_weights]:
-        raise UserError.of(wrong)
-    lora.check_targets(transformer, family, recipe.lora.targets)
-    if wrong := list(_resident_problems(recipe, family, transformer)):
-        raise UserError.of(wrong)
-    return family
-
-
-def _weight_problems(family: Family, transformer: nn.Module) -> Iterator[Problem]:
-    """Where the transformer's config and the headers of its weights tell different models."""
-    weights, where = family.transformer_weights(), str(family.folder.path / "transformer")
-    cure = "download the transformer again; its config.json and its weights belong together"
-    expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
-    names = weights.names()
-    blocks = tuple(f"{name}." for name in family.block_lists)
-    surplus = sorted(name for name in names - expected.keys() if name.startswith(blocks))
-    for found, text in (
-        (sorted(expected.keys() - names), "are not in its weights"),
-        (surplus, "are not in its config"),
-    ):
-        if found:
-            yield Problem(f"{len(found)} of the transformer's tensors {text}, {found[0]} among them", where, cure)
-    for name in sorted(expected.keys() & names):
-        if weights.shape(name) != expected[name]:
-            has, wants = ("x".join(map(str, shape)) for shape in (weights.shape(name), expected[name]))
-            yield Problem(f"{name} is {has} in its weights and {wants} by its config", where, cure)
-            return
-
-
-def _resident_problems(recipe: Recipe, family: Family, transformer: nn.Module) -> Iterator[Problem]:
-    blocks = sum(len(getattr(transformer, name)) for name in family.block_lists)
-    if recipe.memory.resident_blocks >= blocks:
-        yield Problem(
-            f"the model has {blocks} blocks; with all of them on the GPU nothing is offloaded",
-            "memory.resident_blocks",
-            f"set it to at most {blocks - 1}, or memory.offload = false",
-        )
-
-
-def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
-    """Settings of a recipe that its checkpoint cannot use; no weight is read."""
-    yield from _unused(recipe, family)
-    yield from _shape_problems(recipe, family)
-
-
-def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:
-    """Settings that mean nothing to this checkpoint."""
-    unused = family.unused_keys()
-    default = family.objective(recipe.objective).default_sampling
-    if recipe.objective.sigma_sampling is None and default != "logit_normal":
-        unused |= dict.fromkeys(("objective.logit_mean", "objective.logit_std"), f"sigma_sampling is {default}")
-    for key, why in unused.items():
-        if _is_set(recipe, key):
-            yield Problem(f"this key has no effect here: {why}", key, "remove it")
-
-
-def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
-    for bucket in recipe.data.buckets:
-        if text := family.bucket_problem(bucket):
-            yield Problem(f"{bucket}: {text}", "data.buckets")
-    for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
-        if text := family.bucket_problem(prompt.shape):
-            yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
-        if text := family.prompt_problem(prompt):
-            yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")
-        elif prompt.image and (missing := missing_image(prompt.image)):
-            yield missing
-
-
-def _is_set(recipe: Recipe, key: str) -> bool:
+def is_set(recipe: Recipe, key: str) -> bool:
     """Whether a key differs from its default."""
     table, _, name = key.partition(".")
     return getattr(getattr(recipe, table), name) != type(getattr(recipe, table)).model_fields[name].default
-
-
-def check_output(recipe: Recipe) -> None:
-    """Refuse a folder that holds another training, and a disk without room.
-
-    Raises:
-        UserError: names the keys that differ.
-    """
-    saved = recipe.output / "recipe.toml"
-    if saved.exists():
-        changed = differences(recipe, load_recipe(saved))
-        if changed:
-            raise UserError(
-                "this folder holds a run of another recipe: " + "; ".join(changed[:6]),
-                "set `output` to a new folder, or put the keys back to resume",
-                str(recipe.output),
-            )
-    folder = recipe.output
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError("this is a file, and the run needs a folder", "set `output` to a folder", str(folder))
-    if shutil.disk_usage(folder).free < 2**20:
-        raise UserError("the disk is full", "free some space, or set `output` to another disk", str(recipe.output))

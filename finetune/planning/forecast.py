@@ -96,7 +96,7 @@ class Forecast:
         """What finds settings that fit this device, from the effective recipe in the run's folder."""
         return f"python -m finetune {shlex.join(self._plan_arguments(self.recipe.output / 'recipe.toml'))} --fit"
 
-    def compare(self, taken: Memory) -> None:
+    def compare(self, taken: PeakMemory) -> None:
         """Say what the steps took beside what was planned, and write both to the run's memory.json, in bytes. Collective.
 
         Args:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
-from finetune.checks.settings import check_device, check_output, check_recipe, open_family
+from finetune.checks.model import open_family
+from finetune.checks.output import check_output
+from finetune.checks.settings import check_device, check_recipe
 from finetune.engine.step import StepResult
 from finetune.engine.weights.export import LORA_FILE
 from finetune.models.family import Family

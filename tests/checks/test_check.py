@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.checks.settings import check_device, check_output, check_recipe, open_family
+from finetune.checks.model import open_family
+from finetune.checks.output import check_output
+from finetune.checks.settings import check_device, check_recipe
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe, write_recipe
 from finetune.runtime.device import Device

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checks.settings import check_all, open_family
+from finetune.checks.everything import check_all
+from finetune.checks.model import open_family
 from finetune.recipe import load_recipe
 from finetune.runtime.errors import UserError
 

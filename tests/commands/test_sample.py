@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.commands.sample import sample
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.errors import UserError

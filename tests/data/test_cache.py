@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.data.cache import Cache, atomic, content_hash, digest
 from finetune.data.synthetic import RECORDINGS, Recording, record, scene, write_clips
 from finetune.preparation.encode import Prepared, prepare

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader
 from finetune.data.sampler import Order
 from finetune.models.family import Batch, Family

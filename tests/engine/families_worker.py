@@ -9,7 +9,7 @@ from pathlib import Path
 
 from parity_worker import figures
 
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed

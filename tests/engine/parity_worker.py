@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed

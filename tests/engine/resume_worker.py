@@ -9,7 +9,7 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed

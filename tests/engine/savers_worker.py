@@ -11,7 +11,8 @@ import torch
 from parity_worker import figures
 from savers import METHODS, PLAIN, baseline, baseline_overrides, chosen, overrides
 
-from finetune.checks.settings import check_recipe, open_family
+from finetune.checks.model import open_family
+from finetune.checks.settings import check_recipe
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime import distributed

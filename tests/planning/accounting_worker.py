@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.engine.step import run_step
 from finetune.planning.gpus import Hardware
 from finetune.planning.kernels import fused_attention

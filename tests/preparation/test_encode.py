@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.checks.settings import open_family
+from finetune.checks.model import open_family
 from finetune.data.manifest import VIDEO_SUFFIXES
 from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import load_recipe

@@ -11,7 +11,8 @@ from full_size import CONFIGS, open_full_size
 from PIL import Image
 from processes import ROOT
 
-from finetune.checks.settings import check_recipe, family_problems
+from finetune.checks.model import family_problems
+from finetune.checks.settings import check_recipe
 from finetune.models import lora
 from finetune.models.family import Family
 from finetune.recipe import Recipe, load_recipe

@@ -1,0 +1,110 @@
+"""A recipe against its model: the folder, the headers of its weights, and settings that this checkpoint cannot use."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from finetune.checks.settings import is_set
+from finetune.data.images import missing_image
+from finetune.models import FAMILIES, family_class, lora
+from finetune.models.family import Family
+from finetune.models.folder import ModelFolder, resolve
+from finetune.recipe import Recipe
+from finetune.recipe.prompts import validation_prompts
+from finetune.runtime.errors import Problem, UserError
+
+
+def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
+    """Find the model, check its files by their headers, and the recipe's buckets and targets against it.
+
+    Args:
+        with_weights: False to do with configs alone; weights are then neither fetched nor looked for.
+    Raises:
+        UserError: every problem of model folder and buckets at once.
+    """
+    cls = family_class(recipe.model.family)
+    wanted = (
+        [f"{name}/*" for name in cls.components]
+        if with_weights
+        else ["*/*config.json", "tokenizer*/*", *cls.read_when_opened]
+    )
+    folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, wanted))
+    if folder.pipeline_class not in cls.pipeline_classes:
+        fitting = [name for name in FAMILIES if folder.pipeline_class in family_class(name).pipeline_classes]
+        right = f'set model.family = "{fitting[0]}", or model.path to a checkpoint of {cls.title}' if fitting else ""
+        cure = right or f"families are: {', '.join(FAMILIES)}"
+        trains = f"family {recipe.model.family!r} trains {' or '.join(cls.pipeline_classes)}"
+        raise UserError(f"this is {folder.pipeline_class}, and {trains}", cure, str(folder.path))
+    problems = folder.problems(cls.components) if with_weights else []
+    if problems:
+        raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
+    family = cls(folder)
+    transformer = family.empty_transformer()
+    about_weights = _weight_problems(family, transformer) if with_weights else []
+    if wrong := [*family_problems(recipe, family), *about_weights]:
+        raise UserError.of(wrong)
+    lora.check_targets(transformer, family, recipe.lora.targets)
+    if wrong := list(_resident_problems(recipe, family, transformer)):
+        raise UserError.of(wrong)
+    return family
+
+
+def _weight_problems(family: Family, transformer: nn.Module) -> Iterator[Problem]:
+    """Where the transformer's config and the headers of its weights tell different models."""
+    weights, where = family.transformer_weights(), str(family.folder.path / "transformer")
+    cure = "download the transformer again; its config.json and its weights belong together"
+    expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+    names = weights.names()
+    blocks = tuple(f"{name}." for name in family.block_lists)
+    surplus = sorted(name for name in names - expected.keys() if name.startswith(blocks))
+    for found, text in (
+        (sorted(expected.keys() - names), "are not in its weights"),
+        (surplus, "are not in its config"),
+    ):
+        if found:
+            yield Problem(f"{len(found)} of the transformer's tensors {text}, {found[0]} among them", where, cure)
+    for name in sorted(expected.keys() & names):
+        if weights.shape(name) != expected[name]:
+            has, wants = ("x".join(map(str, shape)) for shape in (weights.shape(name), expected[name]))
+            yield Problem(f"{name} is {has} in its weights and {wants} by its config", where, cure)
+            return
+
+
+def _resident_problems(recipe: Recipe, family: Family, transformer: nn.Module) -> Iterator[Problem]:
+    blocks = sum(len(getattr(transformer, name)) for name in family.block_lists)
+    if recipe.memory.resident_blocks >= blocks:
+        yield Problem(
+            f"the model has {blocks} blocks; with all of them on the GPU nothing is offloaded",
+            "memory.resident_blocks",
+            f"set it to at most {blocks - 1}, or memory.offload = false",
+        )
+
+
+def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
+    """Settings of a recipe that its checkpoint cannot use; no weight is read."""
+    yield from _unused(recipe, family)
+    yield from _shape_problems(recipe, family)
+
+
+def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:
+    """Settings that mean nothing to this checkpoint."""
+    unused = family.unused_keys()
+    default = family.objective(recipe.objective).default_sampling
+    if recipe.objective.sigma_sampling is None and default != "logit_normal":
+        unused |= dict.fromkeys(("objective.logit_mean", "objective.logit_std"), f"sigma_sampling is {default}")
+    for key, why in unused.items():
+        if is_set(recipe, key):
+            yield Problem(f"this key has no effect here: {why}", key, "remove it")
+
+
+def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
+    for bucket in recipe.data.buckets:
+        if text := family.bucket_problem(bucket):
+            yield Problem(f"{bucket}: {text}", "data.buckets")
+    for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
+        if text := family.bucket_problem(prompt.shape):
+            yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
+        if text := family.prompt_problem(prompt):
+            yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")
+        elif prompt.image and (missing := missing_image(prompt.image)):
+            yield missing

@@ -1,0 +1,31 @@
+"""The output folder: whether it may hold this run, and whether there is room."""
+
+import shutil
+
+from finetune.recipe import Recipe, load_recipe
+from finetune.recipe.load import differences
+from finetune.runtime.errors import UserError
+
+
+def check_output(recipe: Recipe) -> None:
+    """Refuse a folder that holds another training, and a disk without room.
+
+    Raises:
+        UserError: names the keys that differ.
+    """
+    saved = recipe.output / "recipe.toml"
+    if saved.exists():
+        changed = differences(recipe, load_recipe(saved))
+        if changed:
+            raise UserError(
+                "this folder holds a run of another recipe: " + "; ".join(changed[:6]),
+                "set `output` to a new folder, or put the keys back to resume",
+                str(recipe.output),
+            )
+    folder = recipe.output
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError("this is a file, and the run needs a folder", "set `output` to a folder", str(folder))
+    if shutil.disk_usage(folder).free < 2**20:
+        raise UserError("the disk is full", "free some space, or set `output` to another disk", str(recipe.output))
