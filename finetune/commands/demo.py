@@ -1,17 +1,32 @@
-"""Something to try the trainer on without a download: a tiny random pipeline and a dozen real clips."""
+"""Make something to try the trainer on without a download: a tiny random pipeline and a dozen real clips."""
 
+import argparse
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.data.synthetic import RECORDINGS, write_clips
-from finetune.models import family_class
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--family", default="ltx")
+    parser.add_argument("--variant", help="which checkpoint of the family; see `families`")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    make_demo(arguments.out, arguments.family, arguments.variant)
+    return 0
+
+
 def make_demo(out: Path, family: str, variant: str | None = None) -> None:
     """Write `out/model` (a pipeline of a few MB), `out/clips` and `out/heldout`; what is there already is kept."""
+    from finetune.data.synthetic import RECORDINGS, write_clips
+    from finetune.models import family_class
+
     cls = family_class(family)
     if variant and variant not in cls.variants:
         cure = f"variants are: {', '.join(cls.variants)}" if cls.variants else "leave --variant out"

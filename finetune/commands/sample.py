@@ -1,116 +1,70 @@
-"""Generate videos with the base model and with trained weights, through the family's diffusers pipeline."""
+"""Generate videos with the base model or with exported weights, or with both to compare them."""
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
-import numpy as np
-from safetensors import safe_open
+from pydantic import ValidationError
 
-from finetune.data.images import load_image
-from finetune.engine.generate import call_arguments, checked
-from finetune.engine.precision import DTYPES
-from finetune.engine.weights.export import LORA_FILE
-from finetune.models.family import Family
-from finetune.recipe import Recipe
-from finetune.recipe.prompts import validation_prompts
-from finetune.runtime.distributed import Runtime
+from finetune.commands.common import add_recipe_arguments, with_runtime
+from finetune.recipe import Recipe, load_recipe
+from finetune.recipe.schema import Prompt
 from finetune.runtime.errors import UserError
-from finetune.runtime.logging import say
-from finetune.tracking.media import contact_sheet, strip, write_video
+
+if TYPE_CHECKING:
+    from finetune.runtime.distributed import Runtime
+
+_OF_PROMPT = ("shape", "steps", "seed", "image")  # options that describe --prompt
 
 
-def sample(
-    recipe: Recipe,
-    family: Family,
-    runtime: Runtime,
-    out: Path,
-    trained: Path | None = None,
-    compare: bool = False,
-) -> None:
-    """Generate the recipe's validation prompts; write one mp4 a video and `out/contact_sheet.png`.
-
-    Args:
-        trained: folder of an exported LoRA, or the file in it, or of a transformer; None for the base model.
-        compare: generate with the base model too, from the same noise, and say how much training changes.
-    Raises:
-        UserError: no weights there, weights of another model, or ones that change nothing.
-    """
-    if trained is not None:
-        check_trained(trained, family)
-    prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
-    images = [load_image(prompt.image, *prompt.shape[1:]) if prompt.image else None for prompt in prompts]
-    pipeline = load_pipeline(recipe, family, runtime)
-    versions = ["base"] if compare or trained is None else []
-    versions += ["trained"] if trained else []
-    made: dict[str, list[tuple[str, np.ndarray]]] = {}
-    for version in versions:
-        if version == "trained":
-            load_trained(pipeline, trained, family, recipe, runtime)
-        made[version] = []
-        for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-            for seed in prompt.seeds:
-                runtime.device.reseed(seed)  # LTX's VAE draws noise of its own
-                arguments = call_arguments(family, prompt, seed, image)
-                output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments)
-                frames = checked(output.frames[0], prompt)
-                path = out / f"{index:02d}_seed{seed}_{version}.mp4"
-                write_video(frames, path, prompt.fps)
-                say(f"wrote {path}")
-                made[version].append((f"{version}: {prompt.text}  (seed {seed})", frames))
-    rows = [row for pair in zip(*made.values(), strict=True) for row in pair]
-    contact_sheet([(label, strip(frames)) for label, frames in rows], out / "contact_sheet.png")
-    say(f"wrote {out / 'contact_sheet.png'}")
-    if len(made) == 2:
-        pairs = zip(*made.values(), strict=True)
-        change = np.mean([np.abs(a.astype(int) - b.astype(int)).mean() for (_, a), (_, b) in pairs])
-        say(f"training changes a pixel by {change:.2g} of 255 on average")
-        if change == 0:
-            raise UserError(
-                "the trained weights change nothing", "train for more steps or with a higher optimizer.lr", str(trained)
-            )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--adapter", type=Path, help="folder of an exported LoRA or transformer")
+    parser.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
+    parser.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
+    parser.add_argument("--image", help="condition image of --prompt, for image-to-video")
+    parser.add_argument("--shape", help="frames x height x width of --prompt")
+    parser.add_argument("--steps", type=int, help="denoising steps of --prompt")
+    parser.add_argument("--seed", type=int, help="seed of --prompt")
+    parser.add_argument("--out", type=Path, help="folder; OUTPUT/generated if not given")
 
 
-def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers.DiffusionPipeline:
-    """The whole pipeline on the device, in the recipe's precision."""
-    diffusers.utils.logging.disable_progress_bar()
-    cls = getattr(diffusers, family.pipeline_class)
-    pipeline = cls.from_pretrained(family.folder.path, dtype=DTYPES[recipe.train.precision])
-    if recipe.validation.tiling:
-        pipeline.vae.enable_tiling()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(runtime.device.torch_device)
-
-
-def check_trained(path: Path, family: Family) -> None:
-    """Raise UserError unless exported weights of this family's transformer lie there."""
-    if (path / "config.json").is_file():
-        return
-    file = path if path.name == LORA_FILE else path / LORA_FILE
-    if not file.is_file():
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    recipe = _with_prompts(load_recipe(arguments.recipe, arguments.set), arguments)
+    if arguments.compare and not arguments.adapter:
         raise UserError(
-            f"there is neither {LORA_FILE} nor a transformer in it",
-            "give the folder that training named at its end",
-            str(path),
+            "there is nothing to compare with", "give --adapter, the folder that training named", "--compare"
         )
-    layers = {name for name, _ in family.empty_transformer().named_modules()}
-    with safe_open(file, "pt") as weights:
-        adapted = {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in weights.keys()}  # noqa: SIM118
-    if strange := sorted(adapted - layers):
-        raise UserError(
-            f"this LoRA is of another model: there is no {strange[0]} in {family.title}",
-            "set model.family and model.path to what it was trained on",
-            str(file),
-        )
+    if not (recipe.validation.prompts or recipe.validation.prompts_file):
+        raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
+    from finetune.checks.model import open_family
+    from finetune.training.exported import sample
+
+    def body(runtime: Runtime) -> int:
+        if runtime.world_size > 1:
+            raise UserError("sample runs in one process", "start it with python -m finetune sample")
+        out = arguments.out or recipe.output / "generated"
+        sample(recipe, open_family(recipe), runtime, out, arguments.adapter, arguments.compare)
+        return 0
+
+    return with_runtime(recipe, body)
 
 
-def load_trained(
-    pipeline: diffusers.DiffusionPipeline, path: Path, family: Family, recipe: Recipe, runtime: Runtime
-) -> None:
-    """Put an exported LoRA on the pipeline's transformer, or an exported transformer in its place."""
-    if (path / "config.json").is_file():
-        cls = getattr(diffusers, family.transformer_class)
-        transformer = cls.from_pretrained(path, dtype=DTYPES[recipe.train.precision])
-        pipeline.register_modules(transformer=transformer.to(runtime.device.torch_device))
-        return
-    folder = path.parent if path.name == LORA_FILE else path
-    pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+def _with_prompts(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """The recipe with the prompts of the command line in the place of its own, if there are any."""
+    given = {name: getattr(arguments, name) for name in _OF_PROMPT if getattr(arguments, name) is not None}
+    if not arguments.prompt:
+        if given:
+            unused = " ".join(f"--{name}" for name in given)
+            raise UserError("this is about --prompt, which is not given", "give --prompt, or remove it", unused)
+        return recipe
+    try:
+        prompts = [Prompt(text=text, **given) for text in arguments.prompt]
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"], "", f"--{error.errors()[0]['loc'][0]}") from None
+    validation = recipe.validation.model_copy(update={"prompts": prompts, "prompts_file": None})
+    return recipe.model_copy(update={"validation": validation})

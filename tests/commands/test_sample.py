@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from finetune.checks.model import open_family
-from finetune.commands.sample import sample
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.errors import UserError
+from finetune.training.exported import sample
 from finetune.training.job import Job
 
 PROMPTS = 'validation.prompts=[{text = "a red ball", steps = 2, guidance = 1.0, count = 2}]'

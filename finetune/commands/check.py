@@ -1,0 +1,35 @@
+"""Check recipe, model folder and clips, and name every problem at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from finetune.commands.common import add_recipe_arguments, number_of_gpus, with_runtime
+from finetune.recipe import load_recipe
+from finetune.runtime.errors import UserError
+from finetune.runtime.logging import say
+
+if TYPE_CHECKING:
+    from finetune.runtime.distributed import Runtime
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--gpus", type=number_of_gpus, metavar="N", help="for a training on N GPUs; 1 if not given")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.checks.everything import check_all
+
+    def body(runtime: Runtime) -> int:
+        gpus = arguments.gpus or runtime.world_size
+        if problems := check_all(recipe, runtime, gpus):
+            raise UserError.of(problems)
+        say(f"nothing wrong found, for training on {gpus} GPU{'s' if gpus > 1 else ''}")
+        return 0
+
+    return with_runtime(recipe, body)

@@ -1,0 +1,58 @@
+"""What several commands share: the arguments that name a recipe, and the process group around their work."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from finetune.recipe import Recipe
+from finetune.runtime.errors import LostPeer
+
+if TYPE_CHECKING:  # torch is imported once the recipe is known to be sound
+    from finetune.runtime.distributed import Runtime
+
+_LOST = ("Connection closed by peer", "Connection reset", "Timed out", "timed out")  # how gloo says it
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --recipe and --set."""
+    parser.add_argument("--recipe", required=True, help="a TOML recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
+
+
+def number_of_gpus(text: str) -> int:
+    """An argument's value as a count of GPUs; raises argparse's error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs")
+    return int(text)
+
+
+def with_runtime(recipe: Recipe, body: Callable[[Runtime], int]) -> int:
+    """Join the process group, run `body` in it, and leave it; returns the exit status of `body`.
+
+    Raises:
+        LostPeer: another process of the run ended or stopped answering.
+    """
+    from finetune.runtime import distributed
+    from finetune.runtime.device import use_expandable_segments
+
+    if recipe.memory.expandable_segments:
+        use_expandable_segments()
+    gc.freeze()  # later collections do not look through what imports have made
+    gc.enable()
+    runtime = distributed.start(recipe.distributed.timeout_seconds)
+    try:
+        return body(runtime)
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _LOST):
+            raise LostPeer(
+                f"rank {runtime.rank} lost the others ({str(error).splitlines()[0]})",
+                "see the first error above; the same command resumes from the newest checkpoint",
+            ) from error
+        raise
+    finally:
+        if sys.exc_info()[0] is None:
+            distributed.stop()

@@ -1,0 +1,47 @@
+"""Export the weights of a checkpoint as files that diffusers loads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.commands.common import add_recipe_arguments, with_runtime
+from finetune.recipe import load_recipe
+from finetune.runtime.errors import UserError
+from finetune.runtime.logging import say
+
+if TYPE_CHECKING:
+    from finetune.runtime.distributed import Runtime
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    parser.add_argument("--out", type=Path, required=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.checks.model import open_family
+    from finetune.checks.output import check_output
+    from finetune.training.job import build_state, export_weights, open_checkpoints
+
+    def body(runtime: Runtime) -> int:
+        with runtime.together():
+            check_output(recipe)
+            family = open_family(recipe)
+        checkpoints = open_checkpoints(recipe, runtime)
+        step = checkpoints.latest() if arguments.step is None else arguments.step
+        if step is None or step not in checkpoints.steps():
+            known = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise UserError(f"no checkpoint of step {step}", f"steps are: {known}", str(checkpoints.folder))
+        state = build_state(recipe, runtime, family, family.transformer_weights())
+        checkpoints.load(step, state.transformer, state.optimizer)
+        export_weights(state, recipe.train.method, arguments.out)
+        say(f"exported step {step} to {arguments.out}")
+        return 0
+
+    return with_runtime(recipe, body)

@@ -1,0 +1,17 @@
+"""List the model families and their variants."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """This command takes no arguments."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    from finetune.models import FAMILIES, family_class
+
+    for name in FAMILIES:
+        cls = family_class(name)
+        print(f"{name:14} {(cls.__doc__ or '').strip()} {', '.join(cls.variants)}".rstrip())
+    return 0

@@ -1,0 +1,19 @@
+"""Draw the loss curve of a run, as loss.png in its folder."""
+
+import argparse
+from pathlib import Path
+
+from finetune.runtime.logging import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("--run", type=Path, required=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    from finetune.tracking.plot import plot_losses
+
+    say(f"wrote {plot_losses(arguments.run)}")
+    return 0

@@ -1,0 +1,34 @@
+"""Encode clips and captions into the cache, and train nothing."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from finetune.commands.common import add_recipe_arguments, with_runtime
+from finetune.recipe import load_recipe
+from finetune.runtime.logging import say
+
+if TYPE_CHECKING:
+    from finetune.runtime.distributed import Runtime
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add_recipe_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.checks.model import open_family
+    from finetune.preparation.encode import prepare
+
+    def body(runtime: Runtime) -> int:
+        with runtime.together():
+            family = open_family(recipe)
+        prepared = prepare(recipe, family, runtime)
+        say(f"{len(prepared.train)} clips to train on, {len(prepared.heldout)} held out, in {recipe.data.cache}")
+        return 0
+
+    return with_runtime(recipe, body)
