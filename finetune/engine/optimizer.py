@@ -1,4 +1,4 @@
-"""The optimizer of a recipe's [optimizer], and its learning-rate schedule."""
+"""The optimizer of a recipe's [optimizer]."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -7,12 +7,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from finetune.engine.parallel import global_norm, local, replicas
-from finetune.recipe.schema import Optimizer, Schedule
+from finetune.engine.gradients import global_norm, local, replicas
+from finetune.recipe.schema import Optimizer
 
 
 def build_optimizer(
@@ -102,27 +100,3 @@ class InBackward:
         """Global L2 norm of the gradients since it was last asked for, over all ranks."""
         norms, self.norms = self.norms, []
         return global_norm(torch.stack(norms), world_size)
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, settings: Schedule, steps: int) -> LambdaLR:
-    """diffusers' `get_scheduler`, counted in optimizer steps."""
-    return get_scheduler(
-        settings.name,
-        optimizer,
-        num_warmup_steps=settings.warmup_steps,
-        num_training_steps=steps,
-        num_cycles=settings.cycles,
-        power=settings.power,
-    )
-
-
-def set_schedule_step(schedule: LambdaLR, step: int) -> None:
-    """Put a schedule, and its optimizer's learning rate, where it is after `step` optimizer steps."""
-    schedule.last_epoch = schedule._step_count = step
-    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)  # torchao's, which its compiled step reads
-        else:
-            group["lr"] = rate
-    schedule._last_lr = rates

@@ -1,13 +1,10 @@
 """From a loaded transformer to a trainable one: the order in which it is transformed is visible here, and only here."""
 
-import math
 from functools import partial
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from finetune.engine import precision
 from finetune.engine.layout import Layout, choose_layout
@@ -85,26 +82,3 @@ def _shard(transformer: nn.Module, lists: list[nn.ModuleList], layout: Layout, c
 def trained_parameters(transformer: nn.Module) -> list[nn.Parameter]:
     """The parameters the optimizer updates; collect them after sharding."""
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def replicas(tensor: Tensor) -> int:
-    """How many ranks hold the same part of a tensor."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in sizes if placement.is_replicate())
-
-
-def global_norm(norms: Tensor, world_size: int) -> Tensor:
-    """The L2 norm of everything, of norms of parts: those of this rank, 1-D float32, each over the root of its replicas."""
-    norm = torch.linalg.vector_norm(norms)
-    if world_size == 1:
-        return norm
-    squares = norm.square()
-    dist.all_reduce(squares)
-    return squares.sqrt()

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from finetune.engine.gradients import grad_norm
 from finetune.engine.optimizer import InBackward
-from finetune.engine.parallel import global_norm, local, replicas
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.models.family import Batch, Family
 from finetune.runtime import seeds
@@ -105,15 +105,3 @@ def sample_losses(prediction: Tensor, batch: Batch) -> Tensor:
         return batch.weight * errors.flatten(1).mean(1)
     counted = batch.counted.expand_as(errors).flatten(1)
     return batch.weight * (errors.flatten(1) * counted).sum(1) / counted.sum(1).clamp(min=1)
-
-
-def grad_norm(parameters: Sequence[nn.Parameter], limit: float | None, world_size: int) -> Tensor:
-    """Global L2 norm of the gradients over all ranks, in float32, also of bf16 ones; gradients are scaled in place to
-    `limit` if it is exceeded.
-    """
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
-    norm = global_norm(norms / replicas(parameters[0]) ** 0.5, world_size)
-    if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm

@@ -11,10 +11,11 @@ from finetune.data.cache import digest
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
 from finetune.engine.heldout import HeldOut, heldout_loss
-from finetune.engine.optimizer import InBackward, build_optimizer, build_schedule, set_schedule_step
+from finetune.engine.optimizer import InBackward, build_optimizer
 from finetune.engine.parallel import parallelize, trained_parameters
 from finetune.engine.precision import storage_dtype
 from finetune.engine.savers.offload import ActivationOffload
+from finetune.engine.schedule import build_schedule, set_schedule_step
 from finetune.engine.step import StepResult, StepState, run_step
 from finetune.engine.weights import export
 from finetune.engine.weights.checkpoint import Checkpoints

@@ -9,7 +9,6 @@ from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.engine.step import StepResult
-from finetune.engine.weights.export import LORA_FILE
 from finetune.models.family import Family
 from finetune.planning.forecast import Forecast
 from finetune.preparation.encode import prepare
@@ -23,6 +22,7 @@ from finetune.runtime.signals import StopRequest
 from finetune.training.job import Job, build
 from finetune.training.report import Report
 from finetune.training.samples import has_samples, validation_samples
+from finetune.training.usage import say_usage
 
 
 def train(recipe: Recipe, runtime: Runtime) -> int:
@@ -128,36 +128,6 @@ def export(job: Job) -> Path:
     with writing(folder):
         job.export(folder)
     return folder
-
-
-def say_usage(job: Job, folder: Path) -> None:
-    """Say where the trained weights lie and how to use them."""
-    what = "LoRA, verified by loading it back," if job.recipe.train.method == "lora" else "transformer"
-    say(f"\ndone. The {what} lies in {folder}\nUse it with diffusers:\n")
-    say("\n".join(f"    {line}" for line in _usage(job, folder)))
-
-
-def _usage(job: Job, folder: Path) -> list[str]:
-    """A script that generates with the trained weights, ready to paste."""
-    family, model, shape = job.state.family, job.recipe.model, job.recipe.data.buckets[0]
-    dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
-    source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
-    helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"
-    lines = ["import torch, diffusers", f"from diffusers.utils import {helpers}  # pip install imageio imageio-ffmpeg"]
-    if job.recipe.train.method == "lora":
-        lines.append(f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, torch_dtype={dtype})")
-        lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')
-    else:
-        lines.append(f'model = diffusers.{family.transformer_class}.from_pretrained("{folder}", torch_dtype={dtype})')
-        lines.append(
-            f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, transformer=model, torch_dtype={dtype})"
-        )
-    size = f"num_frames={shape.frames}, height={shape.height}, width={shape.width}"
-    image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
-    device = job.state.runtime.device.kind
-    lines.append(f'video = pipe.to("{device}")(prompt="your prompt", {image}{size}).frames[0]')
-    lines.append(f'export_to_video(video, "video.mp4", fps={job.recipe.data.fps or 25:g})')
-    return lines
 
 
 def _not_finite(job: Job, step: int, result: StepResult) -> UserError:

@@ -11,8 +11,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from finetune.engine.optimizer import build_optimizer, build_schedule, set_schedule_step
-from finetune.engine.step import StepResult, grad_norm, run_step
+from finetune.engine.gradients import grad_norm
+from finetune.engine.optimizer import build_optimizer
+from finetune.engine.schedule import build_schedule, set_schedule_step
+from finetune.engine.step import StepResult, run_step
 from finetune.models.family import Batch
 from finetune.recipe.schema import Optimizer, Schedule
 from finetune.training.job import Job

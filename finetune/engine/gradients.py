@@ -1,0 +1,44 @@
+"""Gradients over all ranks: the part a rank holds, their global norm, and clipping by it."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def grad_norm(parameters: Sequence[nn.Parameter], limit: float | None, world_size: int) -> Tensor:
+    """Global L2 norm of the gradients over all ranks, in float32, also of bf16 ones; gradients are scaled in place to
+    `limit` if it is exceeded.
+    """
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+    norm = global_norm(norms / replicas(parameters[0]) ** 0.5, world_size)
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def replicas(tensor: Tensor) -> int:
+    """How many ranks hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
+
+
+def global_norm(norms: Tensor, world_size: int) -> Tensor:
+    """The L2 norm of everything, of norms of parts: those of this rank, 1-D float32, each over the root of its replicas."""
+    norm = torch.linalg.vector_norm(norms)
+    if world_size == 1:
+        return norm
+    squares = norm.square()
+    dist.all_reduce(squares)
+    return squares.sqrt()

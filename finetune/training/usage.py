@@ -1,0 +1,37 @@
+"""What a finished run tells its user: where the trained weights lie, and a script that generates with them."""
+
+from pathlib import Path
+
+from finetune.engine.weights.export import LORA_FILE
+from finetune.runtime.logging import say
+from finetune.training.job import Job
+
+
+def say_usage(job: Job, folder: Path) -> None:
+    """Say where the trained weights lie and how to use them."""
+    what = "LoRA, verified by loading it back," if job.recipe.train.method == "lora" else "transformer"
+    say(f"\ndone. The {what} lies in {folder}\nUse it with diffusers:\n")
+    say("\n".join(f"    {line}" for line in _usage(job, folder)))
+
+
+def _usage(job: Job, folder: Path) -> list[str]:
+    """A script that generates with the trained weights, ready to paste."""
+    family, model, shape = job.state.family, job.recipe.model, job.recipe.data.buckets[0]
+    dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
+    source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
+    helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"
+    lines = ["import torch, diffusers", f"from diffusers.utils import {helpers}  # pip install imageio imageio-ffmpeg"]
+    if job.recipe.train.method == "lora":
+        lines.append(f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, torch_dtype={dtype})")
+        lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')
+    else:
+        lines.append(f'model = diffusers.{family.transformer_class}.from_pretrained("{folder}", torch_dtype={dtype})')
+        lines.append(
+            f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, transformer=model, torch_dtype={dtype})"
+        )
+    size = f"num_frames={shape.frames}, height={shape.height}, width={shape.width}"
+    image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
+    device = job.state.runtime.device.kind
+    lines.append(f'video = pipe.to("{device}")(prompt="your prompt", {image}{size}).frames[0]')
+    lines.append(f'export_to_video(video, "video.mp4", fps={job.recipe.data.fps or 25:g})')
+    return lines
