@@ -26,8 +26,8 @@ from benchmarks.paired import print_table
 from finetune.data.loader import Sample
 from finetune.engine.step import run_step
 from finetune.models import lora
+from finetune.models.batch import Batch
 from finetune.models.cogvideox import CogVideoX
-from finetune.models.family import Batch
 from finetune.models.folder import ModelFolder
 from finetune.recipe import Bucket, Recipe
 from finetune.runtime import distributed
@@ -147,7 +147,9 @@ def batch_for(family: CogVideoX, bucket: Bucket, recipe: Recipe, dtype: torch.dt
     width = family.config.get("text_embed_dim", 4096)
     text = {"encoder_hidden_states": torch.randn(226, width, generator=generator).to(dtype)}
     moments = {"mean": torch.randn(shape, generator=generator), "logvar": torch.full(shape, -10.0)}
-    return family.batch([Sample(moments, text, bucket, 8.0, generator)], family.objective(recipe.objective))
+    return family.batch(
+        [Sample({"video": moments, "text": text}, bucket, 8.0, generator)], family.objective(recipe.objective)
+    )
 
 
 def step_flops(family: CogVideoX, batch: Batch, recipe: Recipe, method: str) -> int:

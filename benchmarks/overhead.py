@@ -25,7 +25,8 @@ from finetune.engine.precision import storage_dtype
 from finetune.engine.step import StepResult
 from finetune.engine.weights.loading import whole_transformer
 from finetune.models import lora
-from finetune.models.family import Batch, Family
+from finetune.models.batch import Batch
+from finetune.models.family import Family
 from finetune.planning.forecast import Forecast
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe
@@ -74,8 +75,8 @@ def bare_loop(model: nn.Module, recipe: Recipe, family: Family, batches: list[Ba
     def steps(count: int) -> None:
         for index in range(count):
             batch = batches[index % len(batches)]
-            prediction = family.predict(model, batch.inputs)
-            loss = (prediction.float() - batch.target).square().mean()
+            prediction = family.predict(model, batch.inputs)["video"]
+            loss = (prediction.float() - batch.only.target).square().mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()

@@ -3,8 +3,8 @@
 Batch k of a rank is a pure function of k: workers only look ahead. A run that resumes at step n starts to read there.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,44 @@ from finetune.runtime.signals import leave_group
 
 @dataclass(frozen=True)
 class Item:
-    """A clip that is ready to be trained on: its files in the cache and what it was made of."""
+    """A clip that is ready to be trained on: what it was made of, and its item of each kind in the cache.
+
+    Attributes:
+        keys: kind -> key in the cache.
+        columns: what a manifest says of the clip beside video and caption, by column.
+    """
 
     path: Path
     caption: str
     bucket: Bucket
     fps: float
-    video_key: str
-    text_key: str
+    keys: Mapping[str, str]
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a step: cached tensors, and the generator that makes its every random draw.
+    """One sample of a step: cached tensors by kind, and the generator that makes its every random draw.
 
     `stratum` is its place in the global batch and the batch's size.
     """
 
-    moments: dict[str, Tensor]
-    text: dict[str, Tensor]
+    encoded: Mapping[str, dict[str, Tensor]]
     bucket: Bucket
     fps: float
     generator: torch.Generator
     stratum: tuple[int, int] = (0, 1)
     image_dropped: bool = False
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """The video's, as the VAE gives them."""
+        return self.encoded["video"]
+
+    @property
+    def text(self) -> dict[str, Tensor]:
+        """The caption's."""
+        return self.encoded["text"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +93,8 @@ class BatchSplit:
 
 def read_sample(item: Item, cache: Cache, generator: torch.Generator) -> Sample:
     """An item as it is, for validation."""
-    moments, text = cache.read("video", item.video_key), cache.read("text", item.text_key)
-    return Sample(moments, text, item.bucket, item.fps, generator)
+    encoded = {kind: cache.read(kind, key) for kind, key in item.keys.items()}
+    return Sample(encoded, item.bucket, item.fps, generator)
 
 
 class MicroBatches(Dataset):
@@ -117,9 +131,9 @@ class MicroBatches(Dataset):
         generator = seeds.generator(self.seed, "sample", step, position)
         dropped = torch.rand((), generator=generator).item() < self.dropout.caption
         image_dropped = torch.rand((), generator=seeds.generator(self.seed, "image", step, position)).item()
+        keys = {**item.keys, "text": self.dropout.unconditional_key} if dropped else item.keys
         return Sample(
-            moments=self.cache.read("video", item.video_key),
-            text=self.cache.read("text", self.dropout.unconditional_key if dropped else item.text_key),
+            encoded={kind: self.cache.read(kind, key) for kind, key in keys.items()},
             bucket=item.bucket,
             fps=item.fps,
             generator=generator,

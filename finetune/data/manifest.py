@@ -4,8 +4,8 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.runtime.errors import Problem, UserError
@@ -16,11 +16,23 @@ TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file and what it shows. `where` says which line or file the pair came from."""
+    """A video file and what it shows.
+
+    Attributes:
+        where: which line or file the pair came from.
+        columns: what the manifest says beside video and caption, by column; empty cells are left out.
+        folder: what paths in columns are relative to.
+    """
 
     path: Path
     caption: str
     where: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = Path()
+
+    def file(self, column: str) -> Path:
+        """The file that a column names."""
+        return self.folder / Path(self.columns[column]).expanduser()
 
 
 def read_manifest(path: Path, video_column: str, caption_column: str, id_token: str = "") -> list[Clip]:
@@ -56,7 +68,7 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
     if missing:
         raise UserError.of(missing, f"{path}: {len(missing)} of {len(clips)} videos are missing:")
     if id_token:
-        clips = [Clip(clip.path, f"{id_token} {clip.caption}", clip.where) for clip in clips]
+        clips = [replace(clip, caption=f"{id_token} {clip.caption}") for clip in clips]
     return clips
 
 
@@ -161,10 +173,18 @@ def _read_table(path: Path, video_column: str, caption_column: str) -> list[Clip
             )
             problems.append(Problem(what, where, f"{cure} (columns: {', '.join(map(str, row))})"))
         if len(values) == 2:
-            clips.append(Clip(path.parent / Path(values[0]).expanduser(), values[1], where))
+            columns = _other_columns(row, (video_column, caption_column))
+            clips.append(Clip(path.parent / Path(values[0]).expanduser(), values[1], where, columns, path.parent))
     if problems:
         raise UserError.of(problems[:20], f"{path}: {len(problems)} problems, the first {min(20, len(problems))}:")
     return clips
+
+
+def _other_columns(row: Mapping[object, object], named: Sequence[str]) -> dict[str, str]:
+    """A row's further columns as text: strings stripped, numbers and the like as JSON."""
+    others = {name: value for name, value in row.items() if isinstance(name, str) and name not in named}
+    texts = {name: value.strip() if isinstance(value, str) else json.dumps(value) for name, value in others.items()}
+    return {name: text for name, text in texts.items() if text not in ("", "null")}
 
 
 def _rows(path: Path) -> list[tuple[str, object]]:

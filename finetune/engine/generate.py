@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from finetune.engine.step import StepState
-from finetune.models.family import Batch, Family, Tensors
+from finetune.models.batch import Batch, Tensors
+from finetune.models.family import Family
 from finetune.recipe.schema import Prompt
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError

@@ -4,22 +4,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from finetune.data.cache import Cache
 from finetune.data.loader import Item, read_sample
 from finetune.engine.generate import evaluating
-from finetune.engine.step import StepState, sample_losses
+from finetune.engine.step import StepState
+from finetune.models.batch import Tensors
 from finetune.models.objective import Objective
 from finetune.runtime import seeds
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss over clips and quantiles, and what predicting zero would score."""
+    """Mean loss over clips and quantiles by term, and what predicting zero would score."""
 
-    loss: float
-    zero_loss: float
+    losses: dict[str, float]
+    zero_losses: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The sum of all terms."""
+        return sum(self.losses.values())
+
+    @property
+    def zero_loss(self) -> float:
+        """The sum of all terms of predicting zero."""
+        return sum(self.zero_losses.values())
 
 
 def heldout_loss(
@@ -34,7 +44,7 @@ def heldout_loss(
     rank, world = runtime.rank, runtime.world_size
     evaluations = [(index, (q + 0.5) / quantiles) for index in range(len(items)) for q in range(quantiles)]
     rounds = -(-len(evaluations) // world)
-    losses: list[tuple[Tensor, Tensor]] = []
+    measured: list[tuple[Tensors, Tensors]] = []
     with evaluating(state.transformer):
         for turn in range(rounds):
             index, u = evaluations[min(turn * world + rank, len(evaluations) - 1)]  # past the end: to keep in step
@@ -42,10 +52,19 @@ def heldout_loss(
                 sample = read_sample(items[index], cache, seeds.generator(state.seed, "heldout", index))
                 batch = state.family.batch([sample], objective, torch.tensor([u]))
             batch = batch.to(device.torch_device)
-            prediction = state.family.predict(state.transformer, batch.inputs)
-            losses.append((sample_losses(prediction, batch), sample_losses(torch.zeros_like(prediction), batch)))
-    figures = torch.tensor([[float(loss), float(zero)] for loss, zero in losses], dtype=torch.float64)
-    gathered = runtime.gather(figures.tolist())
+            predictions = state.family.predict(state.transformer, batch.inputs)
+            zeros = {name: torch.zeros_like(prediction) for name, prediction in predictions.items()}
+            measured.append((batch.losses(predictions), batch.losses(zeros)))
+    gathered = runtime.gather([(_figures(losses), _figures(zeros)) for losses, zeros in measured])
     in_order = [gathered[i % world][i // world] for i in range(len(evaluations))]
-    loss, zero = (sum(column) / len(evaluations) for column in zip(*in_order, strict=True))
-    return HeldOut(loss, zero)
+    losses, zeros = zip(*in_order, strict=True)
+    return HeldOut(_means(losses), _means(zeros))
+
+
+def _figures(losses: Tensors) -> dict[str, float]:
+    """Each term of one sample on the host."""
+    return {name: float(loss) for name, loss in losses.items()}
+
+
+def _means(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}

@@ -4,16 +4,19 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from finetune.engine.gradients import grad_norm
 from finetune.engine.optimizer import InBackward
 from finetune.engine.savers.offload import ActivationOffload
-from finetune.models.family import Batch, Family
+from finetune.models.batch import Batch
+from finetune.models.family import Family
 from finetune.runtime import seeds
 from finetune.runtime.distributed import Runtime
 
@@ -43,17 +46,22 @@ class StepState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Host figures of a step: mean loss of the global batch, global gradient norm before clipping, learning rate.
+    """Host figures of a step: mean loss of the global batch by term, global gradient norm before clipping, learning rate.
 
     `updated` is False if loss or norm was not finite: then no parameter has changed, but for updates in the backward pass.
     `stop` is True if any rank asked.
     """
 
-    loss: float
+    losses: dict[str, float]
     grad_norm: float
     lr: float
     updated: bool
     stop: bool
+
+    @property
+    def loss(self) -> float:
+        """The sum of all terms, whose gradient the update followed."""
+        return sum(self.losses.values())
 
 
 def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
@@ -69,39 +77,32 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     device = state.runtime.device
     device.reseed(seeds.derive(state.seed, "device", step, state.runtime.rank))
     lr = float(state.schedule.get_last_lr()[0])  # torchao's optimizers have it in a tensor on the CPU
-    total = torch.zeros((), device=device.torch_device)
+    totals = {name: torch.zeros((), device=device.torch_device) for name in micro_batches[0].terms}
     for index, batch in enumerate(micro_batches):
         if state.defer_reduction and len(micro_batches) > 1:
             state.transformer.set_requires_gradient_sync(index + 1 == len(micro_batches))
         batch = batch.to(device.torch_device)
         with state.activations.saving() if state.activations else nullcontext():
-            prediction = state.family.predict(state.transformer, batch.inputs)
-        loss = sample_losses(prediction, batch).mean() / len(micro_batches)
-        loss.backward()
-        total += loss.detach()
+            predictions = state.family.predict(state.transformer, batch.inputs)
+        losses = {name: each.mean() / len(micro_batches) for name, each in batch.losses(predictions).items()}
+        reduce(add, losses.values()).backward()
+        for name, loss in losses.items():
+            totals[name] += loss.detach()
 
     if state.in_backward:
         norm = state.in_backward.norm(state.runtime.world_size)
     else:
         norm = grad_norm(state.parameters, state.max_grad_norm, state.runtime.world_size)
-    report = torch.stack([total / state.runtime.world_size, torch.full((), float(stop), device=total.device)])
+    means = [total / state.runtime.world_size for total in totals.values()]
+    report = torch.stack([*means, torch.full((), float(stop), device=device.torch_device)])
     if state.runtime.world_size > 1:
         dist.all_reduce(report)
-    mean_loss, votes, host_norm = device.read(torch.cat([report, norm.to(report.device).view(1)]))
+    *mean_losses, votes, host_norm = device.read(torch.cat([report, norm.to(report.device).view(1)]))
 
-    finite = math.isfinite(mean_loss) and math.isfinite(host_norm)
+    finite = all(map(math.isfinite, (*mean_losses, host_norm)))
     if finite:
         if not state.in_backward:
             state.optimizer.step()
         state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean_loss, host_norm, lr, updated=finite, stop=votes > 0)
-
-
-def sample_losses(prediction: Tensor, batch: Batch) -> Tensor:
-    """Weighted mean squared error per sample over what the batch counts, float32 (B,)."""
-    errors = (prediction.float() - batch.target).square()
-    if batch.counted is None:
-        return batch.weight * errors.flatten(1).mean(1)
-    counted = batch.counted.expand_as(errors).flatten(1)
-    return batch.weight * (errors.flatten(1) * counted).sum(1) / counted.sum(1).clamp(min=1)
+    return StepResult(dict(zip(totals, mean_losses, strict=True)), host_norm, lr, updated=finite, stop=votes > 0)

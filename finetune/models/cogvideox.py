@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from finetune.models import tiny
-from finetune.models.family import Family, SampleLike, Tensors, nearest_bucket, posterior_sample
+from finetune.models.batch import Tensors
+from finetune.models.family import Family, SampleLike, nearest_bucket, posterior_sample
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import VPrediction
 from finetune.recipe import Bucket

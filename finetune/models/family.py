@@ -6,8 +6,8 @@ follows from a model's own configs is the family's.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils._pytree import tree_map_only
 
+from finetune.models.batch import Batch, Tensors, Term
+from finetune.models.encoder import Encoder, FileHash
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import FlowMatching, Objective, recipe_shift
 from finetune.models.weights import Weights
@@ -26,81 +27,28 @@ from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import UserError
 
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one forward pass takes.
-
-    Attributes:
-        inputs: the transformer's keyword arguments; tensors have the batch first, in the dtype the model expects.
-        target: float32, shaped like the model's output.
-        weight: loss weight per sample, float32 (B,).
-        counted: which elements of the target the loss counts, float32 0 or 1, broadcastable to it; None counts all.
-    """
-
-    inputs: dict[str, Any]
-    target: Tensor
-    weight: Tensor
-    counted: Tensor | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; copies overlap with computation if its memory is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """The loader's hook: page-locked copies, for asynchronous transfer."""
-        return self._map(Tensor.pin_memory)
-
-    def contiguous(self) -> "Batch":
-        """Every tensor laid out in order: how a tensor lies in memory decides the last bits of a sum over it."""
-        return self._map(Tensor.contiguous)
-
-    def __reduce__(self) -> tuple:
-        """Sent to another process by value: torch's own way takes a file descriptor and shared memory for each tensor,
-        which costs the receiver half a millisecond and of which containers have little.
-        """
-        return _unpickle, tree_map_only(Tensor, _Bytes.of, self._parts)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(*tree_map_only(Tensor, function, self._parts))
-
-    @property
-    def _parts(self) -> tuple:
-        return self.inputs, self.target, self.weight, self.counted
-
-
-@dataclass(frozen=True)
-class _Bytes:
-    """A contiguous CPU tensor as numpy carries it (numpy has no bfloat16)."""
-
-    data: np.ndarray
-    dtype: torch.dtype
-    shape: torch.Size
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Bytes":
-        return cls(tensor.flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
-
-    def tensor(self) -> Tensor:
-        return torch.from_numpy(self.data).clone().view(self.dtype).view(self.shape)  # torch aligns its own memory
-
-
-def _unpickle(*parts: Any) -> Batch:
-    return Batch(*tree_map_only(_Bytes, _Bytes.tensor, parts))
+MAIN = "video"  # the loss term of families that have one
 
 
 class SampleLike(Protocol):
     """What a family is given of one clip; see `finetune.data.loader.Sample`."""
 
-    moments: Tensors
-    text: Tensors
-    bucket: Bucket
-    fps: float
-    generator: torch.Generator
-    stratum: tuple[int, int]
-    image_dropped: bool
+    @property
+    def encoded(self) -> Mapping[str, Tensors]: ...
+    @property
+    def moments(self) -> Tensors: ...
+    @property
+    def text(self) -> Tensors: ...
+    @property
+    def bucket(self) -> Bucket: ...
+    @property
+    def fps(self) -> float: ...
+    @property
+    def generator(self) -> torch.Generator: ...
+    @property
+    def stratum(self) -> tuple[int, int]: ...
+    @property
+    def image_dropped(self) -> bool: ...
 
 
 class Family(ABC):
@@ -176,6 +124,27 @@ class Family(ABC):
         return keys
 
     # Encoding
+
+    def encoders(self, dtype: torch.dtype, settings: Vae) -> tuple[Encoder, ...]:
+        """What is cached of a clip, a kind each, in the order in which it is encoded.
+
+        Args:
+            dtype: compute precision of the encoders.
+        """
+        text = partial(self.text_encoder, dtype=dtype)
+        video = partial(self.video_encoder, dtype=dtype, settings=settings)
+        return (
+            Encoder(
+                "text", ("caption",), self.pipeline_class, self._text_fingerprint, text
+            ),  # whose encode_prompt it is
+            Encoder("video", ("video",), self.moments, partial(self._video_fingerprint, settings), video),
+        )
+
+    def _text_fingerprint(self, file_hash: FileHash) -> list[Any]:
+        return [[self.folder.fingerprint(name, file_hash) for name in self.text_components], self.pipeline_options]
+
+    def _video_fingerprint(self, settings: Vae, file_hash: FileHash) -> list[Any]:
+        return [[self.folder.fingerprint("vae", file_hash), settings.tiling, settings.image_noise]]
 
     def text_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensors]:
         """Load the text encoders; returns caption -> tensors without a batch dimension, as the model is given them."""
@@ -325,12 +294,12 @@ class Family(ABC):
         return target
 
     def counted(self, condition: Tensors, target: Tensor) -> Tensor | None:
-        """Which elements of a target the loss counts; see `Batch`."""
+        """Which elements of a target the loss counts; see `Term`."""
         return None
 
-    def predict(self, transformer: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The model's output for a batch's inputs."""
-        return transformer(**inputs, return_dict=False)[0]
+    def predict(self, transformer: nn.Module, inputs: dict[str, Any]) -> Tensors:
+        """The model's outputs for a batch's inputs, by the names of the batch's terms."""
+        return {MAIN: transformer(**inputs, return_dict=False)[0]}
 
     def batch(self, samples: Sequence[SampleLike], objective: Objective, u: Tensor | None = None) -> Batch:
         """Draw posterior, noise and noise level of samples of one bucket, and assemble the model's inputs.
@@ -354,16 +323,17 @@ class Family(ABC):
         text, condition = _stack([sample.text for sample in samples]), _stack(conditions)
         target = self.target(target)
         inputs = self.inputs(noisy, level, text, condition, samples)
-        return Batch(inputs, target, objective.weight(level), self.counted(condition, target)).contiguous()
+        term = Term(target, objective.weight(level), self.counted(condition, target))
+        return Batch(inputs, {MAIN: term}).contiguous()
 
-    def example(self, bucket: Bucket, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
-        """(moments, text) of a clip as the cache holds them, all zeros: shapes and dtypes are what is asked for."""
+    def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
+        """What the cache holds of a clip, by kind, all zeros: shapes and dtypes are what is asked for."""
         channels, shape = self.folder.config("vae")["latent_channels"], self.vae_shape(bucket)
         moments = {}
         for name in self.moments:
             frames = 1 if name.startswith("image_") else shape[0]
             moments[name] = torch.zeros(channels, frames, *shape[1:], dtype=dtype)
-        return moments, self.example_text(dtype)
+        return {"video": moments, "text": self.example_text(dtype)}
 
     @abstractmethod
     def example_text(self, dtype: torch.dtype) -> Tensors:

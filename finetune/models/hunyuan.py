@@ -21,7 +21,8 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor
 
 from finetune.models import tiny
-from finetune.models.family import Family, SampleLike, Tensors
+from finetune.models.batch import Tensors
+from finetune.models.family import Family, SampleLike
 from finetune.models.folder import ModelFolder
 from finetune.recipe.schema import ObjectiveSettings, Prompt
 

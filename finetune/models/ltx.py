@@ -24,7 +24,8 @@ from diffusers import (
 from torch import Tensor
 
 from finetune.models import tiny
-from finetune.models.family import Family, SampleLike, Tensors
+from finetune.models.batch import Tensors
+from finetune.models.family import Family, SampleLike
 from finetune.models.folder import ModelFolder
 from finetune.recipe.schema import ObjectiveSettings, Prompt
 

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, Mochi
 from torch import Tensor, nn
 
 from finetune.models import tiny
-from finetune.models.family import Family, SampleLike, Tensors
+from finetune.models.batch import Tensors
+from finetune.models.family import Family, SampleLike
 from finetune.models.folder import ModelFolder
 
 

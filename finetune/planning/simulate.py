@@ -21,7 +21,8 @@ from finetune.engine.precision import DTYPES
 from finetune.engine.step import StepState, run_step
 from finetune.engine.weights.export import gathered
 from finetune.engine.weights.loading import plain_name
-from finetune.models.family import Batch, Family
+from finetune.models.batch import Batch
+from finetune.models.family import Family
 from finetune.planning.accelerator import Accelerator
 from finetune.planning.device import simulated_runtime
 from finetune.planning.gpus import Hardware
@@ -265,7 +266,9 @@ def _is_guided(prompt: Prompt) -> tuple[bool, bool]:
 
 def cache_bytes(family: Family, bucket: Bucket, dtype: torch.dtype) -> tuple[int, int]:
     """What a clip and a caption take of the disk."""
-    return tuple(sum(tensor.nbytes for tensor in tensors.values()) for tensors in family.example(bucket, dtype))
+    encoded = family.example(bucket, dtype)
+    sizes = {kind: sum(tensor.nbytes for tensor in tensors.values()) for kind, tensors in encoded.items()}
+    return sum(size for kind, size in sizes.items() if kind != "text"), sizes["text"]
 
 
 def largest(family: Family, buckets: list[Bucket]) -> Bucket:
@@ -276,7 +279,7 @@ def largest(family: Family, buckets: list[Bucket]) -> Bucket:
 def example_batch(recipe: Recipe, family: Family, bucket: Bucket) -> Batch:
     """A rank's micro-batch of a bucket, in zeros and noise."""
     dtype = DTYPES[recipe.train.precision]
-    moments, text = family.example(bucket, dtype)
+    encoded = family.example(bucket, dtype)
     size, generator = recipe.train.micro_batch_size, torch.Generator().manual_seed(0)
-    samples = [Sample(moments, text, bucket, 25.0, generator, (place, size)) for place in range(size)]
+    samples = [Sample(encoded, bucket, 25.0, generator, (place, size)) for place in range(size)]
     return family.batch(samples, family.objective(recipe.objective))

@@ -4,20 +4,24 @@ Ranks share the work and never encode the same thing twice; a run that was kille
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from finetune.data import decode
 from finetune.data.cache import Cache, digest
-from finetune.data.images import is_address, load_image, missing_image
+from finetune.data.images import is_address, missing_image
 from finetune.data.loader import Item
+from finetune.data.streams import Stream, caption_stream, file_stream, image_stream, video_stream
 from finetune.engine.precision import DTYPES
+from finetune.models.encoder import Encode, Encoder
 from finetune.models.family import Family
-from finetune.preparation.inspect import inspect_clips, refuse_or_skip, require, split_heldout
-from finetune.recipe import Bucket, Recipe
+from finetune.preparation.inspect import InspectedClip, inspect_clips, refuse_or_skip, require, split_heldout
+from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Prompt
 from finetune.runtime.distributed import Runtime
@@ -25,6 +29,8 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.tracking.progress import ProgressLine
 
 _ROUND = 4  # items a rank encodes between two meetings: bounds waiting, and errors surface early
+_OF_EACH_CLIP = ("video", "caption")  # sources that every clip has
+_LABELS = {"text": "encoding captions", "video": "encoding clips", "image": "reading images"}
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,37 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Encoding:
-    """A thing to encode: where it goes and, for a video or an image, what to decode."""
+    """One item to encode, and the streams that its encoder takes. `note` says what it is made of, for people."""
 
     kind: str
     key: str
-    source: str
-    bucket: Bucket | None = None
-    item: Item | None = None
-    info: decode.VideoInfo | None = None
+    note: str
+    streams: tuple[Stream, ...]
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """A family's encoders by kind, and what their outputs depend on besides the clip."""
+
+    encoders: dict[str, Encoder]
+    fingerprints: dict[str, str]
+
+    def encoding(self, kind: str, streams: Mapping[str, Stream], note: str) -> _Encoding:
+        """The item of a kind that is made of a clip's streams."""
+        encoder = self.encoders[kind]
+        taken = tuple(streams[name] for name in encoder.sources)
+        identity = chain.from_iterable(stream.fingerprint for stream in taken)
+        return _Encoding(kind, digest(kind, encoder.variant, self.fingerprints[kind], *identity), note, taken)
+
+    def text(self, text: str) -> _Encoding:
+        """A caption or prompt by itself."""
+        return self.encoding("text", {"caption": caption_stream(text)}, text)
+
+    @property
+    def further_sources(self) -> list[str]:
+        """What encoders read besides video and caption: columns of the manifest."""
+        named = chain.from_iterable(encoder.sources for encoder in self.encoders.values())
+        return [name for name in dict.fromkeys(named) if name not in _OF_EACH_CLIP]
 
 
 def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
@@ -66,94 +95,134 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     Raises:
         UserError: everything that is wrong with the clips, at once.
     """
-    dtype = DTYPES[recipe.train.precision]
     cache = Cache(recipe.data.cache)
     with runtime.together():
         if runtime.is_main:
             cache.sweep()
-    with runtime.together():
-        fingerprints = _fingerprints(recipe, family, cache) if runtime.is_main else None
-    text_fingerprint, video_fingerprint = runtime.from_main(fingerprints)
-
-    def text_key(caption: str) -> str:
-        return digest("text", family.pipeline_class, text_fingerprint, caption)  # whose encode_prompt it is
-
+    kinds = _open_kinds(recipe, family, cache, runtime)
     usable = inspect_clips(recipe.data, recipe.data.path, cache, runtime)
-    named = recipe.validation.heldout
-    if named:
+    if named := recipe.validation.heldout:
         split = usable, inspect_clips(recipe.data, named, cache, runtime)
     else:
         split = split_heldout(usable, recipe)
     work: list[_Encoding] = []
-    datasets = []
-    for part in split:
-        items = []
-        for clip, clip_hash, info, fitted in part:
-            video = digest(
-                "video", family.moments, video_fingerprint, clip_hash, str(fitted.bucket), fitted.fps, "head"
-            )
-            item = Item(clip.path, clip.caption, fitted.bucket, fitted.fps, video, text_key(clip.caption))
-            items.append(item)
-            work.append(_Encoding("text", item.text_key, clip.caption))
-            work.append(_Encoding("video", video, str(clip.path), item.bucket, item, info))
-        datasets.append(items)
+    datasets = [list(_items(part, kinds, cache, runtime, work)) for part in split]
     if recipe.data.caption_dropout:
-        work.append(_Encoding("text", text_key(""), ""))
-    with runtime.together():
-        wanted = validation_prompts(recipe.validation, recipe.data.buckets[0]) if runtime.is_main else []
-        images = [_image_key(prompt.image, prompt.shape, cache) if prompt.image else None for prompt in wanted]
-    prompts = []
-    for prompt, image in runtime.from_main(list(zip(wanted, images, strict=True))):
-        prompts.append(PreparedPrompt(prompt, text_key(prompt.text), text_key(prompt.negative), image))
-        work += [_Encoding("text", text_key(text), text) for text in (prompt.text, prompt.negative)]
-        work += [_Encoding("image", image, prompt.image, prompt.shape)] if image else []
+        work.append(kinds.text(""))
+    prompts = _prompts(recipe, kinds, cache, runtime, work)
 
-    if unusable := _encode(work, "image", lambda: _image_encoder, cache, runtime):
+    if unusable := _encode(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(unusable)
-    failed = _encode(work, "text", lambda: _text_encoder(family, runtime, dtype, recipe), cache, runtime)
-    failed += _encode(work, "video", lambda: _video_encoder(family, runtime, dtype, recipe), cache, runtime)
+    failed: list[Problem] = []
+    for kind, encoder in kinds.encoders.items():
+        on_cpu = kind == "text" and recipe.memory.text_encoder == "cpu"
+        device = torch.device("cpu") if on_cpu else runtime.device.torch_device
+        failed += _encode(work, kind, lambda load=encoder.load, device=device: load(device), cache, runtime)
     broken = refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
     train, heldout = ([item for item in items if str(item.path) not in broken] for items in datasets)
     require(train, recipe.data.path)
-    trained = {item.video_key for item in train}
-    if both := [
-        Problem("this held-out clip is trained on, too", str(i.path)) for i in heldout if i.video_key in trained
-    ]:
-        raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
-    return Prepared(cache, train, heldout, text_key(""), prompts)
+    _refuse_shared(train, heldout)
+    return Prepared(cache, train, heldout, kinds.text("").key, prompts)
 
 
-def _fingerprints(recipe: Recipe, family: Family, cache: Cache) -> tuple[str, str]:
-    """What the two encoders' outputs depend on besides the clip and the caption."""
-    text = [family.folder.fingerprint(name, cache.file_hash) for name in family.text_components]
-    video = [family.folder.fingerprint("vae", cache.file_hash), recipe.vae.tiling, recipe.vae.image_noise]
-    return digest(text, family.pipeline_options, recipe.train.precision), digest(video, recipe.train.precision)
+def _open_kinds(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Kinds:
+    """The family's encoders, their components hashed by rank 0. Collective."""
+    precision = recipe.train.precision
+    encoders = {encoder.kind: encoder for encoder in family.encoders(DTYPES[precision], recipe.vae)}
+    with runtime.together():
+        hashed = (
+            {kind: digest(*encoder.fingerprint(cache.file_hash), precision) for kind, encoder in encoders.items()}
+            if runtime.is_main
+            else {}
+        )
+    return _Kinds(encoders, runtime.from_main(hashed))
 
 
-def _image_key(source: str, bucket: Bucket, cache: Cache) -> str:
+def _items(
+    clips: Sequence[InspectedClip], kinds: _Kinds, cache: Cache, runtime: Runtime, work: list[_Encoding]
+) -> Iterator[Item]:
+    """The items of clips; what they are encoded from is added to `work`. Collective."""
+    with runtime.together():
+        files = _further_files(clips, kinds.further_sources)
+        hashes = {path: cache.file_hash(path) for path in files} if runtime.is_main else {}
+    hashes = runtime.from_main(hashes)
+    for entry in clips:
+        clip, fit = entry.clip, entry.fit
+        streams = {
+            "video": video_stream(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
+            "caption": caption_stream(clip.caption),
+        }
+        for name in kinds.further_sources:
+            path = clip.file(name)
+            streams[name] = file_stream(name, path, hashes[path])
+        made = {}
+        for kind, encoder in kinds.encoders.items():
+            note = clip.caption if encoder.sources == ("caption",) else str(clip.path)
+            work.append(kinds.encoding(kind, streams, note))
+            made[kind] = work[-1].key
+        yield Item(clip.path, clip.caption, fit.bucket, fit.fps, made, clip.columns)
+
+
+def _further_files(clips: Sequence[InspectedClip], names: Sequence[str]) -> list[Path]:
+    """The files that clips name in columns; raises UserError for those that are not there."""
+    problems, files = [], []
+    for clip, name in ((entry.clip, name) for entry in clips for name in names):
+        if name not in clip.columns:
+            problems.append(
+                Problem(
+                    f"the clip has no {name!r}, which this model is trained on",
+                    clip.where,
+                    f"add a column {name!r} with the path of its file",
+                )
+            )
+        elif not clip.file(name).is_file():
+            problems.append(Problem("no such file", f"{clip.file(name)} (from {clip.where})", "mend the path"))
+        else:
+            files.append(clip.file(name))
+    if problems:
+        raise UserError.of(problems)
+    return list(dict.fromkeys(files))
+
+
+def _prompts(
+    recipe: Recipe, kinds: _Kinds, cache: Cache, runtime: Runtime, work: list[_Encoding]
+) -> list[PreparedPrompt]:
+    """The validation prompts; what they are encoded from is added to `work`. Collective."""
+    with runtime.together():
+        wanted = validation_prompts(recipe.validation, recipe.data.buckets[0]) if runtime.is_main else []
+        contents = [_image_content(prompt.image, cache) if prompt.image else None for prompt in wanted]
+    prompts = []
+    for prompt, content in runtime.from_main(list(zip(wanted, contents, strict=True))):
+        texts = kinds.text(prompt.text), kinds.text(prompt.negative)
+        work += texts
+        image_key = None
+        if content is not None:
+            stream = image_stream(prompt.image, content, prompt.shape)
+            image_key = digest("image", *stream.fingerprint)
+            work.append(_Encoding("image", image_key, prompt.image, (stream,)))
+        prompts.append(PreparedPrompt(prompt, *(text.key for text in texts), image_key))
+    return prompts
+
+
+def _image_content(source: str, cache: Cache) -> str:
     """A file by its content; an address by itself, so that it is fetched once."""
     if missing := missing_image(source):
         raise UserError.of([missing])
-    content = source if is_address(source) else cache.file_hash(Path(source).expanduser())
-    return digest("image", content, bucket.height, bucket.width)
+    return source if is_address(source) else cache.file_hash(Path(source).expanduser())
 
 
-Encode = Callable[[_Encoding], dict[str, torch.Tensor]]
+def _pixels(image: np.ndarray) -> dict[str, Tensor]:
+    return {"pixels": torch.from_numpy(image.copy())}
 
 
-def _text_encoder(family: Family, runtime: Runtime, dtype: torch.dtype, recipe: Recipe) -> Encode:
-    device = torch.device("cpu") if recipe.memory.text_encoder == "cpu" else runtime.device.torch_device
-    encode = family.text_encoder(device, dtype)
-    return lambda work: encode(work.source)
-
-
-def _video_encoder(family: Family, runtime: Runtime, dtype: torch.dtype, recipe: Recipe) -> Encode:
-    encode = family.video_encoder(runtime.device.torch_device, dtype, recipe.vae)
-    return lambda work: encode(decode.decode(work.item.path, work.info, work.item.bucket, work.item.fps))
-
-
-def _image_encoder(work: _Encoding) -> dict[str, torch.Tensor]:
-    return {"pixels": torch.from_numpy(load_image(work.source, work.bucket.height, work.bucket.width).copy())}
+def _refuse_shared(train: Sequence[Item], heldout: Sequence[Item]) -> None:
+    trained = {item.keys["video"] for item in train}
+    if both := [
+        Problem("this held-out clip is trained on, too", str(item.path))
+        for item in heldout
+        if item.keys["video"] in trained
+    ]:
+        raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
 
 
 def _encode(
@@ -169,19 +238,18 @@ def _encode(
     problems: list[Problem] = []
     with runtime.together():
         encode = load() if mine else None
-    label = {"text": "encoding captions", "video": "encoding clips", "image": "reading images"}[kind]
     rounds = -(-len(missing) // (runtime.world_size * _ROUND))
-    with ProgressLine(label, len(missing), enabled=runtime.is_main) as progress:
+    with ProgressLine(_LABELS.get(kind, f"encoding {kind}"), len(missing), enabled=runtime.is_main) as progress:
         for turn in range(rounds):
             found = []
             with runtime.together():
                 for key in mine[turn * _ROUND : (turn + 1) * _ROUND]:
                     try:
-                        tensors = encode(wanted[key])
+                        tensors = encode(*(stream.read() for stream in wanted[key].streams))
                     except UserError as error:
                         found += error.problems
                         continue
-                    cache.write(kind, key, tensors, wanted[key].source)
+                    cache.write(kind, key, tensors, wanted[key].note)
             for share in runtime.gather(found):
                 problems += share
             progress.update(min(len(missing), (turn + 1) * _ROUND * runtime.world_size), "")

@@ -20,7 +20,8 @@ from finetune.engine.step import StepResult, StepState, run_step
 from finetune.engine.weights import export
 from finetune.engine.weights.checkpoint import Checkpoints
 from finetune.engine.weights.loading import load_weights
-from finetune.models.family import Batch, Family
+from finetune.models.batch import Batch
+from finetune.models.family import Family
 from finetune.models.objective import Objective
 from finetune.models.weights import Weights
 from finetune.preparation.encode import Prepared
@@ -82,7 +83,9 @@ class Job:
         base = self.state.family.folder.fingerprint(
             "transformer", lambda file: f"{file.resolve().name} {file.stat().st_size}"
         )
-        clips = [[item.video_key, item.text_key] for item in self.prepared.train]
+        # Video and text come first, as checkpoints have them that know no other kind.
+        kinds = ["video", "text", *(kind for kind in self.prepared.train[0].keys if kind not in ("video", "text"))]
+        clips = [[item.keys[kind] for kind in kinds] for item in self.prepared.train]
         return {"clips": digest(clips), "base": digest(base)}
 
     def _check_identity(self, facts: dict) -> None:

@@ -74,6 +74,7 @@ class Report:
             step,
             {
                 "loss": result.loss,
+                **_by_term("loss", result.losses),
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
                 "epoch": self.job.order.plan(step - 1).epoch,
@@ -93,7 +94,9 @@ class Report:
         """Held-out loss after `step` steps; 0 is the base model."""
         if self.enabled and figures is not None:
             say(f"held-out loss after step {step}: {figures.loss:.4f} (predicting zero: {figures.zero_loss:.4f})")
-            self._log(step, {"heldout_loss": figures.loss, "heldout_zero_loss": figures.zero_loss})
+            totals = {"heldout_loss": figures.loss, "heldout_zero_loss": figures.zero_loss}
+            terms = _by_term("heldout_loss", figures.losses) | _by_term("heldout_zero_loss", figures.zero_losses)
+            self._log(step, totals | terms)
         self.restart_clock()
 
     def samples(self, step: int, samples: Samples | None) -> None:
@@ -115,3 +118,8 @@ class Report:
         with writing(self.job.recipe.output):
             for tracker in self.trackers:
                 tracker.log(step, values)
+
+
+def _by_term(name: str, figures: dict[str, float]) -> dict[str, float]:
+    """A figure's terms as metrics, like "loss/audio"; none for the only term, which is the figure itself."""
+    return {f"{name}/{term}": value for term, value in figures.items()} if len(figures) > 1 else {}

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from finetune.data.buckets import fit
+from finetune.data.buckets import fit_to_bucket
 from finetune.data.decode import VideoInfo
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
@@ -15,7 +15,7 @@ WIDE = VideoInfo(height=512, width=768, frames=50, duration=2.0)  # 25 fps
 def choose(clip: VideoInfo, *buckets: str, fps: float | None = None) -> str:
     """The bucket of a clip; the same for every order of the list."""
     parsed = [Bucket.parse(text) for text in buckets]
-    chosen = {str(fit(clip, order, fps, "clip").bucket) for order in itertools.permutations(parsed)}
+    chosen = {str(fit_to_bucket(clip, order, fps, "clip").bucket) for order in itertools.permutations(parsed)}
     (only,) = chosen
     return only
 
@@ -56,12 +56,12 @@ def test_frames_are_counted_at_the_recipes_rate() -> None:
 
 @pytest.mark.parametrize("fps, rate", [(None, 25.0), (24.0, 24.0)])
 def test_the_rate_is_the_recipes_or_the_clips_own(fps: float | None, rate: float) -> None:
-    assert fit(WIDE, [Bucket(17, 512, 768)], fps, "clip").fps == rate
+    assert fit_to_bucket(WIDE, [Bucket(17, 512, 768)], fps, "clip").fps == rate
 
 
 def test_frames_left_over_are_counted() -> None:
-    assert fit(WIDE, [Bucket(33, 512, 768)], None, "clip").trimmed == 17
-    assert fit(WIDE, [Bucket(17, 512, 768)], 12.5, "clip").trimmed == 8
+    assert fit_to_bucket(WIDE, [Bucket(33, 512, 768)], None, "clip").trimmed == 17
+    assert fit_to_bucket(WIDE, [Bucket(17, 512, 768)], 12.5, "clip").trimmed == 8
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,17 @@ def test_frames_left_over_are_counted() -> None:
     ids=str,
 )
 def test_cropped_is_the_share_of_the_picture_that_is_lost(bucket: Bucket, cropped: float) -> None:
-    assert fit(WIDE, [bucket], None, "clip").cropped == pytest.approx(cropped)
+    assert fit_to_bucket(WIDE, [bucket], None, "clip").cropped == pytest.approx(cropped)
 
 
 @pytest.mark.parametrize("bucket, enlarged", [(Bucket(17, 256, 384), 0.5), (Bucket(17, 768, 768), 1.5)], ids=str)
 def test_enlarged_is_how_far_the_picture_is_scaled(bucket: Bucket, enlarged: float) -> None:
-    assert fit(WIDE, [bucket], None, "clip").enlarged == pytest.approx(enlarged)
+    assert fit_to_bucket(WIDE, [bucket], None, "clip").enlarged == pytest.approx(enlarged)
 
 
 def test_a_clip_shorter_than_every_bucket_is_refused_with_its_length() -> None:
     with pytest.raises(UserError) as caught:
-        fit(WIDE, [Bucket(57, 512, 768), Bucket(97, 512, 768)], 24, "clips/a.mp4")
+        fit_to_bucket(WIDE, [Bucket(57, 512, 768), Bucket(97, 512, 768)], 24, "clips/a.mp4")
     assert str(caught.value) == (
         "clips/a.mp4: 48 frames at 24 fps, but the shortest bucket has 57\n"
         "    -> add a bucket of at most 48 frames to data.buckets, raise data.fps, or remove the clip"

@@ -265,7 +265,7 @@ def test_a_caption_that_two_clips_share_is_one_item(again: Again) -> None:
         shutil.copy(data / "wide.txt", data / "small.txt")
 
     prepared, new, _ = again(share)
-    assert len({item.text_key for item in prepared.train}) == 2
+    assert len({item.keys["text"] for item in prepared.train}) == 2
     assert new == set()
 
 
@@ -278,8 +278,8 @@ def test_a_damaged_item_is_encoded_anew(again: Again, kind: str) -> None:
     prepared, new, rewritten = again(damage)
     assert (new, kinds(rewritten)) == (set(), [kind])
     for entry in prepared.train:
-        assert prepared.cache.read("video", entry.video_key)
-        assert prepared.cache.read("text", entry.text_key)
+        assert prepared.cache.read("video", entry.keys["video"])
+        assert prepared.cache.read("text", entry.keys["text"])
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_an_encoded_clip_is_the_families_encoding_of_its_frames(first: Recipe, r
     vae = AutoencoderKLLTXVideo.from_pretrained(first.model.path, subfolder="vae")
     with torch.no_grad():
         expected = vae.encode(video).latent_dist
-    found = prepared.cache.read("video", entry.video_key)
+    found = prepared.cache.read("video", entry.keys["video"])
     torch.testing.assert_close(found["mean"], expected.mean[0])
     torch.testing.assert_close(found["logvar"], expected.logvar[0])
 

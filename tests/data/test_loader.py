@@ -11,7 +11,8 @@ from torch import Tensor
 from finetune.checks.model import open_family
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader
 from finetune.data.sampler import Order
-from finetune.models.family import Batch, Family
+from finetune.models.batch import Batch
+from finetune.models.family import Family
 from finetune.models.ltx import pack
 from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import Recipe
@@ -51,9 +52,13 @@ def open_batches(recipe: Recipe, family: Family, prepared: Prepared):
 
 def rows(batch: Batch) -> list[dict[str, Tensor]]:
     """A batch sample by sample: every tensor that has one row a sample."""
-    named = {"target": batch.target, "weight": batch.weight, "seconds": batch.inputs["rope_interpolation_scale"][0]}
+    named = {
+        "target": batch.only.target,
+        "weight": batch.only.weight,
+        "seconds": batch.inputs["rope_interpolation_scale"][0],
+    }
     named |= {name: value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
-    return [{name: value[index] for name, value in named.items()} for index in range(len(batch.target))]
+    return [{name: value[index] for name, value in named.items()} for index in range(len(batch.only.target))]
 
 
 def step_rows(ranks: Sequence[MicroBatches], step: int) -> list[dict[str, Tensor]]:
@@ -104,7 +109,7 @@ def test_a_batch_holds_the_clips_of_its_plan(open_batches, prepared: Prepared, f
     batches = open_batches(WHOLE)
     means = {}
     for index, item in enumerate(prepared.train):
-        mean = prepared.cache.read("video", item.video_key)["mean"]
+        mean = prepared.cache.read("video", item.keys["video"])["mean"]
         means[index] = pack(((mean - family.mean) * family.scaling_factor / family.std)[None])[0]
     for step in range(STEPS):
         for planned, row in zip(batches.order.plan(step).items, rows(batches[step]), strict=True):
@@ -118,7 +123,7 @@ def test_a_batch_holds_the_captions_of_its_plan(open_batches, prepared: Prepared
     batches = open_batches(WHOLE, dropout=0.0)
     for step in range(STEPS):
         for planned, row in zip(batches.order.plan(step).items, rows(batches[step]), strict=True):
-            text = prepared.cache.read("text", prepared.train[planned].text_key)
+            text = prepared.cache.read("text", prepared.train[planned].keys["text"])
             assert torch.equal(row["encoder_hidden_states"], text["encoder_hidden_states"])
             assert torch.equal(row["encoder_attention_mask"], text["encoder_attention_mask"])
 

@@ -9,8 +9,7 @@ import torch
 from every_family import MODELS, Model, every_model
 from torch import Tensor
 
-from finetune.engine.step import sample_losses
-from finetune.models.family import Batch
+from finetune.models.batch import Batch
 from finetune.training.job import Job
 
 GIVEN_FRAME = [model for model in MODELS if model[0] == "ltx_i2v"]
@@ -29,7 +28,7 @@ given_frame = pytest.mark.parametrize("batch", GIVEN_FRAME, indirect=True, ids=l
 
 def excluded(batch: Batch) -> Tensor:
     """Which elements of the target are not counted, bool, shaped like it."""
-    return batch.counted.expand_as(batch.target) == 0
+    return batch.only.counted.expand_as(batch.only.target) == 0
 
 
 @given_frame
@@ -45,32 +44,32 @@ def test_the_first_latent_frame_is_not_counted_unless_the_image_is_dropped(batch
 
 @given_frame
 def test_the_loss_is_the_mean_square_over_what_is_counted(batch: Batch) -> None:
-    prediction = torch.randn(batch.target.shape)
+    prediction = torch.randn(batch.only.target.shape)
     counted = ~excluded(batch)
     expected = [
         weight * torch.nn.functional.mse_loss(ours[mask], theirs[mask])
-        for weight, ours, theirs, mask in zip(batch.weight, prediction, batch.target, counted, strict=True)
+        for weight, ours, theirs, mask in zip(batch.only.weight, prediction, batch.only.target, counted, strict=True)
     ]
-    assert len(batch.weight.unique()) == 4
-    torch.testing.assert_close(sample_losses(prediction, batch), torch.stack(expected))
+    assert len(batch.only.weight.unique()) == 4
+    torch.testing.assert_close(batch.only.losses(prediction), torch.stack(expected))
 
 
 @given_frame
 def test_what_is_not_counted_has_no_gradient(batch: Batch) -> None:
-    prediction = torch.randn(batch.target.shape, requires_grad=True)
-    batch.target.requires_grad_()
-    sample_losses(prediction, batch).sum().backward()
-    for gradient in (prediction.grad, batch.target.grad):
+    prediction = torch.randn(batch.only.target.shape, requires_grad=True)
+    batch.only.target.requires_grad_()
+    batch.only.losses(prediction).sum().backward()
+    for gradient in (prediction.grad, batch.only.target.grad):
         assert not gradient[excluded(batch)].any()
         assert gradient[~excluded(batch)].all()
 
 
 @pytest.mark.parametrize("batch", [model for model in MODELS if model not in GIVEN_FRAME][:1], indirect=True)
 def test_a_batch_that_names_nothing_counts_everything(batch: Batch) -> None:
-    assert batch.counted is None
-    prediction = torch.randn(batch.target.shape)
-    expected = torch.nn.functional.mse_loss(prediction, batch.target, reduction="none").mean((1, 2, 3, 4))
-    torch.testing.assert_close(sample_losses(prediction, batch), batch.weight * expected)
+    assert batch.only.counted is None
+    prediction = torch.randn(batch.only.target.shape)
+    expected = torch.nn.functional.mse_loss(prediction, batch.only.target, reduction="none").mean((1, 2, 3, 4))
+    torch.testing.assert_close(batch.only.losses(prediction), batch.only.weight * expected)
 
 
 @every_model

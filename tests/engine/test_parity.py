@@ -102,8 +102,8 @@ def oracle(
         for step in range(10):
             batch = batches[step]
             output = transformer(**batch.inputs).sample
-            errors = torch.nn.functional.mse_loss(output, batch.target, reduction="none").mean((1, 2))
-            loss = (batch.weight * errors).mean()
+            errors = torch.nn.functional.mse_loss(output, batch.only.target, reduction="none").mean((1, 2))
+            loss = (batch.only.weight * errors).mean()
             loss.backward()
             norms.append(torch.nn.utils.clip_grad_norm_(trained, 0.1).item())
             losses.append(loss.item())

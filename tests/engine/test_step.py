@@ -15,7 +15,7 @@ from finetune.engine.gradients import grad_norm
 from finetune.engine.optimizer import build_optimizer
 from finetune.engine.schedule import build_schedule, set_schedule_step
 from finetune.engine.step import StepResult, run_step
-from finetune.models.family import Batch
+from finetune.models.batch import Batch
 from finetune.recipe.schema import Optimizer, Schedule
 from finetune.training.job import Job
 

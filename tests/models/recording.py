@@ -237,7 +237,9 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
         if model.family.name == "ltx_i2v" and not clip.image_dropped:
             x0[:, 0] = clip.generation.calls[0].latents[0, :, 0]
             noisy[:, :, 0] = 1e3  # training noises the whole clip, and puts the image back
-        sample = Sample(moments, clip.text, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped)
+        sample = Sample(
+            {"video": moments, "text": clip.text}, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped
+        )
         samples.append(sample)
         conditions.append(model.family.condition(sample, x0, ObjectiveSettings(guidance=GUIDANCE)))
     level = torch.cat([clip.call.level for clip in clips])

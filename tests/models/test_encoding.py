@@ -69,15 +69,22 @@ def test_the_empty_caption_is_the_pipelines_unconditional_input(model: TinyModel
     assert_text_equal(model.text("", dtype), unconditional_text(model, dtype))
 
 
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
 @DTYPES
 def test_examples_have_the_shapes_and_dtypes_of_what_is_cached(model: TinyModel, dtype: torch.dtype) -> None:
     """So that memory can be planned from configs alone."""
-    encoders = model.family.text_encoder(CPU, dtype), model.family.video_encoder(CPU, dtype, Vae())
-    cached = encoders[1](model.clip), encoders[0](PROMPT)
-    for example, real in zip(model.family.example(model.bucket, dtype), cached, strict=True):
-        assert {name: (t.shape, t.dtype) for name, t in example.items()} == {
-            name: (t.shape, t.dtype) for name, t in real.items()
-        }
+    sources = {"video": model.clip, "caption": PROMPT}
+    cached = {
+        encoder.kind: encoder.load(CPU)(*(sources[name] for name in encoder.sources))
+        for encoder in model.family.encoders(dtype, Vae())
+    }
+    examples = model.family.example(model.bucket, dtype)
+    assert {kind: shapes(tensors) for kind, tensors in examples.items()} == {
+        kind: shapes(tensors) for kind, tensors in cached.items()
+    }
 
 
 def test_the_embeddings_depend_on_the_caption(model: TinyModel) -> None:
@@ -179,7 +186,7 @@ def test_image_latents_are_the_pipelines(model: TinyModel) -> None:
     with torch.no_grad():
         _, theirs = pipeline.prepare_latents(image, 1, channels, padded, height, width, torch.float32, CPU, generator())
     moments = family.video_encoder(CPU, torch.float32, Vae())(model.clip)
-    sample = Sample(moments, {}, model.bucket, 25.0, generator())
+    sample = Sample({"video": moments, "text": {}}, model.bucket, 25.0, generator())
     x0 = family.latents(moments, generator(1))
     ours = family.condition(sample, x0, ObjectiveSettings())["image"]
     assert ours.shape == x0.shape
@@ -192,9 +199,9 @@ def test_each_use_of_a_condition_image_draws_another_posterior_sample(model: Tin
     x0 = torch.zeros(8, 5, 8, 12)
     draws = torch.stack(
         [
-            model.family.condition(Sample(image, {}, model.bucket, 25.0, generator(seed)), x0, ObjectiveSettings())[
-                "image"
-            ]
+            model.family.condition(
+                Sample({"video": image, "text": {}}, model.bucket, 25.0, generator(seed)), x0, ObjectiveSettings()
+            )["image"]
             for seed in range(200)
         ]
     )

@@ -206,8 +206,7 @@ def test_the_published_configs_are_enough_for_a_batch(family: Family) -> None:
     moments = {name: torch.zeros(channels, frames, height, width) for name in ("mean", "logvar")}
     moments |= {f"image_{name}": value[:, :1] for name, value in moments.items()}
     sample = Sample(
-        moments=moments,
-        text={name: torch.zeros(1, 1) for name in family.text_arguments},
+        encoded={"video": moments, "text": {name: torch.zeros(1, 1) for name in family.text_arguments}},
         bucket=bucket,
         fps=25.0,
         generator=torch.Generator(),
@@ -215,7 +214,7 @@ def test_the_published_configs_are_enough_for_a_batch(family: Family) -> None:
         image_dropped=False,
     )
     batch = family.batch([sample, sample], family.objective(ObjectiveSettings()))
-    assert batch.target.shape[0] == 2
+    assert batch.only.target.shape[0] == 2
     accepted = inspect.signature(getattr(diffusers, family.transformer_class).forward).parameters
     assert set(batch.inputs) <= set(accepted)
 

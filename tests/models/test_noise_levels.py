@@ -110,7 +110,7 @@ def test_drawn_sigmas_are_distributed_as_diffusers(tiny_ltx: Path, sampling: str
     oracle = compute_density_for_timestep_sampling(sampling, 100_000, 0.0, 1.0, 1.29, generator=seed)
     moments = {"mean": torch.zeros(16, 1, 1, 1), "logvar": torch.zeros(16, 1, 1, 1)}
     text = {"encoder_hidden_states": torch.zeros(1, 1)}
-    samples = [Sample(moments, text, Bucket(1, 32, 32), 25.0, generator(i)) for i in range(4000)]
+    samples = [Sample({"video": moments, "text": text}, Bucket(1, 32, 32), 25.0, generator(i)) for i in range(4000)]
     sigma = family.batch(samples, objective).inputs["timestep"] / 1000
     levels = torch.linspace(0.05, 0.95, 19)
     torch.testing.assert_close(sigma.quantile(levels), oracle.quantile(levels), rtol=0, atol=0.03)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finetune.data.loader import Sample
 from finetune.engine.weights.loading import whole_transformer
-from finetune.models.family import Batch
+from finetune.models.batch import Batch
 from finetune.recipe.schema import ObjectiveSettings
 
 COGVIDEOX = pytest.mark.parametrize("model", variants("cogvideox", "cogvideox_i2v"), ids=variant_id, indirect=True)
@@ -29,7 +29,7 @@ def samples(model: TinyModel, count: int, dtype: torch.dtype = torch.float32, **
         exact = torch.full_like(z, -torch.inf)
         moments = {"mean": z, "logvar": exact, "image_mean": z[:, :1], "image_logvar": exact[:, :1]}
         text = model.text("a ball", dtype)
-        made.append(Sample(moments, text, bucket, 25.0, generator(index), (index, count), **fields))
+        made.append(Sample({"video": moments, "text": text}, bucket, 25.0, generator(index), (index, count), **fields))
     return made
 
 
@@ -113,7 +113,7 @@ def test_a_batch_is_made_of_the_clips_latents(model: TinyModel) -> None:
     pipeline, clips = model.pipeline(), samples(model, 3)
     batch = model.family.batch(clips, model.family.objective(ObjectiveSettings()))
     noisy = unpacked(pipeline, batch.inputs["hidden_states"], model.small)
-    target = unpacked(pipeline, batch.target, model.small)
+    target = unpacked(pipeline, batch.only.target, model.small)
     if model.family.name.startswith("cogvideox"):
         alpha = pipeline.scheduler.alphas_cumprod[batch.inputs["timestep"]].float().view(-1, 1, 1, 1, 1)
         x0 = alpha.sqrt() * noisy - (1 - alpha).sqrt() * target
@@ -129,9 +129,9 @@ def test_a_batch_is_made_of_the_clips_latents(model: TinyModel) -> None:
 def test_the_loss_is_taken_in_float32_whatever_the_models_precision(model: TinyModel) -> None:
     batch = model.family.batch(samples(model, 2, torch.bfloat16), model.family.objective(ObjectiveSettings()))
     assert batch.inputs["hidden_states"].dtype == torch.bfloat16
-    assert batch.target.dtype == batch.weight.dtype == torch.float32
-    output = model.family.predict(whole_transformer(model.family, torch.bfloat16), batch.inputs)
-    assert output.shape == batch.target.shape
+    assert batch.only.target.dtype == batch.only.weight.dtype == torch.float32
+    output = model.family.predict(whole_transformer(model.family, torch.bfloat16), batch.inputs)["video"]
+    assert output.shape == batch.only.target.shape
 
 
 def test_a_batch_is_a_function_of_its_samples_generators(model: TinyModel) -> None:
@@ -154,7 +154,7 @@ def test_all_but_the_given_frame_counts(model: TinyModel) -> None:
     """And the given frame's tokens are at timestep 0; a sample whose image is dropped is like text-to-video."""
     with_image, dropped = samples(model, 1)[0], samples(model, 1, image_dropped=True)[0]
     batch = model.family.batch([with_image, dropped], model.family.objective(ObjectiveSettings()))
-    counted = unpacked(model.pipeline(), batch.counted.expand_as(batch.target), model.small)
+    counted = unpacked(model.pipeline(), batch.only.counted.expand_as(batch.only.target), model.small)
     expected = torch.ones_like(counted)
     expected[0, :, 0] = 0
     assert torch.equal(counted, expected)
@@ -162,4 +162,4 @@ def test_all_but_the_given_frame_counts(model: TinyModel) -> None:
     timestep = batch.inputs["timestep"]
     assert torch.equal(timestep == 0, given.bool())
     assert (timestep[1] == timestep[1, 0]).all()
-    assert torch.equal(batch.target[0], batch.target[1])  # the draws do not depend on it
+    assert torch.equal(batch.only.target[0], batch.only.target[1])  # the draws do not depend on it

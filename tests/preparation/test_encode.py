@@ -44,11 +44,11 @@ def test_which_clips_are_held_out_depends_on_content_and_seed_alone(
     for number, video in enumerate(videos):
         shutil.copy(video, renamed / f"{number}{video.suffix}")
         shutil.copy(video.with_suffix(".txt"), renamed / f"{number}.txt")
-    held = {item.video_key for item in prepared("validation.heldout_clips=3").heldout}
+    held = {item.keys["video"] for item in prepared("validation.heldout_clips=3").heldout}
     again = prepared("validation.heldout_clips=3", f"data.path={renamed}")
-    assert {item.video_key for item in again.heldout} == held
+    assert {item.keys["video"] for item in again.heldout} == held
     others = [prepared("validation.heldout_clips=3", f"train.seed={seed}").heldout for seed in range(3)]
-    assert any({item.video_key for item in other} != held for other in others)
+    assert any({item.keys["video"] for item in other} != held for other in others)
 
 
 def test_copies_of_a_clip_are_held_out_together(prepared: Callable[..., Prepared], clips: Path, tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_copies_of_a_clip_are_held_out_together(prepared: Callable[..., Prepared
         shutil.copy(video, doubled / f"copy_{video.name}")
         shutil.copy(video.with_suffix(".txt"), doubled / f"copy_{video.stem}.txt")
     found = prepared("validation.heldout_clips=2", f"data.path={doubled}")
-    assert not {item.video_key for item in found.train} & {item.video_key for item in found.heldout}
-    assert len({item.video_key for item in found.heldout}) == 2
+    assert not {item.keys["video"] for item in found.train} & {item.keys["video"] for item in found.heldout}
+    assert len({item.keys["video"] for item in found.heldout}) == 2
 
 
 def test_at_least_one_clip_is_left_to_train_on(prepared: Callable[..., Prepared]) -> None:
@@ -72,7 +72,7 @@ def test_captions_are_encoded_anew_for_another_pipeline(
 ) -> None:
     """LTX's two forms may have the same text encoder, and do not use it alike."""
     keys = [
-        {item.text_key for item in prepared(f"model.path={tiny_model('ltx', variant)}").train}
+        {item.keys["text"] for item in prepared(f"model.path={tiny_model('ltx', variant)}").train}
         for variant in ("0.9.0", "0.9.7")
     ]
     assert not keys[0] & keys[1]
