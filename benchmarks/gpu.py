@@ -160,7 +160,9 @@ def step_flops(family: CogVideoX, batch: Batch, recipe: Recipe, method: str) -> 
             lora.add(transformer, family, recipe.lora, seed=0)
         inputs = batch.to(torch.device("meta")).inputs
         with FlopCounterMode(display=False) as counter:
-            family.predict(transformer, {**inputs, "hidden_states": inputs["hidden_states"].float()}).sum().backward()
+            family.predict(transformer, {**inputs, "hidden_states": inputs["hidden_states"].float()})[
+                "video"
+            ].sum().backward()
     return counter.get_total_flops()
 
 

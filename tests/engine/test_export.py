@@ -37,7 +37,7 @@ def all_weights(job: Job) -> dict[str, Tensor]:
 @torch.no_grad()
 def prediction(job: Job, transformer: torch.nn.Module) -> Tensor:
     """The transformer's output for a batch that was not trained on."""
-    return job.state.family.predict(transformer.eval(), job.micro_batches()[17].inputs)
+    return job.state.family.predict(transformer.eval(), job.micro_batches()[17].inputs)["video"]
 
 
 # LoRA

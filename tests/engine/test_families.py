@@ -100,7 +100,7 @@ def test_going_on_from_a_checkpoint_is_the_same_as_not_having_stopped(
 @torch.no_grad()
 def prediction(job: Job, transformer: nn.Module, step: int = 7) -> Tensor:
     """The transformer's output for a batch that was not trained on."""
-    return job.state.family.predict(transformer.eval(), job.micro_batches()[step].inputs)
+    return job.state.family.predict(transformer.eval(), job.micro_batches()[step].inputs)["video"]
 
 
 def exported(job: Job, folder: Path) -> nn.Module:

@@ -62,7 +62,7 @@ def test_the_batches_are_bit_for_bit_those_of_one_process(
                 for share in spread
             ],
         )
-        assert torch.equal(torch.cat([part.target for part in parts]), whole.target)
+        assert torch.equal(torch.cat([part.only.target for part in parts]), whole.only.target)
         assert torch.equal(torch.cat([part.weight for part in parts]), whole.weight)
         for name, value in whole.inputs.items():
             if isinstance(value, Tensor):

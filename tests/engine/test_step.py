@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_changes_no_parameter(build_job: BuildJob, val
     steps(job, 2)
     before, rate, optimizer = trained_weights(job), job.state.schedule.get_last_lr(), optimizer_state(job)
     batches = batches_of(job, 2)
-    batches[micro_step].target[0, 0, 0] = value
+    batches[micro_step].only.target[0, 0, 0] = value
     result = job.step(2, batches)
     assert not result.updated
     assert not math.isfinite(result.loss)
@@ -114,7 +114,7 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter_though_the_loss_is(b
     job = build_job()
     before = trained_weights(job)
     batches = batches_of(job, 0)
-    batches[0].weight.fill_(1e30)  # the loss still fits float32, the squares of its gradients do not
+    batches[0].only.weight.fill_(1e30)  # the loss still fits float32, the squares of its gradients do not
     result = job.step(0, batches)
     assert math.isfinite(result.loss)
     assert not math.isfinite(result.grad_norm)
@@ -126,7 +126,7 @@ def test_a_refused_step_leaves_no_gradient_behind(build_job: BuildJob) -> None:
     """The next step is the one that an untouched job makes."""
     job, untouched = build_job(), build_job()
     broken = batches_of(job, 0)
-    broken[0].target.fill_(math.inf)
+    broken[0].only.target.fill_(math.inf)
     job.step(0, broken)
     assert steps(job, 2) == steps(untouched, 2)
     assert equal(trained_weights(job), trained_weights(untouched))

@@ -35,7 +35,7 @@ def test_each_sample_of_a_batch_has_standard_normal_noise_of_its_own(family: LTX
     zeros = {"mean": family.mean.expand(16, 3, 16, 16), "logvar": torch.full((16, 3, 16, 16), -30.0)}
     text = {"encoder_hidden_states": torch.zeros(128, 32)}
     samples = [Sample({"video": zeros, "text": text}, Bucket(17, 512, 512), 25.0, generator(i)) for i in range(4)]
-    noise = family.batch(samples, family.objective(ObjectiveSettings())).target.flatten(1)
+    noise = family.batch(samples, family.objective(ObjectiveSettings())).only.target.flatten(1)
     torch.testing.assert_close(torch.corrcoef(noise), torch.eye(4), rtol=0, atol=0.05)
     torch.testing.assert_close(noise.std(1), torch.ones(4), rtol=0, atol=0.02)
 

@@ -95,7 +95,7 @@ def test_the_trained_transformer_is_the_pipelines_in_outputs_and_gradients(model
     inputs = model.family.inputs(latents, torch.tensor([0.1, 0.5, 0.9]), texts, {}, [])
     outputs = []
     for transformer in (ours, theirs):
-        outputs.append(model.family.predict(transformer, inputs))
+        outputs.append(model.family.predict(transformer, inputs)["video"])
         outputs[-1].square().sum().backward()
     assert_close(*outputs, "output")
     parameters = zip(ours.named_parameters(), theirs.parameters(), strict=True)

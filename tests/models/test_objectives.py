@@ -138,15 +138,15 @@ def test_a_batch_is_a_function_of_its_samples_generators(model: TinyModel) -> No
     objective = model.family.objective(ObjectiveSettings())
     first, second = (model.family.batch(samples(model, 2), objective) for _ in range(2))
     other = model.family.batch(samples(model, 3)[1:], objective)
-    assert torch.equal(first.target, second.target)
+    assert torch.equal(first.only.target, second.only.target)
     assert torch.equal(first.inputs["hidden_states"], second.inputs["hidden_states"])
-    assert torch.equal(first.target[1], other.target[0])  # whatever else is in the batch
-    assert not torch.equal(first.target[0], first.target[1])
+    assert torch.equal(first.only.target[1], other.only.target[0])  # whatever else is in the batch
+    assert not torch.equal(first.only.target[0], first.only.target[1])
 
 
 @pytest.mark.parametrize("model", [each for each in VARIANTS if each[0] != "ltx_i2v"], ids=variant_id, indirect=True)
 def test_everything_counts_where_no_frame_is_given(model: TinyModel) -> None:
-    assert model.family.batch(samples(model, 2), model.family.objective(ObjectiveSettings())).counted is None
+    assert model.family.batch(samples(model, 2), model.family.objective(ObjectiveSettings())).only.counted is None
 
 
 @LTX_I2V

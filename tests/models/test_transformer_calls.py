@@ -56,7 +56,7 @@ def test_the_prediction_is_the_pipelines(model: TinyModel, dtype: torch.dtype) -
     )  # laid out in memory as the pipeline's is, which decides the last bits of a product
     model.family.adapt_transformer(transformer)
     with torch.no_grad():
-        prediction = model.family.predict(transformer, ours)
+        prediction = model.family.predict(transformer, ours)["video"]
     exact = model.family.name != "mochi"  # it has an attention processor of our own
     tolerance = 0 if exact else 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(prediction, call.output, rtol=0, atol=tolerance)
@@ -70,7 +70,7 @@ def test_a_batch_of_different_clips_is_the_same_as_each_alone(model: TinyModel) 
         for index, (caption, fps) in enumerate(zip(captions, rates, strict=True))
     ]
     with torch.no_grad():
-        prediction = model.family.predict(model.pipeline().transformer, training_inputs(model, *clips))
+        prediction = model.family.predict(model.pipeline().transformer, training_inputs(model, *clips))["video"]
     torch.testing.assert_close(prediction, torch.cat([clip.call.output for clip in clips]), rtol=0, atol=1e-5)
 
 
@@ -113,5 +113,5 @@ def test_without_its_image_ltx_is_text_to_video(model: TinyModel) -> None:
         assert_equal(ours[name], theirs[name], name)
     with torch.no_grad():
         inputs = training_inputs(model, clip)
-        prediction = model.family.predict(model.pipeline().transformer, inputs)
+        prediction = model.family.predict(model.pipeline().transformer, inputs)["video"]
     torch.testing.assert_close(prediction, clip.call.output, rtol=0, atol=1e-6)
