@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from finetune.checks.settings import is_set
 from finetune.data.images import missing_image
 from finetune.models import FAMILIES, family_class, lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.schema import is_set
 from finetune.runtime.errors import Problem, UserError
 
 

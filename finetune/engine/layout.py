@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import nn
 
+from finetune.recipe.rules import streams
 from finetune.recipe.schema import Memory
 from finetune.runtime.distributed import Runtime
 
@@ -30,11 +31,6 @@ class Layout:
     why: str
 
 
-def streams(memory: Memory, method: str, world_size: int) -> bool:
-    """Whether offloaded weights are frozen and whole on each rank, so that its blocks take turns on the device."""
-    return memory.offload and method == "lora" and (world_size == 1 or memory.layout == "replicate")
-
-
 def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: Runtime) -> Layout:
     """The recipe's layout, or with "auto" the one that needs least communication and fits.
 
@@ -46,7 +42,7 @@ def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: 
         return Layout(None, False, True, "streamed", _streaming(memory))
     if name == "auto":
         name, why = ("shard", "weights are offloaded") if memory.offload else _automatic(transformer, runtime)
-    offload = "sharded" if memory.offload else "none"
+    offload: Literal["sharded", "none"] = "sharded" if memory.offload else "none"
     if name == "replicate" and method == "full":
         return Layout(1, False, False, offload, f"replicate: {why}")  # groups of one, gradients reduced between them
     size = (memory.shard_size or runtime.local_world_size) if name == "hybrid" else None

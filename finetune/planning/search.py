@@ -11,13 +11,13 @@ from typing import Any
 import tomli_w
 
 from finetune.checks.settings import check_recipe
-from finetune.engine.layout import streams
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.planning.gpus import Hardware
 from finetune.planning.report import GIB, Phase, Plan
 from finetune.planning.simulate import Simulation, largest, simulate, simulate_all
 from finetune.recipe import Bucket, Recipe, recipe_values
+from finetune.recipe.rules import saver_problems, streams
 from finetune.runtime.errors import Problem, UserError
 
 Changes = dict[str, Any]
@@ -159,7 +159,7 @@ def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
         weights = [{"memory.layout": layout, **each} for layout in layouts for each in weights]
     for activations, where in itertools.product(_ACTIVATIONS, weights):
         changes = _PLAIN | activations | where | extra
-        if not check_recipe(_changed(recipe, changes), gpus):
+        if not saver_problems(_changed(recipe, changes), gpus):
             yield changes
 
 

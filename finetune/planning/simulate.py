@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from finetune.data.loader import Sample
 from finetune.engine.generate import Request, generate
-from finetune.engine.layout import streams
 from finetune.engine.precision import DTYPES
 from finetune.engine.step import StepState, run_step
 from finetune.engine.weights.export import gathered
@@ -33,6 +32,7 @@ from finetune.planning.trace import Trace
 from finetune.planning.weightless import WeightlessFolder
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.rules import streams
 from finetune.recipe.schema import Prompt
 from finetune.runtime.logging import quietly
 from finetune.training.job import build_state

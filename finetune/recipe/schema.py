@@ -316,3 +316,10 @@ def free_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> set[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found |= free_keys(field.annotation, f"{prefix}{name}.")
     return found
+
+
+def is_set(recipe: Recipe, key: str) -> bool:
+    """Whether a key, `table.key`, differs from its default."""
+    table, _, name = key.partition(".")
+    settings = getattr(recipe, table)
+    return getattr(settings, name) != type(settings).model_fields[name].default

@@ -114,53 +114,6 @@ def test_a_device_without_float8_is_refused(recipe_file: Path) -> None:
     assert [(problem.where, problem.cure) for problem in found] == [("train.float8", "set it to false")]
 
 
-# The README's table of combinations
-
-SWITCHES = {
-    "checkpointing": ["memory.activation_checkpointing=full"],
-    "zero2, hybrid": ["memory.layout=zero2"],
-    "replicate": [REPLICATE],
-    "offload": [OFFLOAD],
-    "offload_activations": ["memory.offload_activations=true"],
-    "low_bit": ["memory.low_bit=int8"],
-    "8- and 4-bit optimizers": ["optimizer.name=adamw_8bit"],
-    "bf16 weights": ["train.weights=bf16"],
-    "in_backward": ["optimizer.in_backward=true", "train.max_grad_norm=none"],
-    "float8": ["train.float8=true"],
-    "compile": ["memory.compile=true"],
-}
-
-
-def combinations_table(recipe_file: Path) -> list[str]:
-    """Which pairs `check` lets pass, and with which method."""
-    lines = ["| | " + " | ".join(list(SWITCHES)[:-1]) + " |", "|---" * len(SWITCHES) + "|"]
-    for row, one in enumerate(SWITCHES):
-        cells = [cell(recipe_file, SWITCHES[one], SWITCHES[other]) for other in list(SWITCHES)[:row]]
-        if row:
-            lines.append(f"| {one} | " + " | ".join(cells + [""] * (len(SWITCHES) - 1 - row)) + " |")
-    return lines
-
-
-def cell(recipe_file: Path, one: list[str], other: list[str]) -> str:
-    if one[0].partition("=")[0] == other[0].partition("=")[0]:
-        return "one of them"
-    passing = [
-        method
-        for method in ("LoRA", "full")
-        if not [
-            where
-            for where in refused(recipe_file, *one, *other, f"train.method={method.lower()}", *ONE_EACH, world_size=2)
-            if where != "lora"
-        ]
-    ]
-    return {2: "yes", 1: "".join(passing), 0: "no"}[len(passing)]
-
-
-def test_the_readme_says_what_can_be_combined(recipe_file: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert "\n".join(combinations_table(recipe_file)) in readme
-
-
 def test_full_finetuning_freezes_nothing_that_could_be_rounded(recipe_file: Path) -> None:
     assert "memory.low_bit" in refused(recipe_file, "train.method=full", "memory.low_bit=int8")
     assert refused(recipe_file, "memory.low_bit=int8") == []

@@ -1,7 +1,13 @@
 """Every memory saver, and pairs of them: overrides of a recipe, and the plain run that each must equal."""
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
+
+from processes import ROOT
+
+from finetune.recipe import load_recipe
+from finetune.recipe.rules import saver_problems
 
 PLAIN = ["memory.activation_checkpointing=none", "memory.layout=shard"]
 METHODS = {"lora": ["lora.rank=4", "lora.alpha=8"], "full": ["train.method=full", "optimizer.lr=1e-3"]}
@@ -18,7 +24,6 @@ CHANGES = {
     "float8 products": ["train.float8=true"],
     "unclipped": ["train.max_grad_norm=none"],
 }
-OF_LORA, OF_FULL = {"int8", "float8", "nf4"}, {"float8 products", "updates in backward"}
 
 
 @dataclass(frozen=True)
@@ -52,28 +57,31 @@ OFTEN = {
     "hybrid",
     "replicate",
     "offload",
+    "int8",
+    "float8",
+    "nf4",
 }
-OFTEN |= OF_LORA
 
 
+@cache
 def savers(method: str, processes: int) -> list[str]:
-    """Each saver alone, and each pair that `check` lets pass, joined by " + "."""
-    wrong = OF_FULL if method == "lora" else OF_LORA
-    single = [name for name in SAVERS if name not in wrong]
-    if processes % 2:
-        single.remove("hybrid")
-    if processes > 1 or method == "full":
-        single.remove("one block resident")
-    names = single + [" + ".join(pair) for pair in combinations(single, 2) if _goes(*pair, method)]
+    """Each saver alone, and each pair that the rules let pass, joined by " + "."""
+    single = [name for name in SAVERS if _goes(name, method, processes)]
+    pairs = [pair for pair in combinations(single, 2) if not _keys(pair[0]) & _keys(pair[1])]
+    names = single + [" + ".join(pair) for pair in pairs if _goes(" + ".join(pair), method, processes)]
     if processes > 1:
         return names
     return [name for name in names if set(overrides(name)) != set(baseline_overrides(baseline(name)))]
 
 
-def _goes(one: str, other: str, method: str) -> bool:
-    keys = [{override.partition("=")[0] for override in SAVERS[name].overrides} for name in (one, other)]
-    refused = [{"updates in backward", "offload"}] + ([{"replicate", "offload"}] if method == "full" else [])
-    return not keys[0] & keys[1] and {one, other} not in refused
+def _goes(name: str, method: str, processes: int) -> bool:
+    batch = ["train.global_batch_size=2", f"train.micro_batch_size={2 // processes}", f"train.method={method}"]
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.toml", [*batch, *PLAIN, *overrides(name)])
+    return not saver_problems(recipe, processes)
+
+
+def _keys(name: str) -> set[str]:
+    return {override.partition("=")[0] for override in overrides(name)}
 
 
 def overrides(name: str) -> list[str]:

@@ -1,6 +1,9 @@
 """Which settings are tried, and in what order."""
 
-from finetune.planning.search import Candidate, _attempts, _ranked
+from processes import ROOT
+
+from finetune.planning.search import Candidate, _attempts, _ranked, _settings
+from finetune.recipe import load_recipe
 
 GIB = 2**30
 
@@ -26,3 +29,12 @@ def test_tight_settings_are_tried_with_expandable_segments_alone() -> None:
 def test_where_resident_blocks_fill_the_gpu_fewer_are_tried_at_last() -> None:
     *_, last = _attempts(candidate(1, memory=0.97, resident_blocks=20), GIB)
     assert last["memory.resident_blocks"] < 20
+
+
+def test_settings_that_break_a_rule_of_the_savers_are_left_out() -> None:
+    """Offloaded weights are updated in host memory, and not in the backward pass."""
+    recipe = load_recipe(ROOT / "recipes" / "ltx_full.toml", ["train.micro_batch_size=8", "train.global_batch_size=8"])
+    in_backward = {"optimizer.in_backward": True, "train.max_grad_norm": "none"}
+    offloads = [[each["memory.offload"] for each in _settings(recipe, 1, extra)] for extra in ({}, in_backward)]
+    assert set(offloads[0]) == {False, True}
+    assert set(offloads[1]) == {False}
