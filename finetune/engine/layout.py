@@ -37,7 +37,8 @@ def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: 
     Args:
         transformer: with its adapter; what requires gradients is trained.
     """
-    name, why = memory.layout, "as memory.layout says"
+    name: str = memory.layout
+    why = "as memory.layout says"
     if streams(memory, method, runtime.world_size):
         return Layout(None, False, True, "streamed", _streaming(memory))
     if name == "auto":
