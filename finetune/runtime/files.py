@@ -1,5 +1,6 @@
 """Files that are whole or absent, folders that one run holds at a time, and disks that are full."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -8,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.runtime.errors import UserError
+from finetune.runtime.logging import say
+
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock(2) and NFS say of a lock that another process has
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, NFS without its lock service
 
 
 @contextmanager
@@ -56,20 +61,35 @@ class FolderLock:
     """Holds a folder for this process until it ends; two runs in one folder would delete each other's files."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError if another process holds it."""
+        """Lock the folder. On a file system without locks, warn and go on without one.
+
+        Raises:
+            UserError: another process holds the folder, or it cannot be locked for another reason.
+        """
         path = folder / ".lock"
         with writing(path):
             self.file = path.open("a+")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "unknown"
-            raise UserError(
-                f"another run is using this folder (process {holder})",
-                "wait for it or end it, or set `output` to another folder",
-                str(folder),
-            ) from None
+        except OSError as error:
+            if error.errno in HELD:
+                raise self._held(folder) from None
+            if error.errno not in NO_LOCKS:
+                raise UserError(
+                    f"the folder cannot be locked ({error})",
+                    "check its file system, or set `output` to a folder on another one",
+                    str(path),
+                ) from error
+            say(f"warning: {folder} is on a file system without locks ({error.strerror}): start no second run in it")
         self.file.truncate(0)
         self.file.write(f"{os.getpid()} on {socket.gethostname()}")
         self.file.flush()
+
+    def _held(self, folder: Path) -> UserError:
+        self.file.seek(0)
+        holder = self.file.read().strip() or "unknown"
+        return UserError(
+            f"another run is using this folder (process {holder})",
+            "wait for it or end it, or set `output` to another folder",
+            str(folder),
+        )

@@ -1,5 +1,7 @@
 """Files are whole or absent, a folder belongs to one run, and a full disk is said."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -21,14 +23,62 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [path]
 
 
+LOCK = "import sys; from pathlib import Path; from finetune.runtime.files import FolderLock; lock = FolderLock(Path(sys.argv[1]))"
+
+
 def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
-    lock = "import sys; from pathlib import Path; from finetune.runtime.files import FolderLock; FolderLock(Path(sys.argv[1]))"
-    other = [sys.executable, "-c", lock, str(tmp_path)]
+    program = f"{LOCK}; print('locked', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=rf"another run is using this folder \(process {holder.pid} on"):
+            FolderLock(tmp_path)
+        holder.kill()
+    FolderLock(tmp_path)
+
+
+def test_a_process_that_holds_a_folder_refuses_others(tmp_path: Path) -> None:
+    other = [sys.executable, "-c", LOCK, str(tmp_path)]
     held = FolderLock(tmp_path)
     refused = subprocess.run(other, capture_output=True, text=True, timeout=60, check=False)
     assert f"another run is using this folder (process {os.getpid()} on" in refused.stderr
     del held
     assert subprocess.run(other, capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def flock_fails_with(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that cannot be made here."""
+
+    def flock(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_is_refused_means_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    (tmp_path / ".lock").write_text("7 on node3")
+    flock_fails_with(number, monkeypatch)
+    with pytest.raises(UserError, match=r"another run is using this folder \(process 7 on node3\)"):
+        FolderLock(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_about_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    flock_fails_with(number, monkeypatch)
+    FolderLock(tmp_path)
+    assert f"on a file system without locks ({os.strerror(number)})" in capsys.readouterr().err
+    assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} on ")
+
+
+def test_a_lock_that_fails_for_another_reason_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock_fails_with(errno.EIO, monkeypatch)
+    with pytest.raises(UserError, match=r"cannot be locked \(\[Errno 5\] Input/output error\)"):
+        FolderLock(tmp_path)
 
 
 def test_a_device_that_is_full_says_so() -> None:
