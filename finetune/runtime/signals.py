@@ -4,31 +4,49 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
+_Handler = Callable[[int, FrameType | None], object] | int | None  # as signal.getsignal returns them
+
 
 class StopRequest:
-    """Remembers that a stop was asked for. A second SIGINT ends the process at once."""
+    """Remembers that a stop was asked for inside its `with` block, and gives the signals' handlers back at the end of it.
+
+    After the first signal, SIGINT has its default effect: a second Ctrl-C ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, _Handler] = {}
+
+    def __enter__(self) -> "StopRequest":
         for number in POLITE:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            previous = signal.getsignal(number)
+            if previous != signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._previous[number] = previous
                 signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._previous:
+            number, previous = self._previous.popitem()
+            # None is a handler that was not installed from Python, and that Python cannot install again.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
         self.signal = signal.Signals(number)
+        if signal.SIGINT in self._previous:
+            # The default effect needs no Python, which runs no handler while a collective waits for another rank.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def leave_group() -> None:

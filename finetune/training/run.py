@@ -54,8 +54,7 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, forecast: Forecast)
             f"raise train.steps, or write an earlier state with: python -m finetune export --step N ({job.checkpoints.folder})",
             str(recipe.output),
         )
-    stop = StopRequest()
-    with Report(job, done) as report:
+    with StopRequest() as stop, Report(job, done) as report:
         stopped = run(job, done, report, stop, forecast)
         if done < recipe.train.steps:
             forecast.compare(report.memory)
