@@ -1,16 +1,30 @@
 """The loss curve of a run."""
 
-import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import writing
+from finetune.tracking.trackers import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_losses(run: Path) -> Path:
-    """Draw training and held-out loss from `run/metrics.jsonl` to `run/loss.png`; needs matplotlib (extra `plots`)."""
+    """Draw training and held-out loss from `run/metrics.jsonl` to `run/loss.png`; needs matplotlib (extra `plots`).
+
+    Raises:
+        UserError: there are no metrics, no losses in them, or something else; or the figure cannot be written.
+    """
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError("there are no metrics of a run", "give the run's output folder", str(metrics))
+    rows = read_metrics(metrics)
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    heldout = [(row["step"], row["heldout_loss"], row["heldout_zero_loss"]) for row in rows if "heldout_loss" in row]
+    if not losses and not heldout:
+        raise UserError("there is no loss in it yet", "plot the run again once it has made a step", str(metrics))
     try:
         import matplotlib
     except ImportError:
@@ -18,18 +32,9 @@ def plot_losses(run: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    heldout = [(row["step"], row["heldout_loss"], row["heldout_zero_loss"]) for row in rows if "heldout_loss" in row]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    steps, values = zip(*losses, strict=True)
-    axes.plot(steps, values, color="0.75", linewidth=0.8, label="training, each step")
-    window = max(1, len(values) // 30)
-    smooth = [
-        sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
-        for i in range(len(values))
-    ]
-    axes.plot(steps, smooth, color="tab:blue", label=f"training, mean of {window}")
+    if losses:
+        _draw_training(axes, losses)
     if heldout:
         at, loss, zero = zip(*heldout, strict=True)
         axes.plot(at, loss, "o-", color="tab:orange", label="held out")
@@ -38,6 +43,16 @@ def plot_losses(run: Path) -> Path:
     axes.legend()
     axes.grid(alpha=0.3)
     path = run / "loss.png"
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
+
+
+def _draw_training(axes: "Axes", losses: list[tuple[int, Any]]) -> None:
+    """Each step's loss, and its running mean over a thirtieth of the steps."""
+    steps, values = zip(*losses, strict=True)
+    window = max(1, len(values) // 30)
+    recent = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    axes.plot(steps, values, color="0.75", linewidth=0.8, label="training, each step")
+    axes.plot(steps, [sum(each) / len(each) for each in recent], color="tab:blue", label=f"training, mean of {window}")

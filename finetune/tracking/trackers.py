@@ -29,10 +29,11 @@ class JsonLines:
     """metrics.jsonl: one object a line with "step" and the values. A resumed run drops what the killed one wrote ahead."""
 
     def __init__(self, path: Path, first_step: int) -> None:
+        """Raises UserError if a resumed run's file holds something else."""
         # A run without a checkpoint measures step 0 again.
-        kept = [line for line in _complete_lines(path) if first_step and json.loads(line)["step"] <= first_step]
+        kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step and path.exists() else []
         partial = path.with_name(f".partial-{path.name}")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
         partial.replace(path)
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -120,12 +121,29 @@ def open_trackers(settings: Tracking, folder: Path, config: Mapping[str, Any], f
     return trackers
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of a file whose last one may have been cut off by a kill."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, each a dict with "step".
+
+    A last line that a kill has cut short is passed over, and so are zeros, which a crash of the machine can leave in a file.
+
+    Raises:
+        UserError: names the first line that is something else.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        if not (line := line.strip("\0 \r")):
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(
+                f"not a row of metrics: {line[:60]!r}", "remove the line, then try again", f"{path}, line {number}"
+            )
+        rows.append(row)
+    return rows
 
 
 def _missing(package: str) -> UserError:

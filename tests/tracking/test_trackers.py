@@ -33,6 +33,20 @@ def test_a_resumed_run_drops_what_the_killed_one_wrote_ahead(tmp_path: Path) -> 
     assert [row["step"] for row in rows(path)] == [1, 2]
 
 
+def test_a_resumed_run_drops_the_zeros_that_a_crash_has_left(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3}\n\0\0\0\n\0\0{"step": 2, "loss": 0.1}\n\0\0')
+    JsonLines(path, first_step=2).close()
+    assert path.read_text() == '{"step": 1, "loss": 3}\n{"step": 2, "loss": 0.1}\n'
+
+
+def test_a_resumed_run_names_a_line_that_is_no_row_of_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3}\nstep 2\n{"step": 3, "loss": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a row of metrics: 'step 2'"):
+        JsonLines(path, first_step=3)
+
+
 def test_tensorboard_gets_every_value_and_a_resumed_run_replaces_later_steps(tmp_path: Path) -> None:
     for first_step, steps in ((0, range(1, 5)), (2, range(3, 6))):
         trackers = open_trackers(Tracking(trackers=["tensorboard"]), tmp_path, {}, first_step)
