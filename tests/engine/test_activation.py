@@ -106,6 +106,19 @@ def test_a_tensor_that_several_layers_save_leaves_once_and_keeps_its_strides(bui
     assert {record.stride for record in offload.all} == {x.stride()}
 
 
+def test_a_tensor_that_is_changed_in_place_between_two_saves_leaves_twice(build_job: Callable[..., Job]) -> None:
+    offload = Counting(build_job().state.runtime.device, smallest=1)
+    x = torch.randn(8, 16, requires_grad=True)
+    y = x.clone()
+    with offload.saving():
+        before = y.square().sum()
+        y.mul_(2)
+        after = y.square().sum()
+    (before + after).backward()
+    assert offload.count == 2
+    torch.testing.assert_close(x.grad, 2 * x.detach() + 8 * x.detach())  # of x squared, and of 2x squared
+
+
 def test_weights_and_small_tensors_stay_on_the_device(build_job: Callable[..., Job]) -> None:
     offload = Counting(build_job().state.runtime.device, smallest=1000)
     weight = torch.nn.Parameter(torch.randn(64, 64))

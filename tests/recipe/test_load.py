@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe import Bucket, Recipe, load_recipe, write_recipe
-from finetune.recipe.load import differences
-from finetune.recipe.schema import free_keys
+from finetune.recipe.load import differences, recipe_values
+from finetune.recipe.schema import Data, free_keys
 from finetune.runtime.errors import Problem, UserError
 
 MINIMAL = """\
@@ -372,6 +372,23 @@ def test_prompts_may_change_on_resume(written, tmp_path: Path) -> None:
     write_recipe(load_recipe(written(MINIMAL)), tmp_path / "before.toml")
     after = load_recipe(written(MINIMAL + '[[validation.prompts]]\ntext = "a"\n'))
     assert differences(after, load_recipe(tmp_path / "before.toml")) == []
+
+
+class LaterData(Data):
+    cache_format: int = 1
+
+
+class LaterRecipe(Recipe):
+    """A recipe with a key that begins as a free one does: data.cache may change when a run is resumed."""
+
+    data: LaterData
+
+
+def test_a_key_that_only_begins_like_a_free_one_is_not_free(written) -> None:
+    values = recipe_values(load_recipe(written(MINIMAL)))
+    before = LaterRecipe.model_validate(values)
+    after = LaterRecipe.model_validate(values | {"data": values["data"] | {"cache_format": 2}})
+    assert differences(after, before) == ["data.cache_format = 1 there, 2 here"]
 
 
 def test_no_other_key_is_free() -> None:
