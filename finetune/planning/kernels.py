@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.engine.savers.activation import ATTENTION
+
 KIND = "simulated"  # the device's name
 
 # cuBLAS keeps a workspace for a process from its first matrix product on (aten/src/ATen/cuda/CUDABlas.cpp): the default of
@@ -137,3 +139,4 @@ def register() -> None:
     any_operation = torch.library.Library("_", "IMPL")  # Mochi turns autocast off, for every kind of device
     any_operation.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     register.kept = library, any_operation  # they end with their registrations
+    ATTENTION.add(FORWARD.name())  # selective checkpointing keeps its output

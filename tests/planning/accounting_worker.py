@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.checks.model import open_family
+from finetune.engine.savers.activation import ATTENTION
 from finetune.engine.step import run_step
 from finetune.planning.gpus import Hardware
-from finetune.planning.kernels import fused_attention
+from finetune.planning.kernels import FORWARD, fused_attention
 from finetune.planning.simulate import STEPS, example_batch, simulate
 from finetune.planning.trace import Trace
 from finetune.recipe import Recipe, load_recipe
@@ -123,6 +124,7 @@ def main(out: Path, recipe_file: str, cases: dict[str, list[str]]) -> None:
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", fused_attention, "AutogradCPU")
     library.impl("scaled_dot_product_attention", fused_attention, "CPU")
+    ATTENTION.add(FORWARD.name())
     runtime = distributed.start(timeout_seconds=60)
     figures = {name: {"real": real(recipe, runtime)} for name, recipe in recipes.items()}
     distributed.stop()

@@ -12,14 +12,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from finetune.recipe.schema import Memory
 from finetune.runtime.device import Device
 
-_ATTENTION = {
+ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_attention_math",
-    "finetune::fused_attention",  # of the simulated accelerator
 }
+"""Names of the operations that attention ends in. A device with an operation of its own adds its name."""
+
 _GRAPHS = 256
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
@@ -81,7 +82,7 @@ class Keep:
         self.left = {False: budget, True: budget}
 
     def __call__(self, context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-        if operation.name() in _ATTENTION:
+        if operation.name() in ATTENTION:
             size = _bytes(arguments[0], arguments[0].numel())
         elif operation in _MATMULS:
             a, b = arguments[-2:] if operation is not torch.ops.aten.addmm.default else arguments[1:3]
