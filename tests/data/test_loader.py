@@ -41,11 +41,11 @@ def prepared(recipe: Recipe, family: Family, runtime) -> Prepared:
 def open_batches(recipe: Recipe, family: Family, prepared: Prepared):
     """The micro-batches of one rank."""
 
-    def build(layout: BatchSplit, seed: int = 42, dropout: float = recipe.data.caption_dropout) -> MicroBatches:
-        order = Order([item.bucket for item in prepared.train], layout.global_batch, seed)
+    def build(split: BatchSplit, seed: int = 42, dropout: float = recipe.data.caption_dropout) -> MicroBatches:
+        order = Order([item.bucket for item in prepared.train], split.global_batch, seed)
         assemble = partial(family.batch, objective=family.objective(recipe.objective))
         drop = Dropout(dropout, 0.0, prepared.unconditional_key)
-        return MicroBatches(prepared.train, order, layout, prepared.cache, assemble, seed, drop)
+        return MicroBatches(prepared.train, order, split, prepared.cache, assemble, seed, drop)
 
     return build
 
@@ -65,9 +65,9 @@ def step_rows(ranks: Sequence[MicroBatches], step: int) -> list[dict[str, Tensor
     """The samples of a step over all ranks, by their position in the global batch."""
     found = {}
     for batches in ranks:
-        for turn in range(batches.layout.accumulation):
-            batch = batches[step * batches.layout.accumulation + turn]
-            found |= dict(zip(batches.layout.positions(turn), rows(batch), strict=True))
+        for turn in range(batches.split.accumulation):
+            batch = batches[step * batches.split.accumulation + turn]
+            found |= dict(zip(batches.split.positions(turn), rows(batch), strict=True))
     return [found[position] for position in sorted(found)]
 
 
@@ -87,9 +87,9 @@ def test_ranks_together_see_what_one_rank_sees(open_batches, world: int, micro: 
 
 @pytest.mark.parametrize("first", [1, 4, 8])
 def test_starting_at_a_step_is_skipping_those_before_it(open_batches, first: int) -> None:
-    layout = BatchSplit(rank=1, world_size=2, global_batch=4, micro=1)
-    all_steps = list(open_loader(open_batches(layout), 0, STEPS, workers=0, pin_memory=False))
-    resumed = list(open_loader(open_batches(layout), first, STEPS, workers=0, pin_memory=False))
+    split = BatchSplit(rank=1, world_size=2, global_batch=4, micro=1)
+    all_steps = list(open_loader(open_batches(split), 0, STEPS, workers=0, pin_memory=False))
+    resumed = list(open_loader(open_batches(split), first, STEPS, workers=0, pin_memory=False))
     assert len(resumed) == 2 * (STEPS - first)
     for found, expected in zip(resumed, all_steps[2 * first :], strict=True):
         assert all(map(same, rows(found), rows(expected)))

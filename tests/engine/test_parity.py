@@ -51,14 +51,14 @@ def test_the_batches_are_bit_for_bit_those_of_one_process(
 ) -> None:
     """What the ranks take together, in the order of their positions in the global batch."""
     job = build_job(recipe_file=parity_recipe)
-    alone = replace_layout(job, BatchSplit(0, 1, 4, 4))
-    spread = [replace_layout(job, BatchSplit(rank, ranks, 4, micro)) for rank in range(ranks)]
+    alone = replace_split(job, BatchSplit(0, 1, 4, 4))
+    spread = [replace_split(job, BatchSplit(rank, ranks, 4, micro)) for rank in range(ranks)]
     for step in range(4):
         whole, parts = (
             alone[step],
             [
-                share[step * share.layout.accumulation + index]
-                for index in range(spread[0].layout.accumulation)
+                share[step * share.split.accumulation + index]
+                for index in range(spread[0].split.accumulation)
                 for share in spread
             ],
         )
@@ -69,9 +69,9 @@ def test_the_batches_are_bit_for_bit_those_of_one_process(
                 assert torch.equal(torch.cat([part.inputs[name] for part in parts]), value), name
 
 
-def replace_layout(job: Job, layout: BatchSplit) -> MicroBatches:
+def replace_split(job: Job, split: BatchSplit) -> MicroBatches:
     batches = job.micro_batches()
-    batches.layout = layout
+    batches.split = split
     return batches
 
 
