@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from processes import ROOT, Finetune, command, figures_of
+from slowest import pytest_terminal_summary  # noqa: F401  pytest finds its hooks here
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
