@@ -10,11 +10,11 @@ from finetune.runtime.device import Device
 from finetune.runtime.errors import Problem
 
 
-def check_recipe(recipe: Recipe, world_size: int) -> list[Problem]:
-    """Combinations of settings that cannot work on `world_size` ranks."""
+def check_recipe(recipe: Recipe, data_ranks: int) -> list[Problem]:
+    """Combinations of settings that cannot work on so many data ranks: one a GPU, as long as none share samples."""
     return [
-        *_batch_problems(recipe, world_size),
-        *saver_problems(recipe, world_size),
+        *_batch_problems(recipe, data_ranks),
+        *saver_problems(recipe, data_ranks),
         *_setting_problems(recipe),
     ]
 
@@ -31,13 +31,13 @@ def check_gpu(recipe: Recipe, name: str, has_float8: bool) -> list[Problem]:
     return []
 
 
-def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
+def _batch_problems(recipe: Recipe, data_ranks: int) -> Iterator[Problem]:
     train = recipe.train
-    share = world_size * train.micro_batch_size
+    share = data_ranks * train.micro_batch_size
     if train.global_batch_size % share:
         nearest = max(1, round(train.global_batch_size / share)) * share
         yield Problem(
-            f"a global batch of {train.global_batch_size} cannot be split over {world_size} rank(s) taking "
+            f"a global batch of {train.global_batch_size} cannot be split over {data_ranks} rank(s) taking "
             f"{train.micro_batch_size} at a time",
             "train.global_batch_size",
             f"set train.global_batch_size = {nearest}",

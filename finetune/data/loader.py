@@ -74,20 +74,22 @@ class Dropout:
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a global batch is spread: each rank takes `micro` samples at a time, `accumulation` times."""
+    """How a global batch is spread: each data rank, number `rank` of `size`, takes `micro` samples at a time, `accumulation`
+    times.
+    """
 
     rank: int
-    world_size: int
+    size: int
     global_batch: int
     micro: int
 
     @property
     def accumulation(self) -> int:
-        return self.global_batch // (self.world_size * self.micro)
+        return self.global_batch // (self.size * self.micro)
 
     def positions(self, micro_step: int) -> range:
         """Positions in the global batch that this rank takes at an accumulation step."""
-        start = (micro_step * self.world_size + self.rank) * self.micro
+        start = (micro_step * self.size + self.rank) * self.micro
         return range(start, start + self.micro)
 
 

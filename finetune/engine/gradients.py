@@ -27,11 +27,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def replicas(tensor: Tensor) -> int:
-    """How many ranks hold the same part of a tensor."""
+    """How many ranks hold the same part of a tensor: its replicas, and the other ranks of their contexts, which its mesh does
+    not name.
+    """
     if not isinstance(tensor, DTensor):
         return 1
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in sizes if placement.is_replicate())
+    parts = math.prod(size for size, placement in sizes if not placement.is_replicate())
+    return dist.get_world_size() // parts
 
 
 def global_norm(norms: Tensor, world_size: int) -> Tensor:

@@ -37,17 +37,18 @@ def heldout_loss(
 ) -> HeldOut:
     """Measure the loss on clips that are not trained on.
 
-    Every clip is seen at sigma(u) for u = 1/2n, 3/2n, ... with noise that depends on the clip's place alone. Ranks
+    Every clip is seen at sigma(u) for u = 1/2n, 3/2n, ... with noise that depends on the clip's place alone. Data ranks
     share the evaluations and make the same number of transformer calls, since a sharded one needs all of them.
     """
     runtime, device = state.runtime, state.runtime.device
-    rank, world = runtime.rank, runtime.world_size
+    data = runtime.data
     evaluations = [(index, (q + 0.5) / quantiles) for index in range(len(items)) for q in range(quantiles)]
-    rounds = -(-len(evaluations) // world)
+    rounds = -(-len(evaluations) // data.size)
     measured: list[tuple[Tensors, Tensors]] = []
     with evaluating(state.transformer):
         for turn in range(rounds):
-            index, u = evaluations[min(turn * world + rank, len(evaluations) - 1)]  # past the end: to keep in step
+            place = min(turn * data.size + data.rank, len(evaluations) - 1)  # past the end: to keep in step
+            index, u = evaluations[place]
             with runtime.together():
                 sample = read_sample(items[index], cache, seeds.generator(state.seed, "heldout", index))
                 batch = state.family.batch([sample], objective, torch.tensor([u]))
@@ -55,8 +56,8 @@ def heldout_loss(
             predictions = state.family.predict(state.transformer, batch.inputs)
             zeros = {name: torch.zeros_like(prediction) for name, prediction in predictions.items()}
             measured.append((batch.losses(predictions), batch.losses(zeros)))
-    gathered = runtime.gather([(_figures(losses), _figures(zeros)) for losses, zeros in measured])
-    in_order = [gathered[i % world][i // world] for i in range(len(evaluations))]
+    gathered = runtime.gather_data([(_figures(losses), _figures(zeros)) for losses, zeros in measured])
+    in_order = [gathered[i % data.size][i // data.size] for i in range(len(evaluations))]
     losses, zeros = zip(*in_order, strict=True)
     return HeldOut(_means(losses), _means(zeros))
 

@@ -17,7 +17,7 @@ class Layout:
     """How a transformer is spread.
 
     Attributes:
-        shard_size: ranks that hold one copy between them; None for all.
+        shard_size: data ranks that hold one copy between them; None for all.
         gathered_until_backward: whether a block's weights stay whole between its forward and backward pass.
         frozen_replicated: whether frozen weights are whole on every rank, outside of FSDP.
         offload: where offloaded weights are: "none", "sharded" (FSDP's), "streamed" (frozen blocks in turns).
@@ -39,14 +39,14 @@ def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: 
     """
     name: str = memory.layout
     why = "as memory.layout says"
-    if streams(memory, method, runtime.world_size):
+    if streams(memory, method, runtime.data.size):
         return Layout(None, False, True, "streamed", _streaming(memory))
     if name == "auto":
         name, why = ("shard", "weights are offloaded") if memory.offload else _automatic(transformer, runtime)
     offload: Literal["sharded", "none"] = "sharded" if memory.offload else "none"
     if name == "replicate" and method == "full":
         return Layout(1, False, False, offload, f"replicate: {why}")  # groups of one, gradients reduced between them
-    size = (memory.shard_size or runtime.local_world_size) if name == "hybrid" else None
+    size = (memory.shard_size or runtime.local_data_size) if name == "hybrid" else None
     return Layout(size, name == "zero2", name == "replicate", offload, f"{name}: {why}")
 
 
@@ -57,7 +57,8 @@ def _streaming(memory: Memory) -> str:
 
 def _automatic(transformer: nn.Module, runtime: Runtime) -> tuple[str, str]:
     """(layout, reason). Trained weights take 16 bytes each (weight, gradient, two moments, all float32)."""
-    if runtime.world_size == 1:
+    ranks, on_host = runtime.data.size, runtime.local_data_size
+    if ranks == 1:
         return "shard", "one process"
     if runtime.device.total_memory is None:
         return "shard", "how much memory a device has is not known"
@@ -66,7 +67,6 @@ def _automatic(transformer: nn.Module, runtime: Runtime) -> tuple[str, str]:
     have = f"{state / 2**30:.1f} GiB of weights and state"
     if state <= room:
         return "replicate", f"{have} fit on every device"
-    hosts = runtime.world_size // runtime.local_world_size
-    if hosts > 1 and state <= room * runtime.local_world_size:
+    if ranks // on_host > 1 and state <= room * on_host:
         return "hybrid", f"{have} fit on the devices of a host; hosts exchange gradients only"
-    return "shard", f"{have} over {runtime.world_size} devices"
+    return "shard", f"{have} over {ranks} devices"

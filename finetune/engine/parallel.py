@@ -14,7 +14,7 @@ from finetune.engine.weights.loading import materialise, move_real
 from finetune.models import lora
 from finetune.models.family import Family
 from finetune.recipe.schema import Lora, Memory, Train
-from finetune.runtime.distributed import Runtime, mesh
+from finetune.runtime.distributed import Runtime, data_mesh, mesh
 from finetune.runtime.logging import say
 
 
@@ -66,7 +66,7 @@ def _shard(transformer: nn.Module, lists: list[nn.ModuleList], layout: Layout, c
     pinned = CPUOffloadPolicy(pin_memory=runtime.device.pins)
     shard = partial(
         fully_shard,
-        mesh=mesh(runtime, layout.shard_size),
+        mesh=data_mesh(mesh(runtime, layout.shard_size)),
         mp_policy=precision.policy(compute),
         offload_policy=pinned if layout.offload == "sharded" else OffloadPolicy(),
     )

@@ -75,7 +75,7 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
         stop: this rank's wish to end the run after this step.
     """
     device = state.runtime.device
-    device.reseed(seeds.derive(state.seed, "device", step, state.runtime.rank))
+    device.reseed(seeds.derive(state.seed, "device", step, state.runtime.data.rank))
     lr = float(state.schedule.get_last_lr()[0])  # torchao's optimizers have it in a tensor on the CPU
     totals = {name: torch.zeros((), device=device.torch_device) for name in micro_batches[0].terms}
     for index, batch in enumerate(micro_batches):
@@ -93,6 +93,7 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
         norm = state.in_backward.norm(state.runtime.world_size)
     else:
         norm = grad_norm(state.parameters, state.max_grad_norm, state.runtime.world_size)
+    # All ranks of a context hold the same loss, so the mean over all ranks is the mean over the data ranks.
     means = [total / state.runtime.world_size for total in totals.values()]
     report = torch.stack([*means, torch.full((), float(stop), device=device.torch_device)])
     if state.runtime.world_size > 1:

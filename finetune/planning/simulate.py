@@ -123,7 +123,7 @@ class Simulation:
         """Build, and take steps of each bucket, which leave what a training of any length has."""
         batches = {bucket: example_batch(self.recipe, self.family, bucket) for bucket in buckets}
         train = self.recipe.train
-        count = train.global_batch_size // (self.hardware.gpus * train.micro_batch_size)
+        count = train.global_batch_size // (self.runtime.data.size * train.micro_batch_size)
         with self._phase("load"):
             state = build_state(self.recipe, self.runtime, self.family, _Zeros(self.family))
             self._follow(state)

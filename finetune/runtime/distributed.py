@@ -10,32 +10,61 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from finetune.runtime.device import Device
-from finetune.runtime.errors import LostPeer, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Place:
+    """A rank's place along a dimension of the mesh: number `rank` of `size`."""
+
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Runtime:
-    """This process among its peers."""
+    """This process among its peers.
+
+    The ranks of one context work on the same samples, and are neighbours: ranks 0 and 1 of 8, if `context_size` is 2. What
+    divides clips, batches or samples asks for `data`. Work that only has to be shared out (inspecting and encoding files)
+    may go by `rank` and `world_size`. Nothing divides the tokens of a sample yet, so `start` makes contexts of one rank.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: Device
-    control: dist.ProcessGroup  # gloo, for host objects
+    control: dist.ProcessGroup | None  # gloo, for host objects; None is the default group
     local_world_size: int = 1  # processes on this host
+    context_size: int = 1  # ranks that share each sample
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data(self) -> Place:
+        """Which share of the data is this rank's. All ranks of a context have the same one."""
+        return Place(self.rank // self.context_size, self.world_size // self.context_size)
+
+    @property
+    def local_data_size(self) -> int:
+        """How many shares of the data this host has."""
+        return self.local_world_size // self.context_size
+
+    @property
+    def context(self) -> Place:
+        """This rank's place among those that share its samples."""
+        return Place(self.rank % self.context_size, self.context_size)
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, in rank order, on every rank. Objects are pickled; keep them small."""
@@ -44,6 +73,10 @@ class Runtime:
         values: list = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def gather_data(self, value: T) -> list[T]:
+        """`value` of every share of the data, by data rank, on every rank: of a context its first rank's."""
+        return self.gather(value)[:: self.context_size]
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank."""
@@ -74,11 +107,13 @@ class Runtime:
             yield
         except Exception as caught:
             error = caught
-        report = None if error is None else (isinstance(error, UserError), getattr(error, "problems", repr(error)))
+        report: tuple[bool, Any] | None = None
+        if error is not None:
+            report = isinstance(error, UserError), getattr(error, "problems", repr(error))
         reports = self.gather(report)
         if error is not None and not isinstance(error, UserError):
             raise error
-        problems = []
+        problems: list[Problem] = []
         for rank, report in enumerate(reports):
             if report is None:
                 continue
@@ -117,11 +152,24 @@ def stop() -> None:
 
 
 def mesh(runtime: Runtime, shard_size: int | None = None) -> DeviceMesh:
-    """A mesh over all ranks, on the device's type: ("shard",), or ("replicate", "shard") with groups of `shard_size`."""
-    if shard_size is None:
-        return init_device_mesh(runtime.device.kind, (runtime.world_size,), mesh_dim_names=("shard",))
-    sizes = (runtime.world_size // shard_size, shard_size)
-    return init_device_mesh(runtime.device.kind, sizes, mesh_dim_names=("replicate", "shard"))
+    """The mesh over all ranks, on the device's type. Its dimensions are "replicate", "shard" and "context", in this order.
+
+    "replicate" is there if a `shard_size` is given, and "context" if ranks share samples.
+
+    Args:
+        shard_size: data ranks that hold one copy of the weights between them; None for all.
+    """
+    data = runtime.data.size
+    sizes = {"shard": data} if shard_size is None else {"replicate": data // shard_size, "shard": shard_size}
+    if runtime.context_size > 1:
+        sizes["context"] = runtime.context_size
+    return init_device_mesh(runtime.device.kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def data_mesh(whole: DeviceMesh) -> DeviceMesh:
+    """The part of a mesh that weights are sharded and replicated over: this rank's ("replicate", "shard"), or ("shard",)."""
+    names = whole.mesh_dim_names or ()
+    return whole["replicate", "shard"] if "replicate" in names else whole["shard"]
 
 
 def describe(runtime: Runtime) -> str:

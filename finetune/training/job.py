@@ -161,7 +161,7 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         objective=family.objective(recipe.objective),
         prepared=prepared,
         order=Order([item.bucket for item in prepared.train], train.global_batch_size, train.seed),
-        split=BatchSplit(runtime.rank, runtime.world_size, train.global_batch_size, train.micro_batch_size),
+        split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
         checkpoints=open_checkpoints(recipe, runtime),
     )
 

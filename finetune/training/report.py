@@ -40,7 +40,7 @@ class Report:
             start = f"resuming after step {self.done}" if self.done else "starting"
             say(
                 f"{start}: {recipe.train.steps} steps, {job.order.steps_per_epoch} an epoch; global batch "
-                f"{job.split.global_batch} = {job.split.world_size} ranks x {job.split.micro} samples x "
+                f"{job.split.global_batch} = {job.split.size} ranks x {job.split.micro} samples x "
                 f"{job.split.accumulation} accumulation; {trained:,} trained parameters"
             )
         with job.state.runtime.together():

@@ -31,7 +31,7 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
     The same call resumes: it starts after the newest complete checkpoint in the output folder.
     """
     with runtime.together():
-        if problems := check_recipe(recipe, runtime.world_size) + check_device(recipe, runtime.device):
+        if problems := check_recipe(recipe, runtime.data.size) + check_device(recipe, runtime.device):
             raise UserError.of(problems)
         check_output(recipe)
         family = open_family(recipe)

@@ -1,4 +1,4 @@
-"""Validation samples: the recipe's prompts as videos of the model in training, spread over the ranks."""
+"""Validation samples: the recipe's prompts as videos of the model in training, spread over the data ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,14 +39,15 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
         return None
     recipe, runtime = job.recipe, job.state.runtime
     folder = samples_folder(job, step)
-    mine = wanted[runtime.rank :: runtime.world_size]
+    mine = wanted[runtime.data.rank :: runtime.data.size]
     made: list[tuple[str, Path, np.ndarray]] = []
 
     def write(turn: int, frames: np.ndarray) -> None:
         index, prompt, seed = mine[turn]
         path = folder / f"{index:02d}_seed{seed}.mp4"
-        with writing(folder):
-            write_video(frames, path, prompt.prompt.fps)
+        if runtime.context.rank == 0:  # all ranks of a context have the same frames
+            with writing(folder):
+                write_video(frames, path, prompt.prompt.fps)
         made.append((f"{prompt.prompt.text}  (seed {seed})", path, strip(frames)))
 
     with runtime.together():
@@ -57,8 +58,8 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
     runtime.device.reset_peak()  # what is reported of a step is the step's
     if not whole:
         return None
-    shares = runtime.gather(made)
-    in_order = [shares[i % runtime.world_size][i // runtime.world_size] for i in range(len(wanted))]
+    shares = runtime.gather_data(made)
+    in_order = [shares[i % runtime.data.size][i // runtime.data.size] for i in range(len(wanted))]
     sheet = folder / SHEET
     with runtime.together(), writing(folder):
         if runtime.is_main:

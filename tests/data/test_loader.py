@@ -18,7 +18,7 @@ from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import Recipe
 
 STEPS = 9  # more than two epochs
-WHOLE = BatchSplit(rank=0, world_size=1, global_batch=4, micro=4)
+WHOLE = BatchSplit(rank=0, size=1, global_batch=4, micro=4)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_ranks_together_see_what_one_rank_sees(open_batches, world: int, micro: 
 
 @pytest.mark.parametrize("first", [1, 4, 8])
 def test_starting_at_a_step_is_skipping_those_before_it(open_batches, first: int) -> None:
-    split = BatchSplit(rank=1, world_size=2, global_batch=4, micro=1)
+    split = BatchSplit(rank=1, size=2, global_batch=4, micro=1)
     all_steps = list(open_loader(open_batches(split), 0, STEPS, workers=0, pin_memory=False))
     resumed = list(open_loader(open_batches(split), first, STEPS, workers=0, pin_memory=False))
     assert len(resumed) == 2 * (STEPS - first)
@@ -97,7 +97,7 @@ def test_starting_at_a_step_is_skipping_those_before_it(open_batches, first: int
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_load_what_the_process_itself_would(open_batches, workers: int) -> None:
-    batches = open_batches(BatchSplit(rank=0, world_size=2, global_batch=4, micro=2))
+    batches = open_batches(BatchSplit(rank=0, size=2, global_batch=4, micro=2))
     loaded = list(open_loader(batches, 2, STEPS, workers=workers, pin_memory=False))
     assert len(loaded) == STEPS - 2
     for step, found in enumerate(loaded, start=2):
