@@ -1,4 +1,4 @@
-"""What one forward pass takes, and how it travels from a loader process to the step."""
+"""The batch of one forward pass: its inputs, its loss terms, and its transfer from a loader worker to the device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the loss: what the model should have answered, and how much of it counts.
+    """One term of the loss: a target, the weight of each sample, and the elements that count.
 
     Attributes:
-        target: float32, shaped like the model's output of the same name.
-        weight: loss weight per sample, float32 (B,).
-        counted: which elements of the target the loss counts, float32 0 or 1, broadcastable to it; None counts all.
+        target: float32, in the shape of the model's output of the same name.
+        weight: loss weight of each sample, float32 (B,).
+        counted: mask of the elements that enter the loss, float32 0 or 1, broadcastable to `target`; None counts all.
     """
 
     target: Tensor
@@ -29,7 +29,11 @@ class Term:
     counted: Tensor | None = None
 
     def losses(self, prediction: Tensor) -> Tensor:
-        """Weighted mean squared error per sample over what is counted, float32 (B,)."""
+        """Weighted mean squared error of each sample over its counted elements, float32 (B,).
+
+        Args:
+            prediction: in the shape of `target`, of any floating-point dtype.
+        """
         errors = (prediction.float() - self.target).square()
         if self.counted is None:
             return self.weight * errors.flatten(1).mean(1)
@@ -39,11 +43,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass takes.
+    """The inputs of one forward pass and the terms of its loss.
 
     Attributes:
         inputs: the transformer's keyword arguments; tensors have the batch first, in the dtype the model expects.
-        terms: the terms of the loss by name; `Family.predict` answers with the same names.
+        terms: loss terms by name; `Family.predict` returns an output under each of these names.
     """
 
     inputs: dict[str, Any]
@@ -51,29 +55,31 @@ class Batch:
 
     @property
     def only(self) -> Term:
-        """The term of a batch that has one. Raises ValueError if it has several."""
+        """The only loss term of this batch. Raises ValueError if there are several."""
         (term,) = self.terms.values()
         return term
 
     def losses(self, predictions: Mapping[str, Tensor]) -> Tensors:
-        """Loss per sample of each term, float32 (B,) each, in the order of `terms`."""
+        """Losses of each sample by term, float32 (B,) each, in the order of `terms`."""
         return {name: term.losses(predictions[name]) for name, term in self.terms.items()}
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; copies overlap with computation if its memory is pinned."""
+        """Copy the batch to a device. The copies overlap with computation if the batch is in page-locked memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The loader's hook: page-locked copies, for asynchronous transfer."""
+        """Copy the batch to page-locked memory, for asynchronous transfer. torch's data loader calls this method."""
         return self._map(Tensor.pin_memory)
 
     def contiguous(self) -> Batch:
-        """Every tensor laid out in order: how a tensor lies in memory decides the last bits of a sum over it."""
+        """Make every tensor contiguous, because the memory layout of a tensor decides the last bits of a sum over it."""
         return self._map(Tensor.contiguous)
 
     def __reduce__(self) -> tuple:
-        """Sent to another process by value: torch's own way takes a file descriptor and shared memory for each tensor,
-        which costs the receiver half a millisecond and of which containers have little.
+        """Pickle tensors by value.
+
+        torch's default shares each tensor through a file descriptor and shared memory. That costs the receiver half a
+        millisecond per tensor, and containers have little shared memory.
         """
         return _unpickle, tree_map_only(Tensor, _Bytes.of, (self.inputs, self.terms))
 
@@ -91,7 +97,7 @@ register_pytree_node(
 
 @dataclass(frozen=True)
 class _Bytes:
-    """A contiguous CPU tensor as numpy carries it (numpy has no bfloat16)."""
+    """The bytes of a contiguous CPU tensor with its dtype and shape, since numpy has no bfloat16."""
 
     data: np.ndarray
     dtype: torch.dtype
@@ -102,7 +108,8 @@ class _Bytes:
         return cls(tensor.flatten().view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
 
     def tensor(self) -> Tensor:
-        return torch.from_numpy(self.data).clone().view(self.dtype).view(self.shape)  # torch aligns its own memory
+        # Cloned, because pickled bytes need not be aligned, and torch aligns its own memory.
+        return torch.from_numpy(self.data).clone().view(self.dtype).view(self.shape)
 
 
 def _unpickle(*parts: Any) -> Batch:

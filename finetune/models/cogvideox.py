@@ -1,9 +1,9 @@
 """CogVideoX (Yang et al. 2024): 2b, 5b and 1.5-5B text-to-video, 5b-I2V and 1.5-5B-I2V image-to-video.
 
-Training inverts diffusers' pipelines: v-prediction on CogVideoX's own schedule at integer timesteps, latents
-(B, F, C, H, W) scaled by one factor, T5 embeddings of 226 tokens without a mask. 1.5 takes latent frames in pairs: an
-odd count gets a copy of its first frame in front, which the pipeline drops after denoising. Image-to-video concatenates
-the first frame's latents, zero-padded in time, to the channels.
+Training follows diffusers' pipelines in reverse: v-prediction on CogVideoX's own schedule at integer timesteps, latents
+(B, F, C, H, W) scaled by one factor, T5 embeddings of 226 tokens without a mask. Version 1.5 takes latent frames in
+pairs: if their number is odd, a copy of the first frame is put in front, which the pipeline drops after denoising.
+Image-to-video concatenates the first frame's latents, zero-padded in time, to the channels.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class CogVideoX(Family):
     transformer_class = "CogVideoXTransformer3DModel"
     text_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
     variants = ("5b", "2b", "1.5-5B")
-    _PAIRED = ("1.5-5B", "1.5-5B-I2V")
+    _FRAMES_IN_PAIRS = ("1.5-5B", "1.5-5B-I2V")
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
@@ -45,7 +45,7 @@ class CogVideoX(Family):
         self.spatial = 2 ** (len(vae["block_out_channels"]) - 1)
         self.temporal = int(vae["temporal_compression_ratio"])
         self.scaling_factor = vae["scaling_factor"]
-        self.inverted = vae.get("invert_scale_latents", False)  # of condition images alone
+        self.inverted = vae.get("invert_scale_latents", False)  # applies to condition images only
         self.patch = self.config["patch_size"]
         self.patch_t = self.config.get("patch_size_t") or 1
 
@@ -54,10 +54,8 @@ class CogVideoX(Family):
         return frames + frames % self.patch_t, height, width
 
     def bucket_problem(self, bucket: Bucket) -> str | None:
-        frames, side = (
-            2 * self.temporal,
-            self.spatial * self.patch,
-        )  # an even number of latent frames decodes to too many
+        # The number of latent frames must be odd: an even number of them is decoded to too many frames.
+        frames, side = 2 * self.temporal, self.spatial * self.patch
         largest = self.config["sample_height"] * self.spatial, self.config["sample_width"] * self.spatial
         nearest = nearest_bucket(bucket, frames, side)
         needs = f"{frames}k + 1 frames and sides that {side} divides"
@@ -87,7 +85,7 @@ class CogVideoX(Family):
         return z * self.scaling_factor
 
     def pad_front(self, latents: Tensor) -> Tensor:
-        """1.5's even number of latent frames: (C, F, H, W) with the first frame repeated if F is odd."""
+        """Repeat the first frame of latents (C, F, H, W) if F is odd and version 1.5 needs an even number."""
         return torch.cat([latents[:, : latents.shape[1] % self.patch_t], latents], 1)
 
     def objective(self, settings: ObjectiveSettings) -> VPrediction:
@@ -105,7 +103,7 @@ class CogVideoX(Family):
         }
 
     def rope(self, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """RoPE tables (cos, sin), each float32 (tokens, head size), as the pipeline prepares them for latent sizes."""
+        """RoPE tables (cos, sin) for latents of a size, each float32 (tokens, head size), as the pipeline prepares them."""
         grid = height // self.patch, width // self.patch
         base = self.config["sample_height"] // self.patch, self.config["sample_width"] // self.patch
         head = self.config["attention_head_dim"]
@@ -128,9 +126,9 @@ class CogVideoX(Family):
             norm_num_groups=4,
             sample_height=96,
             sample_width=160,
-            invert_scale_latents=cls.takes_image and variant in cls._PAIRED,
+            invert_scale_latents=cls.takes_image and variant in cls._FRAMES_IN_PAIRS,
         )
-        vae.encoder.conv_out.conv.bias.data[8:] = -10  # log-variances: a trained VAE's posterior is narrow
+        vae.encoder.conv_out.conv.bias.data[8:] = -10  # low log-variances: trained posteriors are narrow
         tiny.scale_latents(vae, frames=17, size=64)
         transformer = CogVideoXTransformer3DModel(
             num_attention_heads=4,
@@ -156,12 +154,12 @@ class CogVideoX(Family):
 
     @classmethod
     def _variant(cls, name: str) -> dict[str, Any]:
-        """What a checkpoint's transformer differs in from CogVideoX-2b's."""
+        """Arguments of the tiny transformer that depend on the checkpoint."""
         shape = {"sample_height": 8, "sample_width": 12, "sample_frames": 17}
         if name == "2b":
             return {**shape, "use_rotary_positional_embeddings": False}
         rotary = {"use_rotary_positional_embeddings": True}
-        if name in cls._PAIRED:
+        if name in cls._FRAMES_IN_PAIRS:
             pairs = {
                 "sample_height": 16,
                 "sample_width": 16,
@@ -197,7 +195,7 @@ class CogVideoXImageToVideo(CogVideoX):
         if sample.image_dropped:
             z = torch.zeros_like(z)
         image = z * (1 / self.scaling_factor if self.inverted else self.scaling_factor)
-        return {"image": pad(image, (0, 0, 0, 0, 0, x0.shape[1] - 1))}  # 1.5 has it on the frame that it pads with
+        return {"image": pad(image, (0, 0, 0, 0, 0, x0.shape[1] - 1))}  # in 1.5, frame 0 is the repeated one
 
     def inputs(
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
@@ -211,7 +209,10 @@ class CogVideoXImageToVideo(CogVideoX):
 
 
 def noise_of(image: Tensor) -> Tensor:
-    """exp(N(-3, 0.5)) N(0, 1), like a float32 image in [-1, 1]; seeded by the image's own content."""
+    """Noise exp(N(-3, 0.5)) N(0, 1) in the shape of a float32 image in [-1, 1], seeded by the image's content.
+
+    As in diffusers' train_cogvideox_image_to_video_lora.py.
+    """
     content = hashlib.blake2b(image.cpu().numpy().tobytes(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(content))
     strength = torch.exp(-3 + 0.5 * torch.randn((), generator=generator))

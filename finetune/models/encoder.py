@@ -1,4 +1,4 @@
-"""How a kind of cached item is made of a clip: from which of its sources, by which components of the model."""
+"""How one kind of cached item is encoded: from which sources of a clip, and by which components of the model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ Encode = Callable[..., Tensors]
 
 @dataclass(frozen=True)
 class Encoder:
-    """One kind of cached item, as a family lists it.
+    """The encoder of one kind of cached item. `Family.encoders` lists those of a model.
 
     Attributes:
-        kind: its name in the cache, in `Item.keys` and in `Sample.encoded`: "video", "text", ...
-        sources: names of what it reads of a clip, in the order in which `encode` takes them: "video", "caption", or a
+        kind: name of the kind in the cache, in `Item.keys` and in `Sample.encoded`: "video", "text", ...
+        sources: names of the clip's sources that `encode` takes, in the order of its arguments: "video", "caption", or a
             column of the manifest that holds files ("audio", "mask", "control", "image").
-        variant: JSON value that tells apart encodings of the same components, part of every key.
-        fingerprint: JSON values that the output depends on besides the sources, given a function that hashes a file:
-            the contents of the components, and settings.
-        load: loads the components to a device; returns `encode`, which takes the sources' contents (uint8 frames
+        variant: JSON value in every cache key that tells apart different encodings by the same components.
+        fingerprint: takes a function that hashes a file, and returns JSON values of everything that the output depends on
+            besides the sources: the contents of the components, and settings.
+        load: loads the components onto a device and returns `encode`. This takes the content of each source (uint8 frames
             (F, H, W, 3) of a video, the text of a caption, the path of any other file) and returns tensors without a batch
             dimension.
     """

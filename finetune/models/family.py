@@ -1,8 +1,8 @@
-"""The contract of a model family: everything a model needs to be trained, and nothing about how.
+"""The contract of a model family: everything that differs from model to model in training.
 
 A family is one file that reads like the model's paper: encode, noise, predict, target. The engine, the data path and
-the commands know families only through this class. What most of diffusers' video pipelines share is done here; what
-follows from a model's own configs is the family's.
+the commands know families only through this class. It implements what most of diffusers' video pipelines have in
+common; subclasses implement what depends on a model's own configs.
 """
 
 from abc import ABC, abstractmethod
@@ -27,11 +27,11 @@ from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import UserError
 
-MAIN = "video"  # the loss term of families that have one
+MAIN = "video"  # name of the loss term in families that have only one
 
 
 class SampleLike(Protocol):
-    """What a family is given of one clip; see `finetune.data.loader.Sample`."""
+    """One sample as a family sees it. `finetune.data.loader.Sample` implements it and documents its fields."""
 
     @property
     def encoded(self) -> Mapping[str, Tensors]: ...
@@ -52,34 +52,32 @@ class SampleLike(Protocol):
 
 
 class Family(ABC):
-    """A model family, opened on one checkpoint. Only configs and a few small tensors are read at construction.
+    """A model family, opened on one checkpoint. The constructor reads only configs and a few small tensors.
 
-    A family sets `spatial` and `temporal`, its VAE's compression, and where they differ from 1 `patch` and `patch_t`, the
-    latent pixels and frames of a video token.
+    Subclasses set `spatial` and `temporal`, the compression factors of the VAE. They also set `patch` and `patch_t`, the
+    latent pixels per side and the latent frames of a video token, where these differ from 1.
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]  # what people call it
-    pipeline_classes: ClassVar[tuple[str, ...]]  # of the folders it is trained from; the first generates with it
+    title: ClassVar[str]  # the model's name in messages
+    pipeline_classes: ClassVar[tuple[str, ...]]  # whose folders it accepts; the first one generates samples
     transformer_class: ClassVar[str]  # the diffusers class of the transformer
     components: ClassVar[tuple[str, ...]] = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
-    # text tensors by the transformer's argument -> the pipeline's argument; its negative prompt's has "negative_" before it
+    # The transformer's argument -> the pipeline's, for each text tensor. Those of negative prompts have the prefix "negative_".
     text_arguments: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
         "encoder_attention_mask": "prompt_attention_mask",
     }
-    read_when_opened: ClassVar[tuple[str, ...]] = ()  # files besides configs
-    variants: ClassVar[tuple[str, ...]] = ()  # checkpoints that differ in more than size; `tiny` makes the first
-    takes_image: ClassVar[bool] = False  # whether the pipeline is given a condition image
-    takes_true_guidance: ClassVar[bool] = False  # whether it has classifier-free guidance beside an embedded one
-    moments: ClassVar[tuple[str, ...]] = ("mean", "logvar")  # what is cached of a clip
-    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled and sharded by the block
-    depth_keys: ClassVar[tuple[str, ...]] = (
-        "num_layers",
-    )  # the transformer's config says with them how long those are
+    read_when_opened: ClassVar[tuple[str, ...]] = ()  # patterns of files that the constructor needs besides configs
+    variants: ClassVar[tuple[str, ...]] = ()  # checkpoints that differ in more than size; `tiny` builds the first
+    takes_image: ClassVar[bool] = False  # whether the pipeline takes a condition image
+    takes_true_guidance: ClassVar[bool] = False  # whether it takes classifier-free besides embedded guidance
+    moments: ClassVar[tuple[str, ...]] = ("mean", "logvar")  # names of the tensors cached of a video
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled, sharded per block
+    depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)  # the config's keys of those lists' lengths
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    high_precision: ClassVar[str] = "norm"  # layers of a block that are never quantised: a regular expression
+    high_precision: ClassVar[str] = "norm"  # regular expression of layers in a block that are never quantised
     spatial: int
     temporal: int
     patch: int = 1
@@ -96,20 +94,20 @@ class Family(ABC):
     # Shapes
 
     def vae_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """Latent frames, height and width that the VAE makes of a bucket."""
+        """(frames, height, width) of the latents that the VAE makes of a bucket."""
         return (bucket.frames - 1) // self.temporal + 1, bucket.height // self.spatial, bucket.width // self.spatial
 
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """Latent frames, height and width that the transformer is given for a bucket."""
+        """(frames, height, width) of the latents that the transformer takes for a bucket."""
         return self.vae_shape(bucket)
 
     def tokens(self, bucket: Bucket) -> int:
-        """Number of video tokens the transformer attends over."""
+        """Number of video tokens that the transformer attends over for a bucket."""
         frames, height, width = self.latent_shape(bucket)
         return frames // self.patch_t * (height // self.patch) * (width // self.patch)
 
     def bucket_problem(self, bucket: Bucket) -> str | None:
-        """Why the model cannot be trained at a shape, naming the nearest one that works; None if it can."""
+        """Why the model cannot be trained at a bucket, with the nearest bucket that works; None if it can."""
         frames, side = self.temporal, self.spatial * self.patch
         nearest = nearest_bucket(bucket, frames, side)
         if nearest == bucket:
@@ -117,7 +115,7 @@ class Family(ABC):
         return f"{self.title} needs {frames}k + 1 frames and sides that {side} divides; the nearest is {nearest}"
 
     def unused_keys(self) -> dict[str, str]:
-        """Keys of a recipe that have no effect with this checkpoint -> why."""
+        """Recipe keys that have no effect with this checkpoint, each with the reason."""
         keys = {"objective.guidance": f"{self.title} takes no guidance embedding"}
         if not self.takes_image:
             keys["data.image_dropout"] = keys["vae.image_noise"] = f"{self.title} takes no condition image"
@@ -126,7 +124,7 @@ class Family(ABC):
     # Encoding
 
     def encoders(self, dtype: torch.dtype, settings: Vae) -> tuple[Encoder, ...]:
-        """What is cached of a clip, a kind each, in the order in which it is encoded.
+        """The encoders of a clip, one for each kind of cached item, in the order in which they run.
 
         Args:
             dtype: compute precision of the encoders.
@@ -134,9 +132,8 @@ class Family(ABC):
         text = partial(self.text_encoder, dtype=dtype)
         video = partial(self.video_encoder, dtype=dtype, settings=settings)
         return (
-            Encoder(
-                "text", ("caption",), self.pipeline_class, self._text_fingerprint, text
-            ),  # whose encode_prompt it is
+            # The pipeline's class is part of the key, because pipelines differ in `encode_prompt`.
+            Encoder("text", ("caption",), self.pipeline_class, self._text_fingerprint, text),
             Encoder("video", ("video",), self.moments, partial(self._video_fingerprint, settings), video),
         )
 
@@ -147,7 +144,7 @@ class Family(ABC):
         return [[self.folder.fingerprint("vae", file_hash), settings.tiling, settings.image_noise]]
 
     def text_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensors]:
-        """Load the text encoders; returns caption -> tensors without a batch dimension, as the model is given them."""
+        """Load the text encoders. Returns a function from a caption to the transformer's text tensors, without batch dimension."""
         pipeline = self.pipeline(**{name: self._text_component(name, device, dtype) for name in self.text_components})
 
         @torch.no_grad()
@@ -157,12 +154,15 @@ class Family(ABC):
         return encode
 
     def encode_text(self, pipeline: diffusers.DiffusionPipeline, caption: str, device: torch.device) -> Tensors:
-        """One caption through the pipeline's own `encode_prompt`, by the names of the transformer's arguments."""
+        """Encode one caption with the pipeline's `encode_prompt`: tensors (1, ...) by the names of the transformer's arguments."""
         embeds, mask, _, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def video_encoder(self, device: torch.device, dtype: torch.dtype, settings: Vae) -> Callable[[np.ndarray], Tensors]:
-        """Load the VAE; returns uint8 frames (F, H, W, 3) -> moments: mean and logvar, each (C, F', H', W')."""
+        """Load the VAE. Returns a function from uint8 frames (F, H, W, 3) to the posterior's moments, each (C, F', H', W').
+
+        That function raises UserError if tiling gives latents of a wrong shape.
+        """
         vae = self.load_vae(dtype, settings.tiling).to(device)
 
         @torch.no_grad()
@@ -181,24 +181,24 @@ class Family(ABC):
         return encode
 
     def encode_video(self, vae: nn.Module, video: Tensor, settings: Vae) -> Tensors:
-        """Moments of a video, float32 (1, 3, F, H, W) in [-1, 1]."""
+        """The posterior's mean and logvar, each (C, F', H', W'), of a video, float32 (1, 3, F, H, W) in [-1, 1]."""
         posterior = vae.encode(video.to(vae.dtype)).latent_dist
         return {"mean": posterior.mean[0], "logvar": posterior.logvar[0]}
 
     def latents(self, moments: Tensors, generator: torch.Generator) -> Tensor:
-        """A posterior sample in the transformer's normalisation, float32 (C, F', H', W')."""
+        """A sample of the posterior, normalised for the transformer: float32 (C, F', H', W')."""
         return self.normalise(posterior_sample(moments["mean"], moments["logvar"], generator))
 
     @abstractmethod
     def normalise(self, z: Tensor) -> Tensor:
-        """VAE latents (C, F', H', W') in the transformer's normalisation: the inverse of what the pipeline decodes."""
+        """Normalise VAE latents (C, F', H', W') for the transformer: the inverse of what the pipeline does before decoding."""
 
     # Loading
 
     def build_transformer(self, dtype: torch.dtype) -> nn.Module:
-        """The transformer with its parameters on the meta device, and its buffers computed, on the CPU.
+        """Build the transformer with its parameters on the meta device and its buffers on the CPU.
 
-        Buffers that are not saved (position embeddings, frequencies) exist nowhere else.
+        Buffers are computed, because weight files do not contain the non-persistent ones (position embeddings, frequencies).
         """
 
         def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -215,12 +215,12 @@ class Family(ABC):
             hook.remove()
         kept, saved = set(transformer._keep_in_fp32_modules or ()), transformer.state_dict().keys()
         for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers()):
-            if name in saved:  # as `from_pretrained` does: other buffers stay as they were computed
+            if name in saved:  # as `from_pretrained` does; non-persistent buffers keep their dtype
                 tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
         return self.adapt_transformer(transformer)
 
     def adapt_transformer(self, transformer: nn.Module) -> nn.Module:
-        """diffusers' module, changed in place where training needs it; as it is by default."""
+        """Change diffusers' module in place where training needs it, and return it. By default nothing is changed."""
         return transformer
 
     def transformer_weights(self) -> Weights:
@@ -228,18 +228,18 @@ class Family(ABC):
         return self.folder.weights("transformer")
 
     def empty_transformer(self) -> nn.Module:
-        """The transformer without weights, on the meta device."""
+        """The transformer on the meta device, without weights."""
         return self.build_transformer(torch.float32).to("meta")
 
     def load_vae(self, dtype: torch.dtype, tiling: bool) -> nn.Module:
-        """The VAE, on the CPU; it works in overlapping tiles on request."""
+        """Load the VAE onto the CPU. With `tiling` it encodes and decodes in overlapping tiles."""
         vae = self.folder.load("vae", getattr(diffusers, self.folder.class_name("vae")), dtype)
         if tiling:
             vae.enable_tiling()
         return vae
 
     def load_scheduler(self) -> Any:
-        """The sampler that the checkpoint was saved with."""
+        """The diffusers scheduler that the checkpoint was saved with, for sampling."""
         return getattr(diffusers, self.folder.class_name("scheduler")).from_config(self.folder.config("scheduler"))
 
     def pipeline(self, **components: Any) -> diffusers.DiffusionPipeline:
@@ -250,7 +250,7 @@ class Family(ABC):
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
-        """What the checkpoint's model_index.json sets of the pipeline besides its components."""
+        """The options that the checkpoint's model_index.json sets for the pipeline, without its components."""
         cls, index = getattr(diffusers, self.pipeline_class), self.folder.index
         _, optional = cls._get_signature_keys(cls)
         return {name: index[name] for name in optional if name in index and not isinstance(index[name], list)}
@@ -270,16 +270,16 @@ class Family(ABC):
     # Training
 
     def objective(self, settings: ObjectiveSettings) -> Objective:
-        """The training objective for a recipe's [objective]."""
+        """The training objective, with the settings in the recipe's [objective]."""
         return FlowMatching(settings, recipe_shift(settings, self.folder.config("scheduler")))
 
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
-        """What the model is given of a sample besides noised latents and text: images, controls, guidance.
+        """The transformer's further inputs for one sample, besides noised latents and text: images, controls, guidance.
 
         Args:
-            x0: the sample's latents (C, F', H', W').
+            x0: the sample's clean latents, float32 (C, F', H', W').
         Returns:
-            tensors without a batch dimension; `inputs` and `counted` get them stacked.
+            tensors without a batch dimension; `inputs` and `counted` take them stacked.
         """
         return {}
 
@@ -294,18 +294,18 @@ class Family(ABC):
         return target
 
     def counted(self, condition: Tensors, target: Tensor) -> Tensor | None:
-        """Which elements of a target the loss counts; see `Term`."""
+        """The mask of the target's elements that enter the loss; see `Term.counted`."""
         return None
 
     def predict(self, transformer: nn.Module, inputs: dict[str, Any]) -> Tensors:
-        """The model's outputs for a batch's inputs, by the names of the batch's terms."""
+        """The transformer's outputs for `Batch.inputs`, by the names of the batch's loss terms."""
         return {MAIN: transformer(**inputs, return_dict=False)[0]}
 
     def batch(self, samples: Sequence[SampleLike], objective: Objective, u: Tensor | None = None) -> Batch:
-        """Draw posterior, noise and noise level of samples of one bucket, and assemble the model's inputs.
+        """Make a batch of samples of one bucket: draw latents, noise and a noise level for each, and assemble the inputs.
 
         Args:
-            u: where on the distribution of noise levels each sample lies, float32 (B,) in (0, 1); drawn if None.
+            u: each sample's quantile of the distribution of noise levels, float32 (B,) in (0, 1); random if None.
         """
         x0, noise, drawn, conditions = [], [], [], []
         for sample in samples:
@@ -327,7 +327,7 @@ class Family(ABC):
         return Batch(inputs, {MAIN: term}).contiguous()
 
     def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
-        """What the cache holds of a clip, by kind, all zeros: shapes and dtypes are what is asked for."""
+        """Zeros in the shapes and dtypes of the tensors that are cached of a clip, by kind."""
         channels, shape = self.folder.config("vae")["latent_channels"], self.vae_shape(bucket)
         moments = {}
         for name in self.moments:
@@ -337,12 +337,12 @@ class Family(ABC):
 
     @abstractmethod
     def example_text(self, dtype: torch.dtype) -> Tensors:
-        """What `encode_text` makes of a caption, in zeros and without a batch dimension, from the configs alone."""
+        """Zeros in the shapes and dtypes of an encoded caption, without a batch dimension, derived from configs alone."""
 
     # Generating
 
     def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
-        """Arguments of the pipeline's call that depend on the family."""
+        """Arguments of the pipeline's call for a prompt that depend on the family."""
         return {} if prompt.guidance is None else {"guidance_scale": prompt.guidance}
 
     def prompt_problem(self, prompt: Prompt) -> str | None:
@@ -358,7 +358,7 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def tiny(cls, path: Path, seed: int = 0, variant: str | None = None) -> None:
-        """Save a complete random-weight pipeline of a few MB, real tokenizer and VAE included, at `path`.
+        """Save a complete pipeline with random weights at `path`: a few MB, with a real tokenizer and VAE.
 
         Args:
             variant: one of `variants`; the first if None.
@@ -366,13 +366,13 @@ class Family(ABC):
 
 
 def posterior_sample(mean: Tensor, logvar: Tensor, generator: torch.Generator) -> Tensor:
-    """A sample of the VAE's posterior, float32."""
+    """Draw mean + exp(logvar / 2) noise from the VAE's posterior: float32, in the shape of `mean`."""
     mean, logvar = mean.float(), logvar.float()
     return mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
 
 
 def nearest_bucket(bucket: Bucket, frames: int, side: int) -> Bucket:
-    """The nearest shape with `frames` k + 1 frames and sides that `side` divides."""
+    """The nearest bucket with k x `frames` + 1 frames and with sides that are multiples of `side` pixels."""
     return Bucket(
         round((bucket.frames - 1) / frames) * frames + 1,
         max(1, round(bucket.height / side)) * side,

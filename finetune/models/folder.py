@@ -13,18 +13,14 @@ from finetune.models.weights import Weights
 from finetune.runtime.errors import Problem, UserError
 
 INDEX = "model_index.json"
-_NOT_NEEDED = [
-    "*.bin",
-    "*.msgpack",
-    "*.bf16.*",
-    "*.fp16.*",
-    "*.bf16-*",
-    "*.fp16-*",
-]  # other formats, and copies in half
+_NOT_DOWNLOADED = ["*.bin", "*.msgpack", "*.bf16.*", "*.fp16.*", "*.bf16-*", "*.fp16-*"]  # other formats and precisions
 
 
 class ModelFolder:
-    """A diffusers folder: `model_index.json` and one sub-folder a component."""
+    """A folder saved by diffusers: `model_index.json`, and one sub-folder for each component.
+
+    Its methods raise UserError if a JSON file is missing or damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +40,7 @@ class ModelFolder:
         return _json(self.path / component / name)
 
     def weight_files(self, component: str) -> list[Path]:
-        """The component's weight files, by its index if it is sharded. Raises UserError if there are none."""
+        """Paths of the component's weight files; its index lists them if it is sharded. Raises UserError if there are none."""
         folder = self.path / component
         for stem in ("diffusion_pytorch_model", "model"):
             shards = folder / f"{stem}.safetensors.index.json"
@@ -58,7 +54,7 @@ class ModelFolder:
         raise UserError("there are no safetensors weights in it", "download the component again", str(folder))
 
     def problems(self, components: Sequence[str]) -> list[Problem]:
-        """What is missing or cut off, found from headers alone."""
+        """What is missing or damaged in components. Of weight files, only the headers are read."""
         found = []
         for component in components:
             if component not in self.index:
@@ -82,15 +78,15 @@ class ModelFolder:
         return found
 
     def weights(self, component: str) -> Weights:
-        """The component's tensors, to be read by the slice."""
+        """Open the component's tensors for reading in slices. Raises UserError if a file is damaged."""
         return Weights(self.weight_files(component))
 
     def load(self, component: str, cls: Any, dtype: torch.dtype) -> nn.Module:
-        """A component with its weights, on the CPU; `cls` is its diffusers or transformers class."""
+        """Load a component with its weights onto the CPU. `cls` is its class in diffusers or transformers."""
         return cls.from_pretrained(self.path / component, dtype=dtype)
 
     def tensor(self, component: str, name: str) -> Tensor:
-        """One tensor of a component's weights, read by itself."""
+        """Read one tensor of a component's weights. Raises UserError if there is no such tensor."""
         for file in self.weight_files(component):
             with safe_open(file, "pt") as weights:
                 if name in weights.keys():  # noqa: SIM118 - not a dict
@@ -100,7 +96,7 @@ class ModelFolder:
         )
 
     def fingerprint(self, component: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """What a component's output depends on: its config and the content of its files."""
+        """JSON values that a component's output depends on: its config, and the hashes of its files."""
         if component.startswith("tokenizer"):
             files = sorted(file for file in (self.path / component).iterdir() if file.is_file())
             return [[file.name, file_hash(file)] for file in files]
@@ -113,8 +109,12 @@ class ModelFolder:
 
 
 def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
-    """The local folder of a pipeline: the folder itself, or the Hub's, fetched into its cache (files that match only).
+    """The local folder of a pipeline. A pipeline on the Hub is downloaded into the Hub's cache first.
 
+    Args:
+        path: a folder, or an id on the Hub.
+        revision: branch, tag or commit on the Hub.
+        patterns: which files to download from the Hub, besides the index.
     Raises:
         UserError: neither a folder nor reachable on the Hub.
     """
@@ -131,7 +131,7 @@ def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
 
     try:
         wanted = [INDEX, *patterns]
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_NEEDED))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_DOWNLOADED))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -1,8 +1,9 @@
 """HunyuanVideo (Kong et al. 2024), text-to-video.
 
-Training inverts diffusers' HunyuanVideoPipeline: flow matching on VAE latents times one factor; text from a Llama within
-a prompt template, and from CLIP, pooled; the checkpoint is distilled, so the model is told a guidance scale. Image-to-
-video would add its image's tokens in `encode_text` and its first frame in `condition`.
+Training follows diffusers' HunyuanVideoPipeline in reverse: flow matching on VAE latents that are scaled by one factor.
+The text is encoded by Llama, inside a prompt template, and by CLIP, pooled. The checkpoint is guidance-distilled, so the
+model takes a guidance scale as an input. Image-to-video would add the image's tokens in `encode_text` and the first
+frame in `condition`.
 """
 
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ class HunyuanVideo(Family):
         return {
             "hidden_states": noisy.to(dtype),
             "timestep": level * 1000,
-            "guidance": condition["guidance"].to(dtype) * 1000.0,  # rounded as the pipeline does
+            "guidance": condition["guidance"].to(dtype) * 1000.0,  # rounded before the product, as in the pipeline
             **text,
         }
 
@@ -108,7 +109,7 @@ class HunyuanVideo(Family):
             layers_per_block=1,
             norm_num_groups=4,
         )
-        vae.quant_conv.bias.data[4:] = -10  # log-variances: a trained VAE's posterior is narrow
+        vae.quant_conv.bias.data[4:] = -10  # low log-variances, as a trained VAE's posterior is narrow
         tiny.scale_latents(vae, frames=17, size=64)
         transformer = HunyuanVideoTransformer3DModel(
             in_channels=4,

@@ -17,7 +17,7 @@ ADAPTER = "default"
 
 
 def target_pattern(family: Family, targets: list[str]) -> str:
-    """A regular expression for peft, anchored to the block lists.
+    """A regular expression for peft that matches target layers inside the blocks only.
 
     Plain suffixes would also match layers outside the blocks, in text refiners and poolers.
     """
@@ -27,7 +27,7 @@ def target_pattern(family: Family, targets: list[str]) -> str:
 
 
 def check_targets(transformer: nn.Module, family: Family, targets: list[str]) -> None:
-    """Raise UserError for a target that names no linear layer of the blocks; a transformer on meta will do."""
+    """Raise UserError for a target that names no linear layer of the blocks. The transformer may be on the meta device."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(re.fullmatch(target_pattern(family, [target]), name) for name in linear):
@@ -39,7 +39,7 @@ def check_targets(transformer: nn.Module, family: Family, targets: list[str]) ->
 
 
 def add(transformer: nn.Module, family: Family, settings: Lora, seed: int) -> None:
-    """Add an adapter in place; its initial weights depend on the seed alone.
+    """Add a LoRA adapter in place. Its initial weights depend only on the seed.
 
     Raises:
         UserError: a target matches no linear layer of the blocks.
@@ -51,15 +51,16 @@ def add(transformer: nn.Module, family: Family, settings: Lora, seed: int) -> No
         lora_dropout=settings.dropout,
         target_modules=target_pattern(family, settings.targets),
     )
-    with torch.random.fork_rng(devices=[]), _standing_in(transformer):
+    with torch.random.fork_rng(devices=[]), _with_real_weights(transformer):
         torch.manual_seed(seeds.derive(seed, "lora"))
         transformer.add_adapter(config, ADAPTER)
 
 
 @contextmanager
-def _standing_in(transformer: nn.Module) -> Iterator[None]:
-    """Give linear layers on meta a weight of one element, seen in every place: peft moves an adapter to where its layer
-    is, and what was drawn for it would be lost on meta.
+def _with_real_weights(transformer: nn.Module) -> Iterator[None]:
+    """Inside the block, give linear layers on meta a weight on the CPU: one element, expanded to the weight's shape.
+
+    peft moves an adapter to its layer's device. On meta the adapter's initial values would be lost.
     """
     empty = [m for m in transformer.modules() if isinstance(m, nn.Linear) and m.weight.is_meta]
     weights = [linear.weight for linear in empty]

@@ -1,12 +1,13 @@
 """LTX-Video (HaCohen et al. 2024), 0.9.0 to 0.9.8, text-to-video and image-to-video.
 
-Training inverts diffusers' pipelines: a video becomes normalised VAE latents, packed to one token per latent pixel; the
-transformer is asked for the velocity noise - x0 at timestep 1000 sigma; RoPE is given in seconds and pixels.
+Training follows diffusers' pipelines in reverse: a video becomes normalised VAE latents, packed to one token per latent
+pixel. The transformer predicts the velocity noise - x0 at timestep 1000 sigma. RoPE positions are in seconds and pixels.
 
-There are two forms. 0.9.0 and 0.9.1 generate with LTXPipeline or LTXImageToVideoPipeline. From 0.9.5 on it is
-LTXConditionPipeline, with longer prompts, T5 called with its mask, and positions passed as coordinates: its first latent
-frame is one video frame long and lies at 0 s. An image condition is the clean first latent frame, at timestep 0; the
-condition pipeline by default adds a little noise to it while it samples (`image_cond_noise_scale`), training does not.
+There are two forms of the model. 0.9.0 and 0.9.1 use LTXPipeline or LTXImageToVideoPipeline. Versions from 0.9.5 on use
+LTXConditionPipeline, which takes longer prompts, calls T5 with its mask, and passes positions as coordinates: there the
+first latent frame lies at 0 s and covers one video frame. An image condition is the clean first latent frame, at
+timestep 0. By default the condition pipeline adds a little noise to it while it samples (`image_cond_noise_scale`);
+training does not.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class LTXVideo(Family):
     pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
     transformer_class = "LTXVideoTransformer3DModel"
     variants = ("0.9.0", "0.9.7")
-    read_when_opened = ("vae/*",)  # statistics of the latents are among its weights
+    read_when_opened = ("vae/*",)  # its weights include the latents' mean and deviation
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
@@ -49,7 +50,8 @@ class LTXVideo(Family):
         self.scaling_factor = vae["scaling_factor"]
         self.mean = folder.tensor("vae", "latents_mean").float().view(-1, 1, 1, 1)
         self.std = folder.tensor("vae", "latents_std").float().view(-1, 1, 1, 1)
-        # Folders of 0.9.5 and 0.9.6 do not name the condition pipeline, but no longer shift by resolution.
+        # Folders of 0.9.5 and 0.9.6 do not name the condition pipeline. They are recognised by their scheduler, which no longer
+        # shifts by resolution.
         by_resolution = folder.config("scheduler").get("use_dynamic_shifting", False)
         self.by_coordinates = folder.pipeline_class == "LTXConditionPipeline" or not by_resolution
 
@@ -72,9 +74,9 @@ class LTXVideo(Family):
         timestep = level * 1000
         inputs = {"hidden_states": pack(noisy).to(text["encoder_hidden_states"].dtype), **text}
         if self.by_coordinates:
-            seconds = torch.tensor([1.0 / sample.fps for sample in samples])  # of a video frame
+            seconds = torch.tensor([1.0 / sample.fps for sample in samples])  # per video frame
             return inputs | {"timestep": timestep[:, None], "video_coords": self.coordinates(noisy.shape[2:], seconds)}
-        seconds = torch.tensor([self.temporal / sample.fps for sample in samples])  # of a latent frame
+        seconds = torch.tensor([self.temporal / sample.fps for sample in samples])  # per latent frame
         return inputs | {
             "timestep": timestep,
             "num_frames": frames,
@@ -84,9 +86,13 @@ class LTXVideo(Family):
         }
 
     def coordinates(self, shape: Sequence[int], seconds: Tensor) -> Tensor:
-        """Seconds and pixels at which each token begins, float32 (B, 3, tokens), for seconds a video frame (B,).
+        """The seconds and pixels at which each token begins, float32 (B, 3, tokens).
 
-        As LTXConditionPipeline._scale_video_ids: the first latent frame holds one video frame, the others `temporal`.
+        As in LTXConditionPipeline._scale_video_ids, the first latent frame covers one video frame, the others `temporal`.
+
+        Args:
+            shape: latent (frames, height, width).
+            seconds: duration of a video frame of each sample, float32 (B,).
         """
         frames, height, width = (torch.arange(size) for size in shape)
         frames = (frames * self.temporal + 1 - self.temporal).clamp(min=0)
@@ -100,7 +106,7 @@ class LTXVideo(Family):
 
     def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
         arguments = super().sampling_arguments(prompt) | {"frame_rate": prompt.fps}
-        if self.folder.config("vae").get("timestep_conditioning", False):  # from 0.9.1; values of the model's card
+        if self.folder.config("vae").get("timestep_conditioning", False):  # from 0.9.1 on; values of the model card
             arguments |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
         return arguments
 
@@ -116,9 +122,9 @@ class LTXVideo(Family):
             decoder_block_out_channels=(32, 32, 32, 32) if by_coordinates else (16, 32, 32, 32),
             layers_per_block=(1, 1, 1, 1, 1),
             decoder_layers_per_block=(1, 1, 1, 1, 1),
-            timestep_conditioning=by_coordinates,  # from 0.9.1
+            timestep_conditioning=by_coordinates,  # from 0.9.1 on
         )
-        vae.encoder.conv_out.conv.bias.data[-1] = -10  # the log-variance channel: a trained VAE's posterior is narrow
+        vae.encoder.conv_out.conv.bias.data[-1] = -10  # low log-variance, as a trained VAE's posterior is narrow
         tiny.normalise_latents(vae, frames=17, size=64)
         transformer = LTXVideoTransformer3DModel(
             in_channels=16,
@@ -165,5 +171,5 @@ class LTXImageToVideo(LTXVideo):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, F, H, W) -> (B, F H W, C): one token a latent pixel (the released models' patch size is 1)."""
+    """(B, C, F, H, W) -> (B, F H W, C): one token per latent pixel, since the released models' patch size is 1."""
     return latents.flatten(2).transpose(1, 2)

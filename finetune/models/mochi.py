@@ -1,7 +1,7 @@
 """Mochi 1 (Genmo 2024), text-to-video.
 
-Training inverts diffusers' MochiPipeline. Its time runs from noise to data: the transformer is told 1000 (1 - sigma) and
-asked for x0 - noise.
+Training follows diffusers' MochiPipeline in reverse. Mochi's time runs from noise to data: the transformer takes the
+timestep 1000 (1 - sigma) and predicts x0 - noise.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Mochi(Family):
     title = "Mochi"
     pipeline_classes = ("MochiPipeline",)
     transformer_class = "MochiTransformer3DModel"
-    spatial, temporal, patch = 8, 6, 2  # the pipeline has them fixed
+    spatial, temporal, patch = 8, 6, 2  # constants in the pipeline
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
@@ -68,7 +68,7 @@ class Mochi(Family):
             latents_std=(1.0,) * 12,
         )
         vae.encoder.norm_out.norm_layer.bias.data.fill_(2.0)
-        vae.encoder.proj_out.weight.data[12:] = -0.2  # log-variances of about -10: a trained VAE's posterior is narrow
+        vae.encoder.proj_out.weight.data[12:] = -0.2  # log-variances of about -10: trained posteriors are narrow
         z = tiny.latents(vae, frames=19, size=64)
         mean, std = z.mean((0, 2, 3, 4)).tolist(), z.std((0, 2, 3, 4)).tolist()
         vae.register_to_config(latents_mean=mean, latents_std=std)
@@ -89,9 +89,9 @@ class Mochi(Family):
 class MaskedAttention:
     """Mochi's joint attention with padded text tokens masked out, for the whole batch at once.
 
-    diffusers' own processor picks each sample's valid tokens with `nonzero`, which waits for the device once a sample
-    and block, and whose shape depends on the data. The values are the same: a masked key takes no part, and what a
-    padded token would have seen is zero.
+    diffusers' own processor selects each sample's valid tokens with `nonzero`. That synchronises with the device for every
+    sample and block, and its shapes depend on the data. The values here are the same: masked keys get no attention, and
+    the attention output of padded tokens is zero.
     """
 
     def __call__(
@@ -125,6 +125,6 @@ class MaskedAttention:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs, computed in float32; x (B, V, heads, head size)."""
+    """Apply RoPE to neighbouring pairs of x (B, V, heads, head size), computed in float32; returns the dtype of x."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)

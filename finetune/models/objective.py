@@ -1,7 +1,7 @@
-"""What a model is trained to predict: flow matching, or v-prediction on a discrete schedule.
+"""Training objectives: flow matching, and v-prediction on a discrete schedule.
 
 An objective maps u, uniform on (0, 1), to a noise level, so that training (u random), held-out loss (u at fixed
-quantiles) and tests use the same functions. A family picks one; a new objective is a class with the same four members.
+quantiles) and tests use the same functions. A family picks one; a new objective is a class with the members of `Objective`.
 """
 
 import math
@@ -19,30 +19,31 @@ Shift = Callable[[Tensor, int], Tensor]  # (sigma, tokens) -> sigma
 
 
 class Objective(Protocol):
-    """How clean latents become what the model sees and what it is asked for."""
+    """How noise levels are distributed, and how clean latents become noised latents and a target."""
 
     settings: ObjectiveSettings
-    default_sampling: ClassVar[str]  # where the recipe names none
+    default_sampling: ClassVar[str]  # distribution of noise levels if the recipe names none
 
     def level(self, u: Tensor, tokens: int) -> Tensor:
-        """Noise levels for u in (0, 1), shaped like it: sigma float32, or timestep int64.
+        """Noise levels in the shape of u: sigma (float32) or timesteps (int64).
 
         Args:
+            u: quantiles of the distribution of noise levels, float32 in (0, 1).
             tokens: number of video tokens, for shifts that depend on the resolution.
         """
 
     def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """(noised latents, target), both float32 like x0 (B, C, F, H, W); level (B,)."""
+        """(noised latents, target) for noise levels (B,), both float32 in the shape of x0 (B, C, F, H, W)."""
 
     def weight(self, level: Tensor) -> Tensor:
-        """Loss weight per sample, float32 (B,)."""
+        """Loss weights for noise levels (B,), float32 (B,)."""
 
 
 @dataclass(frozen=True)
 class FlowMatching:
     """x_sigma = (1 - sigma) x0 + sigma noise, target noise - x0 (Lipman et al. 2022; Esser et al. 2024).
 
-    A level is sigma, float32 in (0, 1). `shift` moves it as the checkpoint's scheduler does at inference.
+    A noise level is sigma, float32 in (0, 1). `shift` maps it as the checkpoint's scheduler does at inference.
     """
 
     settings: ObjectiveSettings
@@ -57,7 +58,7 @@ class FlowMatching:
         return (1 - s) * x0 + s * noise, noise - x0
 
     def weight(self, level: Tensor) -> Tensor:
-        """None, or SD3's sigma^-2 and cosmap (diffusers' training_utils)."""
+        """1, or SD3's weights sigma^-2 ("sigma_sqrt") and "cosmap", as in diffusers' training_utils."""
         if self.settings.weighting == "sigma_sqrt":
             return level**-2.0
         if self.settings.weighting == "cosmap":
@@ -69,8 +70,8 @@ class FlowMatching:
 class VPrediction:
     """v = sqrt(abar) noise - sqrt(1 - abar) x0 at integer timesteps (Salimans & Ho 2022), on CogVideoX's own schedule.
 
-    A level is a timestep, int64. Plain mean squared error on v is what the model was trained with. The scheduler's
-    functions take abar in the dtype of the sample, so they are called in float32.
+    A noise level is a timestep, int64. The loss is not weighted, because the model was trained with the plain mean squared
+    error on v. The scheduler casts abar to the dtype of the sample, so its functions are called with float32 tensors.
     """
 
     settings: ObjectiveSettings
@@ -90,7 +91,7 @@ class VPrediction:
 
 
 def density(u: Tensor, settings: ObjectiveSettings, default: str) -> Tensor:
-    """Quantiles of the recipe's distribution of noise levels on (0, 1) (Esser et al. 2024, section 3.1)."""
+    """The recipe's distribution of noise levels on (0, 1), at its quantiles u (Esser et al. 2024, section 3.1)."""
     name = settings.sigma_sampling or default
     if name == "logit_normal":
         return torch.sigmoid(settings.logit_mean + settings.logit_std * torch.special.ndtri(u))
@@ -100,29 +101,30 @@ def density(u: Tensor, settings: ObjectiveSettings, default: str) -> Tensor:
 
 
 def rescale(level: Tensor, settings: ObjectiveSettings) -> Tensor:
-    """(0, 1) onto (sigma_min, sigma_max): clamping would pile samples up at the ends."""
+    """Map (0, 1) linearly onto (sigma_min, sigma_max). Clamping would pile samples up at the ends."""
     if (settings.sigma_min, settings.sigma_max) == (0.0, 1.0):
         return level
     return settings.sigma_min + (settings.sigma_max - settings.sigma_min) * level
 
 
 def constant_shift(s: float) -> Shift:
-    """sigma' = s sigma / (1 + (s - 1) sigma)."""
+    """The shift sigma' = s sigma / (1 + (s - 1) sigma) (Esser et al. 2024)."""
     return lambda sigma, tokens: s * sigma / (1 + (s - 1) * sigma)
 
 
 def recipe_shift(settings: ObjectiveSettings, scheduler: dict) -> Shift:
-    """The recipe's shift, which may be the scheduler's."""
+    """The shift that the recipe sets: a constant one, or that of the checkpoint's scheduler."""
     return scheduler_shift(scheduler) if settings.shift == "scheduler" else constant_shift(settings.shift)
 
 
 def scheduler_shift(saved: dict[str, Any]) -> Shift:
-    """What FlowMatchEulerDiscreteScheduler does to sigma in `set_timesteps`, from its saved config.
+    """The shift that FlowMatchEulerDiscreteScheduler applies in `set_timesteps`, from its saved config.
 
-    Resolution-dependent ("dynamic") shifting: mu is linear in the number of tokens, s = exp(mu). `shift_terminal`
-    stretches the schedule so that it ends there; its first-step value is taken in the limit of many steps.
+    Resolution-dependent ("dynamic") shifting: mu is linear in the number of tokens, and s = exp(mu). `shift_terminal`
+    stretches the schedule so that its last sigma has this value; before stretching, the last sigma is taken as 0, its
+    limit for many steps.
     """
-    config = FlowMatchEulerDiscreteScheduler.from_config(saved).config  # with its defaults
+    config = FlowMatchEulerDiscreteScheduler.from_config(saved).config  # adds the defaults
     terminal = config.shift_terminal or 0.0
 
     def stretch(shifted: Tensor) -> Tensor:

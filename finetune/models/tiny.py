@@ -36,19 +36,20 @@ CORPUS = (
 
 
 def t5_tokenizer(max_length: int) -> PreTrainedTokenizerBase:
-    """A T5 tokenizer (Unigram, as the original) of the captions' words and characters, weighted by how often they occur."""
+    """A T5 tokenizer (Unigram, like the original) of the words and characters in CORPUS, weighted by their frequency."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *_pieces(CORPUS)]
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=max_length)
 
 
 def llama_tokenizer(template: str) -> PreTrainedTokenizerBase:
-    """A tokenizer with Llama 3's special tokens; the template's words are one token each, so that it leaves room."""
+    """A tokenizer with Llama 3's special tokens. Each word of the template is one token, to leave room for the caption."""
     special = ["<|end_of_text|>", "<unk>", "<|begin_of_text|>", *sorted(set(re.findall(r"<\|\w+\|>", template)))]
     words = re.sub(r"<\|\w+\|>", " ", template)
     vocabulary = [*((token, 0.0) for token in special), *_pieces([*CORPUS, *re.findall(r"\w+|[^\w\s]", words)])]
     tokenizer = Tokenizer(Unigram(vocabulary, unk_id=1))
     tokenizer.pre_tokenizer = Sequence([Punctuation(), WhitespaceSplit(), Metaspace()])
-    # The pipeline cuts 95 tokens off the front, the template's length in Llama 3's tokens; here it has three fewer.
+    # The pipeline drops the first 95 tokens, the template's length in Llama 3's tokens. Here the template is three tokens
+    # shorter, so three more begin-of-text tokens precede it.
     tokenizer.post_processor = TemplateProcessing(
         single="<|begin_of_text|> " * 4 + "$A", special_tokens=[("<|begin_of_text|>", 2)]
     )
@@ -63,7 +64,7 @@ def llama_tokenizer(template: str) -> PreTrainedTokenizerBase:
 
 
 def clip_tokenizer() -> PreTrainedTokenizerBase:
-    """A CLIP tokenizer that knows single bytes alone."""
+    """A CLIP tokenizer whose vocabulary is the single bytes."""
     letters = sorted(bytes_to_unicode().values())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -71,7 +72,7 @@ def clip_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _pieces(captions: Iterable[str]) -> list[tuple[str, float]]:
-    """Words and characters with the logarithm of their share."""
+    """(piece, log of its share) for each word and character of the captions."""
     words = [f"\N{LOWER ONE EIGHTH BLOCK}{word}" for caption in captions for word in caption.split()]
     pieces = Counter(words) + Counter("".join(words))  # counted, not trained: tokenizers' trainer is not deterministic
     total = sum(pieces.values())
@@ -79,7 +80,7 @@ def _pieces(captions: Iterable[str]) -> list[tuple[str, float]]:
 
 
 def llama_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> LlamaModel:
-    """A three-layer Llama: pipelines take the state before the last two layers."""
+    """A Llama of three layers, because the pipeline takes the hidden state before the last two."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -136,14 +137,14 @@ def normalise_latents(vae: nn.Module, frames: int, size: int) -> None:
 
 @torch.no_grad()
 def scale_latents(vae: nn.Module, frames: int, size: int) -> None:
-    """The same for a VAE with a `scaling_factor` alone."""
+    """Set a VAE's `scaling_factor` so that latents have about unit variance, if it is all that the VAE has."""
     z = latents(vae, frames, size)
     vae.register_to_config(scaling_factor=1 / z.square().mean().sqrt().item())
 
 
 @torch.no_grad()
 def latents(vae: nn.Module, frames: int, size: int) -> Tensor:
-    """Latents (8, C, F, H, W) of videos of a few rectangles on plain dark floors."""
+    """Latents (8, C, F, H, W) of videos that show a few rectangles on plain dark floors."""
     floor = torch.rand(8, 3, 1, 1, 1) * 0.4 - 0.9
     shape = torch.rand(8, 3, 1, 1, 1) * 2 - 1
     video = torch.where(torch.rand(8, 1, 3, 4, 4) < 0.15, shape, floor)

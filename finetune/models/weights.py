@@ -1,4 +1,4 @@
-"""A component's weights, read by the slice: a rank takes the rows that it holds, and nothing is read twice."""
+"""A component's weight files, read in slices, so that each rank reads only the rows it holds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +12,10 @@ from finetune.runtime.errors import UserError
 
 
 class Weights:
-    """The tensors of some safetensors files. Opening reads headers alone; what is read is mapped from the file, and is
-    no memory of the process until it is copied.
+    """The tensors of some safetensors files.
+
+    Opening them reads only the headers. Slices are mapped from the file and take no memory of the process until they are
+    copied.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -34,7 +36,10 @@ class Weights:
         return torch.Size(opened.get_slice(name).get_shape())
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor, in the file's dtype; all of it if it has no rows."""
+        """Rows `start` to `stop` - 1 of a tensor, in the file's dtype; a scalar is returned whole.
+
+        Raises UserError if the file cannot be read.
+        """
         file, opened = self._where[name]
         try:
             return opened.get_slice(name)[start:stop] if self.shape(name) else opened.get_tensor(name)
