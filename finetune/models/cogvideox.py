@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from finetune.models import tiny
@@ -36,7 +36,7 @@ class CogVideoX(Family):
     pipeline_classes = ("CogVideoXPipeline",)
     transformer_class = "CogVideoXTransformer3DModel"
     text_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
-    variants = ("5b", "2b", "1.5-5B")
+    variants: ClassVar[tuple[str, ...]] = ("5b", "2b", "1.5-5B")
     _FRAMES_IN_PAIRS = ("1.5-5B", "1.5-5B-I2V")
 
     def __init__(self, folder: ModelFolder) -> None:
@@ -181,7 +181,7 @@ class CogVideoXImageToVideo(CogVideoX):
     takes_image = True
     moments = ("mean", "logvar", "image_mean", "image_logvar")
 
-    def encode_video(self, vae: nn.Module, video: Tensor, settings: Vae) -> Tensors:
+    def encode_video(self, vae: diffusers.ModelMixin, video: Tensor, settings: Vae) -> Tensors:
         image = video[:, :, :1]
         if settings.image_noise:
             image = image + noise_of(image)

@@ -180,7 +180,7 @@ class Family(ABC):
 
         return encode
 
-    def encode_video(self, vae: nn.Module, video: Tensor, settings: Vae) -> Tensors:
+    def encode_video(self, vae: diffusers.ModelMixin, video: Tensor, settings: Vae) -> Tensors:
         """The posterior's mean and logvar, each (C, F', H', W'), of a video, float32 (1, 3, F, H, W) in [-1, 1]."""
         posterior = vae.encode(video.to(vae.dtype)).latent_dist
         return {"mean": posterior.mean[0], "logvar": posterior.logvar[0]}
@@ -205,7 +205,8 @@ class Family(ABC):
             return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
         before = torch.get_default_dtype()
-        hook = register_module_parameter_registration_hook(to_meta)
+        # torch's annotation omits what its documentation says: a hook may return another parameter.
+        hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
         torch.set_default_dtype(dtype)  # as `from_pretrained` does
         try:
             with torch.random.fork_rng(devices=[]):  # small tables are drawn before they are registered
@@ -231,7 +232,7 @@ class Family(ABC):
         """The transformer on the meta device, without weights."""
         return self.build_transformer(torch.float32).to("meta")
 
-    def load_vae(self, dtype: torch.dtype, tiling: bool) -> nn.Module:
+    def load_vae(self, dtype: torch.dtype, tiling: bool) -> diffusers.ModelMixin:
         """Load the VAE onto the CPU. With `tiling` it encodes and decodes in overlapping tiles."""
         vae = self.folder.load("vae", getattr(diffusers, self.folder.class_name("vae")), dtype)
         if tiling:

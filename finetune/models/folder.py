@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.models.weights import Weights
 from finetune.runtime.errors import Problem, UserError
@@ -81,7 +81,7 @@ class ModelFolder:
         """Open the component's tensors for reading in slices. Raises UserError if a file is damaged."""
         return Weights(self.weight_files(component))
 
-    def load(self, component: str, cls: Any, dtype: torch.dtype) -> nn.Module:
+    def load(self, component: str, cls: Any, dtype: torch.dtype) -> Any:
         """Load a component with its weights onto the CPU. `cls` is its class in diffusers or transformers."""
         return cls.from_pretrained(self.path / component, dtype=dtype)
 

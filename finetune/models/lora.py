@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers import ModelMixin
 from peft import LoraConfig
 from torch import nn
 
@@ -38,7 +39,7 @@ def check_targets(transformer: nn.Module, family: Family, targets: list[str]) ->
             )
 
 
-def add(transformer: nn.Module, family: Family, settings: Lora, seed: int) -> None:
+def add(transformer: ModelMixin, family: Family, settings: Lora, seed: int) -> None:
     """Add a LoRA adapter in place. Its initial weights depend only on the seed.
 
     Raises:

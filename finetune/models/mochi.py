@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
+from diffusers.models.attention_processor import MochiAttention
 from torch import Tensor, nn
 
 from finetune.models import tiny
@@ -41,7 +42,7 @@ class Mochi(Family):
         mask = torch.ones(256, dtype=torch.bool)
         return {"encoder_hidden_states": torch.zeros(256, width, dtype=dtype), "encoder_attention_mask": mask}
 
-    def adapt_transformer(self, transformer: nn.Module) -> nn.Module:
+    def adapt_transformer(self, transformer: MochiTransformer3DModel) -> MochiTransformer3DModel:
         for block in transformer.transformer_blocks:
             block.attn1.processor = MaskedAttention()
         return transformer
@@ -96,7 +97,7 @@ class MaskedAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: MochiAttention,
         hidden_states: Tensor,  # (B, V, D) video
         encoder_hidden_states: Tensor,  # (B, T, D') text
         attention_mask: Tensor,  # bool (B, T)

@@ -21,8 +21,11 @@ Shift = Callable[[Tensor, int], Tensor]  # (sigma, tokens) -> sigma
 class Objective(Protocol):
     """How noise levels are distributed, and how clean latents become noised latents and a target."""
 
-    settings: ObjectiveSettings
     default_sampling: ClassVar[str]  # distribution of noise levels if the recipe names none
+
+    @property
+    def settings(self) -> ObjectiveSettings:
+        """The recipe's [objective]."""
 
     def level(self, u: Tensor, tokens: int) -> Tensor:
         """Noise levels in the shape of u: sigma (float32) or timesteps (int64).

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
+from diffusers import ModelMixin
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace, Punctuation, Sequence, WhitespaceSplit
@@ -128,7 +129,7 @@ def t5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel
 
 
 @torch.no_grad()
-def normalise_latents(vae: nn.Module, frames: int, size: int) -> None:
+def normalise_latents(vae: ModelMixin, frames: int, size: int) -> None:
     """Set a VAE's `latents_mean` and `latents_std` buffers so that latents have about unit variance, as real ones do."""
     z = latents(vae, frames, size)
     vae.latents_mean.copy_(z.mean((0, 2, 3, 4)))
@@ -136,14 +137,14 @@ def normalise_latents(vae: nn.Module, frames: int, size: int) -> None:
 
 
 @torch.no_grad()
-def scale_latents(vae: nn.Module, frames: int, size: int) -> None:
+def scale_latents(vae: ModelMixin, frames: int, size: int) -> None:
     """Set a VAE's `scaling_factor` so that latents have about unit variance, if it is all that the VAE has."""
     z = latents(vae, frames, size)
     vae.register_to_config(scaling_factor=1 / z.square().mean().sqrt().item())
 
 
 @torch.no_grad()
-def latents(vae: nn.Module, frames: int, size: int) -> Tensor:
+def latents(vae: ModelMixin, frames: int, size: int) -> Tensor:
     """Latents (8, C, F, H, W) of videos that show a few rectangles on plain dark floors."""
     floor = torch.rand(8, 3, 1, 1, 1) * 0.4 - 0.9
     shape = torch.rand(8, 3, 1, 1, 1) * 2 - 1
