@@ -304,7 +304,7 @@ def main() -> int:
     trainings = [Training(*each) for each in product(models, arguments.methods, arguments.processes)]
     if not trainings:
         parser.error(f"no model's name has {arguments.only!r} in it; they are: {', '.join(map(str, every))}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that checkouts are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that checkouts are removed
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
