@@ -1,1 +1,1 @@
-"""Clips and captions: found, decoded, cached, ordered and loaded. Never imports models: encoders arrive as callables."""
+"""Finds, decodes, caches, orders and loads clips and captions. Imports no models: encoders are passed in as callables."""

@@ -1,4 +1,4 @@
-"""Which shape each clip is trained in."""
+"""Assigns each clip the bucket that it is trained in."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,14 @@ from finetune.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class BucketFit:
-    """A clip's bucket and what is lost to it. `cropped` is the share of the picture outside the bucket."""
+    """A clip's bucket, and what is lost by fitting the clip into it.
+
+    Attributes:
+        fps: frame rate that the clip is trained at.
+        frames_available: number of frames that the clip has at this rate.
+        cropped: share of the picture that lies outside the bucket.
+        enlarged: factor by which the picture is scaled; above 1 it is enlarged.
+    """
 
     bucket: Bucket
     fps: float
@@ -21,12 +28,12 @@ class BucketFit:
 
     @property
     def trimmed(self) -> int:
-        """Frames at the end that are not used."""
+        """Number of frames at the clip's end that are not used."""
         return self.frames_available - self.bucket.frames
 
 
 def fit_to_bucket(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str) -> BucketFit:
-    """The bucket that loses least of a clip: nearest aspect ratio, then most frames, then largest picture not enlarged.
+    """Choose the bucket that loses least of a clip: nearest aspect ratio, then most frames, then largest picture not enlarged.
 
     Args:
         fps: the frame rate to train at; None keeps the clip's own.

@@ -1,7 +1,7 @@
-"""The cache of encoded clips and captions: one safetensors file an item, named by the hash of everything it depends on.
+"""The cache of encoded clips and captions: one safetensors file per item, named by a hash of everything it depends on.
 
-A file appears under its name only when it is complete and on disk (written beside, flushed, renamed), so a run that is
-killed at any moment leaves either the whole item or nothing; two runs may share a cache.
+A file is written under a temporary name, flushed to disk, and only then renamed. So a run that is killed at any moment
+leaves either a whole item or none, and several runs can share a cache.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from torch import Tensor
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 
-FORMAT = 1  # part of every key: a change of meaning starts a new generation of items
+FORMAT = 1  # part of every key; a new number makes all older items invalid
 _STALE_SECONDS = 24 * 3600
 
 
 def digest(*parts: object) -> str:
-    """A hex key of JSON-serialisable parts."""
+    """Hash JSON-serialisable parts to a key of 40 hexadecimal digits."""
     text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
@@ -37,7 +37,7 @@ class Cache:
         self.files = FileFacts(folder / "files.json")
 
     def file_hash(self, path: Path) -> str:
-        """Hash of a file's bytes, from memory if the file has not changed."""
+        """Hash of a file's bytes. It is remembered as long as the file does not change."""
         known = self.files.get(path)
         return known["hash"] if known and "hash" in known else self.files.put(path, hash=content_hash(path))["hash"]
 
@@ -45,7 +45,7 @@ class Cache:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether a whole item is there. A damaged file (a copy cut short, say) is removed and counts as absent."""
+        """Whether the cache has a complete item. A damaged file (such as a truncated copy) is removed and counts as missing."""
         path = self.path(kind, key)
         if not path.exists():
             return False
@@ -58,7 +58,7 @@ class Cache:
         return True
 
     def read(self, kind: str, key: str) -> dict[str, Tensor]:
-        """An item's tensors, on the CPU."""
+        """Read an item's tensors, on the CPU. Raises UserError if the file cannot be read."""
         path = self.path(kind, key)
         try:
             return load_file(path)
@@ -68,24 +68,24 @@ class Cache:
             ) from None
 
     def write(self, kind: str, key: str, tensors: Mapping[str, Tensor], note: str) -> None:
-        """Store an item; `note` says what it was made of, for people who look inside."""
+        """Store an item. `note` says what it was made from, for people who inspect the file."""
         path = self.path(kind, key)
         with atomic(path) as partial:
             save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, {"source": note})
 
     def sweep(self) -> None:
-        """Remove what killed runs left behind: partial files of dead processes of this host, or a day old."""
+        """Remove partial files that killed runs left behind: those of dead processes on this host, or older than a day."""
         host = socket.gethostname()
         for partial in self.folder.rglob(".partial-*"):
             owner, _, pid = partial.name.removeprefix(".partial-").split("~")[0].rpartition("-")
             dead = owner == host and not Path(f"/proc/{pid}").exists()
-            with suppress(FileNotFoundError):  # its writer has just given it its name
+            with suppress(FileNotFoundError):  # its writer has renamed it in the meantime
                 if dead or time.time() - partial.stat().st_mtime > _STALE_SECONDS:
                     partial.unlink()
 
 
 class FileFacts:
-    """What was learnt about files (content hash, video sizes), remembered by path, size and modification time."""
+    """Facts about files (content hash, video size), valid while a file keeps its path, size and modification time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,16 +94,16 @@ class FileFacts:
             try:
                 self.entries = json.loads(path.read_text())
             except (json.JSONDecodeError, OSError):
-                self.entries = {}  # only a memory: everything in it can be learnt again
+                self.entries = {}  # no loss: all facts can be computed again
 
     def get(self, path: Path) -> dict | None:
-        """What is known about a file as it is now."""
+        """The facts about a file, or None if there are none or the file has changed since."""
         stat = path.stat()
         entry = self.entries.get(str(path.resolve()))
         return entry if entry and (entry["size"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns) else None
 
     def put(self, path: Path, **facts: object) -> dict:
-        """Remember facts about a file as it is now; returns the whole entry."""
+        """Store facts about a file in its present state. Returns all facts that are known about it."""
         stat = path.stat()
         entry = {**(self.get(path) or {}), **facts, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         self.entries[str(path.resolve())] = entry
@@ -115,7 +115,7 @@ class FileFacts:
 
 
 def content_hash(path: Path) -> str:
-    """Hash of a file's bytes; the Hub's cache already names large files by theirs."""
+    """Hash of a file's bytes. The Hub's cache names large files by their hash, which is taken as it is."""
     resolved = path.resolve()
     if resolved.parent.name == "blobs" and len(resolved.name) == 64:
         return resolved.name

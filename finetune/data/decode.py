@@ -1,6 +1,6 @@
-"""Video files to uint8 frames with PyAV: variable frame rate, rotation and non-square pixels respected.
+"""Decodes video files to uint8 frames with PyAV: handles variable frame rates, rotation and non-square pixels.
 
-`probe` reads packets only, which is cheap and exact: every frame's time is known before anything is decoded.
+`probe` gets the time of every frame from the packets, which is exact and cheap, since only the first frame is decoded.
 `decode` converts one frame at a time to its final size, so a clip never exists in memory at its full resolution.
 """
 
@@ -18,13 +18,13 @@ from av.video.reformatter import VideoReformatter
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
-_TICK_SLACK = 1.5  # a container rounds a time by half a tick, and the duration that the frame rate comes from by one
-_FRAME_SLACK = 0.1  # of a frame: where ticks are long, how much earlier than its time a frame may be shown
+_TICK_SLACK = 1.5  # ticks: times are rounded by up to half a tick, and the duration behind the frame rate by one tick
+_FRAME_SLACK = 0.1  # frames: limit of the slack if ticks are long
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """A video as it is to be shown: height and width after pixel aspect and rotation; duration in seconds."""
+    """A video as players show it: height and width after pixel aspect and rotation, duration in seconds."""
 
     height: int
     width: int
@@ -37,7 +37,7 @@ class VideoInfo:
         return self.frames / self.duration
 
     def frames_at(self, fps: float) -> int:
-        """How many frames the clip fills at a frame rate."""
+        """Number of frames that the clip has at a frame rate."""
         return max(1, int(self.duration * fps + _FRAME_SLACK))
 
 
@@ -46,7 +46,7 @@ class _Timeline:
     """Presentation times of all frames, ascending, in units of `time_base` seconds."""
 
     ticks: list[int]
-    last_ticks: int  # how long the last frame stays
+    last_ticks: int  # duration of the last frame
     time_base: Fraction
 
     @property
@@ -58,7 +58,7 @@ def probe(path: Path) -> VideoInfo:
     """Read a video's size, frame count and duration; only its first frame is decoded.
 
     Raises:
-        UserError: not a video, no video stream, empty, or cut off.
+        UserError: the file is empty, cut off, not a video, or has no video stream.
     """
     if path.stat().st_size == 0:
         raise UserError("the file is empty (0 bytes)", "copy or export it again", str(path))
@@ -77,7 +77,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def _timeline(path: Path) -> _Timeline:
-    """The times of all frames, from the packets alone."""
+    """Presentation times of all frames, read from the packets without decoding."""
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
         stored = [packet for packet in container.demux(stream) if packet.pts is not None]
@@ -105,12 +105,12 @@ def _video_stream(container: av.container.InputContainer, path: Path) -> av.Vide
 
 
 def frame_indices(times: Sequence[float], tick: float, fps: float, count: int) -> list[int]:
-    """Which frames to show at 0, 1/fps, 2/fps, ... seconds: the one that is on screen then.
+    """Indices of the frames that are on screen at 0, 1/fps, 2/fps, ... seconds.
 
     Args:
         times: presentation times of all frames in seconds, ascending from 0.
-        tick: the unit they are rounded to (Matroska and WebM: a millisecond), in seconds. Without regard to it a clip
-            at its own rate would repeat one frame and lose the next wherever a time was rounded up.
+        tick: unit in seconds to which the container rounds times (Matroska and WebM: a millisecond). Without slack for it,
+            a clip at its own rate would repeat one frame and lose the next wherever a time was rounded up.
     Returns:
         `count` indices into `times`, non-decreasing.
     """
@@ -119,16 +119,16 @@ def frame_indices(times: Sequence[float], tick: float, fps: float, count: int) -
 
 
 def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarray:
-    """The first `bucket.frames` frames at `fps`, scaled to cover the bucket and cropped at the centre.
+    """Decode the first `bucket.frames` frames at `fps`, scaled to cover the bucket and cropped at the centre.
 
     Returns:
         uint8 array (F, H, W, 3), RGB.
     Raises:
-        UserError: the file breaks before the last frame that is needed.
+        UserError: the file breaks before the last frame that is needed, or does not say when its frames are shown.
     """
     frames = np.empty((*bucket, 3), dtype=np.uint8)
     filled, shown = 0, float("-inf")
-    scaler = VideoReformatter()  # one for all frames: to set up its filters takes as long as to scale a frame
+    scaler = VideoReformatter()  # one for all frames, because setting up its filters takes as long as scaling a frame
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -138,7 +138,7 @@ def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarra
             times = [float((tick - ticks[0]) * stream.time_base) for tick in ticks]
             wanted = frame_indices(times, float(stream.time_base), fps, bucket.frames)
             for frame in chain.from_iterable(stream.decode(packet) for packet in (*packets, None)):
-                if frame.pts is None or frame.pts < shown:  # H.264 with B-frames in AVI
+                if frame.pts is None or frame.pts < shown:  # such as H.264 with B-frames in AVI
                     cure = f"convert it: ffmpeg -i {path.name} {path.stem}.mp4"
                     raise UserError("the file does not say when its frames are shown", cure, str(path))
                 shown = frame.pts
@@ -156,9 +156,9 @@ def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarra
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream, seconds: float) -> list[av.Packet]:
-    """The compressed frames of a stream's first `seconds`, in decoding order; the rest of a long file is not read.
+    """The packets of a stream's first `seconds`, in decoding order. The rest of a long file is not read.
 
-    A frame is decoded before it is shown: after a decoding time later than that, nothing earlier comes.
+    A frame is decoded before it is shown. So once a decoding time is later than `seconds`, no later packet is shown before.
     """
     packets: list[av.Packet] = []
     start = None
@@ -174,7 +174,7 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream, sec
 
 
 def _is_shown(packet: av.Packet) -> bool:
-    """Whether the packet is a frame on the timeline: an edit list hides some."""
+    """Whether the packet's frame is shown. An edit list can hide frames."""
     return packet.pts is not None and not packet.is_discard
 
 
@@ -191,7 +191,7 @@ def _display_size(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> tuple[
 
 
 def _cover(frame: av.VideoFrame, clip: VideoInfo, bucket: Bucket, scaler: VideoReformatter) -> np.ndarray:
-    """One frame as uint8 (H, W, 3): scaled to cover the bucket, rotated upright, cropped at the centre."""
+    """Convert one frame to uint8 (H, W, 3): scaled to cover the bucket, rotated upright, cropped at the centre."""
     scale = max(bucket.height / clip.height, bucket.width / clip.width)
     height, width = max(bucket.height, round(clip.height * scale)), max(bucket.width, round(clip.width * scale))
     rows, columns = (width, height) if frame.rotation % 180 else (height, width)

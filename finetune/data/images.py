@@ -1,4 +1,4 @@
-"""Condition images: from an image file, an http(s) address, or a video's first frame."""
+"""Loads condition images from an image file, an http(s) address, or a video's first frame."""
 
 import io
 import urllib.error
@@ -18,22 +18,22 @@ _MAX_BYTES = 64 * 2**20
 
 
 def is_address(source: str) -> bool:
-    """Whether an image is to be fetched."""
+    """Whether a source is an http(s) address rather than a file."""
     return source.startswith(("http://", "https://"))
 
 
 def missing_image(source: str) -> Problem | None:
-    """What is wrong with a file that is not there; addresses are not tried."""
+    """The problem if the file does not exist, else None. Addresses are not fetched."""
     if is_address(source) or Path(source).expanduser().is_file():
         return None
     return Problem("no such condition image", source, "set `image` to an image, a video or an http(s) address")
 
 
 def load_image(source: str, height: int, width: int) -> np.ndarray:
-    """An image scaled to cover height x width and cropped at its centre, uint8 (height, width, 3).
+    """Load an image, scaled to cover height x width and cropped at its centre: uint8 (height, width, 3).
 
     Raises:
-        UserError: it cannot be reached, or is no image.
+        UserError: the source cannot be read or fetched, or is not an image.
     """
     if missing := missing_image(source):
         raise UserError.of([missing])

@@ -1,6 +1,7 @@
-"""From cached items to the batches of a step, drawn and assembled in worker processes.
+"""Reads cached items and assembles them into the micro-batches of each step, in worker processes.
 
-Batch k of a rank is a pure function of k: workers only look ahead. A run that resumes at step n starts to read there.
+Micro-batch k of a rank is a pure function of k, so the number of workers changes nothing, and a run that resumes at
+step n simply starts to read there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +24,12 @@ from finetune.runtime.signals import leave_group
 
 @dataclass(frozen=True)
 class Item:
-    """A clip that is ready to be trained on: what it was made of, and its item of each kind in the cache.
+    """A clip that is ready for training: its source, and the keys of what was encoded from it.
 
     Attributes:
+        fps: frame rate that it is trained at.
         keys: kind -> key in the cache.
-        columns: what a manifest says of the clip beside video and caption, by column.
+        columns: the manifest's values for the clip besides video and caption, by column.
     """
 
     path: Path
@@ -40,9 +42,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a step: cached tensors by kind, and the generator that makes its every random draw.
+    """One sample of a step.
 
-    `stratum` is its place in the global batch and the batch's size.
+    Attributes:
+        encoded: the cached tensors by kind, without a batch dimension.
+        fps: frame rate of the clip.
+        generator: CPU generator of all random draws for this sample.
+        stratum: (position in the global batch, size of the global batch), for stratified noise levels.
+        image_dropped: whether it is trained without its condition image.
     """
 
     encoded: Mapping[str, dict[str, Tensor]]
@@ -54,18 +61,21 @@ class Sample:
 
     @property
     def moments(self) -> dict[str, Tensor]:
-        """The video's, as the VAE gives them."""
+        """Moments of the video's posterior, as the VAE returns them: the cached item "video"."""
         return self.encoded["video"]
 
     @property
     def text(self) -> dict[str, Tensor]:
-        """The caption's."""
+        """The encoded caption: the cached item "text"."""
         return self.encoded["text"]
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """How often a sample is trained without its caption (it gets the text item `unconditional_key`) or its image."""
+    """Probabilities of training a sample without its caption or its image.
+
+    A dropped caption is replaced by the cached text `unconditional_key`.
+    """
 
     caption: float
     image: float
@@ -94,13 +104,13 @@ class BatchSplit:
 
 
 def read_sample(item: Item, cache: Cache, generator: torch.Generator) -> Sample:
-    """An item as it is, for validation."""
+    """Read an item without dropout, for validation."""
     encoded = {kind: cache.read(kind, key) for kind, key in item.keys.items()}
     return Sample(encoded, item.bucket, item.fps, generator)
 
 
 class MicroBatches(Dataset):
-    """Micro-batch k of this rank, k = step x accumulation + accumulation step.
+    """The micro-batches of this rank; the index is step x accumulation + accumulation step.
 
     Args:
         assemble: turns samples of one bucket into what the step consumes.
@@ -125,7 +135,7 @@ class MicroBatches(Dataset):
         try:
             samples = [self._sample(step, position, plan.items) for position in self.split.positions(micro_step)]
         except UserError as error:
-            return error  # for the consumer to raise: a worker's exceptions arrive as text
+            return error  # raised by the consumer: exceptions of a worker arrive as text
         return self.assemble(samples)
 
     def _sample(self, step: int, position: int, items: Sequence[int]) -> Sample:
@@ -163,7 +173,7 @@ def _init_worker(worker: int) -> None:
 def open_loader(
     batches: MicroBatches, first_step: int, last_step: int, workers: int, pin_memory: bool
 ) -> StatefulDataLoader:
-    """A loader of the micro-batches of steps first_step .. last_step - 1, in order."""
+    """Open a loader that yields the micro-batches of steps first_step .. last_step - 1, in order."""
     accumulation = batches.split.accumulation
     return StatefulDataLoader(
         batches,

@@ -1,4 +1,4 @@
-"""Which clips there are and what they are called: folders, text columns, CSV, JSON and JSON Lines."""
+"""Finds the clips of a dataset with their captions: folders, text columns, CSV, JSON and JSON Lines."""
 
 import csv
 import difflib
@@ -16,12 +16,12 @@ TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file and what it shows.
+    """A video file and its caption.
 
     Attributes:
-        where: which line or file the pair came from.
-        columns: what the manifest says beside video and caption, by column; empty cells are left out.
-        folder: what paths in columns are relative to.
+        where: line or file that the pair comes from, for messages.
+        columns: the manifest's values besides video and caption, by column; empty cells are left out.
+        folder: folder that paths in `columns` are relative to.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class Clip:
     folder: Path = Path()
 
     def file(self, column: str) -> Path:
-        """The file that a column names."""
+        """The path of the file that a column names."""
         return self.folder / Path(self.columns[column]).expanduser()
 
 
@@ -42,9 +42,9 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
         path: a folder of videos with side-car .txt captions, a folder with `<video_column>s.txt` and
             `<caption_column>s.txt` (prompts.txt for "caption", too), a folder with metadata.csv, .json or .jsonl, or
             such a file. Paths inside are relative to the file.
-        id_token: put in front of every caption, with a space.
+        id_token: text that is put in front of every caption, followed by a space.
     Raises:
-        UserError: every missing file, missing caption, caption without video and empty dataset.
+        UserError: names every missing file, missing caption and caption without a video, or an empty dataset.
     """
     if not path.exists():
         raise UserError(
@@ -181,14 +181,14 @@ def _read_table(path: Path, video_column: str, caption_column: str) -> list[Clip
 
 
 def _other_columns(row: Mapping[object, object], named: Sequence[str]) -> dict[str, str]:
-    """A row's further columns as text: strings stripped, numbers and the like as JSON."""
+    """A row's other columns as text: strings are stripped, other values are written as JSON."""
     others = {name: value for name, value in row.items() if isinstance(name, str) and name not in named}
     texts = {name: value.strip() if isinstance(value, str) else json.dumps(value) for name, value in others.items()}
     return {name: text for name, text in texts.items() if text not in ("", "null")}
 
 
 def _rows(path: Path) -> list[tuple[str, object]]:
-    """(where, row) of each entry of a table file."""
+    """(where it is, row) for each entry of a table file."""
     suffix = path.suffix.lower()
     text = _text(path)
     if suffix == ".csv":
@@ -217,7 +217,7 @@ def _rows(path: Path) -> list[tuple[str, object]]:
 
 
 def _text(path: Path) -> str:
-    """A file's text, with "\\n" between lines; str.splitlines would also break at characters that captions may hold."""
+    """A file's text, with "\\n" between lines. str.splitlines would also split at characters that captions may contain."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:

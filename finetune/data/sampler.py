@@ -1,4 +1,4 @@
-"""Which samples a step sees: a pure function of (seed, step), whatever the number of ranks, workers and restarts."""
+"""The order of samples: a pure function of (seed, step), equal for any number of ranks, workers and restarts."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from finetune.runtime import seeds
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step: the items of the whole global batch, all of one bucket, and the epoch it belongs to."""
+    """The global batch of one optimizer step: indices of its items, all of one bucket, and its epoch."""
 
     epoch: int
     bucket: Bucket
@@ -20,12 +20,12 @@ class StepPlan:
 class Order:
     """Shuffled epochs of same-bucket batches.
 
-    In each epoch every item appears at least once. A bucket whose size the batch does not divide fills its last batch
-    with items from the start of its own order, so nothing is dropped; `repeats` counts them.
+    In each epoch every item appears at least once. If the batch size does not divide the number of items in a bucket, the
+    bucket's last batch is filled up with its first items of the epoch. So nothing is dropped; `repeats` counts these items.
     """
 
     def __init__(self, buckets: Sequence[Bucket], global_batch_size: int, seed: int) -> None:
-        """`buckets[i]` is item i's bucket."""
+        """`buckets[i]` is the bucket of item i."""
         self.seed, self.batch = seed, global_batch_size
         self.members: dict[Bucket, list[int]] = defaultdict(list)
         for index, bucket in enumerate(buckets):
@@ -42,7 +42,7 @@ class Order:
         return StepPlan(epoch, bucket, items)
 
     def repeats(self) -> dict[Bucket, int]:
-        """How many samples of an epoch are repeats, for each bucket that has any."""
+        """Number of repeated samples in an epoch, for each bucket that has any."""
         extra = {bucket: self._batches(bucket) * self.batch - len(items) for bucket, items in self.members.items()}
         return {bucket: count for bucket, count in extra.items() if count}
 

@@ -16,10 +16,10 @@ class Stream:
 
     Attributes:
         name: "video", "caption", "image", or the manifest's column.
-        fingerprint: JSON values that its content follows from; they are part of a cache key.
-        read: its content: uint8 frames (F, H, W, 3), a text, uint8 pixels (H, W, 3), or the path of a file.
-        file: where it lies; None for a text.
-        start: seconds into the file at which it begins.
+        fingerprint: JSON values that determine its content; they are part of the cache key.
+        read: returns its content: uint8 frames (F, H, W, 3), a text, uint8 pixels (H, W, 3), or the path of a file.
+        file: the dataset's file that holds it, if there is one.
+        start: time in the file at which it begins, in seconds.
     """
 
     name: str
@@ -35,17 +35,17 @@ def caption_stream(text: str) -> Stream:
 
 
 def video_stream(path: Path, content_hash: str, info: decode.VideoInfo, bucket: Bucket, fps: float) -> Stream:
-    """The first frames of a video that fill a bucket at a frame rate."""
+    """The first frames of a video at a frame rate, as many and as large as the bucket."""
     fingerprint = content_hash, str(bucket), fps, "head"
     return Stream("video", fingerprint, lambda: decode.decode(path, info, bucket, fps), path)
 
 
 def image_stream(source: str, content: str, bucket: Bucket) -> Stream:
-    """A condition image of a bucket's height and width; `content` is its hash, or its address."""
+    """A condition image at a bucket's height and width. `content` is the hash of its file, or its address."""
     fingerprint = content, bucket.height, bucket.width
     return Stream("image", fingerprint, lambda: load_image(source, bucket.height, bucket.width))
 
 
 def file_stream(name: str, path: Path, content_hash: str) -> Stream:
-    """Any other file, for an encoder that reads it itself."""
+    """Any other file. The encoder gets its path and reads it itself."""
     return Stream(name, (content_hash,), lambda: path, path)

@@ -1,4 +1,4 @@
-"""Real video files of moving shapes, made with real encoders: for the quickstart, the tests and the benchmarks."""
+"""Makes video files of moving shapes with real video encoders, for the quickstart, the tests and the benchmarks."""
 
 import math
 from collections.abc import Sequence
@@ -20,10 +20,12 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Recording:
-    """How one file is recorded. Height and width are as stored; `rotation` is how far a player
-    turns it, in degrees counter-clockwise.
+    """How one file is encoded.
 
-    `uneven` gives each frame a time of its own (variable frame rate).
+    Attributes:
+        height: pixels as stored, before rotation; so is `width`.
+        rotation: degrees counter-clockwise by which a player turns the picture.
+        uneven: whether the frame rate is variable.
     """
 
     name: str
@@ -53,7 +55,7 @@ RECORDINGS = (
 
 
 def scene(index: int, frames: int, height: int, width: int) -> tuple[np.ndarray, str]:
-    """A disc or square that moves over a plain floor: uint8 (F, H, W, 3) and its caption."""
+    """Draw a disc or square that moves over a plain floor. Returns uint8 frames (F, H, W, 3) and the caption."""
     names = list(COLOURS)
     name = names[index % len(names)]
     shape = ("ball", "square")[index // len(names) % 2]
@@ -73,7 +75,7 @@ def scene(index: int, frames: int, height: int, width: int) -> tuple[np.ndarray,
 
 
 def record(video: np.ndarray, path: Path, recording: Recording) -> None:
-    """Encode uint8 frames (F, H, W, 3) as a `Recording` says."""
+    """Encode uint8 frames (F, H, W, 3) to a file as `recording` says."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(recording.codec, rate=recording.fps, options=_options(recording.codec))
         stream.height, stream.width, stream.pix_fmt = recording.height, recording.width, "yuv420p"
@@ -92,7 +94,7 @@ def record(video: np.ndarray, path: Path, recording: Recording) -> None:
 
 
 def write_clips(folder: Path, recordings: Sequence[Recording], first_scene: int = 0) -> None:
-    """Write recordings with side-car captions."""
+    """Write the recordings as video files, each with a caption in a .txt file beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, recording in enumerate(recordings, start=first_scene):
         turned = recording.rotation % 180 != 0

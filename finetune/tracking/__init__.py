@@ -1,1 +1,1 @@
-"""What one sees of a run: progress, metrics, trackers, videos."""
+"""Shows the progress of a run: progress line, metrics, trackers, videos."""

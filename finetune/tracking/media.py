@@ -1,4 +1,4 @@
-"""Generated videos as files: mp4 and a contact sheet of frames."""
+"""Writes generated videos as mp4 files and as a contact sheet of their frames."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
-    """Encode uint8 RGB frames (F, H, W, 3) as H.264 in mp4; odd sides lose their last row or column."""
+    """Encode uint8 RGB frames (F, H, W, 3) as H.264 in mp4. Odd sides lose their last row or column, as H.264 needs even ones."""
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -22,14 +22,14 @@ def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
 
 
 def strip(frames: np.ndarray, columns: int = 6, height: int = 128) -> np.ndarray:
-    """`columns` evenly spaced frames of a video, uint8 (F, H, W, 3), made `height` pixels high."""
+    """Pick `columns` evenly spaced frames of a video, uint8 (F, H, W, 3), and scale them to `height` pixels."""
     picked = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
     width = round(height * frames.shape[2] / frames.shape[1])
     return np.stack([np.asarray(Image.fromarray(frame).resize((width, height))) for frame in picked])
 
 
 def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
-    """A PNG with one labelled row a video, given as its `strip`."""
+    """Write a PNG with one row for each video. `rows` has the label and the `strip` of each."""
     label_height, gap = 18, 4
     tiles = [(label, [Image.fromarray(tile) for tile in row]) for label, row in rows]
     tile_height = tiles[0][1][0].height

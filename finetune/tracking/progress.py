@@ -1,4 +1,4 @@
-"""The progress line of rank 0: a live bar in a terminal, a line now and then in a log file."""
+"""The progress line of rank 0: a live bar in a terminal, a line every 15 seconds in a log file."""
 
 import time
 
@@ -10,7 +10,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class ProgressLine:
-    """Counts towards `total`; `update` takes the text to show. Silent on ranks other than 0."""
+    """Shows how many of `total` are done, with a text. Nothing is shown unless `enabled`, which is meant for rank 0."""
 
     def __init__(self, label: str, total: int, done: int = 0, enabled: bool = True) -> None:
         self.label, self.total, self.done, self.enabled = label, total, done, enabled

@@ -1,4 +1,4 @@
-"""Where metrics go, behind one small interface: `log(step, values)` and `close()`."""
+"""Trackers of metrics and videos behind one small interface: `log`, `log_videos` and `close`."""
 
 import json
 import uuid
@@ -15,22 +15,22 @@ from finetune.runtime.files import writing
 
 
 class Tracker(Protocol):
-    """A place for metrics. Steps are counted from 1: the first optimizer step logs as 1; 0 is the base model."""
+    """A destination of metrics. Steps are counted from 1, the first optimizer step; step 0 is the base model."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
-        """Generated videos, each a label and an mp4 file, and a PNG that shows all of them."""
+        """Log generated videos as (label, mp4 file), and a PNG that shows all of them."""
 
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line with "step" and the values. A resumed run drops what the killed one wrote ahead."""
+    """metrics.jsonl: one object per line, with "step" and the values. A resumed run drops the lines after its checkpoint."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Raises UserError if a resumed run's file holds something else."""
-        # A run without a checkpoint measures step 0 again.
+        """Raises UserError if the file of a resumed run holds anything but rows of metrics."""
+        # A run that does not resume from a checkpoint begins at step 0 and keeps no old lines.
         kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step and path.exists() else []
         partial = path.with_name(f".partial-{path.name}")
         partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
@@ -110,7 +110,15 @@ class WandB:
 
 
 def open_trackers(settings: Tracking, folder: Path, config: Mapping[str, Any], first_step: int) -> list[Tracker]:
-    """metrics.jsonl and the trackers a recipe names. `first_step` is the step the run resumes after, 0 if it is new."""
+    """Open metrics.jsonl and the trackers that the recipe names.
+
+    Args:
+        folder: where files are written; its name is the run's default name in W&B.
+        config: the recipe's values, for W&B.
+        first_step: the step after which the run resumes; 0 for a new run.
+    Raises:
+        UserError: a tracker's package is missing, W&B cannot start, or an old metrics.jsonl cannot be read.
+    """
     trackers: list[Tracker] = []
     with writing(folder):
         trackers.append(JsonLines(folder / "metrics.jsonl", first_step))
@@ -124,10 +132,10 @@ def open_trackers(settings: Tracking, folder: Path, config: Mapping[str, Any], f
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, each a dict with "step".
 
-    A last line that a kill has cut short is passed over, and so are zeros, which a crash of the machine can leave in a file.
+    A last line that was cut short by a kill is ignored, and so are zero bytes, which a crash of the machine can leave.
 
     Raises:
-        UserError: names the first line that is something else.
+        UserError: names the first line that is no such row.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = []
