@@ -158,7 +158,7 @@ def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarra
 def _packets(container: av.container.InputContainer, stream: av.VideoStream, seconds: float) -> list[av.Packet]:
     """The packets of a stream's first `seconds`, in decoding order. The rest of a long file is not read.
 
-    A frame is decoded before it is shown. So once a decoding time is later than `seconds`, no later packet is shown before.
+    A frame is decoded before it is shown. So once a decoding time is later than `seconds`, all later packets are shown after that.
     """
     packets: list[av.Packet] = []
     start = None

@@ -1,1 +1,1 @@
-"""From a dataset to cached items: clips are inspected, split into trained and held out, and encoded."""
+"""Turns a dataset into cached items: inspects its clips, splits off held-out ones, and encodes them."""

@@ -1,6 +1,6 @@
-"""From a dataset to items that are ready to be trained on: inspected, given a bucket, encoded into the cache.
+"""Turns a dataset into items that are ready for training: inspects clips, assigns buckets and fills the cache.
 
-Ranks share the work and never encode the same thing twice; a run that was killed continues where it stopped.
+Ranks share the work, and nothing is encoded twice. A run that was killed continues where it stopped.
 """
 
 import gc
@@ -28,14 +28,14 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
 from finetune.tracking.progress import ProgressLine
 
-_ROUND = 4  # items a rank encodes between two meetings: bounds waiting, and errors surface early
-_OF_EACH_CLIP = ("video", "caption")  # sources that every clip has
+_ROUND = 4  # items that a rank encodes between two collectives, so that ranks wait little and errors show early
+_COMMON_SOURCES = ("video", "caption")  # sources that every clip has
 _LABELS = {"text": "encoding captions", "video": "encoding clips", "image": "reading images"}
 
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A validation prompt, with its shape, and its files in the cache."""
+    """A validation prompt, and the keys of its cached items."""
 
     prompt: Prompt
     text_key: str
@@ -45,7 +45,7 @@ class PreparedPrompt:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The cache and what a run takes from it."""
+    """What a run trains and validates on: items and prompts, and the cache that they are in."""
 
     cache: Cache
     train: list[Item]
@@ -56,7 +56,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Encoding:
-    """One item to encode, and the streams that its encoder takes. `note` says what it is made of, for people."""
+    """One item to encode, and the streams that its encoder takes. `note` says what it is made from, for people."""
 
     kind: str
     key: str
@@ -66,34 +66,34 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class _Kinds:
-    """A family's encoders by kind, and what their outputs depend on besides the clip."""
+    """A family's encoders, and hashes of what their outputs depend on besides the clip; both by kind."""
 
     encoders: dict[str, Encoder]
     fingerprints: dict[str, str]
 
     def encoding(self, kind: str, streams: Mapping[str, Stream], note: str) -> _Encoding:
-        """The item of a kind that is made of a clip's streams."""
+        """The item of one kind to encode from a clip's streams."""
         encoder = self.encoders[kind]
         taken = tuple(streams[name] for name in encoder.sources)
         identity = chain.from_iterable(stream.fingerprint for stream in taken)
         return _Encoding(kind, digest(kind, encoder.variant, self.fingerprints[kind], *identity), note, taken)
 
     def text(self, text: str) -> _Encoding:
-        """A caption or prompt by itself."""
+        """The item to encode from a caption or prompt."""
         return self.encoding("text", {"caption": caption_stream(text)}, text)
 
     @property
     def further_sources(self) -> list[str]:
-        """What encoders read besides video and caption: columns of the manifest."""
+        """Names of the sources that encoders read besides video and caption. They are columns of the manifest."""
         named = chain.from_iterable(encoder.sources for encoder in self.encoders.values())
-        return [name for name in dict.fromkeys(named) if name not in _OF_EACH_CLIP]
+        return [name for name in dict.fromkeys(named) if name not in _COMMON_SOURCES]
 
 
 def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
-    """Inspect the datasets and encode what the cache lacks. Collective; the same result on every rank.
+    """Inspect the datasets and encode what the cache lacks. Collective; returns the same on every rank.
 
     Raises:
-        UserError: everything that is wrong with the clips, at once.
+        UserError: lists everything that is wrong with the clips.
     """
     cache = Cache(recipe.data.cache)
     with runtime.together():
@@ -126,7 +126,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
 
 
 def _open_kinds(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Kinds:
-    """The family's encoders, their components hashed by rank 0. Collective."""
+    """List the family's encoders and hash their components, on rank 0 alone. Collective."""
     precision = recipe.train.precision
     encoders = {encoder.kind: encoder for encoder in family.encoders(DTYPES[precision], recipe.vae)}
     with runtime.together():
@@ -141,7 +141,7 @@ def _open_kinds(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) 
 def _items(
     clips: Sequence[InspectedClip], kinds: _Kinds, cache: Cache, runtime: Runtime, work: list[_Encoding]
 ) -> Iterator[Item]:
-    """The items of clips; what they are encoded from is added to `work`. Collective."""
+    """The items of clips. What has to be encoded for them is added to `work`. Collective."""
     with runtime.together():
         files = _further_files(clips, kinds.further_sources)
         hashes = {path: cache.file_hash(path) for path in files} if runtime.is_main else {}
@@ -164,7 +164,7 @@ def _items(
 
 
 def _further_files(clips: Sequence[InspectedClip], names: Sequence[str]) -> list[Path]:
-    """The files that clips name in columns; raises UserError for those that are not there."""
+    """The files that clips name in the columns `names`. Raises UserError that lists missing columns and files."""
     problems, files = [], []
     for clip, name in ((entry.clip, name) for entry in clips for name in names):
         if name not in clip.columns:
@@ -187,7 +187,7 @@ def _further_files(clips: Sequence[InspectedClip], names: Sequence[str]) -> list
 def _prompts(
     recipe: Recipe, kinds: _Kinds, cache: Cache, runtime: Runtime, work: list[_Encoding]
 ) -> list[PreparedPrompt]:
-    """The validation prompts; what they are encoded from is added to `work`. Collective."""
+    """The validation prompts. What has to be encoded for them is added to `work`. Collective."""
     with runtime.together():
         wanted = validation_prompts(recipe.validation, recipe.data.buckets[0]) if runtime.is_main else []
         contents = [_image_content(prompt.image, cache) if prompt.image else None for prompt in wanted]
@@ -205,7 +205,7 @@ def _prompts(
 
 
 def _image_content(source: str, cache: Cache) -> str:
-    """A file by its content; an address by itself, so that it is fetched once."""
+    """What identifies an image in its cache key: the hash of a file, or an address, so that an address is fetched only once."""
     if missing := missing_image(source):
         raise UserError.of([missing])
     return source if is_address(source) else cache.file_hash(Path(source).expanduser())
@@ -228,7 +228,7 @@ def _refuse_shared(train: Sequence[Item], heldout: Sequence[Item]) -> None:
 def _encode(
     work: Sequence[_Encoding], kind: str, load: Callable[[], Encode], cache: Cache, runtime: Runtime
 ) -> list[Problem]:
-    """Encode what is missing of one kind; returns the problems of clips that break while they are decoded."""
+    """Encode the items of one kind that the cache lacks. Returns the problems of clips that cannot be decoded. Collective."""
     wanted = {entry.key: entry for entry in work if entry.kind == kind}
     missing = [key for key in wanted if not cache.has(kind, key)] if runtime.is_main else None
     missing = runtime.from_main(missing)

@@ -1,4 +1,4 @@
-"""What a dataset holds: every clip inspected, given a bucket, or refused with its reason; nothing is encoded yet."""
+"""Inspects a dataset: every clip is assigned a bucket, or refused with a reason. Nothing is encoded yet."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from finetune.runtime.logging import say
 
 
 class InspectedClip(NamedTuple):
-    """A clip that can be trained on: what it is, the hash of its bytes, what it holds, and its bucket."""
+    """A clip that can be trained on, with the hash of its file, its size and duration, and its bucket."""
 
     clip: Clip
     hash: str
@@ -27,12 +27,12 @@ class InspectedClip(NamedTuple):
 
 
 def inspect_clips(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[InspectedClip]:
-    """Inspect a dataset; ranks share the reading of files. Collective, with the same result on every rank.
+    """Inspect a dataset. Ranks share the reading of files. Collective; returns the same on every rank.
 
     Args:
         path: `data.path`, or another dataset read by the same rules.
     Raises:
-        UserError: clips that cannot be used, unless data.bad_clips is "skip".
+        UserError: lists clips that cannot be used, unless data.bad_clips is "skip"; or no clip is left.
     """
     with runtime.together():
         clips = read_manifest(path, data.video_column, data.caption_column, data.id_token)
@@ -66,7 +66,7 @@ def inspect_clips(data: Data, path: Path, cache: Cache, runtime: Runtime) -> lis
 
 
 def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list[InspectedClip], list[InspectedClip]]:
-    """(clips to train on, clips held out): files chosen by content and seed, so that renaming changes nothing.
+    """Split clips into those to train on and those held out, by file content and seed, so that renaming changes nothing.
 
     Raises:
         UserError: nothing would be left to train on.
@@ -87,7 +87,7 @@ def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list
 
 
 def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> set[str]:
-    """Raise for clips that cannot be used, or say which are left out; returns their paths."""
+    """Raise UserError for clips that cannot be used, or with the policy "skip" say which are left out and return their paths."""
     if problems and policy == "refuse":
         hint = 'or data.bad_clips = "skip" goes on without it'
         problems = [replace(problem, cure=f"{problem.cure}; {hint}") for problem in problems]
@@ -98,13 +98,13 @@ def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> set[s
 
 
 def require(found: Sequence, path: Path) -> None:
-    """Raise if nothing is left of a dataset."""
+    """Raise UserError if no clip of a dataset is left."""
     if not found:
         raise UserError("not one usable clip is left", "add clips that can be decoded and fill a bucket", str(path))
 
 
 def _inspect(video: Path, cache: Cache) -> dict | UserError:
-    """A file's hash and `VideoInfo` fields, from memory if it has not changed."""
+    """A file's hash and `VideoInfo` fields, remembered as long as the file does not change; or what is wrong with it."""
     try:
         known = cache.files.get(video)
         if known is None or "frames" not in known:
@@ -115,7 +115,7 @@ def _inspect(video: Path, cache: Cache) -> dict | UserError:
 
 
 def _report(path: Path, usable: Sequence[InspectedClip]) -> None:
-    """One line: how many clips in which bucket, and what is lost to it."""
+    """Say in one line how many clips each bucket has, and how many are trimmed, cropped and enlarged."""
     buckets = Counter(str(entry.fit.bucket) for entry in usable)
     trimmed = sum(entry.fit.trimmed > 0 for entry in usable)
     cropped = sum(entry.fit.cropped > 0.02 for entry in usable)
