@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from finetune.engine.step import StepState
 from finetune.models.batch import Batch, Tensors
 from finetune.models.family import Family
-from finetune.recipe.schema import Prompt
+from finetune.recipe.prompts import ResolvedPrompt
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
@@ -25,7 +25,7 @@ from finetune.runtime.errors import UserError
 class Request:
     """One video to generate. `text` and `negative` are as `Family.text_encoder` makes them; image uint8 (H, W, 3)."""
 
-    prompt: Prompt
+    prompt: ResolvedPrompt
     seed: int
     text: Tensors
     negative: Tensors
@@ -138,7 +138,7 @@ def video(pipeline: diffusers.DiffusionPipeline, family: Family, request: Reques
     return checked(pipeline(**embeddings, **arguments).frames[0], request.prompt)
 
 
-def call_arguments(family: Family, prompt: Prompt, seed: int, image: np.ndarray | None) -> dict[str, Any]:
+def call_arguments(family: Family, prompt: ResolvedPrompt, seed: int, image: np.ndarray | None) -> dict[str, Any]:
     """Arguments of a pipeline's call, all but the texts."""
     condition = {} if image is None else {"image": Image.fromarray(image)}
     return {
@@ -153,7 +153,7 @@ def call_arguments(family: Family, prompt: Prompt, seed: int, image: np.ndarray 
     }
 
 
-def checked(frames: np.ndarray, prompt: Prompt) -> np.ndarray:
+def checked(frames: np.ndarray, prompt: ResolvedPrompt) -> np.ndarray:
     """Frames in [0, 1] as uint8. Raises UserError if they hold NaN or have another shape than was asked for."""
     if frames.shape[:3] != tuple(prompt.shape):
         raise UserError(

@@ -6,6 +6,7 @@ Ranks share the work, and nothing is encoded twice. A run that was killed contin
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -22,8 +23,7 @@ from finetune.models.encoder import Encode, Encoder
 from finetune.models.family import Family
 from finetune.preparation.inspect import InspectedClip, inspect_clips, refuse_or_skip, require, split_heldout
 from finetune.recipe import Recipe
-from finetune.recipe.prompts import validation_prompts
-from finetune.recipe.schema import Prompt
+from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
 from finetune.tracking.progress import ProgressLine
@@ -37,7 +37,7 @@ _LABELS = {"text": "encoding captions", "video": "encoding clips", "image": "rea
 class PreparedPrompt:
     """A validation prompt, and the keys of its cached items."""
 
-    prompt: Prompt
+    prompt: ResolvedPrompt
     text_key: str
     negative_key: str
     image_key: str | None
@@ -117,7 +117,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     for kind, encoder in kinds.encoders.items():
         on_cpu = kind == "text" and recipe.memory.text_encoder == "cpu"
         device = torch.device("cpu") if on_cpu else runtime.device.torch_device
-        failed += _encode(work, kind, lambda load=encoder.load, device=device: load(device), cache, runtime)
+        failed += _encode(work, kind, partial(encoder.load, device), cache, runtime)
     broken = refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
     train, heldout = ([item for item in items if str(item.path) not in broken] for items in datasets)
     require(train, recipe.data.path)
@@ -190,17 +190,18 @@ def _prompts(
     """The validation prompts. What has to be encoded for them is added to `work`. Collective."""
     with runtime.together():
         wanted = validation_prompts(recipe.validation, recipe.data.buckets[0]) if runtime.is_main else []
-        contents = [_image_content(prompt.image, cache) if prompt.image else None for prompt in wanted]
+        contents = {prompt.image: _image_content(prompt.image, cache) for prompt in wanted if prompt.image}
     prompts = []
-    for prompt, content in runtime.from_main(list(zip(wanted, contents, strict=True))):
-        texts = kinds.text(prompt.text), kinds.text(prompt.negative)
-        work += texts
+    wanted, contents = runtime.from_main((wanted, contents))
+    for prompt in wanted:
+        text, negative = kinds.text(prompt.text), kinds.text(prompt.negative)
+        work += [text, negative]
         image_key = None
-        if content is not None:
-            stream = image_stream(prompt.image, content, prompt.shape)
+        if prompt.image:
+            stream = image_stream(prompt.image, contents[prompt.image], prompt.shape)
             image_key = digest("image", *stream.fingerprint)
             work.append(_Encoding("image", image_key, prompt.image, (stream,)))
-        prompts.append(PreparedPrompt(prompt, *(text.key for text in texts), image_key))
+        prompts.append(PreparedPrompt(prompt, text.key, negative.key, image_key))
     return prompts
 
 
@@ -241,9 +242,10 @@ def _encode(
     rounds = -(-len(missing) // (runtime.world_size * _ROUND))
     with ProgressLine(_LABELS.get(kind, f"encoding {kind}"), len(missing), enabled=runtime.is_main) as progress:
         for turn in range(rounds):
-            found = []
+            found: list[Problem] = []
             with runtime.together():
                 for key in mine[turn * _ROUND : (turn + 1) * _ROUND]:
+                    assert encode is not None  # loaded, since this rank has items
                     try:
                         tensors = encode(*(stream.read() for stream in wanted[key].streams))
                     except UserError as error:

@@ -47,7 +47,8 @@ def inspect_clips(data: Data, path: Path, cache: Cache, runtime: Runtime) -> lis
         if runtime.is_main:
             cache.files.save()
 
-    usable, problems = [], []
+    usable: list[InspectedClip] = []
+    problems: list[Problem] = []
     for clip in clips:
         try:
             entry = facts[clip.path]

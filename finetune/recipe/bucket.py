@@ -16,7 +16,7 @@ class Bucket(NamedTuple):
 
     @classmethod
     def parse(cls, text: object) -> "Bucket":
-        """Read `"49x512x768"`; raises ValueError that says what the form is."""
+        """Parse a text like `"49x512x768"`. Raises ValueError that names the expected form."""
         match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text) if isinstance(text, str) else None
         if match is None or 0 in map(int, match.groups()):
             raise ValueError(f'{text!r} is not a bucket; write frames x height x width, like "49x512x768"')

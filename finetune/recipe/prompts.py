@@ -1,4 +1,4 @@
-"""Validation prompts from a file, or from one string as finetrainers takes them: `prompt@@@49x512x768:::prompt...`."""
+"""Reads validation prompts from a file, or from one string in finetrainers' form: `prompt@@@49x512x768:::prompt...`."""
 
 import difflib
 import json
@@ -9,7 +9,7 @@ import tomli
 from pydantic import ValidationError
 
 from finetune.recipe.bucket import Bucket
-from finetune.recipe.schema import Prompt, Validation, split_prompts
+from finetune.recipe.schema import BucketText, Prompt, Validation, split_prompts
 from finetune.runtime.errors import Problem, UserError
 
 # finetrainers' names in a JSON file of validation prompts
@@ -25,18 +25,36 @@ _NAMES = {
 _SIZES = ("num_frames", "height", "width")
 
 
-def validation_prompts(settings: Validation, default: Bucket) -> list[Prompt]:
-    """The recipe's prompts, and those of its file; `default` is the shape of those that have none.
+class ResolvedPrompt(Prompt):
+    """A prompt whose shape is known."""
+
+    shape: BucketText
+
+    @classmethod
+    def of(cls, prompt: Prompt, default: Bucket) -> "ResolvedPrompt":
+        """The same prompt, with the shape `default` if it has none."""
+        values = {name: getattr(prompt, name) for name in prompt.model_fields_set}
+        return cls.model_construct(**(values | {"shape": prompt.shape or default}))
+
+
+def validation_prompts(settings: Validation, default: Bucket) -> list[ResolvedPrompt]:
+    """The recipe's prompts and those of its prompts file. Prompts without a shape get `default`.
 
     Raises:
-        UserError: the file is missing or an entry of it is wrong.
+        UserError: the file is missing, or one of its entries is wrong.
     """
     prompts = [*settings.prompts, *(read_prompts(settings.prompts_file) if settings.prompts_file else [])]
-    return [prompt if prompt.shape else prompt.model_copy(update={"shape": default}) for prompt in prompts]
+    return [ResolvedPrompt.of(prompt, default) for prompt in prompts]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a .txt file (one a line, or finetrainers' form), or of a .toml, .json or .jsonl file with a recipe's keys."""
+    """Read the prompts in a .txt file (one per line, or in finetrainers' form), or in a .toml, .json or .jsonl file.
+
+    Keys are those of a recipe, or finetrainers' own.
+
+    Raises:
+        UserError: the file is missing, has no prompts, or an entry is wrong.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
         entries = _READERS[path.suffix.lower()](text)
@@ -44,7 +62,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise UserError(f"cannot be read ({error.strerror})", "mend validation.prompts_file", str(path)) from None
     except KeyError:
         raise UserError("unknown kind of file", f"use one of {', '.join(_READERS)}", str(path)) from None
-    except (ValueError, TypeError) as error:  # of JSON, TOML and UTF-8
+    except (ValueError, TypeError) as error:  # from reading JSON, TOML or UTF-8
         raise UserError(f"cannot be read ({error})", "mend the file", str(path)) from None
     prompts, problems = [], []
     for number, entry in enumerate(entries, 1):
@@ -77,12 +95,12 @@ def _renamed(entry: Any) -> Any:
         return entry
     renamed = {_NAMES.get(key, key): value for key, value in entry.items() if key not in _SIZES and value is not None}
     if any(entry.get(size) for size in _SIZES):
-        renamed["shape"] = "x".join(str(entry.get(size, "?")) for size in _SIZES)  # all or none: "?" is refused
+        renamed["shape"] = "x".join(str(entry.get(size, "?")) for size in _SIZES)  # "?" is refused
     return renamed
 
 
 def _entries(value: Any) -> list[Any]:
-    """The list in a JSON or TOML file: itself, or under "prompts" or finetrainers' "data"."""
+    """The list of prompts in a JSON or TOML file: the whole file, or under "prompts" or finetrainers' "data"."""
     if isinstance(value, dict):
         value = value.get("validation", value)  # as in a recipe
     found = value.get("prompts", value.get("data")) if isinstance(value, dict) else value

@@ -5,7 +5,7 @@ because it would continue a different training under the same name.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
@@ -233,7 +233,7 @@ class Prompt(Table):
         return range(self.seed, self.seed + self.count)
 
 
-def split_prompts(value: object) -> object:
+def split_prompts(value: Any) -> Any:
     """finetrainers' form, `prompt@@@49x512x768:::prompt` with or without shapes, as tables; other values as they are."""
     if not isinstance(value, str):
         return value

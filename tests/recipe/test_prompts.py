@@ -80,8 +80,15 @@ def test_prompts_of_recipe_and_file_are_generated_both(tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("A dog\n")
     settings = Validation(prompts=[TWO[0]], prompts_file=tmp_path / "more.txt")
     default = Bucket(9, 64, 64)
-    dog = TWO[1].model_copy(update={"shape": default})
-    assert validation_prompts(settings, default) == [TWO[0], dog]
+    cat, dog = validation_prompts(settings, default)
+    assert (cat.text, cat.shape, dog.text, dog.shape) == (TWO[0].text, TWO[0].shape, TWO[1].text, default)
+
+
+def test_only_the_shape_of_a_resolved_prompt_can_differ(tmp_path: Path) -> None:
+    prompt = Prompt(text="A cat", negative="blurry", count=2, seed=3, steps=4, guidance=5.0, image="cat.png", fps=24.0)
+    (resolved,) = validation_prompts(Validation(prompts=[prompt]), Bucket(9, 64, 64))
+    assert resolved.model_dump() == {**prompt.model_dump(), "shape": "9x64x64"}
+    assert resolved.model_fields_set == prompt.model_fields_set | {"shape"}
 
 
 @pytest.mark.parametrize(
