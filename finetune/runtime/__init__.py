@@ -1,1 +1,1 @@
-"""Processes, devices, seeds, signals and logs: what every other room stands on."""
+"""Processes, devices, seeds, signals, files and logs. All other rooms build on this one."""

@@ -1,6 +1,6 @@
-"""The one door to an accelerator: memory figures, synchronisation and host reads, the same on a GPU and on a CPU.
+"""The only access to an accelerator: memory figures, synchronisation and host reads, with the same calls on a CPU.
 
-The engine names no device and calls no `torch.cuda`; whatever it needs of one is a method here.
+The engine names no device and does not call `torch.cuda`. What it needs from a device is a method here.
 """
 
 import mmap
@@ -13,45 +13,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_RECORDED = 100_000  # allocations and frees, some hundred bytes each
+_RECORDED_EVENTS = 100_000  # allocations and frees; each takes a few hundred bytes
 
 
 def use_expandable_segments() -> None:
-    """Have CUDA's caching allocator grow its segments; before anything is on a GPU. What the environment says of it stays."""
+    """Turn on expandable segments in CUDA's caching allocator, unless the environment configures it. Call before using a GPU."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def has_expandable_segments() -> bool:
-    """Whether CUDA's caching allocator was told to grow its segments, by `use_expandable_segments` or by the user."""
+    """Whether expandable segments were turned on in CUDA's caching allocator, by `use_expandable_segments` or by the user."""
     said = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     return any("expandable_segments:true" in each.replace(" ", "").lower() for each in said)
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Peak bytes since `reset_peak`. On a CPU both figures are the process's peak resident set."""
+    """Peak bytes since `reset_peak`. On a CPU both figures are the process's peak resident set size since its start."""
 
     allocated: int
     reserved: int
 
 
 Arrival = torch.Event | None
-"""When a copy is made; None if it is made already."""
+"""The event at which a copy is complete; None if it is already."""
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Copies that run beside what is computed, on a stream of their own; at once if there is none.
+    """Copies on a stream of their own, which overlap with computation. Without a stream, copies are made at once.
 
-    Each waits for all that has been queued on the computing stream when it is started, and for no more: so its source is
-    computed, and its target's last use is over.
+    A copy waits for all work that is queued on the computing stream when the copy is started, and for no later work. So
+    its source has been computed by then, and the last use of its target is over.
     """
 
     stream: torch.Stream | None
 
     def start(self, target: Tensor, source: Tensor) -> Arrival:
-        """Copy, from or to page-locked memory. Both tensors must stay until `wait`."""
+        """Start a copy from or to page-locked memory. Both tensors must be kept alive until `wait`."""
         if self.stream is None:
             target.copy_(source)
             return None
@@ -61,14 +61,14 @@ class Copies:
             return self.stream.record_event()
 
     def wait(self, arrival: Arrival) -> None:
-        """Have what is computed from here on wait for a copy; the host does not."""
+        """Make work that is queued from here on wait for a copy. The host does not wait."""
         if arrival is not None:
             torch.accelerator.current_stream(self.stream.device).wait_event(arrival)
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where the step runs. `kind` is the device's type as torch spells it ("cpu", "cuda", ...)."""
+    """The device that steps run on. `kind` is its type in torch ("cpu", "cuda", ...)."""
 
     torch_device: torch.device
 
@@ -90,12 +90,12 @@ class Device:
 
     @property
     def total_memory(self) -> int | None:
-        """Bytes of the device's memory; None on a CPU, where nothing is divided by it."""
+        """Bytes of the device's memory; None on a CPU."""
         return None if self.is_cpu else torch.accelerator.get_memory_info(self.torch_device)[1]
 
     @property
     def available_memory(self) -> int | None:
-        """Bytes of the device's memory that torch has or can get: not its context, nor what others hold. None on a CPU."""
+        """Bytes of device memory that torch holds or can allocate: not its context, nor what others hold. None on a CPU."""
         if self.is_cpu:
             return None
         return torch.accelerator.get_memory_info(self.torch_device)[0] + torch.accelerator.memory_reserved(
@@ -104,21 +104,21 @@ class Device:
 
     @property
     def pins(self) -> bool:
-        """Whether host memory is page-locked for copies to and from it."""
+        """Whether host memory is page-locked for copies to and from this device."""
         return not self.is_cpu
 
     @property
     def has_float8(self) -> bool:
-        """Whether it multiplies float8 matrices (torch._scaled_mm): compute capability 8.9 and above."""
+        """Whether it can multiply float8 matrices (torch._scaled_mm): compute capability 8.9 and above."""
         return self.kind == "cuda" and torch.cuda.get_device_capability(self.torch_device) >= (8, 9)
 
     def synchronize(self) -> None:
-        """Wait for the work queued on the device; nothing to wait for on a CPU."""
+        """Wait for the work queued on the device. A CPU queues none."""
         if not self.is_cpu:
             torch.accelerator.synchronize(self.torch_device)
 
     def read(self, values: Tensor) -> list[float]:
-        """The host copy of a 1-D tensor. This waits for the device: the engine calls it once per optimizer step."""
+        """Copy a 1-D tensor to the host. This waits for the device, so the engine calls it only once per optimizer step."""
         return values.tolist()
 
     def memory(self) -> PeakMemory:
@@ -136,18 +136,19 @@ class Device:
             torch.accelerator.reset_peak_memory_stats(self.torch_device)
 
     def record_memory(self) -> None:
-        """Note from here on who allocates what, for `snapshot`: the newest events, and the Python stacks of what is live.
+        """Start to record allocations for `snapshot`: the newest events, and the Python stacks of live memory.
 
-        It takes about 2 microseconds an allocation (torch.cuda.memory._record_memory_history). Only CUDA can do it.
+        This takes about 2 microseconds per allocation (torch.cuda.memory._record_memory_history). Devices other than CUDA
+        record nothing.
         """
-        if self.kind == "cuda":  # "all" keeps events, and "state" their stacks only while memory is held
-            torch.cuda.memory._record_memory_history("all", "state", stacks="python", max_entries=_RECORDED)
+        if self.kind == "cuda":  # "all": all events; "state": stacks of live memory only
+            torch.cuda.memory._record_memory_history("all", "state", stacks="python", max_entries=_RECORDED_EVENTS)
 
     def snapshot(self, path: Path) -> bool:
-        """Write what `record_memory` has noted, as a pickle for torch's viewer; returns whether there is any.
+        """Write what `record_memory` has recorded, as a pickle for torch's memory viewer. Returns False if nothing is recorded.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if self.kind != "cuda":
             return False
@@ -155,24 +156,24 @@ class Device:
         return True
 
     def empty_cache(self) -> None:
-        """Give cached blocks back to the device, after a model was dropped."""
+        """Return the allocator's cached blocks to the device. Call it after a model is deleted."""
         if not self.is_cpu:
             torch.accelerator.empty_cache()
 
     def copies(self) -> "Copies":
-        """Copies between host and device, beside what is computed."""
+        """Copies between host and device that overlap with computation."""
         return Copies(None if self.is_cpu else torch.Stream(self.torch_device))
 
     def pinned(self, size: int) -> Tensor:
-        """`size` bytes of host memory, uint8, page-locked for asynchronous copies; plain memory on a CPU.
+        """Allocate `size` bytes of host memory, uint8, page-locked for asynchronous copies; ordinary memory on a CPU.
 
-        torch's own pinned memory comes in powers of two, which for a block of weights can be twice its size.
+        torch's own allocator rounds page-locked memory up to a power of two, up to twice the size of a block's weights.
         """
         if self.is_cpu:
             return torch.empty(size, dtype=torch.uint8)
         if self.kind != "cuda":
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)  # pages of its own
+        memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)  # pages that hold nothing else
         runtime = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
         weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
@@ -180,8 +181,7 @@ class Device:
 
     def reseed(self, seed: int) -> None:
         """Seed the generators that operations on this device draw from (dropout, stochastic rounding)."""
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed asks every accelerator that torch knows, each step
+        # Not torch.manual_seed: it queries every accelerator that torch knows, which costs time in each step.
+        torch.default_generator.manual_seed(seed)
         if not self.is_cpu:
             self._module.manual_seed(seed)

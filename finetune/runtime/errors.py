@@ -1,4 +1,4 @@
-"""Errors that a user can act on: what is wrong, where, and what to do instead. Imports no torch."""
+"""Errors that a user can fix: what is wrong, where, and what to do instead. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """Raised for everything a user can mend; printed without a traceback, and ends the run with exit status 2."""
+    """An error that the user can fix. It is printed without a traceback and ends the run with exit status 2."""
 
     def __init__(self, what: str, cure: str = "", where: str = "") -> None:
         self.problems: tuple[Problem, ...] = (Problem(what, where, cure),)
@@ -26,7 +26,7 @@ class UserError(Exception):
 
     @classmethod
     def of(cls, problems: Sequence[Problem], title: str = "") -> "UserError":
-        """One error out of several problems, so that all are seen at once."""
+        """Combine several problems into one error, so that the user sees all of them at once."""
         error = cls("")
         error.problems = tuple(problems)
         lines = [str(problem) for problem in problems]

@@ -1,4 +1,4 @@
-"""How a process ends."""
+"""Ends a process without finalizing the interpreter."""
 
 import atexit
 import os
@@ -8,11 +8,11 @@ from typing import NoReturn
 
 
 def leave(status: int) -> NoReturn:
-    """End with `status` once threads that are waited for, exit handlers and output are done; the interpreter is not dismantled.
+    """Exit with `status`: join non-daemon threads, run exit handlers and flush output, but do not finalize the interpreter.
 
-    Threads of torch live on to the end. One that asks for the interpreter while that is dismantled, to hand back a
-    tensor of the last collective say, is unwound through C++ that allows no unwinding ("terminate called without an active
-    exception"): a training that had succeeded would end with SIGABRT.
+    Some of torch's threads run until the process ends. If such a thread takes the interpreter's lock during finalization,
+    for example to free a tensor of the last collective, Python unwinds it through C++ frames that do not allow this
+    ("terminate called without an active exception"), and a training that had succeeded ends with SIGABRT.
     """
     threading._shutdown()
     atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-"""One console per run: rank 0 speaks, libraries are quiet."""
+"""One console per run: only rank 0 prints, and libraries are quiet."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ LIBRARIES = (
 
 HARMLESS = (
     "'set_vital' is deprecated",  # torchdata 0.11 on torch 2.13
-    "In CPU autocast, but the target dtype is not supported",  # Mochi turns autocast off so
+    "In CPU autocast, but the target dtype is not supported",  # Mochi uses this to turn autocast off
     "FSDP2-wrapped module .* returned a view tensor",  # nothing modifies a transformer's output in place here
 )
 
@@ -48,7 +48,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Nothing is said inside."""
+    """Print nothing inside the block."""
     before, console.quiet = console.quiet, True
     try:
         yield

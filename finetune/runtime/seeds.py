@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for, so that no generator state is ever saved."""
+"""Random numbers as a pure function of their purpose (step, sample, ...), so that no generator state has to be saved."""
 
 import hashlib
 
