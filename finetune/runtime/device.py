@@ -62,7 +62,7 @@ class Copies:
 
     def wait(self, arrival: Arrival) -> None:
         """Make work that is queued from here on wait for a copy. The host does not wait."""
-        if arrival is not None:
+        if arrival is not None and self.stream is not None:
             torch.accelerator.current_stream(self.stream.device).wait_event(arrival)
 
 

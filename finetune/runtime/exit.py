@@ -14,7 +14,7 @@ def leave(status: int) -> NoReturn:
     for example to free a tensor of the last collective, Python unwinds it through C++ frames that do not allow this
     ("terminate called without an active exception"), and a training that had succeeded ends with SIGABRT.
     """
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]  # joins threads; typeshed omits private functions
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
