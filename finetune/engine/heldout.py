@@ -1,4 +1,4 @@
-"""Held-out loss: fixed noise at fixed quantiles of sigma, the same figure for every number of ranks."""
+"""The held-out loss, with fixed noise at fixed quantiles of sigma: the same for any number of ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from finetune.runtime import seeds
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss over clips and quantiles by term, and what predicting zero would score."""
+    """Mean losses over clips and quantiles by term, and those of a prediction of zero for comparison."""
 
     losses: dict[str, float]
     zero_losses: dict[str, float]
 
     @property
     def loss(self) -> float:
-        """The sum of all terms."""
+        """The sum over all terms."""
         return sum(self.losses.values())
 
     @property
     def zero_loss(self) -> float:
-        """The sum of all terms of predicting zero."""
+        """The sum over all terms for a prediction of zero."""
         return sum(self.zero_losses.values())
 
 
@@ -37,8 +37,9 @@ def heldout_loss(
 ) -> HeldOut:
     """Measure the loss on clips that are not trained on.
 
-    Every clip is seen at sigma(u) for u = 1/2n, 3/2n, ... with noise that depends on the clip's place alone. Data ranks
-    share the evaluations and make the same number of transformer calls, since a sharded one needs all of them.
+    Every clip is evaluated at sigma(u) for u = 1/2n, 3/2n, ..., with n = `quantiles`, and with noise that depends only on the
+    clip's index. Data ranks share the evaluations. All ranks call the transformer equally often, because each call of a
+    sharded transformer needs all of them. Collective; returns the same on every rank.
     """
     runtime, device = state.runtime, state.runtime.device
     data = runtime.data
@@ -47,7 +48,7 @@ def heldout_loss(
     measured: list[tuple[Tensors, Tensors]] = []
     with evaluating(state.transformer):
         for turn in range(rounds):
-            place = min(turn * data.size + data.rank, len(evaluations) - 1)  # past the end: to keep in step
+            place = min(turn * data.size + data.rank, len(evaluations) - 1)  # past the end, the last one again
             index, u = evaluations[place]
             with runtime.together():
                 sample = read_sample(items[index], cache, seeds.generator(state.seed, "heldout", index))
@@ -63,7 +64,7 @@ def heldout_loss(
 
 
 def _figures(losses: Tensors) -> dict[str, float]:
-    """Each term of one sample on the host."""
+    """The losses of a batch of one sample, as numbers on the host."""
     return {name: float(loss) for name, loss in losses.items()}
 
 

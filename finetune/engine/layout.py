@@ -1,4 +1,4 @@
-"""Where the weights lie: sharded over ranks, replicated, or both (Rajbhandari et al. 2020; Zhao et al. 2023)."""
+"""How weights are distributed: sharded over ranks, replicated, or both (Rajbhandari et al. 2020; Zhao et al. 2023)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,18 +9,18 @@ from finetune.recipe.rules import streams
 from finetune.recipe.schema import Memory
 from finetune.runtime.distributed import Runtime
 
-_ROOM = 0.4  # share of a device that weights, gradients and optimizer state may take; the rest is for activations
+_STATE_SHARE = 0.4  # of device memory, for weights, gradients and optimizer state; the rest is for activations
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a transformer is spread.
+    """How a transformer's weights are distributed.
 
     Attributes:
-        shard_size: data ranks that hold one copy between them; None for all.
+        shard_size: number of data ranks that one copy is sharded over; None for all.
         gathered_until_backward: whether a block's weights stay whole between its forward and backward pass.
-        frozen_replicated: whether frozen weights are whole on every rank, outside of FSDP.
-        offload: where offloaded weights are: "none", "sharded" (FSDP's), "streamed" (frozen blocks in turns).
+        frozen_replicated: whether every rank holds all frozen weights, outside of FSDP.
+        offload: how weights are offloaded: "none", "sharded" (by FSDP), or "streamed" (whole frozen blocks, one after the other).
         why: the reason, for the log.
     """
 
@@ -32,10 +32,10 @@ class Layout:
 
 
 def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: Runtime) -> Layout:
-    """The recipe's layout, or with "auto" the one that needs least communication and fits.
+    """The recipe's layout, or with "auto" the layout that fits with the least communication.
 
     Args:
-        transformer: with its adapter; what requires gradients is trained.
+        transformer: has its adapter already; the parameters that require gradients are trained.
     """
     name: str = memory.layout
     why = "as memory.layout says"
@@ -45,7 +45,7 @@ def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: 
         name, why = ("shard", "weights are offloaded") if memory.offload else _automatic(transformer, runtime)
     offload: Literal["sharded", "none"] = "sharded" if memory.offload else "none"
     if name == "replicate" and method == "full":
-        return Layout(1, False, False, offload, f"replicate: {why}")  # groups of one, gradients reduced between them
+        return Layout(1, False, False, offload, f"replicate: {why}")  # groups of one rank, which reduce gradients
     size = (memory.shard_size or runtime.local_data_size) if name == "hybrid" else None
     return Layout(size, name == "zero2", name == "replicate", offload, f"{name}: {why}")
 
@@ -56,14 +56,14 @@ def _streaming(memory: Memory) -> str:
 
 
 def _automatic(transformer: nn.Module, runtime: Runtime) -> tuple[str, str]:
-    """(layout, reason). Trained weights take 16 bytes each (weight, gradient, two moments, all float32)."""
+    """(layout, reason). A trained parameter takes 16 bytes (weight, gradient and two moments, all float32)."""
     ranks, on_host = runtime.data.size, runtime.local_data_size
     if ranks == 1:
         return "shard", "one process"
     if runtime.device.total_memory is None:
         return "shard", "how much memory a device has is not known"
     state = sum(p.numel() * 16 if p.requires_grad else p.nbytes for p in transformer.parameters())
-    room = _ROOM * runtime.device.total_memory
+    room = _STATE_SHARE * runtime.device.total_memory
     have = f"{state / 2**30:.1f} GiB of weights and state"
     if state <= room:
         return "replicate", f"{have} fit on every device"

@@ -1,4 +1,4 @@
-"""From a loaded transformer to a trainable one: the order in which it is transformed is visible here, and only here."""
+"""Turns a transformer into a trainable one. The order of the transformations is decided here and nowhere else."""
 
 from functools import partial
 
@@ -21,34 +21,37 @@ from finetune.runtime.logging import say
 def parallelize(
     transformer: nn.Module, family: Family, train: Train, adapter: Lora, memory: Memory, runtime: Runtime
 ) -> nn.Module:
-    """Prepare a transformer for the step: built in its storage dtype, with its parameters on meta.
+    """Prepare a transformer for training, in place.
 
+    Args:
+        transformer: in its storage dtype, with parameters on the meta device.
     Returns:
-        the same module, an FSDPModule; only what is trained requires gradients. What was on meta has memory where it
-        belongs, and waits for `load_weights`.
+        the same module, now an FSDPModule. Only trained parameters require gradients. Parameters that were on meta have
+        uninitialised memory in their final place; call `load_weights` next.
     """
-    # 1. The adapter, whole and real: its initialisation must not differ between ranks.
+    # 1. Add the adapter before sharding and with real tensors, so that its initial values are the same on all ranks.
     transformer.requires_grad_(train.method == "full")
     if train.method == "lora":
         lora.add(transformer, family, adapter, train.seed)
     precision.cast_trained_weights(transformer, train.weights)
     move_real(transformer, runtime.device.torch_device)
 
-    # 2. Low-bit storage of what stays frozen, after the adapter, which looks for linear layers; or float8 products of what is
-    #    trained.
+    # 2. Store frozen weights in few bits, after the adapter, since peft looks for ordinary linear layers. Or multiply trained
+    #    weights in float8.
     lists = [getattr(transformer, name) for name in family.block_lists]
     lowbit.quantize_blocks(lists, memory.low_bit, family.high_precision)
     if train.float8:
         precision.compute_in_float8(lists, family.high_precision, runtime.device)
 
-    # 3. Activation checkpointing inside the sharded unit, so that recomputation gathers a block's weights once.
+    # 3. Checkpoint activations inside the FSDP unit, so that one all-gather of a block's weights serves recomputation and
+    #    gradients.
     activation.checkpoint_blocks(lists, memory)
 
-    # 4. Compilation in place, so that names stay, with recomputation inside the graph.
+    # 4. Compile blocks in place, which keeps parameter names; after checkpointing, so that the graph includes recomputation.
     if memory.compile:
         activation.compile_blocks(lists, runtime.device)
 
-    # 5. Sharding, or streaming: outermost, since a compiled graph must not see the copies.
+    # 5. Stream or shard last, so that copies and all-gathers stay outside of the compiled graphs.
     layout = choose_layout(memory, train.method, transformer, runtime)
     if runtime.world_size > 1 or memory.offload:
         say(f"layout: {layout.why}")
@@ -56,13 +59,13 @@ def parallelize(
         stream_blocks(lists, memory.resident_blocks, runtime.device)
     _shard(transformer, lists, layout, train.precision, runtime)
 
-    # 6. Memory, on the device or the host, for what a rank holds.
+    # 6. Allocate memory, on the device or the host, for the parameters that this rank holds.
     materialise(transformer, torch.device("cpu") if layout.offload == "sharded" else runtime.device.torch_device)
     return transformer.train()
 
 
 def _shard(transformer: nn.Module, lists: list[nn.ModuleList], layout: Layout, compute: str, runtime: Runtime) -> None:
-    """One unit a block, the rest with the root. Replicated frozen weights stay outside of it."""
+    """Make each block an FSDP unit, and the root a unit of the rest. Frozen weights that are replicated stay outside of FSDP."""
     pinned = CPUOffloadPolicy(pin_memory=runtime.device.pins)
     shard = partial(
         fully_shard,
@@ -80,5 +83,5 @@ def _shard(transformer: nn.Module, lists: list[nn.ModuleList], layout: Layout, c
 
 
 def trained_parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """The parameters the optimizer updates; collect them after sharding."""
+    """The parameters that the optimizer updates. Collect them after sharding, which replaces parameters."""
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]

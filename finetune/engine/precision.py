@@ -1,4 +1,4 @@
-"""Which dtype lives where: frozen weights in compute precision, trained weights as the recipe says, reductions float32."""
+"""Dtypes: frozen weights in compute precision, trained weights as the recipe says, reductions in float32."""
 
 import re
 
@@ -13,30 +13,30 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 def storage_dtype(train: Train) -> torch.dtype:
-    """How the transformer's weights are loaded: as `train.weights` if they are trained, in compute precision if frozen."""
+    """The dtype in which the transformer is loaded: `train.weights` if it is trained, else compute precision."""
     return DTYPES[train.weights if train.method == "full" else train.precision]
 
 
 def cast_trained_weights(model: nn.Module, weights: str) -> None:
-    """Cast the parameters that are trained, in place, to "float32" or "bf16"."""
+    """Cast the trained parameters in place to `weights`, "float32" or "bf16"."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[weights])
 
 
 def compute_in_float8(lists: list[nn.ModuleList], high_precision: str, device: Device) -> None:
-    """Have the blocks' linear layers multiply in float8 e4m3 (gradients e5m2), in place; weights stay as they are.
+    """Make the blocks' linear layers multiply in float8 e4m3 (gradients in e5m2), in place. Weights keep their dtype.
 
     Args:
-        high_precision: regular expression of layers that stay as they are, searched in names within a block.
+        high_precision: regular expression of layers that are left alone, searched in their names within a block.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def fits(module: nn.Module, name: str) -> bool:
-        sides_fit = module.in_features % 16 == 0 and module.out_features % 16 == 0  # what the kernels take
+        sides_fit = module.in_features % 16 == 0 and module.out_features % 16 == 0  # the kernels require it
         return sides_fit and re.search(high_precision, name) is None
 
-    # Padded, because tokens need not be a multiple of 16, and gradients of weights sum over them.
+    # Pad the inner dimension: weight gradients sum over tokens, whose number need not be a multiple of 16.
     config = Float8LinearConfig(emulate=not device.has_float8, pad_inner_dim=True)
     for blocks in lists:
         for block in blocks:
@@ -44,5 +44,5 @@ def compute_in_float8(lists: list[nn.ModuleList], high_precision: str, device: D
 
 
 def policy(precision: str) -> MixedPrecisionPolicy:
-    """FSDP2's casts. Inputs are left alone: float timesteps and RoPE tables must not become bf16."""
+    """FSDP2's mixed precision. Inputs are not cast, because float timesteps and RoPE tables must not become bf16."""
     return MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -1,4 +1,4 @@
-"""The learning rate over time, and its place after a resume."""
+"""The learning-rate schedule, and how it is set after a resume."""
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -8,7 +8,7 @@ from finetune.recipe.schema import Schedule
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Schedule, steps: int) -> LambdaLR:
-    """diffusers' `get_scheduler`, counted in optimizer steps."""
+    """Build diffusers' schedule (`get_scheduler`) over `steps` optimizer steps."""
     return get_scheduler(
         settings.name,
         optimizer,
@@ -20,12 +20,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Schedule, steps: 
 
 
 def set_schedule_step(schedule: LambdaLR, step: int) -> None:
-    """Put a schedule, and its optimizer's learning rate, where it is after `step` optimizer steps."""
+    """Set a schedule and its optimizer's learning rates to their state after `step` optimizer steps."""
     schedule.last_epoch = schedule._step_count = step
     rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)  # torchao's, which its compiled step reads
+            group["lr"].fill_(rate)  # the compiled steps of torchao's optimizers read this tensor
         else:
             group["lr"] = rate
     schedule._last_lr = rates

@@ -72,7 +72,7 @@ def test_the_device_holds_two_blocks_and_what_is_resident(make_job: Callable[...
     for streamed in streamed_blocks(job):
         frozen = [p for p in streamed.parameters() if not p.requires_grad]
         assert {p.untyped_storage().data_ptr() for p in frozen} <= storages
-        assert set(frozen) == {parameter for parameter, _ in streamed.homes()}
+        assert set(frozen) == {parameter for parameter, _ in streamed.host_copies()}
 
 
 def test_a_block_is_copied_once_a_pass_and_not_again_where_the_pass_turns(make_job: Callable[..., Job]) -> None:

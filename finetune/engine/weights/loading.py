@@ -1,4 +1,4 @@
-"""Weights of a transformer that was built without any: each rank reads the rows it holds, into where they stay."""
+"""Loads the weights of a transformer that was built without any. Each rank reads only the rows that it holds."""
 
 from collections.abc import Callable
 
@@ -16,18 +16,20 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "base_layer.")
 
 
 def materialise(transformer: nn.Module, device: torch.device) -> None:
-    """Give the parameters that are on meta memory on `device`, uninitialised; shards stay shards."""
+    """Allocate uninitialised memory on `device` for the parameters that are on meta. Shards stay shards."""
     _replace(transformer, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
 def move_real(transformer: nn.Module, device: torch.device) -> None:
-    """Put what is not on meta, the adapter and buffers, on `device`."""
+    """Move parameters and buffers that are not on meta to `device`; these are the adapter and the buffers."""
     _replace(transformer, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def _replace(transformer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Put changed parameters and buffers in the place of old ones. torch's own `.to` and `to_empty` change them in place, which
-    works between some kinds of devices only; FSDP takes up new ones before its first forward pass.
+    """Replace parameters and buffers by changed ones.
+
+    torch's own `.to` and `to_empty` change them in place, which works only between some kinds of devices. FSDP takes up
+    replaced parameters before its first forward pass.
     """
     for module in transformer.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -39,38 +41,39 @@ def _replace(transformer: nn.Module, change: Callable[[Tensor], Tensor]) -> None
 
 
 def load_weights(transformer: nn.Module, weights: Weights, device: torch.device) -> None:
-    """Fill all parameters but the adapter's, and the buffers that were saved with them, in place.
+    """Fill all parameters except the adapter's, and the buffers that the files contain, in place.
 
     Args:
-        device: where weights are quantised.
+        device: the device that weights are quantised on.
     Raises:
-        UserError: a file cannot be read. That names and shapes are right is `check`'s business.
+        UserError: a file cannot be read. Names and shapes are not checked here; the command `check` does that.
     """
-    homes = {p: home for module in transformer.modules() if isinstance(module, Streamed) for p, home in module.homes()}
+    streamed = [module for module in transformer.modules() if isinstance(module, Streamed)]
+    host_copies = {parameter: copy for module in streamed for parameter, copy in module.host_copies()}
 
-    def here(parameter: nn.Parameter) -> Tensor:
-        return homes.get(parameter, parameter.detach())
+    def destination(parameter: nn.Parameter) -> Tensor:
+        return host_copies.get(parameter, parameter.detach())
 
     with torch.no_grad():
         for prefix, module in transformer.named_modules():
             for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-                if _is_adapters(name) or (isinstance(module, LowBitLinear) and parameter is not module.bias):
+                if _is_adapter(name) or (isinstance(module, LowBitLinear) and parameter is not module.bias):
                     continue
-                place, start, stop = _local(here(parameter))
-                if place.numel():
-                    place.copy_(weights.rows(plain_name(name), start, stop))
+                rows, start, stop = _local(destination(parameter))
+                if rows.numel():
+                    rows.copy_(weights.rows(plain_name(name), start, stop))
             if isinstance(module, LowBitLinear):
-                codes, start, stop = _local(here(module.weight))
+                codes, start, stop = _local(destination(module.weight))
                 if codes.numel():
                     rows = weights.rows(plain_name(f"{prefix}.weight"), start, stop)
-                    module.fill(codes, _local(here(module.weight_scale))[0], rows.to(device))
+                    module.fill(codes, _local(destination(module.weight_scale))[0], rows.to(device))
         for name, buffer in transformer.named_buffers():
             if plain_name(name) in weights.names():
                 buffer.copy_(weights.rows(plain_name(name), 0, len(buffer) if buffer.dim() else 0))
 
 
 def whole_transformer(family: Family, dtype: torch.dtype) -> nn.Module:
-    """The pretrained transformer on the CPU, with nothing done to it."""
+    """Load the pretrained transformer onto the CPU, without an adapter, sharding or any other change."""
     transformer = family.build_transformer(dtype)
     materialise(transformer, torch.device("cpu"))
     load_weights(transformer, family.transformer_weights(), torch.device("cpu"))
@@ -78,21 +81,21 @@ def whole_transformer(family: Family, dtype: torch.dtype) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name in the file."""
+    """A parameter's name in the weight files, that is without the prefixes of wrappers."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
-def _is_adapters(name: str) -> bool:
+def _is_adapter(name: str) -> bool:
     return f".{ADAPTER}." in name
 
 
 def _local(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """(the part of it on this rank, its first row, the row after its last)."""
+    """(the local part of a tensor, the index of its first row, the index after its last row)."""
     if not isinstance(tensor, DTensor):
         return tensor, 0, len(tensor) if tensor.dim() else 0
     local = tensor.to_local()
-    chunks = tensor.__create_chunk_list__()  # what DCP asks a tensor for
+    chunks = tensor.__create_chunk_list__()  # how DCP asks which part of a tensor is local
     start = chunks[0].offsets[0] if chunks else 0
     return local, start, start + len(local)
