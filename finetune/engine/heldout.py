@@ -59,8 +59,7 @@ def heldout_loss(
             measured.append((batch.losses(predictions), batch.losses(zeros)))
     gathered = runtime.gather_data([(_figures(losses), _figures(zeros)) for losses, zeros in measured])
     in_order = [gathered[i % data.size][i // data.size] for i in range(len(evaluations))]
-    losses, zeros = zip(*in_order, strict=True)
-    return HeldOut(_means(losses), _means(zeros))
+    return HeldOut(_means([losses for losses, _ in in_order]), _means([zeros for _, zeros in in_order]))
 
 
 def _figures(losses: Tensors) -> dict[str, float]:

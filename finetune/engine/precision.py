@@ -32,8 +32,8 @@ def compute_in_float8(lists: list[nn.ModuleList], high_precision: str, device: D
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    def fits(module: nn.Module, name: str) -> bool:
-        sides_fit = module.in_features % 16 == 0 and module.out_features % 16 == 0  # the kernels require it
+    def fits(linear: nn.Linear, name: str) -> bool:
+        sides_fit = linear.in_features % 16 == 0 and linear.out_features % 16 == 0  # the kernels require it
         return sides_fit and re.search(high_precision, name) is None
 
     # Pad the inner dimension: weight gradients sum over tokens, whose number need not be a multiple of 16.
