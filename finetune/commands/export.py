@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
             known = ", ".join(map(str, checkpoints.steps())) or "none"
             raise UserError(f"no checkpoint of step {step}", f"steps are: {known}", str(checkpoints.folder))
         state = build_state(recipe, runtime, family, family.transformer_weights())
-        checkpoints.load(step, state.transformer, state.optimizer)
+        checkpoints.load(step, state.parts)
         export_weights(state, recipe.train.method, arguments.out)
         say(f"exported step {step} to {arguments.out}")
         return 0

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
+from finetune.engine.parts import evaluating
 from finetune.engine.step import StepState
 from finetune.models.batch import Batch, Tensors
 from finetune.models.family import Family
@@ -65,7 +65,7 @@ def generate(
     error: Exception | None = None
     live = LiveTransformer(state.transformer, runtime, dtype, stop)
     try:
-        with evaluating(state.transformer):
+        with evaluating(state.parts):
             try:
                 _videos(live, state.family, requests, tiling, done)
             except Interrupted:
@@ -102,18 +102,6 @@ def _videos(
     for index, request in enumerate(requests):
         live.runtime.device.reseed(request.seed)  # LTX's VAE draws noise of its own; a step seeds itself
         done(index, video(pipeline, family, request, live.device))
-
-
-@contextmanager
-def evaluating(transformer: FSDPModule) -> Iterator[None]:
-    """Without gradients and dropout; afterwards in training mode, with no more than its shards in memory."""
-    transformer.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        transformer.train()
-        transformer.reshard()  # the root's own weights stay gathered after a forward pass; a backward pass frees them
 
 
 def live_pipeline(live: "LiveTransformer", family: Family, tiling: bool) -> diffusers.DiffusionPipeline:

@@ -7,7 +7,7 @@ import torch
 
 from finetune.data.cache import Cache
 from finetune.data.loader import Item, read_sample
-from finetune.engine.generate import evaluating
+from finetune.engine.parts import evaluating
 from finetune.engine.step import StepState
 from finetune.models.batch import Tensors
 from finetune.models.objective import Objective
@@ -46,7 +46,7 @@ def heldout_loss(
     evaluations = [(index, (q + 0.5) / quantiles) for index in range(len(items)) for q in range(quantiles)]
     rounds = -(-len(evaluations) // data.size)
     measured: list[tuple[Tensors, Tensors]] = []
-    with evaluating(state.transformer):
+    with evaluating(state.parts):
         for turn in range(rounds):
             place = min(turn * data.size + data.rank, len(evaluations) - 1)  # past the end, the last one again
             index, u = evaluations[place]

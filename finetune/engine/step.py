@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from finetune.engine.gradients import grad_norm
 from finetune.engine.optimizer import InBackward
+from finetune.engine.parts import Part
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.models.batch import Batch
 from finetune.models.family import Family
@@ -25,6 +26,7 @@ from finetune.runtime.distributed import Runtime
 class StepState:
     """What a step works on. `max_grad_norm` is None for no clipping.
 
+    `parts` are what is saved, follows the updates, and is swapped for evaluation: the weights first, then the optimizer.
     `activations` sends what the forward pass saves to host memory, if it is there. `in_backward` updates while the backward
     pass runs, if it is there.
     `defer_reduction` keeps gradients whole until the last accumulation step: less traffic, but memory for one whole
@@ -35,6 +37,7 @@ class StepState:
     transformer: nn.Module
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    parts: list[Part]
     schedule: LRScheduler
     runtime: Runtime
     max_grad_norm: float | None
@@ -106,4 +109,7 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
             state.optimizer.step()
         state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
+    if finite:  # once the gradients' memory is free
+        for part in state.parts:
+            part.after_step(step)
     return StepResult(dict(zip(totals, mean_losses, strict=True)), host_norm, lr, updated=finite, stop=votes > 0)

@@ -13,6 +13,7 @@ from finetune.data.sampler import Order
 from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizer import InBackward, build_optimizer
 from finetune.engine.parallel import parallelize, trained_parameters
+from finetune.engine.parts import OptimizerState, TrainedWeights
 from finetune.engine.precision import storage_dtype
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.engine.schedule import build_schedule, set_schedule_step
@@ -74,7 +75,7 @@ class Job:
             return 0
         with self.state.runtime.together():
             self._check_identity(self.checkpoints.facts(latest))
-        self.checkpoints.load(latest, self.state.transformer, self.state.optimizer)
+        self.checkpoints.load(latest, self.state.parts)
         set_schedule_step(self.state.schedule, latest)
         return latest
 
@@ -101,7 +102,8 @@ class Job:
         """Checkpoint after `step` optimizer steps, with the adapter as diffusers loads it. Collective."""
         adapter = self.recipe.train.method == "lora"
         write = lambda folder: self.export(folder / "lora") if adapter else None  # noqa: E731
-        return self.checkpoints.save(step, self.state.transformer, self.state.optimizer, self.identity(), write)
+        pending = self.checkpoints.begin(step, self.state.parts, self.identity(), write)
+        return self.checkpoints.finish(pending)
 
     def export(self, folder: Path) -> None:
         """Write the trained weights for diffusers, and verify them. Collective."""
@@ -140,6 +142,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
         transformer=transformer,
         parameters=parameters,
         optimizer=optimizer,
+        parts=[TrainedWeights(transformer), OptimizerState(transformer, optimizer)],
         schedule=build_schedule(optimizer, recipe.schedule, train.steps),
         runtime=runtime,
         max_grad_norm=None if train.max_grad_norm == "none" else train.max_grad_norm,

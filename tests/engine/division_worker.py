@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from finetune.engine.optimizer import build_optimizer
+from finetune.engine.parts import OptimizerState, TrainedWeights
 from finetune.engine.weights.checkpoint import Checkpoints
 from finetune.recipe.schema import Optimizer
 from finetune.runtime import distributed
@@ -26,14 +27,15 @@ def main(folder: Path, out: Path, runtime: Runtime) -> None:
     for name in ("adamw", "adamw_8bit", "adamw_fp8"):
         model = fully_shard(nn.Linear(64, 100, bias=False), mesh=distributed.mesh(runtime))
         optimizer = build_optimizer(list(model.parameters()), Optimizer(name=name))
+        parts = [TrainedWeights(model), OptimizerState(model, optimizer)]
         checkpoints = Checkpoints(folder / name, None, runtime)
         try:
             if runtime.world_size == 1:
                 model(torch.randn(4, 64)).square().sum().backward()
                 optimizer.step()
-                checkpoints.save(1, model, optimizer, {}, lambda _: None)
+                checkpoints.finish(checkpoints.begin(1, parts, {}, lambda _: None))
             else:
-                checkpoints.load(1, model, optimizer)
+                checkpoints.load(1, parts)
             told[name] = ""
         except UserError as error:
             told[name] = str(error)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from finetune.engine.step import StepResult
+from finetune.engine.weights.checkpoint import Pending
 from finetune.runtime.errors import UserError
 from finetune.training.job import Job
 
@@ -103,6 +104,69 @@ def test_a_step_that_is_saved_is_left_alone(build_job: BuildJob) -> None:
     assert {file: file.stat().st_mtime_ns for file in job.save(1).rglob("*")} == files
 
 
+# Begun and finished
+
+
+def begin(job: Job, step: int) -> Pending:
+    return job.checkpoints.begin(step, job.state.parts, job.identity(), lambda folder: None)
+
+
+def test_a_checkpoint_that_is_begun_is_none_until_it_is_finished(build_job: BuildJob) -> None:
+    job = build_job("checkpoint.keep_last=1")
+    run(job, 0, 2, save_each=2)
+    run(job, 2, 3)
+    pending = begin(job, 3)
+    assert job.checkpoints.steps() == [job.checkpoints.latest()] == [2]
+    assert job.checkpoints.finish(pending) == job.checkpoints.path(3)
+    assert job.checkpoints.steps() == [job.checkpoints.latest()] == [3]
+
+
+def test_steps_between_begin_and_finish_are_not_in_the_checkpoint(build_job: BuildJob) -> None:
+    job, expected = build_job(), build_job()
+    run(job, 0, 2)
+    pending = begin(job, 2)
+    run(job, 2, 4)
+    job.checkpoints.finish(pending)
+    run(expected, 0, 2)
+    resumed = build_job()
+    assert resumed.resume() == 2
+    assert_same_state(resumed, expected)
+
+
+def test_a_checkpoint_that_was_never_finished_is_cleared_away_by_the_next(build_job: BuildJob) -> None:
+    job = build_job()
+    run(job, 0, 1)
+    begin(job, 1)
+    run(job, 1, 2, save_each=2)
+    assert list(job.checkpoints.folder.iterdir()) == [job.checkpoints.path(2)]
+
+
+def test_a_checkpoint_that_cannot_be_finished_leaves_the_older_ones_and_nothing_else(build_job: BuildJob) -> None:
+    job = build_job()
+    run(job, 0, 2, save_each=2)
+    pending = begin(job, 3)
+    in_the_way = job.checkpoints.path(3) / "file"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()
+    with pytest.raises(OSError, match="not empty"):
+        job.checkpoints.finish(pending)
+    assert job.checkpoints.steps() == [2]
+    assert sorted(job.checkpoints.folder.iterdir()) == [job.checkpoints.path(2), in_the_way.parent]
+
+
+def test_a_checkpoint_that_does_not_name_its_parts_holds_weights_and_optimizer(build_job: BuildJob) -> None:
+    """As they were written before there were others."""
+    job = build_job()
+    run(job, 0, 2)
+    file = job.save(2) / "trainer.json"
+    facts = json.loads(file.read_text())
+    assert facts.pop("parts") == ["model", "optimizer"]
+    file.write_text(json.dumps(facts))
+    resumed = build_job()
+    assert resumed.resume() == 2
+    assert_same_state(job, resumed)
+
+
 # What is not whole
 
 
@@ -141,9 +205,8 @@ def test_a_save_that_fails_leaves_the_older_checkpoints_and_nothing_else(interru
     def fail(folder: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    state = interrupted.state
     with pytest.raises(OSError, match="Input/output"):
-        interrupted.checkpoints.save(6, state.transformer, state.optimizer, {}, fail)
+        interrupted.checkpoints.begin(6, interrupted.state.parts, {}, fail)
     assert interrupted.checkpoints.steps() == [2, 4]
     assert sorted(path.name for path in interrupted.checkpoints.folder.iterdir()) == ["step_00000002", "step_00000004"]
 

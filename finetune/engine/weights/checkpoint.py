@@ -2,29 +2,31 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.optim import Optimizer
 
+from finetune.engine.parts import Part
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import disk_error
 
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 _STATE, _FACTS, _PARTIAL = "state", "trainer.json", ".partial-"
 _FAILURE = (Exception, CheckpointException)  # DCP's own is a BaseException
+_FIRST_PARTS = ("model", "optimizer")  # of checkpoints that were written before they named their parts
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that was begun, with what will be noted with it; None if the step was saved before."""
+
+    step: int
+    facts: dict[str, Any] | None
 
 
 class Checkpoints:
@@ -46,24 +48,23 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def save(
-        self, step: int, model: nn.Module, optimizer: Optimizer, facts: dict[str, Any], export: Callable[[Path], None]
-    ) -> Path:
-        """Write a checkpoint; a step that is already saved is left alone.
+    def begin(self, step: int, parts: Sequence[Part], facts: dict[str, Any], export: Callable[[Path], None]) -> Pending:
+        """Write the state of all parts to a folder that is no checkpoint until `finish`; a step that is saved is left alone.
+
+        The state is that of now, whatever is trained before `finish`. One checkpoint is pending at a time: the next `begin`
+        clears an unfinished one away.
 
         Args:
             facts: small JSON values, returned by `facts`.
-            export: called on every rank with the unfinished folder, to add files of its own.
+            export: called on every rank with the unfinished folder, to add files of its own; fails on all ranks or on none.
         Raises:
             UserError: on every rank, if any could not write; older checkpoints stay.
         """
-        final = self.path(step)
+        final, partial = self.path(step), self._partial(step)
         if self.runtime.from_main((final / _FACTS).exists() if self.runtime.is_main else None):
-            return final
-        partial = self.folder / f"{_PARTIAL}{final.name}"
-        state = {"model": get_model_state_dict(model, options=TRAINED_ONLY)}
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED_ONLY)
-        try:
+            return Pending(step, None)
+        state = {part.name: part.state_dict() for part in parts}
+        with self._whole_or_absent(step):
             with self.runtime.together():
                 if self.runtime.is_main:
                     self._clear(self.folder)
@@ -71,17 +72,34 @@ class Checkpoints:
                     partial.mkdir(parents=True)
             dcp.save(state, checkpoint_id=partial / _STATE, process_group=self.runtime.control)
             export(partial)
-            with self.runtime.together():
-                if self.runtime.is_main:
-                    made = {"step": step, "processes": self.runtime.world_size, **facts}
-                    (partial / _FACTS).write_text(json.dumps(made, indent=1))
-                    partial.rename(final)
-                    self._prune()
+        names = [part.name for part in parts]
+        return Pending(step, {"step": step, "processes": self.runtime.world_size, "parts": names, **facts})
+
+    def finish(self, pending: Pending) -> Path:
+        """Make a begun checkpoint one that a run resumes from, and remove the oldest; returns its folder. Raises as `begin`."""
+        final, partial = self.path(pending.step), self._partial(pending.step)
+        if pending.facts is None:
+            return final
+        with self._whole_or_absent(pending.step), self.runtime.together():
+            if self.runtime.is_main:
+                (partial / _FACTS).write_text(json.dumps(pending.facts, indent=1))
+                partial.rename(final)
+                self._prune()
+        return final
+
+    def _partial(self, step: int) -> Path:
+        """Where a checkpoint lies while it is written or removed."""
+        return self.folder / f"{_PARTIAL}{self.path(step).name}"
+
+    @contextmanager
+    def _whole_or_absent(self, step: int) -> Iterator[None]:
+        """If the block fails, what was written of the checkpoint is removed, and a full disk is explained."""
+        try:
+            yield
         except _FAILURE as error:
             if self.runtime.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(self._partial(step), ignore_errors=True)
             raise self._explain(error, step) from error
-        return final
 
     def facts(self, step: int) -> dict[str, Any]:
         """What was noted with a checkpoint."""
@@ -90,16 +108,31 @@ class Checkpoints:
         except (OSError, json.JSONDecodeError) as error:
             raise self._unreadable(step, error) from error
 
-    def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Restore weights and optimizer state in place, on any number of ranks."""
-        state = {"model": get_model_state_dict(model, options=TRAINED_ONLY)}
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED_ONLY)
+    def load(self, step: int, parts: Sequence[Part]) -> None:
+        """Restore all parts in place, on any number of ranks. Other state that the checkpoint holds is left there.
+
+        Raises:
+            UserError: the checkpoint cannot be read, or does not hold one of the parts. A part is not started anew in the
+                middle of a run: the run would not be the one that was never interrupted.
+        """
+        with self.runtime.together():
+            self._check_parts(step, parts)
+        state = {part.name: part.state_dict() for part in parts}
         try:
             dcp.load(state, checkpoint_id=self.path(step) / _STATE, process_group=self.runtime.control)
         except _FAILURE as error:
             raise self._unreadable(step, error) from error
-        set_model_state_dict(model, state["model"], options=TRAINED_ONLY)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=TRAINED_ONLY)
+        for part in parts:
+            part.load_state_dict(state[part.name])
+
+    def _check_parts(self, step: int, parts: Sequence[Part]) -> None:
+        saved = self.facts(step).get("parts", _FIRST_PARTS)
+        if missing := [part.name for part in parts if part.name not in saved]:
+            raise UserError(
+                f"the checkpoint has no state of {', '.join(missing)}: the run that saved it had no such part",
+                "resume with the settings that the run was started with, or set `output` to a new folder for a new training",
+                str(self.path(step)),
+            )
 
     def _unreadable(self, step: int, error: BaseException) -> UserError:
         older = [known for known in self.steps() if known < step]
@@ -114,7 +147,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""
         for step in self.steps()[: -self.keep_last] if self.keep_last else []:
-            doomed = self.folder / f"{_PARTIAL}{self.path(step).name}"
+            doomed = self._partial(step)
             self.path(step).rename(doomed)
             shutil.rmtree(doomed)
 

@@ -1,0 +1,106 @@
+"""The parts of a run: what is saved with a checkpoint, follows the updates, and may be swapped for evaluation.
+
+Weights and optimizer are parts. A further one, such as an average of the weights, joins the list `StepState.parts` before the
+run resumes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+
+_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+class Part(Protocol):
+    """What the engine asks of a part, on every rank. A subclass may leave out the last two methods.
+
+    Attributes:
+        name: its key in a checkpoint, unique in a run and without a dot.
+    """
+
+    name: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it: DTensors as they are sharded, or small values that can be pickled.
+
+        Before loading, tensors of the same shapes: they are filled in place, and handed to `load_state_dict`.
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Follow an update. It is called once a step, counted from 0, and not after a step that made no update."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Surrounds held-out losses and samples, on all ranks.
+
+        A part may change the trained parameters in place here, and must change them back: gradients are off, and what FSDP
+        has gathered of the changed ones is dropped at the end, since the weights' own context is the outermost.
+        """
+        return nullcontext()
+
+
+class TrainedWeights(Part):
+    """The parameters that are trained, and the buffers of their modules."""
+
+    name = "model"
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_model_state_dict(self.transformer, options=_TRAINED_ONLY)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_model_state_dict(self.transformer, state, options=_TRAINED_ONLY)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without gradients and dropout; afterwards in training mode, with no more than its shards in memory."""
+        self.transformer.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.transformer.train()
+            for module in self.transformer.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # what a forward pass leaves gathered, a backward pass would have freed
+
+
+class OptimizerState(Part):
+    """The optimizer's state of each trained parameter, by the parameter's name."""
+
+    name = "optimizer"
+
+    def __init__(self, transformer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.transformer, self.optimizer = transformer, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.transformer, self.optimizer, options=_TRAINED_ONLY)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_optimizer_state_dict(self.transformer, self.optimizer, state, options=_TRAINED_ONLY)
+
+
+@contextmanager
+def evaluating(parts: Sequence[Part]) -> Iterator[None]:
+    """All parts as they are to be evaluated. The first one is the weights."""
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part.evaluating())
+        yield
