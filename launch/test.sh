@@ -1,18 +1,38 @@
 #!/usr/bin/env bash
-# The whole test suite, on a fresh machine: install, lint, import contract, tests. --full adds the long matrices;
-# other arguments go to pytest.
+# The whole test suite, on a fresh machine: install, lint, import contract, types, tests.
+# Usage: launch/test.sh [--full] [--torch X] [arguments of pytest]
+#   --full      the long matrices, too
+#   --torch X   the tests alone on another release of torch, in an environment of its own, .venv-torch-X
+# PYTHON=python3.12 chooses the interpreter. All other packages have the versions of launch/constraints.txt. Without a GPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the small build of torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh
-install dev
 
-select="not full"
-if [ "${1:-}" = "--full" ]; then
-  select=""
+select="not full" torch=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --full) select="" ;;
+    --torch)
+      torch="${2:-}"
+      [[ "$torch" =~ ^[0-9]+(\.[0-9]+)+$ ]] || { echo "error: --torch wants a release, such as 2.11.0" >&2; exit 2; }
+      shift ;;
+    *) break ;;
+  esac
   shift
-fi
+done
+
 export OMP_NUM_THREADS=1
-ruff check .
-ruff format --check .
-lint-imports
+if [ -z "$torch" ]; then
+  install dev .venv launch/constraints.txt
+  ruff check .
+  ruff format --check .
+  lint-imports
+  mypy
+else  # torch's own types differ between releases, and lint does not
+  environment=".venv-torch-$torch"
+  mkdir -p "$environment"
+  { grep -v '^torch==' launch/constraints.txt; echo "torch==$torch"; } > "$environment/constraints.txt"
+  install dev "$environment" "$environment/constraints.txt"
+fi
 python -m pytest -m "$select" -n 2 --dist loadfile "$@"  # a file's tests share what they set up
