@@ -4,7 +4,7 @@
 #   --full      the long matrices, too
 #   --torch X   the tests alone on another release of torch, in an environment of its own, .venv-torch-X
 # PYTHON=python3.12 chooses the interpreter. All other packages have the versions of launch/constraints.txt. Without a GPU,
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the small build of torch.
+# name PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL: its torch is a tenth of the size.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh
