@@ -34,7 +34,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
 
 def _load_images(recipe: Recipe) -> None:
     """Read every condition image, wherever it is; missing files are `family_problems`' business."""
-    problems = []
+    problems: list[Problem] = []
     for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
         try:
             if prompt.image and not missing_image(prompt.image):

@@ -197,7 +197,7 @@ class LiveTransformer(nn.Module):
 class OnDemand:
     """A VAE that is on the device only while it encodes or decodes."""
 
-    def __init__(self, vae: nn.Module, runtime: Runtime) -> None:
+    def __init__(self, vae: Any, runtime: Runtime) -> None:
         self._vae, self._device = vae, runtime.device
 
     def __getattr__(self, name: str) -> Any:

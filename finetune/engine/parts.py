@@ -44,6 +44,7 @@ class Part(Protocol):
 
     def after_step(self, step: int) -> None:
         """Follow an update. It is called once a step, counted from 0, and not after a step that made no update."""
+        return
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Surrounds held-out losses and samples, on all ranks.

@@ -6,11 +6,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.distributed.fsdp import FSDPModule
+from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.engine.gradients import grad_norm
 from finetune.engine.optimizer import InBackward
@@ -38,7 +40,7 @@ class StepState:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     parts: list[Part]
-    schedule: LRScheduler
+    schedule: LambdaLR
     runtime: Runtime
     max_grad_norm: float | None
     defer_reduction: bool
@@ -83,7 +85,7 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     totals = {name: torch.zeros((), device=device.torch_device) for name in micro_batches[0].terms}
     for index, batch in enumerate(micro_batches):
         if state.defer_reduction and len(micro_batches) > 1:
-            state.transformer.set_requires_gradient_sync(index + 1 == len(micro_batches))
+            cast(FSDPModule, state.transformer).set_requires_gradient_sync(index + 1 == len(micro_batches))
         batch = batch.to(device.torch_device)
         with state.activations.saving() if state.activations else nullcontext():
             predictions = state.family.predict(state.transformer, batch.inputs)

@@ -40,12 +40,13 @@ def sample(
     prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
     images = [load_image(prompt.image, *prompt.shape[1:]) if prompt.image else None for prompt in prompts]
     pipeline = load_pipeline(recipe, family, runtime)
-    versions = ["base"] if compare or trained is None else []
-    versions += ["trained"] if trained else []
+    versions: list[Path | None] = [None] if compare or trained is None else []
+    versions += [trained] if trained else []
     made: dict[str, list[tuple[str, np.ndarray]]] = {}
-    for version in versions:
-        if version == "trained":
-            load_trained(pipeline, trained, family, recipe, runtime)
+    for weights in versions:
+        version = "base" if weights is None else "trained"
+        if weights is not None:
+            load_trained(pipeline, weights, family, recipe, runtime)
         made[version] = []
         for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             for seed in prompt.seeds:
