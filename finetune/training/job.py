@@ -100,14 +100,14 @@ class Job:
 
     def save(self, step: int) -> Path:
         """Checkpoint after `step` optimizer steps, with the adapter as diffusers loads it. Collective."""
-        adapter = self.recipe.train.method == "lora"
-        write = lambda folder: self.export(folder / "lora") if adapter else None  # noqa: E731
+        method = self.recipe.train.method
+
+        def write(folder: Path) -> None:
+            if method == "lora":
+                export_weights(self.state, method, folder / "lora")
+
         pending = self.checkpoints.begin(step, self.state.parts, self.identity(), write)
         return self.checkpoints.finish(pending)
-
-    def export(self, folder: Path) -> None:
-        """Write the trained weights for diffusers, and verify them. Collective."""
-        export_weights(self.state, self.recipe.train.method, folder)
 
     def idle_batch(self) -> Batch:
         """The training clip that costs least, for calls that only keep ranks in step."""

@@ -19,7 +19,7 @@ from finetune.runtime.errors import UserError
 from finetune.runtime.files import FolderLock, atomic, writing
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
-from finetune.training.job import Job, build
+from finetune.training.job import Job, build, export_weights
 from finetune.training.report import Report
 from finetune.training.samples import has_samples, validation_samples
 from finetune.training.usage import say_usage
@@ -125,7 +125,7 @@ def export(job: Job) -> Path:
     """Write the trained weights; returns their folder."""
     folder = (job.recipe.output / ("lora" if job.recipe.train.method == "lora" else "transformer")).absolute()
     with writing(folder):
-        job.export(folder)
+        export_weights(job.state, job.recipe.train.method, folder)
     return folder
 
 

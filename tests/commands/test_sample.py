@@ -9,7 +9,7 @@ from finetune.checks.model import open_family
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.errors import UserError
 from finetune.training.exported import sample
-from finetune.training.job import Job
+from finetune.training.job import Job, export_weights
 
 PROMPTS = 'validation.prompts=[{text = "a red ball", steps = 2, guidance = 1.0, count = 2}]'
 
@@ -22,7 +22,7 @@ def trained(build_job: Callable[..., Job], family_recipe: Callable[..., Path], t
         job = build_job(f"train.method={method}", "optimizer.lr=0.05", recipe_file=family_recipe(family))
         for step in range(2):
             job.step(step, [job.micro_batches()[step]])
-        job.export(tmp_path / family)
+        export_weights(job.state, job.recipe.train.method, tmp_path / family)
         return tmp_path / family
 
     return train

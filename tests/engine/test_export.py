@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from finetune.engine.precision import DTYPES
 from finetune.engine.weights.export import LORA_FILE, verify_lora
 from finetune.runtime.errors import UserError
-from finetune.training.job import Job
+from finetune.training.job import Job, export_weights
 
 BuildJob = Callable[..., Job]
 
@@ -45,7 +45,7 @@ def prediction(job: Job, transformer: torch.nn.Module) -> Tensor:
 
 def test_exported_lora_tensors_are_the_trained_ones(build_job: BuildJob, tmp_path: Path) -> None:
     job = trained(build_job)
-    job.export(tmp_path / "lora")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "lora")
     exported = load_file(tmp_path / "lora" / LORA_FILE)
     adapter = {
         "transformer." + name.replace(".default.", "."): value
@@ -65,7 +65,7 @@ def test_the_pipeline_predicts_exactly_what_the_trained_model_predicts(
 ) -> None:
     """In bf16 too: FSDP computes with the float32 adapter rounded to bf16, and a bf16 pipeline rounds it as it loads."""
     job = trained(build_job, f"train.precision={precision}", f"lora.rank={rank}", f"lora.alpha={alpha}")
-    job.export(tmp_path / "lora")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "lora")
     pipeline = LTXPipeline.from_pretrained(tiny_ltx, dtype=DTYPES[precision])
     untrained = prediction(job, pipeline.transformer)
     pipeline.load_lora_weights(tmp_path / "lora")
@@ -77,7 +77,7 @@ def test_an_adapter_on_other_layers_is_loaded_by_the_pipeline(
     build_job: BuildJob, tiny_ltx: Path, tmp_path: Path
 ) -> None:
     job = trained(build_job, "lora.targets=attn1.to_q,ff.net.0.proj,ff.net.2")
-    job.export(tmp_path / "lora")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "lora")
     pipeline = LTXPipeline.from_pretrained(tiny_ltx)
     pipeline.load_lora_weights(tmp_path / "lora")
     assert torch.equal(prediction(job, pipeline.transformer), prediction(job, job.state.transformer))
@@ -85,7 +85,7 @@ def test_an_adapter_on_other_layers_is_loaded_by_the_pipeline(
 
 def test_each_checkpoint_holds_the_adapter_as_diffusers_loads_it(build_job: BuildJob, tmp_path: Path) -> None:
     job = trained(build_job)
-    job.export(tmp_path / "lora")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "lora")
     saved = job.save(3)
     ours, exported = (load_file(folder / "lora" / LORA_FILE) for folder in (saved, tmp_path))
     assert ours.keys() == exported.keys()
@@ -99,7 +99,7 @@ def test_each_checkpoint_holds_the_adapter_as_diffusers_loads_it(build_job: Buil
 def exported(build_job: BuildJob, tmp_path: Path) -> tuple[Job, Path, dict[str, Tensor]]:
     """A trained job, its exported folder and the trained tensors by peft's names."""
     job = trained(build_job, steps=1)
-    job.export(tmp_path / "lora")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "lora")
     file = load_file(tmp_path / "lora" / LORA_FILE)
     return job, tmp_path / "lora", {name.removeprefix("transformer."): value for name, value in file.items()}
 
@@ -164,7 +164,7 @@ def test_a_file_that_differs_in_anything_is_refused(
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_an_exported_transformer_is_the_trained_one(build_job: BuildJob, tmp_path: Path, precision: str) -> None:
     job = trained(build_job, "train.method=full", f"train.precision={precision}")
-    job.export(tmp_path / "transformer")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "transformer")
     weights = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     expected = all_weights(job)
     assert weights.keys() == expected.keys()
@@ -178,7 +178,7 @@ def test_the_pipeline_predicts_exactly_with_an_exported_transformer(
     build_job: BuildJob, tiny_ltx: Path, tmp_path: Path, precision: str
 ) -> None:
     job = trained(build_job, "train.method=full", f"train.precision={precision}")
-    job.export(tmp_path / "transformer")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "transformer")
     dtype = DTYPES[precision]
     transformer = LTXVideoTransformer3DModel.from_pretrained(tmp_path / "transformer", dtype=dtype)
     pipeline = LTXPipeline.from_pretrained(tiny_ltx, transformer=transformer, dtype=dtype)
@@ -189,7 +189,7 @@ def test_an_exported_transformer_keeps_the_config_of_the_original(
     build_job: BuildJob, tiny_ltx: Path, tmp_path: Path
 ) -> None:
     job = trained(build_job, "train.method=full", steps=1)
-    job.export(tmp_path / "transformer")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "transformer")
     shutil.copytree(tiny_ltx, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "transformer")
     (tmp_path / "transformer").rename(tmp_path / "model" / "transformer")

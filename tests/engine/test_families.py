@@ -17,7 +17,7 @@ from finetune.engine.step import StepResult
 from finetune.models import family_class
 from finetune.models.folder import ModelFolder
 from finetune.models.mochi import MaskedAttention
-from finetune.training.job import Job
+from finetune.training.job import Job, export_weights
 
 BuildJob = Callable[..., Job]
 Figures = Callable[[Model, int], dict[str, dict[str, list[float]]]]
@@ -111,7 +111,7 @@ def exported(job: Job, folder: Path) -> nn.Module:
     """
     family, dtype = job.state.family, DTYPES[job.recipe.train.precision]
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    job.export(folder)
+    export_weights(job.state, job.recipe.train.method, folder)
     if job.recipe.train.method == "lora":
         pipeline = pipeline_class.from_pretrained(family.folder.path, dtype=dtype)
         pipeline.load_lora_weights(folder)

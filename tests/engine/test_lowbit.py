@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finetune.engine.savers.lowbit import LowBitLinear, dequantize, quantize
 from finetune.engine.weights.loading import plain_name, whole_transformer
 from finetune.models.weights import Weights
-from finetune.training.job import Job
+from finetune.training.job import Job, export_weights
 
 KINDS = ["int8", "float8", "nf4"]
 BITS = {"int8": 8, "float8": 8, "nf4": 4}
@@ -138,7 +138,7 @@ def test_an_exported_adapter_on_the_dequantised_model_is_the_trained_one(
     """The pipeline's own loader on diffusers' own transformer, whose weights are what the codes say."""
     job = build_job(f"memory.low_bit={kind}", "optimizer.lr=1e-2", recipe_file=family_recipe(*model))
     train(job)
-    job.export(tmp_path / "lora")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "lora")
     family, batch = job.state.family, job.micro_batches()[0]
     transformer = whole_transformer(family, torch.float32)
     rounded = 0
