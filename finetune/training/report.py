@@ -1,4 +1,4 @@
-"""What rank 0 tells of a run while it lasts: the progress line, the trackers, the held-out loss."""
+"""Reports a training while it runs, on rank 0: progress line, trackers, held-out loss, samples."""
 
 import time
 from pathlib import Path
@@ -18,13 +18,13 @@ GIB = 2**30
 
 
 class Report:
-    """Collects a step's figures and hands them on. Ranks other than 0 tell nothing.
+    """Prints the figures of each step and passes them to the trackers. Ranks other than 0 report nothing.
 
-    `memory` is the most that a step of this rank took.
+    `memory` is the peak memory of this rank over all steps.
     """
 
     def __init__(self, job: Job, done: int) -> None:
-        """`done`: steps already made by the run this one resumes."""
+        """`done`: number of the step after which the run resumes; 0 for a new run."""
         self.job, self.done = job, done
         self.enabled = job.state.runtime.is_main
         self.trackers: list[Tracker] = []
@@ -56,11 +56,11 @@ class Report:
             tracker.close()
 
     def restart_clock(self) -> None:
-        """What has passed since the last step is not the next one's time."""
+        """Restart the timer, so that other work is not counted in the next step."""
         self.last = time.monotonic()
 
     def step(self, step: int, result: StepResult) -> None:
-        """One optimizer step, counted from 1."""
+        """Report the optimizer step number `step`, counted from 1."""
         memory = self.job.state.runtime.device.memory()
         self.memory = PeakMemory(
             max(memory.allocated, self.memory.allocated), max(memory.reserved, self.memory.reserved)
@@ -91,7 +91,7 @@ class Report:
         )
 
     def heldout(self, step: int, figures: HeldOut | None) -> None:
-        """Held-out loss after `step` steps; 0 is the base model."""
+        """Report the held-out loss after `step` steps; step 0 is the base model."""
         if self.enabled and figures is not None:
             say(f"held-out loss after step {step}: {figures.loss:.4f} (predicting zero: {figures.zero_loss:.4f})")
             totals = {"heldout_loss": figures.loss, "heldout_zero_loss": figures.zero_loss}
@@ -100,7 +100,7 @@ class Report:
         self.restart_clock()
 
     def samples(self, step: int, samples: Samples | None) -> None:
-        """Videos of the validation prompts after `step` steps; 0 is the base model."""
+        """Report videos of the validation prompts after `step` steps; step 0 is the base model."""
         if self.enabled and samples is not None:
             say(f"samples after step {step}: {len(samples.videos)} videos in {samples.sheet.parent}")
             with writing(self.job.recipe.output):
@@ -109,7 +109,7 @@ class Report:
         self.restart_clock()
 
     def saved(self, path: Path) -> None:
-        """A checkpoint was written."""
+        """Report that a checkpoint was written."""
         if self.enabled:
             say(f"saved {path}")
         self.restart_clock()
@@ -121,5 +121,5 @@ class Report:
 
 
 def _by_term(name: str, figures: dict[str, float]) -> dict[str, float]:
-    """A figure's terms as metrics, like "loss/audio"; none for the only term, which is the figure itself."""
+    """Metrics of each loss term, such as "loss/audio". Empty if there is only one term, which equals the total."""
     return {f"{name}/{term}": value for term, value in figures.items()} if len(figures) > 1 else {}

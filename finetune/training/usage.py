@@ -1,4 +1,4 @@
-"""What a finished run tells its user: where the trained weights lie, and a script that generates with them."""
+"""Tells the user of a finished run where the trained weights are, with a script that generates with them."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from finetune.training.job import Job
 
 
 def say_usage(job: Job, folder: Path) -> None:
-    """Say where the trained weights lie and how to use them."""
+    """Print where the trained weights are and how to use them."""
     what = "LoRA, verified by loading it back," if job.recipe.train.method == "lora" else "transformer"
     say(f"\ndone. The {what} lies in {folder}\nUse it with diffusers:\n")
     say("\n".join(f"    {line}" for line in _usage(job, folder)))
 
 
 def _usage(job: Job, folder: Path) -> list[str]:
-    """A script that generates with the trained weights, ready to paste."""
+    """The lines of a script that generates a video with the trained weights."""
     family, model, shape = job.state.family, job.recipe.model, job.recipe.data.buckets[0]
     dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
     source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
