@@ -1,4 +1,4 @@
-"""Measurements, each `python -m benchmarks.NAME`; what they gave is in `results/`."""
+"""Benchmarks, each run by `python -m benchmarks.NAME`. Their results are in `results/`."""
 
 from finetune.runtime.logging import quiet_libraries
 

@@ -1,8 +1,8 @@
-"""Decoding throughput against bare PyAV: H.264 clips of 512x768, into a bucket of their size and one of half of it.
+"""Decoding throughput compared with bare PyAV: H.264 clips of 512x768, decoded into a bucket of that size and of half of it.
 
-`python -m benchmarks.decode [--rounds N]`. Bare PyAV opens the file, decodes as many frames and converts each to an
-RGB array of the bucket's size; it knows nothing of frame rates, rotation or crops. It is measured as its documentation
-has it, `frame.to_ndarray(...)`, and with one scaler for all frames.
+`python -m benchmarks.decode [--rounds N]`. Bare PyAV opens the file, decodes the same number of frames and converts each
+to an RGB array of the bucket's size, without regard to frame rates, rotation or crops. It is measured in two ways: as
+its documentation recommends, with `frame.to_ndarray(...)`, and with one scaler for all frames.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from finetune.recipe import Bucket
 HEIGHT, WIDTH, FPS = 512, 768, 25
 LENGTHS = (49, 73, 97, 121)
 BUCKETS = (Bucket(49, 512, 768), Bucket(49, 256, 384))
-GRAIN = 3  # of 255: makes the encoder work as camera noise does
+GRAIN = 3  # of 255; costs the encoder as much as camera noise would
 
 
 def make_clips(folder: Path) -> list[Path]:
-    """Clips of 49 to 121 frames, with grain."""
+    """Write clips of 49 to 121 frames, with grain. Returns their paths."""
     random = np.random.default_rng(0)
     for index, frames in enumerate(LENGTHS):
         video, _ = scene(index, frames, HEIGHT, WIDTH)
@@ -39,7 +39,7 @@ def make_clips(folder: Path) -> list[Path]:
 
 
 def bare(path: Path, bucket: Bucket, scaler: VideoReformatter | None = None) -> list[np.ndarray]:
-    """The first frames of a file, (H, W, 3) each."""
+    """Decode the first frames of a file with bare PyAV, (H, W, 3) each."""
     shape = {"width": bucket.width, "height": bucket.height, "format": "rgb24", "interpolation": "BICUBIC"}
     frames: list[np.ndarray] = []
     with av.open(str(path)) as container:

@@ -1,7 +1,7 @@
-"""`plan --fit` at full size, as a user runs it: what it finds for GPUs of several sizes, planned once more with what it wrote.
+"""What `plan --fit` finds for full-size models on GPUs of several sizes, run as a user would.
 
-`python -m benchmarks.fits [--only hunyuan_lora_24 ...]`: one GPU, one clip a step; minutes each.
-Writes benchmarks/results/fits.md.
+`python -m benchmarks.fits [--only hunyuan_lora_24 ...]`: one GPU, one clip per step. Each takes minutes. The recipe that
+`--fit` wrote is planned once more. Writes benchmarks/results/fits.md.
 """
 
 import argparse

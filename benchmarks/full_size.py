@@ -1,4 +1,4 @@
-"""Model folders of the published checkpoints at full size, complete but for weights: what `plan` reads of a real one."""
+"""Model folders of the published checkpoints at full size, with all that `plan` reads of them, but without weights."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_laye
 
 
 def complete(path: str, folder: Path) -> Path:
-    """Write at `folder` what `plan` reads of a published checkpoint; `path` is a recipe's model.path."""
+    """Write all that `plan` reads of a published checkpoint to `folder`. `path` is a recipe's model.path."""
     shutil.copytree(CONFIGS / FOLDERS[path], folder, dirs_exist_ok=True)
     index = json.loads((folder / INDEX).read_text())
     if "text_encoder_2" in index:
@@ -62,9 +62,9 @@ def complete(path: str, folder: Path) -> Path:
         tokenizers = {"tokenizer": tiny.t5_tokenizer(max_length=256)}
     for name, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(folder / name)
-        index[name] = ["transformers", type(tokenizer).__name__]  # a small one: encoders pad to a length all the same
+        index[name] = ["transformers", type(tokenizer).__name__]  # small, since encoders pad to a fixed length
     (folder / INDEX).write_text(json.dumps(index))
     if "LTX" in index["_class_name"]:
-        statistics = {"latents_mean": torch.zeros(128), "latents_std": torch.ones(128)}  # the values play no part here
+        statistics = {"latents_mean": torch.zeros(128), "latents_std": torch.ones(128)}  # the values do not matter here
         save_file(statistics, folder / "vae" / "diffusion_pytorch_model.safetensors")
     return folder

@@ -1,11 +1,11 @@
-"""Step time, peak memory and model FLOPs utilisation of CogVideoX-2b and 5b with every memory saver, random weights.
+"""Step time, peak memory and model FLOPs utilisation of CogVideoX-2b and 5b with each memory saver, random weights.
 
 `python -m benchmarks.gpu [--models 5b 2b] [--seconds 540]` on one GPU: LoRA of rank 64 at 49x480x720, batch 1, and full
-finetuning. Each line is this project's own step on a model built anew; the first two of its steps are not counted.
-"over without" divides its step time by that of the same step without its last saver: for copies, what they cost that
-computing does not hide. Utilisation divides the FLOPs of one forward and one backward pass, counted on the meta device
-without recomputation, by step time and by the rate of a large bf16 matrix product measured first. `--smoke` runs a tiny
-model on any device, to see that it works.
+finetuning. Each line measures this project's own step on a newly built model, without its first two steps. "over without"
+is the step time divided by that of the same step without its last saver; for copies, it shows the cost that does not
+overlap with computation. Utilisation is the FLOPs of one forward and one backward pass, counted on the meta device without
+recomputation, divided by the step time and by the measured rate of a large bf16 matrix product. `--smoke` runs a tiny
+model on any device, to test the benchmark itself.
 """
 
 import argparse
@@ -46,7 +46,7 @@ CHECKPOINTED = "full checkpointing"
 
 @dataclass(frozen=True)
 class Case:
-    """Tables of a recipe, and the case whose step time this one's is divided by: what a copy costs that is not hidden."""
+    """Tables of a recipe. `over` is the case whose step time this one's is divided by."""
 
     memory: dict
     train: dict = field(default_factory=dict)
@@ -88,7 +88,7 @@ CASES = {
 
 
 class RandomWeights:
-    """A million random numbers over and over in place of a transformer's weights: drawing billions takes minutes."""
+    """Stands in for a transformer's weights with the same million random numbers, because drawing billions takes minutes."""
 
     def __init__(self, shapes: dict[str, torch.Size], dtype: torch.dtype) -> None:
         self.shapes = shapes
@@ -114,7 +114,7 @@ class RandomCogVideoX(CogVideoX):
 
 
 def model_folder(path: Path, name: str) -> ModelFolder:
-    """Configs alone."""
+    """Write a model folder that has only configs."""
     configs = {
         "transformer/config.json": {"_class_name": "CogVideoXTransformer3DModel", "sample_frames": 49, **MODELS[name]},
         "vae/config.json": {"block_out_channels": [0] * 4, "temporal_compression_ratio": 4, "scaling_factor": 0.7},
@@ -153,7 +153,7 @@ def batch_for(family: CogVideoX, bucket: Bucket, recipe: Recipe, dtype: torch.dt
 
 
 def step_flops(family: CogVideoX, batch: Batch, recipe: Recipe, method: str) -> int:
-    """FLOPs of one forward and backward pass, on the meta device; nothing is recomputed there."""
+    """FLOPs of one forward and one backward pass without recomputation, counted on the meta device."""
     transformer = family.empty_transformer().requires_grad_(method == "full")
     with torch.device("meta"):
         if method == "lora":
@@ -167,7 +167,7 @@ def step_flops(family: CogVideoX, batch: Batch, recipe: Recipe, method: str) -> 
 
 
 def matmul_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
-    """FLOPs a second of a square product."""
+    """FLOPs per second of the product of two square matrices."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(10):
@@ -180,21 +180,21 @@ def matmul_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
 def measure(
     family: CogVideoX, recipe: Recipe, batch: Batch, runtime: Runtime, steps: int
 ) -> tuple[float, float, float]:
-    """(seconds a step, GiB allocated, GiB reserved) at the peak."""
+    """(median seconds per step, peak GiB allocated, peak GiB reserved)."""
     state = build_state(recipe, runtime, family, family.transformer_weights())
     seconds = []
     for step in range(steps + 2):
         if step == 2:
             runtime.device.reset_peak()
         start = time.perf_counter()
-        run_step(state, step, [batch])  # reads the loss: the device has finished
+        run_step(state, step, [batch])  # waits for the device, since it reads the loss
         seconds.append(time.perf_counter() - start)
     memory = runtime.device.memory()
     return statistics.median(seconds[2:]), memory.allocated / 2**30, memory.reserved / 2**30
 
 
 def describe_bus() -> str:
-    """The GPU and its PCIe generation and width, by nvidia-smi."""
+    """The GPU's name, PCIe generation and width, from nvidia-smi."""
     fields = "name,pcie.link.gen.max,pcie.link.width.max"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:

@@ -1,9 +1,9 @@
-"""What the training loop costs over a bare torch loop, per step, on a tiny model.
+"""The time per step that the training loop takes more than a bare torch loop, on a tiny model.
 
-`python -m benchmarks.overhead [--workers N]`. `finetune.training.run.run` runs as it does in a training, with its loader,
-metrics.jsonl and the progress line; after each block of its steps the bare loops take a block of as many, on batches
-kept in memory: forward, loss, backward, clipping, AdamW, loss to the host. One bare loop works on the run's own
-parallelised model, the other on the same model without FSDP; both have the run's optimizer settings.
+`python -m benchmarks.overhead [--workers N]`. `finetune.training.run.run` runs as in a training, with its loader,
+metrics.jsonl and progress line. After each block of its steps, each bare loop runs a block of as many steps, on batches in
+memory: forward, loss, backward, clipping, AdamW, loss to the host. One bare loop uses the run's own parallelised model,
+the other the same model without FSDP. Both have the run's optimizer settings.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MAX_NORM = 1.0
 
 
 def recipe_in(folder: Path, steps: int, workers: int) -> Recipe:
-    """A LoRA of the demo's model on its clips."""
+    """A recipe for a LoRA of the demo's model on the demo's clips."""
     return Recipe.model_validate(
         {
             "output": str(folder / "run"),
@@ -60,7 +60,7 @@ def recipe_in(folder: Path, steps: int, workers: int) -> Recipe:
 
 
 def plain_model(recipe: Recipe, family: Family) -> nn.Module:
-    """The trained model without FSDP."""
+    """The model with its adapter, without FSDP."""
     model = whole_transformer(family, storage_dtype(recipe.train))
     model.requires_grad_(False)
     lora.add(model, family, recipe.lora, recipe.train.seed)
@@ -68,7 +68,7 @@ def plain_model(recipe: Recipe, family: Family) -> nn.Module:
 
 
 def bare_loop(model: nn.Module, recipe: Recipe, family: Family, batches: list[Batch]) -> Callable[[int], None]:
-    """A function that takes a number of steps with nothing around them."""
+    """A function that makes a given number of optimizer steps and does nothing else."""
     parameters = trained_parameters(model)
     optimizer = build_optimizer(parameters, recipe.optimizer)
 
@@ -87,7 +87,7 @@ def bare_loop(model: nn.Module, recipe: Recipe, family: Family, batches: list[Ba
 
 
 class TakingTurns(Report):
-    """The run's own report; after each block of steps it lets the bare loops have theirs, and keeps the times."""
+    """The run's own report, which runs and times the bare loops after each block of steps."""
 
     def __init__(self, job: Job, block: int, others: dict[str, Callable[[int], None]]) -> None:
         super().__init__(job, done=0)
@@ -109,12 +109,12 @@ class TakingTurns(Report):
         self.start = clocks()
 
     def a_step(self) -> np.ndarray:
-        """Milliseconds a step of the block that ends now, by both clocks."""
+        """Milliseconds per step of the block that ends now, by both clocks."""
         return (clocks() - self.start) / self.block * 1e3
 
 
 def clocks() -> np.ndarray:
-    """Seconds: of the wall, and of the processor in this thread, which other programs do not lengthen."""
+    """(wall-clock seconds, CPU seconds of this thread). Other programs do not change the latter."""
     return np.array([time.perf_counter(), time.thread_time()])
 
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of a block")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as torchrun has it
+    torch.set_num_threads(1)  # as under torchrun
     runtime = distributed.start(600)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

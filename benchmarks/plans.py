@@ -1,6 +1,6 @@
-"""`plan` for every recipe at full size, as a user runs it: its figures, and how long it takes.
+"""The figures of `plan` for every recipe at full size, run as a user would, and how long it takes.
 
-`python -m benchmarks.plans [--gpus 1 8 64] [--only cogvideox_5b_lora ...]`; writes benchmarks/results/plans.md.
+`python -m benchmarks.plans [--gpus 1 8 64] [--only cogvideox_5b_lora ...]`. Writes benchmarks/results/plans.md.
 """
 
 import argparse
@@ -76,15 +76,15 @@ def _plan(name: str, gpus: int, folder: Path) -> list[str]:
 
 
 def planned(*arguments: object, settings: Sequence[str] = ()) -> dict:
-    """The figures of `plan`."""
+    """Run `plan` and return its figures, read from its JSON."""
     return json.loads(finetune("plan", *arguments, "--json", settings=settings))
 
 
 def finetune(*arguments: object, settings: Sequence[str] = ()) -> str:
-    """What the command prints.
+    """Run a command of finetune and return what it prints.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     command = [sys.executable, "-W", "ignore", "-m", "finetune", *map(str, arguments)]
     for setting in settings:

@@ -1,7 +1,7 @@
-"""From the command to the first finished step, warm cache, tiny model: one process, and two under torchrun.
+"""The time from the command to the end of the first step, with a warm cache and a tiny model: 1 process, and 2 with torchrun.
 
-`python -m benchmarks.startup [--rounds N]`. The command is the user's own, with the recipe's defaults; its phases end
-when its lines appear. In turn with it, a bare interpreter imports what no trainer of a diffusers model can do without.
+`python -m benchmarks.startup [--rounds N]`. The command is that of a user, with the recipe's defaults. Its phases end when
+certain lines appear. In turn with it, a bare interpreter imports what every trainer of a diffusers model needs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ global_batch_size = 2
 precision = "float32"
 """
 BARE = "import torch, peft; from diffusers import LTXPipeline, LTXVideoTransformer3DModel, AutoencoderKLLTXVideo"
-PHASES = {  # each with a text of the line that ends it
+PHASES = {  # each phase, with a part of the line that ends it
     "imports, process group, checks": "finetune: ",
     "dataset and cache": " clips, ",
     "model, FSDP, optimizer": "starting: ",
@@ -42,11 +42,11 @@ PHASES = {  # each with a text of the line that ends it
 
 
 def phase_ends(command: Sequence[str], texts: Sequence[str]) -> list[float]:
-    """Run a command to its end; seconds from its start until a line with each text came, in order."""
+    """Run a command to its end. Returns the seconds from its start until each text appeared, in order."""
     ends: list[float] = []
     lines: list[str] = []
     start = time.perf_counter()
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun and the quickstart have it
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun and the quickstart set it
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         for line in process.stderr:
             lines.append(line)
@@ -58,13 +58,13 @@ def phase_ends(command: Sequence[str], texts: Sequence[str]) -> list[float]:
 
 
 def durations(ends: Sequence[float]) -> dict[str, float]:
-    """Seconds of each phase, and of all."""
+    """Seconds of each phase, and of all together."""
     starts = [0.0, *ends[:-1]]
     return {name: end - start for name, start, end in zip(PHASES, starts, ends, strict=True)} | {"all": ends[-1]}
 
 
 def measure(folder: Path, rounds: int) -> Mapping[str, list[dict[str, float]]]:
-    """Durations of each command in each round; a round before them fills the cache and is not counted."""
+    """The durations of each command in each round. A first round fills the cache and is not counted."""
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE.format(folder=folder), encoding="utf-8")
     python = [sys.executable, "-m"]

@@ -1,4 +1,4 @@
-"""Shows that a refactor leaves what a training computes alone: two checkouts train the same, on this machine, now.
+"""Shows that a refactor does not change what a training computes: two checkouts train on this machine and are compared.
 
 `python -m benchmarks.unchanged BEFORE [AFTER] [--only ltx] [--methods lora full] [--processes 1 2]`. BEFORE and AFTER are
 git revisions; without AFTER it is the working tree. Every variant's demo is made once and trained on by both, as LoRA and
@@ -34,12 +34,12 @@ ROOT = Path(__file__).parent.parent
 CLIPS = 5  # of the demo's twelve
 GLOBAL_BATCH = 2
 EXPORTS = {"lora": "lora", "full": "transformer"}  # folders in a run's output
-MEASURED = ("seconds_per_step", "samples_per_second", "peak_memory")  # beginnings of keys that differ from run to run
+MEASURED = ("seconds_per_step", "samples_per_second", "peak_memory")  # prefixes of keys that differ from run to run
 EQUAL = "equal"
 TAIL = 15  # lines shown of a command that failed
 
-# All that must come out the same is in it: dropped captions and images, stratified noise levels, clipped gradients, a
-# moving learning rate, a clip held out.
+# Uses everything that must not change: dropped captions and images, stratified noise levels, clipped gradients, a
+# learning-rate schedule, and a held-out clip.
 RECIPE = """\
 output = "{output}"
 [model]
@@ -72,17 +72,17 @@ heldout_clips = 1
 sigmas = 3
 """
 
-Figures = dict[str, str]  # name -> digits as the run wrote them, or a digest
+Figures = dict[str, str]  # name -> the number as the run wrote it, or a digest
 SIDES = ("before", "after")
 
 
 class Failed(Exception):
-    """A command ended with an error; the text is the end of what it said."""
+    """A command ended with an error. The message has its last lines."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A family's variant."""
+    """A variant of a family."""
 
     family: str
     variant: str | None
@@ -97,7 +97,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Training:
-    """What both checkouts run."""
+    """A training that both checkouts make."""
 
     model: Model
     method: str
@@ -109,14 +109,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training computed; nothing if there is an error."""
+    """The figures that a training computed, or the error that ended it."""
 
     figures: Figures
     error: str = ""
 
 
 class Commands:
-    """Runs commands in several threads, and ends all of them when this program is interrupted."""
+    """Runs commands in several threads, and ends them all when this program is interrupted."""
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen] = set()
@@ -124,7 +124,7 @@ class Commands:
         self.stopped = False
 
     def run(self, checkout: Path, arguments: Sequence[object]) -> None:
-        """Run `python -m ...` on a checkout to its end; raises Failed."""
+        """Run `python -m ...` on a checkout until it ends. Raises Failed if it fails."""
         command = [sys.executable, "-m", *map(str, arguments)]
         env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -141,16 +141,16 @@ class Commands:
             raise Failed(f"{' '.join(command)} ended with status {process.returncode}:\n{tail}")
 
     def share_cores(self, function: Callable, items: Sequence, processes: int) -> Iterator:
-        """Results in order; as many items at a time as there are cores for, if each takes `processes` of them."""
+        """Results of `function` in order, for as many items at a time as cores allow if each takes `processes` of them."""
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // processes)) as pool:
             try:
                 yield from pool.map(function, items)
-            except BaseException:  # an interrupt, too: the pool waits for its threads, and they for their commands
+            except BaseException:  # also an interrupt: the pool waits for its threads, and they for commands
                 self.stop()
                 raise
 
     def stop(self) -> None:
-        """End what runs, start nothing more. torchrun ends its ranks."""
+        """End the running commands and start no more. torchrun ends its own ranks."""
         with self.lock:
             self.stopped = True
             for process in self.running:
@@ -159,7 +159,7 @@ class Commands:
 
 @contextmanager
 def checked_out(revision: str | None, folder: Path) -> Iterator[Path]:
-    """A checkout of a revision, gone afterwards; the working tree for None."""
+    """A checkout of a revision, removed after the block. For None it is the working tree."""
     if revision is None:
         yield ROOT
         return
@@ -175,14 +175,14 @@ def checked_out(revision: str | None, folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both checkouts, and a folder for all that they make: demos, and a cache and outputs of each."""
+    """Both checkouts, and a folder for the demos and for the cache and outputs of each checkout."""
 
     checkouts: dict[str, Path]  # by side
     folder: Path
     commands: Commands
 
     def make_demo(self, model: Model) -> Outcome:
-        """The variant's random weights and a few clips, by the code before: both sides start from the same bytes."""
+        """Make the variant's random weights and a few clips, with the code before, so that both sides start from the same bytes."""
         out = self.demo(model)
         variant = ["--variant", model.variant] if model.variant else []
         try:
@@ -191,13 +191,13 @@ class Comparison:
         except Failed as error:
             return Outcome({}, str(error))
         (out / "few").mkdir()
-        for video in sorted((out / "clips").glob("*.mp4"))[:CLIPS]:  # other containers have random bytes in them
+        for video in sorted((out / "clips").glob("*.mp4"))[:CLIPS]:  # other containers contain random bytes
             for file in (video, video.with_suffix(".txt")):
                 shutil.copy(file, out / "few")
         return Outcome({})
 
     def train(self, training: Training, side: str) -> Outcome:
-        """Train on one side's checkout."""
+        """Make a training with the checkout of one side."""
         name = f"{training.model.slug}-{training.method}-{training.processes}"
         output, recipe = self.folder / side / name, self.folder / side / f"{name}.toml"
         recipe.parent.mkdir(exist_ok=True)
@@ -211,7 +211,7 @@ class Comparison:
         except (Failed, OSError) as error:
             return Outcome({}, str(error))
         finally:
-            shutil.rmtree(output, ignore_errors=True)  # all of them together take gigabytes
+            shutil.rmtree(output, ignore_errors=True)  # together the outputs take gigabytes
 
     def recipe(self, training: Training, side: str, output: Path) -> str:
         family = training.model.family
@@ -232,7 +232,7 @@ class Comparison:
 
 
 def read_metrics(path: Path) -> Figures:
-    """Everything in metrics.jsonl but times and memory; numbers stay the text that they are."""
+    """Everything in metrics.jsonl except times and memory. Numbers are kept as text, digit for digit."""
     figures = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line, parse_float=str, parse_int=str, parse_constant=str)
@@ -242,7 +242,7 @@ def read_metrics(path: Path) -> Figures:
 
 
 def read_tensors(folder: Path) -> Figures:
-    """Dtype, shape and a digest of each exported tensor, not of the files: equal ones may differ in their headers."""
+    """Dtype, shape and digest of each exported tensor. Files are not compared, because their headers may differ."""
     figures = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
@@ -256,7 +256,7 @@ def read_tensors(folder: Path) -> Figures:
 
 
 def verdict(before: Outcome, after: Outcome) -> str:
-    """EQUAL, or the first thing that differs."""
+    """EQUAL, or the first figure that differs."""
     if failed := [side for side, found in zip(SIDES, (before, after), strict=True) if found.error]:
         return f"failed {' and '.join(failed)}"
     for name in before.figures | after.figures:
@@ -267,7 +267,7 @@ def verdict(before: Outcome, after: Outcome) -> str:
 
 
 def compare(comparison: Comparison, trainings: Sequence[Training]) -> dict[Training, tuple[str, str]]:
-    """Last loss and verdict of each training. Says how far it is, and why what failed did."""
+    """The last loss and the verdict of each training. Prints progress and errors to stderr."""
     models = list(dict.fromkeys(training.model for training in trainings))
     for model, made in zip(models, comparison.commands.share_cores(comparison.make_demo, models, 1), strict=True):
         say_error(f"demo of {model}", made)

@@ -1,8 +1,8 @@
-"""Published peak memory, reproduced, and beside it ours: `python -m benchmarks.memory`.
+"""Reproduces published peak memory, and compares it with ours: `python -m benchmarks.memory`.
 
-Every row of published.csv by two protocols, each in a process of its own on a simulated accelerator: the published run itself
-(reference.py), and a recipe of ours for the same work (ours.py), with everything resident and with memory savers. Writes a table
-and a chart under benchmarks/results/. `--only N [N ...]` takes some rows; `--measure` runs ours on a GPU, beside the prediction.
+Every row of published.csv is simulated in two ways, each in a process of its own on a simulated accelerator: the published run
+itself (reference.py), and a recipe of ours for the same work (ours.py), without and with memory savers. Writes a table and a
+chart to benchmarks/results/. `--only N [N ...]` takes some rows only. `--measure` runs ours on a GPU and compares the prediction.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.memory.table import GIB, Line, chart, errors, markdown
 RESULTS = HERE.parent / "results"
 INTRODUCTION = (HERE / "introduction.md").read_text()
 TIMEOUT = 900  # seconds of one run
-MEASURED = (2, 4, 8, 9, 10, 13, 15, 50, 54)  # ours fit 80 GB: both models, LoRA and full, batch 1 and 4
+MEASURED = (2, 4, 8, 9, 10, 13, 15, 50, 54)  # where ours fit 80 GB: both models, LoRA and full, batch 1 and 4
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 class _Kept:
-    """Figures of runs that were made with the same code, in a file that grows run by run."""
+    """The figures of earlier runs with the same code, in a file to which each run is added."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.lock = file, threading.Lock()
@@ -87,7 +87,7 @@ class _Kept:
 
 
 def _measure(chosen: list[Row], out: Path) -> None:
-    """Predicted and measured, beside each other; one run at a time."""
+    """Write a table of predicted and measured peaks. Runs are made one at a time."""
     table = [
         "| ours | GPU | allocated, predicted / measured | reserved, predicted / measured | errors |",
         "|---|---|---|---|---|",
@@ -106,7 +106,7 @@ def _measure(chosen: list[Row], out: Path) -> None:
 
 
 def _runs(row: Row) -> dict[str, tuple[str, str]]:
-    """What a row asks for: (module, argument) of each run."""
+    """The runs that a row needs, by name: (module, argument) of each."""
     runs = {name: ("ours", choose(row).key) for name, choose in (("resident", resident), ("savers", with_savers))}
     if row.gpus == 1:
         figures = asdict(row) | {"published": []}

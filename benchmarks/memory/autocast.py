@@ -1,7 +1,7 @@
 """Autocast to float16 on the simulated device, by CUDA's rules (aten/src/ATen/autocast_mode.h).
 
-The trained weights' casts are kept until the outermost autocast region ends, as torch's own cache does; a checkpointed block's
-recomputation is a region of its own.
+The casts of trained weights are cached until the outermost autocast region ends, as in torch. The recomputation of a
+checkpointed block is a region of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,17 +19,17 @@ _LOWER = ("linear", "matmul", "mm", "addmm", "bmm", "conv2d", "conv3d", "scaled_
 _FLOAT = ("layer_norm", "group_norm")
 _OUTSIDE = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
-_kept: dict[int, tuple[Tensor, Tensor]] = {}  # of each cast weight: itself, and its cast
+_kept: dict[int, tuple[Tensor, Tensor]] = {}  # id of a weight -> (the weight, its cast)
 
 
 def region() -> torch.autocast:
-    """Autocast on the simulated device."""
+    """An autocast region on the simulated device."""
     return torch.autocast(KIND, HALF)
 
 
 @contextmanager
 def simulated_autocast() -> Iterator[None]:
-    """Within it, autocast regions act on the simulated device."""
+    """Make autocast regions inside the block act on the simulated device."""
     library = torch.library.Library("aten", "IMPL")
     for names, cast in ((_LOWER, _to_half), (_FLOAT, _to_float)):
         for name in names:

@@ -1,4 +1,4 @@
-"""A recipe of ours on the GPU that is here, with random weights: the peak that `ours` predicts, measured."""
+"""Measures on this machine's GPU, with random weights, the peak memory that `ours` predicts for a recipe."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from finetune.training.job import build_state
 
 
 def measure(ours: Ours) -> dict[str, float]:
-    """Peaks in bytes of loading and the steps that are planned, in a process of its own."""
+    """Peak bytes of loading and of as many steps as a plan simulates. Call it in a process of its own."""
     start = time.perf_counter()
     runtime = distributed.start(timeout_seconds=600)
     if runtime.device.is_cpu:

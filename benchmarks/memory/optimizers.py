@@ -1,6 +1,6 @@
-"""What two optimizers keep on a GPU, which themselves run on CUDA only: their storages as documented, no arithmetic.
+"""The memory that two CUDA-only optimizers take on a GPU: their storages as documented, without any arithmetic.
 
-A Python sketch of the memory of `bitsandbytes.optim.AdamW8bit` 0.44 and `torchao.prototype.low_bit_optim.CPUOffloadOptimizer`
+They stand in for `bitsandbytes.optim.AdamW8bit` 0.44 and `torchao.prototype.low_bit_optim.CPUOffloadOptimizer`
 0.6, the releases of autumn 2024.
 """
 
@@ -9,12 +9,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-_SMALL = 4096  # elements below which both keep a parameter as plain AdamW does
+_SMALL = 4096  # elements; with fewer, both treat a parameter like plain AdamW
 
 
 class AdamW8bitStorages(torch.optim.Optimizer):
-    """bitsandbytes/optim/optimizer.py, `Optimizer2State.init_state`: two moments of a byte an element, a float32 maximum of each
-    256 elements (release notes of 0.44.0), and two float32 maps of 256 values for all; smaller parameters have float32 moments.
+    """The storages of bitsandbytes/optim/optimizer.py, `Optimizer2State.init_state`.
+
+    Each parameter has two moments of one byte per element, with a float32 maximum for every 256 elements (release notes of
+    0.44.0). All share two float32 maps of 256 values. Small parameters have float32 moments.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -38,8 +40,10 @@ class AdamW8bitStorages(torch.optim.Optimizer):
 
 
 class OffloadedStorages(torch.optim.Optimizer):
-    """torchao/prototype/low_bit_optim/cpu_offload.py with `offload_gradients=True`: a gradient leaves the device as soon as it is
-    there, moments are in host memory; smaller parameters have an AdamW of their own on the device.
+    """The storages of torchao/prototype/low_bit_optim/cpu_offload.py with `offload_gradients=True`.
+
+    A gradient leaves the device as soon as it is complete, and moments are in host memory. Small parameters have an AdamW
+    of their own on the device.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], **options: object) -> None:
@@ -49,12 +53,12 @@ class OffloadedStorages(torch.optim.Optimizer):
         self.small = torch.optim.AdamW(small, **options) if small else None
         for parameter in mine:
             if parameter.numel() >= _SMALL:
-                parameter.register_post_accumulate_grad_hook(_leave)
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def step(self) -> None:
         if self.small:
             self.small.step()
 
 
-def _leave(parameter: nn.Parameter) -> None:
+def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None

@@ -1,4 +1,4 @@
-"""The same work with a recipe of ours: this project's own build and step on the simulated accelerator, or on a GPU."""
+"""The work of a published row with a recipe of ours: this project's own build and step, on the simulated accelerator."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ BUCKET = Bucket(49, 480, 720)
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """What a recipe of ours sets; two rows whose work is the same share one."""
+    """The settings of a recipe of ours. Rows with the same work have equal ones."""
 
     model: str
     gpus: int
@@ -27,17 +27,17 @@ class Ours:
 
     @property
     def key(self) -> str:
-        """The same for the same settings."""
+        """A text that is equal for equal settings."""
         return json.dumps([self.model, self.gpus, self.tables], sort_keys=True)
 
     @classmethod
     def parse(cls, key: str) -> "Ours":
-        """Of its `key`."""
+        """The settings with a `key`."""
         model, gpus, tables = json.loads(key)
         return cls(model, gpus, tuple((name, tuple(map(tuple, settings))) for name, settings in tables))
 
     def recipe(self) -> Recipe:
-        """As a whole."""
+        """The whole recipe."""
         tables = {name: dict(settings) for name, settings in self.tables}
         base = {"family": "cogvideox", "path": str(CONFIGS / self.model)}
         return Recipe.model_validate({"model": base, "data": {"path": "clips", "buckets": [str(BUCKET)]}, **tables})
@@ -48,8 +48,10 @@ def _tables(**tables: dict[str, Any]) -> tuple:
 
 
 def resident(row: Row) -> Ours:
-    """Everything on the GPU but what the row itself offloads: bf16, adapters and their moments float32; all weights trained in
-    bf16 with stochastic rounding. Beside DeepSpeed's rows: FSDP2 with CPU offload on as many GPUs.
+    """A recipe that keeps everything on the GPU, except for what the row itself offloads.
+
+    Weights are bf16. LoRA trains adapters in float32 with float32 moments; full finetuning trains bf16 weights with stochastic
+    rounding. DeepSpeed's rows are compared with FSDP2 and CPU offload on the same number of GPUs.
     """
     train = {"method": row.method, "global_batch_size": row.batch_size * row.gpus, "micro_batch_size": row.batch_size}
     memory: dict[str, Any] = {"activation_checkpointing": "full" if row.checkpointing else "none"}
@@ -64,7 +66,7 @@ def resident(row: Row) -> Ours:
 
 
 def with_savers(row: Row) -> Ours:
-    """Weights in host memory, and what the forward pass saves for the backward pass, too."""
+    """A recipe that keeps weights and saved activations in host memory."""
     train = {"method": row.method, "global_batch_size": row.batch_size * row.gpus, "micro_batch_size": row.batch_size}
     memory: dict[str, Any] = {"activation_checkpointing": "full", "offload": True, "offload_activations": True}
     if row.gpus > 1:
@@ -73,13 +75,13 @@ def with_savers(row: Row) -> Ours:
 
 
 def _finished(row: Row, train: dict, memory: dict, optimizer: dict) -> Ours:
-    # DeepSpeed's LoRA rows do not say their rank: it was 256.
+    # DeepSpeed's LoRA rows do not give their rank, which was 256.
     lora = {"lora": {"rank": row.rank or 256, "alpha": 64}} if row.method == "lora" else {}
     return Ours(row.model, row.gpus, _tables(train=train, memory=memory, optimizer=optimizer, **lora))
 
 
 def predict(ours: Ours) -> dict[str, float]:
-    """Peaks in bytes of loading and steps, in a process of its own: the simulated device stays known to torch."""
+    """Peak bytes of loading and steps. Call it in a process of its own, because torch keeps the simulated device registered."""
     start = time.perf_counter()
     recipe, family = ours.recipe(), CogVideoX(ModelFolder(CONFIGS / ours.model))
     plan = simulate(recipe, family, [BUCKET], Hardware(ours.gpus))

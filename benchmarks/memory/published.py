@@ -1,4 +1,4 @@
-"""The published peak memory of finetuning CogVideoX on an A100 of 80 GB.
+"""The published peak memory of finetuning CogVideoX on an A100 with 80 GB.
 
 From the README of cogvideox-factory, now finetrainers
 (github.com/a-r-r-o-w/finetrainers, October 2024 to January 2025): 49x480x720,
@@ -16,20 +16,20 @@ COLUMNS = ("memory_before_training", "memory_before_validation", "memory_after_v
 
 @dataclass(frozen=True)
 class Row:
-    """One published row; figures in GiB, None where it ran out of memory."""
+    """One published row. Figures are in GiB, None where the run was out of memory."""
 
     method: str
     optimizer: str
     gpus: int
     batch_size: int
-    model: str  # a folder of CONFIGS
+    model: str  # name of a folder in CONFIGS
     rank: int | None
     checkpointing: bool
     published: tuple[float | None, ...]
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> "Row":
-        """A row of the file, or of JSON made from a row."""
+        """A row from the fields of the CSV file, or from those of a `Row` that was written as JSON."""
         if "published" in fields:
             return cls(**fields)
         return cls(
@@ -45,6 +45,6 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """All of them, in the order of publication."""
+    """All published rows, in the order of publication."""
     with (HERE / "published.csv").open() as file:
         return [Row.parse(fields) for fields in csv.DictReader(file)]

@@ -1,8 +1,9 @@
-"""The run behind a published row, on the simulated accelerator: what was resident when, and which casts were made.
+"""The run behind a published row, repeated on the simulated accelerator with the same tensors resident and the same casts.
 
-As cogvideox-factory's scripts of autumn 2024 did (training/cogvideox_text_to_video_{lora,sft}.py, accelerate in float16): T5,
-transformer and VAE on the GPU; training on precomputed latents and embeddings; validation by the pipeline around the live
-transformer, training's allocations still cached; then a fresh pipeline beside what was not let go of.
+It does what cogvideox-factory's scripts of autumn 2024 did (training/cogvideox_text_to_video_{lora,sft}.py, accelerate in
+float16). T5, transformer and VAE are loaded onto the GPU. Training uses precomputed latents and embeddings. Validation runs
+the pipeline with the transformer in training, while training's allocations are still cached. Testing loads a new pipeline
+while the old transformer and the optimizer are still in memory.
 """
 
 import gc
@@ -37,10 +38,10 @@ TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 @dataclass(frozen=True)
 class Figures:
-    """Peaks of reserved memory in bytes, each of its own part of the run.
+    """Peak bytes of reserved memory in each part of the run, and how long the simulation took.
 
-    The published columns are running maxima: before_validation is the larger of loading and training, and after_validation the
-    largest of the three.
+    The published columns are running maxima: before_validation is the maximum of loading and training, and after_validation
+    that of loading, training and validation.
     """
 
     loaded: int
@@ -51,14 +52,14 @@ class Figures:
 
 
 class Reference:
-    """One run."""
+    """The simulation of one row's run."""
 
     def __init__(self, row: Row, accelerator: Accelerator) -> None:
         self.row, self.device, self.allocator = row, register(), accelerator.trace.allocator
         self.scheduler = CogVideoXDPMScheduler.from_pretrained(CONFIGS / row.model, subfolder="scheduler")
 
     def run(self) -> Figures:
-        """All of it."""
+        """Simulate all parts of the run."""
         start = time.perf_counter()
         loaded = self._load()
         training = self._part(self._train)
@@ -86,11 +87,11 @@ class Reference:
         return loaded
 
     def _train(self) -> None:
-        """Two steps, in one scope: a step's tensors stay until the next one's take their names.
+        """Make two steps in one scope, so that a step's tensors live until those of the next step replace them.
 
-        In full finetuning float16's loss scale of 65536 overflows at first, and such a step updates nothing: the published rows
-        leave no room for optimizer state in a backward pass (5b, 8 bits, batch 4: it would take 67.4 GiB without any
-        fragmentation, and 66.6 were reserved). Adapters of rank 16 and 64 agree with state in the second.
+        In full finetuning the first step updates nothing, because float16's initial loss scale of 65536 overflows. The published
+        rows show it: with optimizer state in the backward pass, 5b with 8 bits and batch 4 would take 67.4 GiB without any
+        fragmentation, but 66.6 were reserved. Adapters of rank 16 and 64 agree with optimizer state in the second step.
         """
         self.transformer.train()
         size, device = self.row.batch_size, self.device
@@ -121,7 +122,7 @@ class Reference:
 
     def _clip(self) -> None:
         gradients = [p.grad for p in self.transformer.parameters() if p.grad is not None]
-        for _ in range(2):  # the norm is logged before and after
+        for _ in range(2):  # the norm is logged before and after clipping
             for gradient in gradients:
                 gradient.detach().norm(2)
         if gradients:
@@ -138,7 +139,7 @@ class Reference:
         self._release()
 
     def _test(self) -> None:
-        self._cast(self.transformer, HALF)  # and it is not let go of, nor is the optimizer
+        self._cast(self.transformer, HALF)  # it stays in memory, and so does the optimizer
         text_encoder, vae = self._on_device(new_text_encoder()), self._on_device(self._new_vae())
         self._generate(text_encoder, vae, self._on_device(self._new_transformer()))
 
@@ -153,7 +154,7 @@ class Reference:
         pipeline.set_progress_bar_config(disable=True)
         vae.enable_slicing()
         vae.enable_tiling()
-        # Two denoising steps have the peak of fifty.
+        # Two denoising steps have the same peak as fifty.
         pipeline(
             "a cat", height=480, width=720, num_frames=49, num_inference_steps=2, guidance_scale=6.0, output_type="pt"
         )
@@ -168,13 +169,13 @@ class Reference:
         self.allocator.empty_cache()
 
     def _on_device(self, module: nn.Module, trained: torch.dtype = HALF) -> nn.Module:
-        """The module in float16 on the device, parameter by parameter as `Module.to` goes; an adapter comes after its model.
+        """Move a module to the device in float16, parameter by parameter like `Module.to`, and an adapter after its model.
 
         Args:
-            trained: what the parameters that are trained are then cast to.
+            trained: the dtype to which trained parameters are cast afterwards.
         """
         parameters = list(_parameters(module))
-        made: dict[Tensor, nn.Parameter] = {}  # what is tied stays so
+        made: dict[Tensor, nn.Parameter] = {}  # tied parameters stay tied
         for is_adapter in (False, True):
             for owner, name, parameter in parameters:
                 if ("lora_" in name) == is_adapter and parameter not in made:
@@ -189,14 +190,14 @@ class Reference:
         return self._cast(module, trained).eval()
 
     def _cast(self, module: nn.Module, trained: torch.dtype) -> nn.Module:
-        """The trained parameters in another dtype, in place."""
+        """Cast the trained parameters to another dtype, in place."""
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(trained)
         return module
 
     def _new_transformer(self) -> nn.Module:
-        """The transformer on meta, what is trained of it requiring gradients."""
+        """The transformer on meta, with an adapter for LoRA. Only trained parameters require gradients."""
         config = CogVideoXTransformer3DModel.load_config(CONFIGS / self.row.model, subfolder="transformer")
         with torch.device("meta"):
             transformer = CogVideoXTransformer3DModel.from_config(config).requires_grad_(self.row.method == "full")
@@ -214,7 +215,7 @@ class Reference:
 
 
 def _sample(moments: Tensor) -> Tensor:
-    """Latents (B, F, C, H, W) of moments (B, 2C, F, H, W)."""
+    """Sample latents (B, F, C, H, W) from moments (B, 2C, F, H, W)."""
     mean, logvar = moments.chunk(2, dim=1)
     deviation = torch.exp(0.5 * torch.clamp(logvar, -30.0, 20.0))
     latents = (mean + deviation * torch.randn_like(mean)) * 0.7
@@ -222,20 +223,20 @@ def _sample(moments: Tensor) -> Tensor:
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """(the module that holds it, its whole name, the parameter), those that are tied as often as they are held."""
+    """(owning module, full name, parameter) of each parameter. A tied parameter comes once for each of its owners."""
     for prefix, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
             yield owner, f"{prefix}.{name}", parameter
 
 
 def new_text_encoder() -> nn.Module:
-    """T5 v1.1 XXL's encoder, on meta."""
+    """The encoder of T5 v1.1 XXL, on meta."""
     with torch.device("meta"):
         return T5EncoderModel(T5_XXL).requires_grad_(False)
 
 
 def _in_half(transformer: nn.Module) -> None:
-    """Its forward pass in autocast, its output in float32: what accelerate makes of a model in mixed precision."""
+    """Run the forward pass in autocast and return float32, as accelerate does for models in mixed precision."""
     forward = transformer.forward
 
     def run(_: nn.Module, *arguments: object, **keywords: object) -> tuple[Tensor, ...]:
@@ -247,7 +248,7 @@ def _in_half(transformer: nn.Module) -> None:
 
 
 def reproduce(row: Row) -> Figures:
-    """The run of a row, in a process of its own: the simulated device stays known to torch."""
+    """Simulate a row's run. Call it in a process of its own, because torch keeps the simulated device registered."""
     register()
     trace = Trace()
     accelerator = Accelerator(trace, Trace())

@@ -1,4 +1,4 @@
-"""The figures as tables and as a picture."""
+"""Writes the figures as tables and as a chart."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ COLUMNS = ("before training", "before validation", "after validation", "after te
 
 @dataclass(frozen=True)
 class Line:
-    """A published row, and what was simulated of it; `reproduced` is None beside DeepSpeed's."""
+    """A published row and its simulations. `reproduced` is None for DeepSpeed's rows, which are not reproduced."""
 
     row: Row
     resident: dict[str, float]
@@ -23,7 +23,7 @@ class Line:
 
     @property
     def columns(self) -> tuple[float, ...] | None:
-        """The four reproduced columns in GiB, maxima as published."""
+        """The four reproduced columns in GiB, as running maxima like the published ones."""
         if self.reproduced is None:
             return None
         loaded, training, validation, testing = (
@@ -33,17 +33,17 @@ class Line:
 
     @property
     def is_masked(self) -> bool:
-        """Whether the published training peak is hidden behind that of loading."""
+        """Whether the published training peak is only that of loading, which was higher."""
         before, training = self.row.published[:2]
         return training is not None and training <= before + 0.002
 
     @property
     def is_misprint(self) -> bool:
-        """5b in float32, beside T5 and VAE in float16, is 30.06 in the rows beside it; one prints 2b's 16.396."""
+        """Whether this is the row of 5b that prints 2b's 16.396 GiB for loading. Its neighbours have 30.06 for the same models."""
         return self.row.model == "cogvideox-5b" and self.row.published[0] == 16.396
 
     def error(self, column: int) -> float | None:
-        """Of a reproduced figure, relative to the published one; None where there is none to compare."""
+        """Relative error of a reproduced figure against the published one; None if one of them is missing or a misprint."""
         published = self.row.published[column]
         if self.columns is None or published is None or (column == 0 and self.is_misprint):
             return None
@@ -51,7 +51,7 @@ class Line:
 
 
 def markdown(lines: Iterable[Line]) -> str:
-    """One line a row: published / reproduced for the four columns, training alone, ours, and what is saved."""
+    """A table with a line per row: published / reproduced for the four columns, training alone, ours, and the saving."""
     head = ["row", *COLUMNS, "training alone", "ours", "with savers", "saved"]
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
@@ -67,7 +67,7 @@ def markdown(lines: Iterable[Line]) -> str:
 
 
 def errors(lines: Iterable[Line]) -> str:
-    """Medians and worst cases by group and column, masked rows apart."""
+    """A table of median and worst errors by group and column. Masked rows are counted apart."""
     groups: dict[str, Callable[[Line], bool]] = {
         "AdamW": lambda line: line.row.optimizer == "adamw" and line.row.checkpointing,
         "AdamW, no checkpointing": lambda line: line.row.optimizer == "adamw" and not line.row.checkpointing,
@@ -99,7 +99,7 @@ def _summary(title: str, lines: Iterable[Line], column: int) -> list[str]:
 
 
 def chart(lines: list[Line], file: Path) -> None:
-    """Published, reproduced, ours and ours with savers, a group of bars a row."""
+    """Draw published, reproduced, ours and ours with savers as a group of bars for each row."""
     import matplotlib
 
     matplotlib.use("Agg")
