@@ -1,4 +1,4 @@
-"""Frozen linear layers in 8 or 4 bits, for LoRA: stored small, dequantised where they are used.
+"""Frozen linear layers with weights of 8 or 4 bits for LoRA, which are dequantised when they are used.
 
 torchao's weight-only tensors fail under FSDP2 (`aten.split`; its NF4 on one rank), so codes and scales are ordinary
 frozen parameters here. Both have integer dtypes, which FSDP2's mixed precision leaves alone, and one row an output, so
@@ -33,12 +33,12 @@ def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str) 
     for blocks in lists:
         for block in blocks:
             for name, module in list(block.named_modules()):
-                if isinstance(module, nn.Linear) and not _stays(name, module, kind, high_precision):
+                if isinstance(module, nn.Linear) and not _is_kept(name, module, kind, high_precision):
                     parent, _, child = name.rpartition(".")
                     setattr(block.get_submodule(parent), child, LowBitLinear(module, kind))
 
 
-def _stays(name: str, linear: nn.Linear, kind: str, high_precision: str) -> bool:
+def _is_kept(name: str, linear: nn.Linear, kind: str, high_precision: str) -> bool:
     trained = any(parameter.requires_grad for parameter in linear.parameters())
     odd = kind == "nf4" and linear.in_features % BLOCK
     return trained or bool(odd) or re.search(high_precision, name) is not None
@@ -57,11 +57,11 @@ class LowBitLinear(nn.Module):
         self.bias = linear.bias
 
     def fill(self, codes: Tensor, scale: Tensor, weight: Tensor) -> None:
-        """Quantise rows of a weight, as if it had been stored in the layer's own dtype, into where they are kept.
+        """Quantise rows of a weight, rounded to the layer's own dtype first, and write them to `codes` and `scale`.
 
         Args:
-            codes, scale: the rows' places, part of `weight` and `weight_scale` or of a copy of them.
-            weight: (rows, in), on the device that does the work.
+            codes, scale: the rows' part of `weight` and `weight_scale`, or of a copy of them.
+            weight: (rows, in), on the device that quantises.
         """
         new_codes, new_scale = quantize(weight.to(self.dtype), self.kind)
         codes.copy_(new_codes)
@@ -75,7 +75,7 @@ class LowBitLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """Keeps codes and scales for the backward pass, not the dequantised weight."""
+    """Saves codes and scales for the backward pass instead of the dequantised weight."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> Tensor:
@@ -93,7 +93,7 @@ class _Product(torch.autograd.Function):
 
 @torch.library.custom_op("finetune::low_bit_input_gradient", mutates_args=())
 def _input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
-    """Opaque to torch.compile, which would find the forward pass's dequantised weight useful and keep it."""
+    """A custom operation, because torch.compile would otherwise save the dequantised weight of the forward pass for it."""
     return gradient @ dequantize(codes, scale, kind, gradient.dtype)
 
 
