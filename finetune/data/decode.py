@@ -19,7 +19,7 @@ from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
 _TICK_SLACK = 1.5  # ticks: times are rounded by up to half a tick, and the duration behind the frame rate by one tick
-_FRAME_SLACK = 0.1  # frames: limit of the slack if ticks are long
+_FRAME_SLACK = 0.1  # frames: upper limit of the slack, for containers with long ticks
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def heldout_loss(
     measured: list[tuple[Tensors, Tensors]] = []
     with evaluating(state.parts):
         for turn in range(rounds):
-            place = min(turn * data.size + data.rank, len(evaluations) - 1)  # past the end, the last one again
+            place = min(turn * data.size + data.rank, len(evaluations) - 1)  # past the end, repeat the last one
             index, u = evaluations[place]
             with runtime.together():
                 sample = read_sample(items[index], cache, seeds.generator(state.seed, "heldout", index))

@@ -51,7 +51,7 @@ def parallelize(
     if memory.compile:
         activation.compile_blocks(lists, runtime.device)
 
-    # 5. Stream or shard last, so that copies and all-gathers stay outside of the compiled graphs.
+    # 5. Stream or shard blocks outermost, so that copies and all-gathers stay outside of compiled graphs.
     layout = choose_layout(memory, train.method, transformer, runtime)
     if runtime.world_size > 1 or memory.offload:
         say(f"layout: {layout.why}")

@@ -60,7 +60,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]  # the model's name in messages
-    pipeline_classes: ClassVar[tuple[str, ...]]  # whose folders it accepts; the first one generates samples
+    pipeline_classes: ClassVar[tuple[str, ...]]  # pipelines whose folders it accepts; the first one generates
     transformer_class: ClassVar[str]  # the diffusers class of the transformer
     components: ClassVar[tuple[str, ...]] = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")

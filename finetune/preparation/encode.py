@@ -235,7 +235,7 @@ def _encode(
     missing = runtime.from_main(missing)
     if not missing:
         return []
-    mine = missing[runtime.rank :: runtime.world_size]  # work for all ranks, whatever they are going to train on
+    mine = missing[runtime.rank :: runtime.world_size]  # also among ranks that will train on the same samples
     problems: list[Problem] = []
     with runtime.together():
         encode = load() if mine else None

@@ -37,7 +37,7 @@ def inspect_clips(data: Data, path: Path, cache: Cache, runtime: Runtime) -> lis
     with runtime.together():
         clips = read_manifest(path, data.video_column, data.caption_column, data.id_token)
         paths = sorted({clip.path for clip in clips})
-        # Work for all ranks, whatever share of the data a rank is going to train on.
+        # All ranks share this work, also those that will train on the same samples.
         mine = {video: _inspect(video, cache) for video in paths[runtime.rank :: runtime.world_size]}
     facts: dict[Path, dict | UserError] = {}
     for share in runtime.gather(mine):
