@@ -86,7 +86,7 @@ def _fit(fit: Fit, folder: Path) -> list[str]:
     if not plan["fits"]:
         raise RuntimeError(f"{fit.name}: what --fit wrote does not fit")
     highest = max(plan["phases"], key=lambda phase: phase["device"]["reserved"])
-    (step,) = (phase for phase in plan["phases"] if phase["name"].startswith("step"))
+    (step,) = (phase for phase in plan["phases"] if phase["kind"] == "step")
     reserved = [gib(highest["device"]["reserved"]), highest["name"], gib(plan["host_bytes"])]
     return [
         fit.recipe,

@@ -70,7 +70,7 @@ def _plan(name: str, gpus: int, folder: Path) -> list[str]:
     start = time.perf_counter()
     plan = planned("--recipe", file, "--gpus", gpus, settings=settings)
     took = time.perf_counter() - start
-    phases = {kind: phase for kind in PHASES for phase in plan["phases"] if phase["name"].startswith(kind)}
+    phases = {kind: phase for kind in PHASES for phase in plan["phases"] if phase["kind"] == kind}
     reserved = [gib(phases[kind]["device"]["reserved"]) if kind in phases else "" for kind in PHASES]
     return [*reserved, gib(plan["host_bytes"]), f"{phases['step']['seconds']:.1f} s", f"{took:.0f} s"]
 

@@ -1,14 +1,19 @@
 """A plan for people: a line for each phase, and bars for what its peak consists of."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from finetune.planning.gpus import Gpu, Hardware
 from finetune.planning.trace import Peak
 from finetune.planning.work import Work
+from finetune.recipe import Bucket
+from finetune.runtime.device import PeakMemory
 
 GIB = 2**30
 _WIDTH, _BAR = 40, 24
+PhaseKind = Literal["encode text", "encode video", "load", "step", "validation", "export"]
 
 
 @dataclass(frozen=True)
@@ -16,16 +21,22 @@ class Phase:
     """A part of a run, with the peaks of the device and of one process's host memory in it.
 
     Attributes:
+        shape: of the bucket or prompt that is encoded, trained or generated; None if the phase has none.
         flops, seconds: of an optimizer step, on one GPU; the time is the roofline of the plan's GPU.
     """
 
-    name: str
+    kind: PhaseKind
+    shape: Bucket | None
     device: Peak
     host: Peak
     flops: int | None = None
     seconds: float | None = None
 
-    def with_work(self, work: Work, gpu: Gpu | None, overlaps: bool) -> "Phase":
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.shape}" if self.shape else self.kind
+
+    def with_work(self, work: Work, gpu: Gpu | None, overlaps: bool) -> Phase:
         """The same, with what a step computes, and how long a GPU would take; whether copies run beside what it computes."""
         return replace(self, flops=work.flops, seconds=work.seconds(gpu, overlaps) if gpu else None)
 
@@ -43,6 +54,20 @@ class Plan:
         """The phase that reserves most."""
         return max(self.phases, key=lambda phase: phase.device.reserved)
 
+    def of_kind(self, kind: PhaseKind) -> list[Phase]:
+        """The phases of one kind, one for each shape."""
+        return [phase for phase in self.phases if phase.kind == kind]
+
+    @property
+    def step_peak(self) -> PeakMemory:
+        """The most that steps take, of any bucket."""
+        steps = [phase.device for phase in self.of_kind("step")]
+        return PeakMemory(max(step.allocated for step in steps), max(step.reserved for step in steps))
+
+    def with_capacity(self, capacity: int | None) -> Plan:
+        """The same plan, judged by another amount of memory of each GPU."""
+        return replace(self, hardware=replace(self.hardware, capacity=capacity))
+
     @property
     def fits(self) -> bool | None:
         """Whether both memories suffice; None if neither is known."""
@@ -53,21 +78,30 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Host memory of a node, beside what Python and its libraries take."""
-        kept = max(phase.host.requested for phase in self.phases if phase.name != "export")
-        exported = max((phase.host.requested for phase in self.phases if phase.name == "export"), default=0)
+        kept = max(phase.host.requested for phase in self.phases if phase.kind != "export")
+        exported = max((phase.host.requested for phase in self.of_kind("export")), default=0)
         return max(self.hardware.processes * kept, exported)  # rank 0 alone has whole weights to write
 
     def as_json(self) -> dict[str, Any]:
         """All figures, in bytes, FLOPs and seconds."""
-        phases = [asdict(phase) for phase in self.phases]
+        phases = [
+            {"name": phase.name, **asdict(phase), "shape": phase.shape and str(phase.shape)} for phase in self.phases
+        ]
         figures = {"host_bytes": self.host_bytes, "fits": self.fits, "phases": phases, "notes": self.notes}
         return {**asdict(self.hardware), **figures}
 
     @classmethod
-    def from_json(cls, figures: dict[str, Any]) -> "Plan":
+    def from_json(cls, figures: dict[str, Any]) -> Plan:
         """The plan whose `as_json` this is."""
         phases = [
-            Phase(**{**each, "device": Peak(**each["device"]), "host": Peak(**each["host"])})
+            Phase(
+                each["kind"],
+                each["shape"] and Bucket.parse(each["shape"]),
+                Peak(**each["device"]),
+                Peak(**each["host"]),
+                each["flops"],
+                each["seconds"],
+            )
             for each in figures["phases"]
         ]
         gpu = figures["gpu"] and Gpu(**figures["gpu"])
@@ -96,11 +130,9 @@ class Plan:
         lines = []
         for phase in self.phases:
             if phase.flops is not None:
-                time = (
-                    f"; estimate: {phase.seconds:.2f} s on {self.hardware.gpu.name}, by its peak rates"
-                    if phase.seconds
-                    else ""
-                )
+                gpu, time = self.hardware.gpu, ""
+                if gpu and phase.seconds:
+                    time = f"; estimate: {phase.seconds:.2f} s on {gpu.name}, by its peak rates"
                 lines.append(f"{phase.name}: {phase.flops / 1e12:.1f} TFLOP on each GPU{time}")
         if self.host_bytes:
             lines.append(

@@ -224,7 +224,7 @@ def _for_encoding(recipe: Recipe, family: Family, hardware: Hardware) -> tuple[C
     changes: Changes = {}
     too_large, host = encoded(recipe)
     for phase in too_large:
-        changes |= {"memory.text_encoder": "cpu"} if phase.name == "encode text" else {"vae.tiling": True}
+        changes |= {"memory.text_encoder": "cpu"} if phase.kind == "encode text" else {"vae.tiling": True}
     if changes:
         too_large, host = encoded(_changed(recipe, changes))
     for phase in too_large:
@@ -238,7 +238,7 @@ def _whole(recipe: Recipe, changes: Changes, family: Family, hardware: Hardware)
     """All phases of what was chosen, with every bucket. Only what differs from the recipe is told."""
     chosen, capacity = _changed(recipe, changes), hardware.capacity
     plan = simulate_all(chosen, family, recipe.data.buckets, hardware)
-    samples = [phase for phase in plan.phases if phase.name.startswith("validation")]
+    samples = plan.of_kind("validation")
     excess = max((phase.device.reserved - capacity for phase in samples), default=0)
     if excess > 0 and (stay := changes["memory.resident_blocks"]):
         fewer = max(0, stay - 1 - int(excess / _block_bytes(chosen, family)))

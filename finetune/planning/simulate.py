@@ -26,7 +26,7 @@ from finetune.planning.accelerator import Accelerator
 from finetune.planning.device import simulated_runtime
 from finetune.planning.gpus import Hardware
 from finetune.planning.kernels import HOPPER_WORKSPACE, WORKSPACE
-from finetune.planning.report import Phase, Plan
+from finetune.planning.report import Phase, PhaseKind, Plan
 from finetune.planning.timeline import Timeline, plot_timelines
 from finetune.planning.trace import Trace
 from finetune.planning.weightless import WeightlessFolder
@@ -40,8 +40,9 @@ from finetune.training.job import build_state
 STEPS = (1, 2)  # micro-batches of each: the optimizer's state comes with the first step; no third is unlike the second
 _DENOISING_STEPS = 2  # no third takes more
 _MOMENTS = 600  # of a phase, in its picture
-_RUNNING = {
-    "encode": "encoding",
+_RUNNING: dict[PhaseKind, str] = {  # at the beginning of each phase
+    "encode text": "encoding",
+    "encode video": "encoding",
     "load": "load",
     "step": "inputs",
     "validation": "generating",
@@ -114,7 +115,7 @@ class Simulation:
                 encode("a caption")
                 del encode
         for bucket in buckets:
-            with self._phase(f"encode video {bucket}"), _NoPictures():
+            with self._phase("encode video", bucket), _NoPictures():
                 encode = weightless.video_encoder(device.torch_device, dtype, self.recipe.vae)
                 encode(np.zeros((*bucket, 3), np.uint8))
                 del encode
@@ -128,7 +129,7 @@ class Simulation:
             state = build_state(self.recipe, self.runtime, self.family, _Zeros(self.family))
             self._follow(state)
         for bucket, batch in batches.items():
-            with self._phase(f"step {bucket}"):
+            with self._phase("step", bucket):
                 works = []
                 for step, most in enumerate(STEPS):
                     self.accelerator.begin_work()
@@ -151,7 +152,7 @@ class Simulation:
         image = np.zeros((prompt.shape.height, prompt.shape.width, 3), np.uint8) if self.family.takes_image else None
         family, idle = state.family, example_batch(self.recipe, self.family, prompt.shape)
         state.family = type(family)(WeightlessFolder(family.folder.path, self.accelerator))
-        with self._phase(f"validation {prompt.shape}"), _NoPictures():
+        with self._phase("validation", prompt.shape), _NoPictures():
             request = Request(prompt, 0, text, text, image)
             generate(state, [request], idle, self.recipe.validation.tiling, dtype, lambda *_: None)
         state.family = family
@@ -180,14 +181,14 @@ class Simulation:
             sys.excepthook = hook  # process groups put one of theirs in its place
 
     @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self.accelerator.running(_RUNNING[name.split()[0]])
+    def _phase(self, kind: PhaseKind, shape: Bucket | None = None) -> Iterator[None]:
+        self.accelerator.running(_RUNNING[kind])
         self.device.begin()
         self.host.begin()
         yield
-        self.phases.append(Phase(name, self.device.peak(), self.host.peak()))
-        self.timelines[name] = self.device.timeline(_MOMENTS)
-        if name.startswith("encode"):  # where `prepare` does
+        self.phases.append(Phase(kind, shape, self.device.peak(), self.host.peak()))
+        self.timelines[self.phases[-1].name] = self.device.timeline(_MOMENTS)
+        if kind in ("encode text", "encode video"):  # where `prepare` does
             gc.collect()
             self.runtime.device.empty_cache()
 

@@ -57,6 +57,9 @@ def test_a_plan_goes_through_every_phase_of_a_run(
     bucket = "13x64x96" if family == "mochi" else BUCKET
     names = ["encode text", f"encode video {bucket}", "load", f"step {bucket}", f"validation {bucket}", "export"]
     assert [phase["name"] for phase in plan["phases"]] == names
+    kinds = ["encode text", "encode video", "load", "step", "validation", "export"]
+    assert [phase["kind"] for phase in plan["phases"]] == kinds
+    assert [phase["shape"] for phase in plan["phases"]] == [None, bucket, None, bucket, bucket, None]
     parts = {phase["name"]: phase["device"]["parts"] for phase in plan["phases"]}
     assert "text encoder" in parts["encode text"]
     assert "VAE" in parts[names[1]]
