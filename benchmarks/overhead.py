@@ -27,12 +27,12 @@ from finetune.engine.weights.loading import whole_transformer
 from finetune.models import lora
 from finetune.models.batch import Batch
 from finetune.models.family import Family
-from finetune.planning.forecast import Forecast
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe
 from finetune.runtime import distributed
 from finetune.runtime.signals import StopRequest
 from finetune.training.job import Job, build
+from finetune.training.memory import NoPlan
 from finetune.training.report import Report
 from finetune.training.run import run
 
@@ -139,7 +139,7 @@ def main() -> None:
             "bare, no FSDP": bare_loop(plain_model(recipe, family), recipe, family, in_memory),
         }
         with TakingTurns(job, arguments.steps, others) as report:
-            run(job, 0, report, StopRequest(), Forecast(recipe, family.folder.path, runtime))
+            run(job, 0, report, StopRequest(), NoPlan(recipe, runtime))
     distributed.stop()
     ours = np.array(report.milliseconds["finetune"])  # (blocks, clocks)
     rows = []

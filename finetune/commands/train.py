@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from finetune.commands.common import add_recipe_arguments, with_runtime
-from finetune.recipe import load_recipe
+from finetune.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from finetune.runtime.distributed import Runtime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     recipe = load_recipe(arguments.recipe, arguments.set)
+    return with_runtime(recipe, lambda runtime: _train(recipe, runtime))
+
+
+def _train(recipe: Recipe, runtime: Runtime) -> int:
+    """Train with a memory plan made beside it, if the recipe wants one and the device knows its memory."""
     from finetune.training.run import train
 
-    return with_runtime(recipe, lambda runtime: train(recipe, runtime))
+    if not recipe.memory.plan or runtime.device.total_memory is None:
+        return train(recipe, runtime)
+    from finetune.planning.forecast import Forecast
+
+    return train(recipe, runtime, Forecast)

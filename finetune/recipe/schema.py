@@ -196,6 +196,9 @@ class Memory(Table):
     compile: bool = Free(False)
     """Compile each block with torch.compile: faster steps after a minute of compiling for each bucket. On a
     CPU the blocks' graphs are taken, and run without kernels of their own."""
+    plan: bool = Free(True)
+    """On a GPU, have a process beside the training predict its peak memory as `python -m finetune plan` does, and say whether it
+    fits. The training does not wait for it. It is made once: the next start of the same training reads it from data.cache."""
 
 
 class Checkpoint(Table):

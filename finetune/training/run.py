@@ -10,7 +10,6 @@ from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.engine.step import StepResult
 from finetune.models.family import Family
-from finetune.planning.forecast import Forecast
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.recipe.load import changes
@@ -20,15 +19,19 @@ from finetune.runtime.files import FolderLock, atomic, writing
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
 from finetune.training.job import Job, build, export_weights
+from finetune.training.memory import MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan
 from finetune.training.report import Report
 from finetune.training.samples import has_samples, validation_samples
 from finetune.training.usage import say_usage
 
 
-def train(recipe: Recipe, runtime: Runtime) -> int:
+def train(recipe: Recipe, runtime: Runtime, start_plan: StartPlan = start_no_plan) -> int:
     """Run a recipe to its end, or to a polite stop; returns the process's exit status.
 
     The same call resumes: it starts after the newest complete checkpoint in the output folder.
+
+    Args:
+        start_plan: starts a plan of the training's memory, which is made beside it.
     """
     with runtime.together():
         if problems := check_recipe(recipe, runtime.data.size) + check_device(recipe, runtime.device):
@@ -37,11 +40,11 @@ def train(recipe: Recipe, runtime: Runtime) -> int:
         family = open_family(recipe)
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     runtime.device.record_memory()
-    with Forecast(recipe, family.folder.path, runtime) as forecast:
-        return _train(recipe, runtime, family, forecast)
+    with start_plan(recipe, family, runtime) as plan:
+        return _train(recipe, runtime, family, plan)
 
 
-def _train(recipe: Recipe, runtime: Runtime, family: Family, forecast: Forecast) -> int:
+def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan) -> int:
     """The training of a recipe that is known to be sound."""
     prepared = prepare(recipe, family, runtime)
     with runtime.together():
@@ -55,9 +58,9 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, forecast: Forecast)
             str(recipe.output),
         )
     with StopRequest() as stop, Report(job, done) as report:
-        stopped = run(job, done, report, stop, forecast)
+        stopped = run(job, done, report, stop, plan)
         if done < recipe.train.steps:
-            forecast.compare(report.memory)
+            compare(plan, report.memory, recipe, runtime)
         if not stopped:
             exported = export(job)
             if done < recipe.train.steps:  # after the weights are safe: samples need the most memory
@@ -85,23 +88,21 @@ def _claim_output(recipe: Recipe) -> FolderLock:
     return lock
 
 
-def run(job: Job, done: int, report: Report, stop: StopRequest, forecast: Forecast) -> bool:
+def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan) -> bool:
     """Train from step `done` to the recipe's last; returns whether the run was asked to end before it."""
-    recipe, validation = job.recipe, job.recipe.validation
+    recipe, validation, runtime = job.recipe, job.recipe.validation, job.state.runtime
     batches = job.batches(done)
     if done == 0:
         report.heldout(0, job.heldout_loss())
     if done == 0 or (_due(validation.samples_every, done) and not has_samples(job, done)):  # a stop came before them
         report.samples(done, validation_samples(job, done, lambda: stop.requested))
-    if done < recipe.train.steps:
-        forecast.tell(lambda: stop.requested)
-        report.restart_clock()
     for step in range(done, recipe.train.steps):
+        plan.poll()
         micro_batches = [next(batches) for _ in range(job.split.accumulation)]
         try:
             result = job.step(step, micro_batches, stop=stop.requested)
         except torch.OutOfMemoryError as error:  # of one rank, amid collectives: the others end with its process
-            raise forecast.out_of_memory(error, step + 1, job.order.plan(step).bucket) from error
+            raise out_of_memory(error, step + 1, job.order.plan(step).bucket, plan, recipe, runtime) from error
         report.step(step + 1, result)
         if not result.updated:
             raise _not_finite(job, step, result)

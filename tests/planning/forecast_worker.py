@@ -1,13 +1,18 @@
 """The command line on a CPU that calls itself a card, whose steps may run out of memory.
 
-Usage: [torchrun ...] foresight_worker.py CARD FAILS ARGUMENTS...     the arguments are `python -m finetune`'s.
+Usage: [torchrun ...] forecast_worker.py CARD FAILS ARGUMENTS...     the arguments are `python -m finetune`'s.
 
 CARD: bytes of its memory; 0 for the plain CPU. FAILS: "RANK:STEP", or "never".
+
+A plan's process is stopped as soon as it is started, and goes on, to its end, in the middle of the second step: so the
+first steps cannot wait for it. At the end stdout says whether one was started, and whether the planner was imported.
 """
 
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
@@ -43,17 +48,42 @@ class Card(Device):
         return True
 
 
-def fail_in(step: int) -> None:
-    """Have the transformer of a step, counted from 1, run out of memory."""
+def in_step(step: int, act: Callable[[], None]) -> None:
+    """Have something done in the transformer's forward pass of a step, counted from 1."""
     passes = []
 
     def hook(module: nn.Module, _: object, __: object) -> None:
         if type(module).__name__.endswith("Transformer3DModel") and torch.is_grad_enabled():
             passes.append(module)
             if len(passes) == step:
-                raise torch.OutOfMemoryError(MESSAGE)
+                act()
 
     register_module_forward_hook(hook)
+
+
+def fail() -> None:
+    raise torch.OutOfMemoryError(MESSAGE)
+
+
+def hold_plans() -> list[subprocess.Popen]:
+    """Stop each plan's process when it is started; returns them."""
+    held, start = [], subprocess.Popen.__init__
+
+    def start_and_stop(process: subprocess.Popen, *arguments: object, **options: object) -> None:
+        start(process, *arguments, **options)
+        if "plan" in process.args:
+            process.send_signal(signal.SIGSTOP)
+            held.append(process)
+
+    subprocess.Popen.__init__ = start_and_stop
+    return held
+
+
+def release(processes: list[subprocess.Popen]) -> None:
+    """Let stopped processes go on, and wait for their ends."""
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+        process.wait()
 
 
 if __name__ == "__main__":
@@ -63,5 +93,9 @@ if __name__ == "__main__":
     if fails != "never":
         rank, step = map(int, fails.split(":"))
         if rank == RANK:
-            fail_in(step)
-    leave(main(arguments))
+            in_step(step, fail)
+    plans = hold_plans()
+    in_step(2, lambda: release(plans))
+    status = main(arguments)
+    print(f"rank {RANK}: {len(plans)} plans, planner imported: {'finetune.planning' in sys.modules}", flush=True)
+    leave(status)

@@ -1,8 +1,10 @@
-"""What a training is told of its memory: before its first step, after its last, and when there is too little."""
+"""What a training is told of its memory: while it runs, after its last step, and when there is too little."""
 
+import importlib.metadata
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from foresight_worker import Card
+from forecast_worker import Card
 from processes import ROOT, Finetune
 
+from finetune.checks.model import open_family
 from finetune.planning.forecast import Forecast
-from finetune.recipe import load_recipe
+from finetune.planning.remembered import read_plan
+from finetune.planning.report import Plan
+from finetune.recipe import Bucket, load_recipe
 from finetune.runtime.device import Device
 from finetune.runtime.distributed import Runtime
+from finetune.training.memory import NoPlan, compare, out_of_memory
 
 GIB = 2**30
 Result = subprocess.CompletedProcess
@@ -32,22 +38,28 @@ def recipe(family_recipe: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train(recipe: Path) -> Train:
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of this file's own: it has no plans yet."""
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="module")
+def train(recipe: Path, fresh_cache: Path) -> Train:
     """Train three steps with tests/planning/forecast_worker.py."""
 
-    def run(output: Path, card: int, fails: str = "never", processes: int = 0) -> Result:
+    def run(output: Path, card: int, fails: str = "never", processes: int = 0, more: tuple[str, ...] = ()) -> Result:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         settings = ["train.steps=3", f"train.micro_batch_size={2 // max(processes, 1)}", f"output={output}"]
         output.mkdir(parents=True)
         return subprocess.run(
             [sys.executable, *(torchrun if processes else []), ROOT / "tests" / "planning" / "forecast_worker.py"]
             + [str(card), fails, "--recipe", recipe]
-            + [part for setting in settings for part in ("--set", setting)],
+            + [part for setting in (*settings, f"data.cache={fresh_cache}", *more) for part in ("--set", setting)],
             cwd=ROOT,
             env={**os.environ, "TMPDIR": str(output)},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=280,
             check=False,
         )
 
@@ -68,29 +80,49 @@ def too_large(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return output, train(output, 3 * 2**20)
 
 
+@pytest.fixture(scope="module")
+def again(too_large: object, train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The same training once more, into another folder."""
+    output = tmp_path_factory.mktemp("again") / "run"
+    return output, train(output, 3 * 2**20)
+
+
+@pytest.fixture(scope="module")
+def unplanned(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A training whose recipe wants no plan."""
+    output = tmp_path_factory.mktemp("unplanned") / "run"
+    return output, train(output, 24 * GIB, more=("memory.plan=false",))
+
+
 def line_of(result: Result, text: str) -> int:
     (found,) = [number for number, line in enumerate(result.stderr.splitlines()) if text in line]
     return found
 
 
-# Before the first step
+# While it runs
 
 
-def test_a_training_that_fits_is_told_so_before_its_first_step(fitting: tuple[Path, Result]) -> None:
+def test_steps_are_taken_while_the_plan_is_made_and_it_is_told_between_them(fitting: tuple[Path, Result]) -> None:
+    """The plan's process is held until the second step: a loop that waited for it would wait forever."""
     _, result = fitting
     assert result.returncode == 0, result.stderr
     assert "memory plan: fits: each of 2 GPUs needs 0.0" in result.stderr
-    assert line_of(result, "memory plan: ") < line_of(result, "step 3/3")
+    assert line_of(result, "step 1/3") < line_of(result, "memory plan: ") < line_of(result, "step 3/3")
 
 
-def test_a_training_that_does_not_fit_is_warned_before_its_first_step(too_large: tuple[Path, Result]) -> None:
+def test_one_rank_makes_the_plan(fitting: tuple[Path, Result]) -> None:
+    _, result = fitting
+    assert "rank 0: 1 plans" in result.stdout
+    assert "rank 1: 0 plans" in result.stdout
+
+
+def test_a_training_that_does_not_fit_is_warned_and_given_a_command(too_large: tuple[Path, Result]) -> None:
     output, result = too_large
     warning, cure = result.stderr.splitlines()[line_of(result, "warning: ") :][:2]
     assert "does not fit: a GPU needs 0.0" in warning
     assert "GiB more than there are (peak in encode video 17x64x96, " in warning
     command = f"python -m finetune plan --recipe {output}/recipe.toml --gpus 1 --device-memory 2097152B --fit"
     assert cure.endswith(command)
-    assert line_of(result, "warning: ") < line_of(result, "step 3/3")
 
 
 def test_a_training_that_does_not_fit_by_its_plan_is_trained_all_the_same(too_large: tuple[Path, Result]) -> None:
@@ -99,16 +131,49 @@ def test_a_training_that_does_not_fit_by_its_plan_is_trained_all_the_same(too_la
     assert (output / "lora").is_dir()
 
 
-def test_the_wait_for_a_plan_is_not_the_first_steps_time(fitting: tuple[Path, Result]) -> None:
-    output, _ = fitting
-    rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    first = next(row for row in rows if "loss" in row)
-    assert first["seconds_per_step"] < 3  # a plan takes longer
-
-
 def test_nothing_of_the_plan_is_left_when_the_training_has_ended(fitting: tuple[Path, Result]) -> None:
     output, _ = fitting
     assert not list(output.glob("finetune-plan-*"))
+
+
+# Remembered
+
+
+def test_a_second_start_tells_the_plan_at_once_and_makes_none(again: tuple[Path, Result]) -> None:
+    output, result = again
+    assert result.returncode == 0, result.stderr
+    assert "rank 0: 0 plans" in result.stdout
+    assert line_of(result, "warning: by its memory plan") < line_of(result, "starting: ")
+    assert f"--recipe {output}/recipe.toml" in result.stderr
+
+
+def test_a_second_start_is_told_the_same_of_the_same_phases(
+    too_large: tuple[Path, Result], again: tuple[Path, Result]
+) -> None:
+    told = [result.stderr.splitlines()[line_of(result, "warning: ")] for _, result in (too_large, again)]
+    assert told[0] == told[1]
+    planned = [json.loads((output / "memory.json").read_text())["planned"] for output, _ in (too_large, again)]
+    assert planned[0] == planned[1] is not None
+
+
+# Switched off
+
+
+def test_a_training_without_a_plan_imports_nothing_of_the_planner(
+    unplanned: tuple[Path, Result], fitting: tuple[Path, Result]
+) -> None:
+    _, result = unplanned
+    assert result.returncode == 0, result.stderr
+    assert "rank 0: 0 plans, planner imported: False" in result.stdout
+    assert "planner imported: True" in fitting[1].stdout  # with one it does
+
+
+def test_a_training_without_a_plan_still_says_what_its_steps_took(unplanned: tuple[Path, Result]) -> None:
+    output, result = unplanned
+    assert result.stderr.splitlines()[line_of(result, "the steps took ")] == (
+        "the steps took 5.00 GiB allocated, 10.00 reserved"
+    )
+    assert json.loads((output / "memory.json").read_text())["planned"] is None
 
 
 # After the last
@@ -146,25 +211,40 @@ def test_out_of_memory_says_what_where_and_what_to_do(train: Train, tmp_path: Pa
 
 
 def test_out_of_memory_of_one_rank_ends_both_and_leaves_its_snapshot(train: Train, tmp_path: Path) -> None:
+    """Of another rank than the first, which does not know the plan's figure."""
     output = tmp_path / "run"
-    result = train(output, 24 * GIB, fails="1:2", processes=2)
+    result = train(output, 24 * GIB, fails="1:3", processes=2)
     assert result.returncode == 1, result.stderr  # torchrun's
-    assert "step 2 of bucket 17x64x96, rank 1: CUDA out of memory" in result.stderr
-    assert "(the plan for the steps: 0.0" in result.stderr
-    assert "--gpus 2 --device-memory 25768755200B --fit, with less for --device-memory" in result.stderr
+    assert "step 3 of bucket 17x64x96, rank 1: CUDA out of memory. Tried to allocate 2.00 GiB.\n" in result.stderr
+    assert "--gpus 2 --device-memory 25768755200B --fit\n" in result.stderr
     assert f"what was in memory: {output}/memory_rank1.pickle, to be viewed at https://" in result.stderr
     assert [path.name for path in output.glob("*.pickle")] == ["memory_rank1.pickle"]
+
+
+def ran_out(plan: Forecast | NoPlan, recipe_file: Path, runtime: Runtime, output: Path) -> str:
+    """The message of a third step that ran out of memory."""
+    error = torch.OutOfMemoryError("CUDA out of memory.\nand much else that is of no use")
+    loaded = load_recipe(recipe_file, [f"output={output}"])
+    return str(out_of_memory(error, 3, Bucket(17, 64, 96), plan, loaded, runtime))
+
+
+def test_where_the_plan_is_known_out_of_memory_names_its_figure(
+    planned: Forecast, recipe: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    message = ran_out(planned, recipe, card(runtime), tmp_path)
+    first = "step 3 of bucket 17x64x96, rank 0: CUDA out of memory. (the plan for the steps: 0.0"
+    assert message.startswith(first)
+    assert "--fit, with less for --device-memory: by their plan, these fit\n" in message
 
 
 def test_a_snapshot_that_cannot_be_written_does_not_hide_what_ran_out(
     recipe: Path, runtime: Runtime, tmp_path: Path
 ) -> None:
     (tmp_path / "run").write_text("in the way of the folder")
-    shown = forecast(recipe, card(runtime), f"output={tmp_path}/run").out_of_memory(
-        torch.OutOfMemoryError("CUDA out of memory."), 2, "17x64x96"
-    )
-    assert str(shown).startswith("step 2 of bucket 17x64x96, rank 0: CUDA out of memory.\n")
-    assert "(no snapshot of the memory: " in str(shown)
+    plan = NoPlan(load_recipe(recipe), card(runtime))
+    message = ran_out(plan, recipe, card(runtime), tmp_path / "run")
+    assert message.startswith("step 3 of bucket 17x64x96, rank 0: CUDA out of memory.\n")
+    assert "(no snapshot of the memory: " in message
 
 
 def test_a_cpu_has_no_snapshot(tmp_path: Path) -> None:
@@ -189,61 +269,91 @@ def test_a_snapshot_knows_who_holds_memory(tmp_path: Path) -> None:
     assert any(frame["filename"] == __file__ for frame in block["frames"])
 
 
-# A plan stops no training
+# A plan stops no training, and keeps no rank waiting
 
 
-def card(runtime: Runtime) -> Runtime:
-    return replace(runtime, device=Card(torch.device("cpu"), 24 * GIB))
+def card(runtime: Runtime, memory: int = 24 * GIB, **changes: object) -> Runtime:
+    return replace(runtime, device=Card(torch.device("cpu"), memory), **changes)
 
 
-def forecast(recipe: Path, runtime: Runtime, *overrides: str, model: Path | None = None, **options) -> Forecast:
-    loaded = load_recipe(recipe, overrides)
-    return Forecast(loaded, model or Path(loaded.model.path), runtime, **options)
+def forecast(recipe: Path, runtime: Runtime, cache: Path, *overrides: str) -> Forecast:
+    loaded = load_recipe(recipe, [f"data.cache={cache}", *overrides])
+    return Forecast(loaded, open_family(loaded), runtime)
 
 
-def test_a_plan_that_fails_is_said_in_a_line(recipe: Path, runtime: Runtime, tmp_path: Path, capsys) -> None:
-    with forecast(recipe, card(runtime), model=tmp_path / "gone") as plan:
-        plan.tell(lambda: False)
-    assert plan.plan is None
-    assert capsys.readouterr().err == (
-        f"no memory plan (error: {tmp_path}/gone: no such folder); the training goes on without\n"
-    )
+@pytest.fixture(scope="module")
+def planned(recipe: Path, runtime: Runtime, fresh_cache: Path) -> Forecast:
+    """A forecast whose plan was made, told and kept."""
+    with forecast(recipe, card(runtime), fresh_cache) as plan:
+        assert plan.process is not None
+        plan.process.process.wait(200)
+        plan.poll()
+    assert plan.fits is True
+    return plan
 
 
-def test_a_plan_that_takes_too_long_is_said_in_a_line_and_ended(recipe: Path, runtime: Runtime, capsys) -> None:
-    with forecast(recipe, card(runtime), patience=0.2) as plan:
-        plan.tell(lambda: False)
-        assert plan.process.wait(10) == -signal.SIGKILL
-    assert capsys.readouterr().err == "no memory plan (not made within 0.2 s); the training goes on without\n"
-
-
-def test_a_plan_is_awaited_for_less_time_than_other_ranks_wait(recipe: Path, runtime: Runtime) -> None:
-    assert forecast(recipe, card(runtime), "distributed.timeout_seconds=30").patience < 30
-
-
-def test_a_run_that_is_asked_to_end_does_not_wait_for_its_plan(recipe: Path, runtime: Runtime, capsys) -> None:
-    with forecast(recipe, card(runtime)) as plan:
-        plan.tell(lambda: True)
-        assert plan.process.poll() is None
-    assert plan.process.returncode == -signal.SIGKILL
+def test_a_plan_that_is_not_there_yet_says_nothing(recipe: Path, runtime: Runtime, tmp_path: Path, capsys) -> None:
+    with forecast(recipe, card(runtime), tmp_path) as plan:
+        plan.process.process.send_signal(signal.SIGSTOP)
+        plan.poll()
+        assert plan.process.is_running
+        assert (plan.step_peak, plan.fits) == (None, None)
     assert capsys.readouterr().err == ""
 
 
-def test_a_training_that_fails_before_its_plan_ends_it(recipe: Path, runtime: Runtime) -> None:
-    with pytest.raises(ValueError, match="clips"), forecast(recipe, card(runtime)) as plan:
+def test_nothing_of_a_plan_is_collective(planned: Forecast, recipe: Path, runtime: Runtime, fresh_cache: Path) -> None:
+    """There is no process group here: anything that met the other rank would raise."""
+    alone = card(runtime, world_size=2, local_world_size=2, control=None)
+    for rank in (0, 1):
+        with forecast(recipe, replace(alone, rank=rank), fresh_cache, "train.micro_batch_size=1") as plan:
+            plan.poll()
+            assert plan.fit_command.endswith("--gpus 2 --device-memory 25768755200B --fit")
+    assert planned.plan is not None
+
+
+def test_a_plan_that_fails_is_said_in_a_line(recipe: Path, runtime: Runtime, tmp_path: Path, capsys) -> None:
+    plan = forecast(recipe, card(runtime), tmp_path)
+    plan.recipe = plan.recipe.model_copy(
+        update={"train": plan.recipe.train.model_copy(update={"float8": True})}
+    )  # `plan` refuses it with LoRA
+    with plan:
+        plan.process.process.wait(200)
+        plan.poll()
+        plan.poll()
+    assert plan.plan is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("no memory plan (error: train.float8: ")
+    assert line.endswith("); the training goes on without")
+    assert not list(tmp_path.rglob("*.json"))  # nothing to remember
+
+
+def test_a_plan_that_cannot_be_kept_is_told_all_the_same(
+    planned: Forecast, recipe: Path, runtime: Runtime, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "plans").write_text("in the way of the folder")
+    with forecast(recipe, card(runtime), tmp_path) as plan:
+        plan.process.process.wait(200)
+        plan.poll()
+    told, warning = capsys.readouterr().err.splitlines()[:2]
+    assert told.startswith("memory plan: fits: ")
+    assert warning.startswith(f"warning: the memory plan is not kept for the next start: {tmp_path}/plans/")
+
+
+def test_a_training_that_fails_before_its_plan_ends_it(recipe: Path, runtime: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="clips"), forecast(recipe, card(runtime), tmp_path) as plan:
         raise ValueError("the clips cannot be read")
-    assert plan.process.returncode == -signal.SIGKILL
+    assert plan.process.process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot")
-def test_a_killed_training_takes_its_plan_with_it(recipe: Path) -> None:
+def test_a_killed_training_takes_its_plan_with_it(recipe: Path, tmp_path: Path) -> None:
     script = f"""
 import sys, time
 from pathlib import Path
-from test_foresight import card, forecast
+from test_forecast import card, forecast
 from finetune.runtime import distributed
-with forecast(Path({str(recipe)!r}), card(distributed.start(60))) as plan:
-    print(plan.process.pid, flush=True)
+with forecast(Path({str(recipe)!r}), card(distributed.start(60)), Path({str(tmp_path)!r})) as plan:
+    print(plan.process.process.pid, flush=True)
     time.sleep(60)
 """
     path = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))}
@@ -261,7 +371,7 @@ with forecast(Path({str(recipe)!r}), card(distributed.start(60))) as plan:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -274,13 +384,13 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_plan_sees_no_gpu_and_no_launcher(recipe: Path, runtime: Runtime, monkeypatch) -> None:
+def test_a_plan_sees_no_gpu_and_no_launcher(recipe: Path, runtime: Runtime, tmp_path: Path, monkeypatch) -> None:
     launcher = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE"]
     for name in launcher:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with forecast(recipe, card(runtime)) as plan:
-        environment = Path(f"/proc/{plan.process.pid}/environ")
+    with forecast(recipe, card(runtime), tmp_path) as plan:
+        environment = Path(f"/proc/{plan.process.process.pid}/environ")
         wait_until(lambda: environment.read_text() != "")  # it is being loaded
         seen = dict(line.split("=", 1) for line in environment.read_text().split("\0") if line)
     assert seen["CUDA_VISIBLE_DEVICES"] == ""
@@ -289,14 +399,89 @@ def test_a_plan_sees_no_gpu_and_no_launcher(recipe: Path, runtime: Runtime, monk
 
 
 def test_a_cpu_is_told_nothing(recipe: Path, runtime: Runtime, tmp_path: Path, capsys) -> None:
-    with forecast(recipe, runtime, f"output={tmp_path}") as plan:
-        plan.tell(lambda: False)
-        plan.compare(runtime.device.memory())
-    assert plan.process is None
+    loaded = load_recipe(recipe, [f"output={tmp_path}"])
+    compare(NoPlan(loaded, runtime), runtime.device.memory(), loaded, runtime)
     assert capsys.readouterr().err == ""
     assert not list(tmp_path.iterdir())
 
 
-def test_ranks_other_than_the_first_start_no_plan(recipe: Path, runtime: Runtime) -> None:
-    with forecast(recipe, replace(card(runtime), rank=1)) as plan:
+def test_ranks_other_than_the_first_start_no_plan(recipe: Path, runtime: Runtime, tmp_path: Path) -> None:
+    with forecast(recipe, card(runtime, rank=1), tmp_path) as plan:
         assert plan.process is None
+
+
+# Whose plan it is
+
+
+def test_a_damaged_plan_is_made_anew(planned: Forecast, recipe: Path, runtime: Runtime, fresh_cache: Path) -> None:
+    (file,) = files_of(planned)
+    whole = file.read_text()
+    for damaged in (whole[: len(whole) // 2], "[]", "{}", '{"phases": [1]}'):
+        file.write_text(damaged)
+        with forecast(recipe, card(runtime), fresh_cache) as plan:
+            assert plan.process is not None
+            assert plan.plan is None
+    file.write_text(whole)
+    with forecast(recipe, card(runtime), fresh_cache) as plan:
+        assert plan.process is None
+        assert plan.step_peak == planned.step_peak
+
+
+@pytest.mark.parametrize("setting", ["optimizer.lr=1e-5", "train.steps=77", "train.seed=1", "checkpoint.every=3"])
+def test_settings_that_take_no_memory_share_a_plan(
+    planned: Forecast, recipe: Path, runtime: Runtime, fresh_cache: Path, setting: str
+) -> None:
+    with forecast(recipe, card(runtime), fresh_cache, setting) as plan:
+        assert plan.process is None
+        assert plan.plan == planned.plan
+
+
+@pytest.mark.parametrize(
+    "setting", ["lora.rank=8", "memory.activation_checkpointing=none", "train.micro_batch_size=1", "train.method=full"]
+)
+def test_settings_that_take_memory_have_plans_of_their_own(
+    planned: Forecast, recipe: Path, runtime: Runtime, fresh_cache: Path, setting: str
+) -> None:
+    with forecast(recipe, card(runtime), fresh_cache, setting) as plan:
+        assert plan.process is not None
+
+
+def test_other_gpus_have_plans_of_their_own(
+    planned: Forecast, recipe: Path, runtime: Runtime, fresh_cache: Path
+) -> None:
+    for other in (card(runtime, 16 * GIB), card(runtime, world_size=2, local_world_size=2)):
+        with forecast(recipe, other, fresh_cache) as plan:
+            assert plan.process is not None
+
+
+def test_other_versions_have_plans_of_their_own(
+    planned: Forecast, recipe: Path, runtime: Runtime, fresh_cache: Path, monkeypatch
+) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9" if name == "diffusers" else version(name))
+    with forecast(recipe, card(runtime), fresh_cache) as plan:
+        assert plan.process is not None
+
+
+def test_other_models_have_plans_of_their_own(
+    planned: Forecast, recipe: Path, runtime: Runtime, fresh_cache: Path, tmp_path: Path
+) -> None:
+    """The configs count, not where they lie."""
+    model = tmp_path / "model"
+    shutil.copytree(load_recipe(recipe).model.path, model)
+    with forecast(recipe, card(runtime), fresh_cache, f"model.path={model}") as plan:
+        assert plan.process is None
+    config = json.loads((model / "vae" / "config.json").read_text())
+    (model / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    with forecast(recipe, card(runtime), fresh_cache, f"model.path={model}") as plan:
+        assert plan.process is not None
+
+
+def files_of(plan: Forecast) -> list[Path]:
+    """The kept plans whose figures are those of one."""
+    return [file for file in (plan.recipe.data.cache / "plans").iterdir() if read_plan(file) == whole_plan(plan)]
+
+
+def whole_plan(plan: Forecast) -> Plan:
+    """The plan as it is kept: judged by all of the GPU's memory."""
+    return plan.plan.with_capacity(plan.runtime.device.total_memory)
