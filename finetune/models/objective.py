@@ -7,6 +7,7 @@ quantiles) and tests use the same functions. A family picks one; a new objective
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -110,9 +111,16 @@ def rescale(level: Tensor, settings: ObjectiveSettings) -> Tensor:
     return settings.sigma_min + (settings.sigma_max - settings.sigma_min) * level
 
 
+# Shifts are partial calls of named functions, because an objective must be picklable for workers that are not forked.
+
+
 def constant_shift(s: float) -> Shift:
     """The shift sigma' = s sigma / (1 + (s - 1) sigma) (Esser et al. 2024)."""
-    return lambda sigma, tokens: s * sigma / (1 + (s - 1) * sigma)
+    return partial(_shifted, s)
+
+
+def _shifted(s: float, sigma: Tensor, tokens: int) -> Tensor:
+    return s * sigma / (1 + (s - 1) * sigma)
 
 
 def recipe_shift(settings: ObjectiveSettings, scheduler: dict) -> Shift:
@@ -129,20 +137,18 @@ def scheduler_shift(saved: dict[str, Any]) -> Shift:
     """
     config = FlowMatchEulerDiscreteScheduler.from_config(saved).config  # adds the defaults
     terminal = config.shift_terminal or 0.0
-
-    def stretch(shifted: Tensor) -> Tensor:
-        return 1 - (1 - shifted) * (1 - terminal)
-
     if not config.use_dynamic_shifting:
-        fixed = constant_shift(config.shift)
-        return lambda sigma, tokens: stretch(fixed(sigma, tokens))
+        return partial(_stretched, terminal, constant_shift(config.shift))
     low, high = config.base_image_seq_len, config.max_image_seq_len
     base, top = config.base_shift, config.max_shift
-    slope = (top - base) / (high - low)
     exponential = config.time_shift_type == "exponential"
+    return partial(_stretched, terminal, partial(_by_resolution, (top - base) / (high - low), base, low, exponential))
 
-    def shift(sigma: Tensor, tokens: int) -> Tensor:
-        mu = tokens * slope + base - slope * low
-        return stretch(constant_shift(math.exp(mu) if exponential else mu)(sigma, tokens))
 
-    return shift
+def _stretched(terminal: float, shift: Shift, sigma: Tensor, tokens: int) -> Tensor:
+    return 1 - (1 - shift(sigma, tokens)) * (1 - terminal)
+
+
+def _by_resolution(slope: float, base: float, low: int, exponential: bool, sigma: Tensor, tokens: int) -> Tensor:
+    mu = tokens * slope + base - slope * low
+    return _shifted(math.exp(mu) if exponential else mu, sigma, tokens)
