@@ -51,8 +51,9 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
 
 def _weight_problems(family: Family, transformer: nn.Module) -> Iterator[Problem]:
     """Where the transformer's config and the headers of its weights tell different models."""
-    weights, where = family.transformer_weights(), str(family.folder.path / "transformer")
-    cure = "download the transformer again; its config.json and its weights belong together"
+    component, weights = family.trained_component, family.transformer_weights()
+    where = str(family.folder.path / component)
+    cure = f"download the {component} again; its config.json and its weights belong together"
     expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
     names = weights.names()
     blocks = tuple(f"{name}." for name in family.block_lists)
@@ -62,7 +63,7 @@ def _weight_problems(family: Family, transformer: nn.Module) -> Iterator[Problem
         (surplus, "are not in its config"),
     ):
         if found:
-            yield Problem(f"{len(found)} of the transformer's tensors {text}, {found[0]} among them", where, cure)
+            yield Problem(f"{len(found)} of the {component}'s tensors {text}, {found[0]} among them", where, cure)
     for name in sorted(expected.keys() & names):
         if weights.shape(name) != expected[name]:
             has, wants = ("x".join(map(str, shape)) for shape in (weights.shape(name), expected[name]))

@@ -107,7 +107,7 @@ def _videos(
 def live_pipeline(live: "LiveTransformer", family: Family, tiling: bool) -> diffusers.DiffusionPipeline:
     """The family's pipeline around the transformer in training; prompts must come encoded."""
     vae = OnDemand(family.load_vae(live.dtype, tiling), live.runtime)
-    pipeline = family.pipeline(scheduler=family.load_scheduler(), vae=vae, transformer=live)
+    pipeline = family.pipeline(scheduler=family.load_scheduler(), vae=vae, **{family.trained_component: live})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

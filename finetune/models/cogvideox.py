@@ -41,7 +41,7 @@ class CogVideoX(Family):
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
-        vae, self.config = folder.config("vae"), folder.config("transformer")
+        vae, self.config = folder.config("vae"), self.transformer_config
         self.spatial = 2 ** (len(vae["block_out_channels"]) - 1)
         self.temporal = int(vae["temporal_compression_ratio"])
         self.scaling_factor = vae["scaling_factor"]

@@ -62,7 +62,16 @@ class Family(ABC):
     title: ClassVar[str]  # the model's name in messages
     pipeline_classes: ClassVar[tuple[str, ...]]  # pipelines whose folders it accepts; the first one generates
     transformer_class: ClassVar[str]  # the diffusers class of the transformer
-    components: ClassVar[tuple[str, ...]] = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+    trained_components: ClassVar[tuple[str, ...]] = (
+        "transformer",
+    )  # by their names in the folder; one can be trained now
+    components: ClassVar[tuple[str, ...]] = (
+        "scheduler",
+        "tokenizer",
+        "text_encoder",
+        "vae",
+        "transformer",
+    )  # it must have
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     # The transformer's argument -> the pipeline's, for each text tensor. Those of negative prompts have the prefix "negative_".
     text_arguments: ClassVar[dict[str, str]] = {
@@ -90,6 +99,17 @@ class Family(ABC):
     def pipeline_class(self) -> str:
         """The diffusers class that generates with this checkpoint."""
         return self.pipeline_classes[0]
+
+    @property
+    def trained_component(self) -> str:
+        """The component of the folder that is trained: where its config and weights lie, and what it is exported as."""
+        (component,) = self.trained_components
+        return component
+
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        """The trained component's config."""
+        return self.folder.config(self.trained_component)
 
     # Shapes
 
@@ -210,7 +230,7 @@ class Family(ABC):
         torch.set_default_dtype(dtype)  # as `from_pretrained` does
         try:
             with torch.random.fork_rng(devices=[]):  # small tables are drawn before they are registered
-                transformer = self._transformer_class.from_config(self.folder.config("transformer"))
+                transformer = self._transformer_class.from_config(self.transformer_config)
         finally:
             torch.set_default_dtype(before)
             hook.remove()
@@ -226,7 +246,7 @@ class Family(ABC):
 
     def transformer_weights(self) -> Weights:
         """The pretrained transformer's tensors."""
-        return self.folder.weights("transformer")
+        return self.folder.weights(self.trained_component)
 
     def empty_transformer(self) -> nn.Module:
         """The transformer on the meta device, without weights."""
@@ -247,6 +267,8 @@ class Family(ABC):
         """The family's pipeline of these components, and None for the others."""
         cls = getattr(diffusers, self.pipeline_class)
         required, _ = cls._get_signature_keys(cls)
+        if unknown := components.keys() - required:
+            raise TypeError(f"{self.pipeline_class} has no {', '.join(sorted(unknown))}")
         return cls(**{name: components.get(name) for name in required}, **self.pipeline_options)
 
     @property

@@ -48,7 +48,7 @@ class HunyuanVideo(Family):
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
-        vae, transformer = folder.config("vae"), folder.config("transformer")
+        vae, transformer = folder.config("vae"), self.transformer_config
         self.spatial, self.temporal = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
         self.scaling_factor = vae["scaling_factor"]
         self.patch, self.patch_t = transformer["patch_size"], transformer["patch_size_t"]
@@ -66,7 +66,7 @@ class HunyuanVideo(Family):
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "pooled_projections": pooled}
 
     def example_text(self, dtype: torch.dtype) -> Tensors:
-        config = self.folder.config("transformer")
+        config = self.transformer_config
         return {
             "encoder_hidden_states": torch.zeros(256, config["text_embed_dim"], dtype=dtype),
             "encoder_attention_mask": torch.ones(256, dtype=dtype),

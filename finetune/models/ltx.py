@@ -60,7 +60,7 @@ class LTXVideo(Family):
         return "LTXConditionPipeline" if self.by_coordinates else self.pipeline_classes[0]
 
     def example_text(self, dtype: torch.dtype) -> Tensors:
-        length, width = 256 if self.by_coordinates else 128, self.folder.config("transformer")["caption_channels"]
+        length, width = 256 if self.by_coordinates else 128, self.transformer_config["caption_channels"]
         mask = torch.ones(length, dtype=torch.bool)
         return {"encoder_hidden_states": torch.zeros(length, width, dtype=dtype), "encoder_attention_mask": mask}
 

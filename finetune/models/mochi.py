@@ -38,7 +38,7 @@ class Mochi(Family):
         return (z - self.mean) * self.scaling_factor / self.std
 
     def example_text(self, dtype: torch.dtype) -> Tensors:
-        width = self.folder.config("transformer")["text_embed_dim"]
+        width = self.transformer_config["text_embed_dim"]
         mask = torch.ones(256, dtype=torch.bool)
         return {"encoder_hidden_states": torch.zeros(256, width, dtype=dtype), "encoder_attention_mask": mask}
 

@@ -165,7 +165,7 @@ def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
 
 def _probe(recipe: Recipe, family: Family, bucket: Bucket, hardware: Hardware, changes: Changes) -> Candidate:
     """What settings take, by two shallow models; of blocks that are streamed, as many stay on the GPU as have room."""
-    blocks = [family.folder.config("transformer")[key] for key in family.depth_keys]
+    blocks = [family.transformer_config[key] for key in family.depth_keys]
     full, chosen = min(blocks), _changed(recipe, changes)
     figures = []
     for depth in _PROBES if full > max(_PROBES) else [full]:
@@ -205,11 +205,11 @@ class _ShallowFolder(ModelFolder):
 
     def __init__(self, family: Family, depths: list[int]) -> None:
         super().__init__(family.folder.path)
-        self._depths = dict(zip(family.depth_keys, depths, strict=True))
+        self._trained, self._depths = family.trained_component, dict(zip(family.depth_keys, depths, strict=True))
 
     def config(self, component: str) -> dict[str, Any]:
         config = super().config(component)
-        return config | self._depths if component == "transformer" else config
+        return config | self._depths if component == self._trained else config
 
 
 def _for_encoding(recipe: Recipe, family: Family, hardware: Hardware) -> tuple[Changes, str]:

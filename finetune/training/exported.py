@@ -111,7 +111,7 @@ def load_trained(
     if (path / "config.json").is_file():
         cls = getattr(diffusers, family.transformer_class)
         transformer = cls.from_pretrained(path, dtype=DTYPES[recipe.train.precision])
-        pipeline.register_modules(transformer=transformer.to(runtime.device.torch_device))
+        pipeline.register_modules(**{family.trained_component: transformer.to(runtime.device.torch_device)})
         return
     folder = path.parent if path.name == LORA_FILE else path
     pipeline.load_lora_weights(folder, weight_name=LORA_FILE)

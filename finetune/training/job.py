@@ -81,8 +81,9 @@ class Job:
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint continues besides its recipe: the clips and captions in their order, and the base weights."""
-        base = self.state.family.folder.fingerprint(
-            "transformer", lambda file: f"{file.resolve().name} {file.stat().st_size}"
+        family = self.state.family
+        base = family.folder.fingerprint(
+            family.trained_component, lambda file: f"{file.resolve().name} {file.stat().st_size}"
         )
         # Video and text come first, as checkpoints have them that know no other kind.
         kinds = ["video", "text", *(kind for kind in self.prepared.train[0].keys if kind not in ("video", "text"))]

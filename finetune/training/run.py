@@ -124,7 +124,8 @@ def _due(every: int | None, step: int) -> bool:
 
 def export(job: Job) -> Path:
     """Write the trained weights; returns their folder."""
-    folder = (job.recipe.output / ("lora" if job.recipe.train.method == "lora" else "transformer")).absolute()
+    adapter = job.recipe.train.method == "lora"
+    folder = (job.recipe.output / ("lora" if adapter else job.state.family.trained_component)).absolute()
     with writing(folder):
         export_weights(job.state, job.recipe.train.method, folder)
     return folder

@@ -25,9 +25,10 @@ def _usage(job: Job, folder: Path) -> list[str]:
         lines.append(f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, torch_dtype={dtype})")
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')
     else:
+        component = family.trained_component
         lines.append(f'model = diffusers.{family.transformer_class}.from_pretrained("{folder}", torch_dtype={dtype})')
         lines.append(
-            f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, transformer=model, torch_dtype={dtype})"
+            f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, {component}=model, torch_dtype={dtype})"
         )
     size = f"num_frames={shape.frames}, height={shape.height}, width={shape.width}"
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
