@@ -258,10 +258,16 @@ def families_parity(
 def finetune() -> Finetune:
     """Run the command line as a user does: `finetune("--recipe", path, processes=2)` starts torchrun."""
 
-    def run(*arguments: object, processes: int = 0, timeout: float = 120, env: dict[str, str] | None = None):
+    def run(
+        *arguments: object,
+        processes: int = 0,
+        timeout: float = 120,
+        env: dict[str, str] | None = None,
+        cwd: Path = ROOT,
+    ):
         return subprocess.run(
             command(arguments, processes),
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, **(env or {})},
             capture_output=True,
             text=True,

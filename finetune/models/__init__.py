@@ -1,10 +1,20 @@
-"""Model families: what each needs to be trained, one file a family. Adding one takes a file and a line here."""
+"""Model families: what each needs to be trained, one file a family.
+
+A family of this project is a file here and a line in `FAMILIES`. Anybody else's is named by where it is defined, as
+`package.module:Class`: a subclass of `finetune.models.family.Family` in any module that Python finds, the working
+directory's among them.
+"""
 
 import difflib
 import importlib
+import os
+import pkgutil
+import sys
+from types import ModuleType
+from typing import NoReturn
 
 from finetune.models.family import Family
-from finetune.runtime.errors import UserError
+from finetune.runtime.errors import Problem, UserError
 
 FAMILIES = {
     "cogvideox": "finetune.models.cogvideox:CogVideoX",
@@ -14,13 +24,98 @@ FAMILIES = {
     "ltx_i2v": "finetune.models.ltx:LTXImageToVideo",
     "mochi": "finetune.models.mochi:Mochi",
 }
+_KEY = "model.family"
+_ATTRIBUTES = ("name", "title", "pipeline_classes", "transformer_class")  # of the class, without a default
 
 
 def family_class(name: str) -> type[Family]:
-    """The class of a family by its name in a recipe; raises UserError with the nearest name."""
+    """The class of a family by its name in a recipe, or by `package.module:Class`.
+
+    Raises:
+        UserError: no such name or module or class, or a class that is not a whole family.
+    """
+    if is_outside(name):
+        return _outside_class(name)
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=1)
-        cure = f"did you mean {near[0]!r}?" if near else f"families are: {', '.join(FAMILIES)}"
-        raise UserError(f"unknown family {name!r}", cure, "model.family")
+        own = ' (one of your own is "package.module:Class")'
+        cure = f"did you mean {near[0]!r}?" if near else f"families are: {', '.join(FAMILIES)}{own}"
+        if "." in name:
+            cure = f'did you mean {":".join(name.rsplit(".", 1))!r}? A family of your own is "package.module:Class"'
+        raise UserError(f"unknown family {name!r}", cure, _KEY)
     module, _, attribute = FAMILIES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def is_outside(name: str) -> bool:
+    """Whether a family's name says where it is defined, outside of this project."""
+    return ":" in name
+
+
+def _outside_class(name: str) -> type[Family]:
+    module_name, _, class_name = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+        raise UserError(f"{name!r} does not name a class in a module", 'write "package.module:Class"', _KEY)
+    module = _import(module_name)
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        known = [each for each, value in vars(module).items() if _is_family(value) and value is not Family]
+        near = difflib.get_close_matches(class_name, known, n=1)
+        cure = f"did you mean {near[0]!r}?" if near else f"families there are: {', '.join(known) or 'none'}"
+        raise UserError(f"{module.__file__} has no {class_name!r}", cure, _KEY)
+    if not _is_family(cls):
+        cure = f"make it a subclass of it: class {class_name}(Family)"
+        raise UserError(f"{name} is no finetune.models.family.Family", cure, _KEY)
+    if problems := _contract_problems(cls, name):
+        raise UserError.of(problems)
+    return cls
+
+
+def _is_family(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Family)
+
+
+def _contract_problems(cls: type[Family], name: str) -> list[Problem]:
+    """What a class lacks of a family's contract."""
+    problems = []
+    methods = [f"{each}()" for each in sorted(getattr(cls, "__abstractmethods__", ()))]
+    if missing := methods + [each for each in _ATTRIBUTES if not hasattr(cls, each)]:
+        cure = "define it as finetune/models/family.py says; finetune/models/hunyuan.py is a short example"
+        problems.append(Problem(f"{name} does not define {', '.join(missing)}", _KEY, cure))
+    if len(cls.trained_components) != 1:
+        trained = ", ".join(cls.trained_components) or "no component"
+        problems.append(Problem(f"{name} trains {trained}", _KEY, "name one in `trained_components`"))
+    if unknown := [each for each in cls.trained_components if each not in cls.components]:
+        cure = "name it in `components`, which lists what the model folder must have"
+        problems.append(Problem(f"{name} trains {', '.join(unknown)}, and has no such component", _KEY, cure))
+    return problems
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module; what goes wrong inside of it is raised as it is, for whoever has written it."""
+    here = os.getcwd()
+    if not {here, ""} & set(sys.path):
+        sys.path.insert(0, here)  # as `python -m` has it; a console script has not
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what it imports is not
+        _not_found(name, error.name, here)
+
+
+def _not_found(name: str, missing: str, here: str) -> NoReturn:
+    """Raise the UserError for `missing`, the part of the name that was not found."""
+    package, _, last = missing.rpartition(".")
+    if package:
+        found = sys.modules[package]
+        places = list(getattr(found, "__path__", [])) or [str(found.__file__)]
+        looked = f"looked in {', '.join(places)}"
+    else:
+        places = [here]
+        looked = f"looked in the working directory {here}, in PYTHONPATH and among the installed packages"
+    near = difflib.get_close_matches(last, [module.name for module in pkgutil.iter_modules(places)], n=1)
+    cure = f"did you mean {near[0]!r}?" if near else f"start the command in the folder that {last}.py or {last}/ is in"
+    if package and not near:
+        cure = f"mend the name, or write {last}.py there"
+    raise UserError(f"no module named {missing!r} ({looked})", cure, _KEY) from None

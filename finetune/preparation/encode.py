@@ -19,6 +19,7 @@ from finetune.data.images import is_address, missing_image
 from finetune.data.loader import Item
 from finetune.data.streams import Stream, caption_stream, file_stream, image_stream, video_stream
 from finetune.engine.precision import DTYPES
+from finetune.models import is_outside
 from finetune.models.encoder import Encode, Encoder
 from finetune.models.family import Family
 from finetune.preparation.inspect import InspectedClip, inspect_clips, refuse_or_skip, require, split_heldout
@@ -127,11 +128,12 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
 
 def _open_kinds(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Kinds:
     """List the family's encoders and hash their components, on rank 0 alone. Collective."""
-    precision = recipe.train.precision
+    precision, name = recipe.train.precision, recipe.model.family
+    own = [name] if is_outside(name) else []  # an outside family may encode otherwise with the same components
     encoders = {encoder.kind: encoder for encoder in family.encoders(DTYPES[precision], recipe.vae)}
     with runtime.together():
         hashed = (
-            {kind: digest(*encoder.fingerprint(cache.file_hash), precision) for kind, encoder in encoders.items()}
+            {kind: digest(*encoder.fingerprint(cache.file_hash), precision, *own) for kind, encoder in encoders.items()}
             if runtime.is_main
             else {}
         )

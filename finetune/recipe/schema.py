@@ -37,7 +37,7 @@ class Table(BaseModel):
 
 class Model(Table):
     family: str
-    """Which model family: see `python -m finetune families`."""
+    """Which model family: see `python -m finetune families`; or one of your own, as "package.module:Class"."""
     path: str
     """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json)."""
     revision: str = "main"
