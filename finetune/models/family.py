@@ -8,7 +8,6 @@ common; subclasses implement what depends on a model's own configs.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -16,9 +15,9 @@ import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from finetune.models.batch import Batch, Tensors, Term
+from finetune.models.building import without_weights
 from finetune.models.encoder import Encoder, FileHash
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import FlowMatching, Objective, recipe_shift
@@ -216,28 +215,8 @@ class Family(ABC):
     # Loading
 
     def build_transformer(self, dtype: torch.dtype) -> nn.Module:
-        """Build the transformer with its parameters on the meta device and its buffers on the CPU.
-
-        Buffers are computed, because weight files do not contain the non-persistent ones (position embeddings, frequencies).
-        """
-
-        def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-            return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-
-        before = torch.get_default_dtype()
-        # torch's annotation omits what its documentation says: a hook may return another parameter.
-        hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-        torch.set_default_dtype(dtype)  # as `from_pretrained` does
-        try:
-            with torch.random.fork_rng(devices=[]):  # small tables are drawn before they are registered
-                transformer = self._transformer_class.from_config(self.transformer_config)
-        finally:
-            torch.set_default_dtype(before)
-            hook.remove()
-        kept, saved = set(transformer._keep_in_fp32_modules or ()), transformer.state_dict().keys()
-        for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers()):
-            if name in saved:  # as `from_pretrained` does; non-persistent buffers keep their dtype
-                tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+        """Build the transformer with its parameters on the meta device and its buffers on the CPU."""
+        transformer = without_weights(self._transformer_class, self.transformer_config, dtype)
         return self.adapt_transformer(transformer)
 
     def adapt_transformer(self, transformer: nn.Module) -> nn.Module:

@@ -1,0 +1,38 @@
+"""Building a diffusers model from its config, without weights."""
+
+from itertools import chain
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+
+def without_weights(cls: type[diffusers.ModelMixin], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """Build a model with its parameters on the meta device and its buffers on the CPU.
+
+    Buffers are computed, because weight files do not contain the non-persistent ones (position embeddings, frequencies).
+
+    Args:
+        dtype: of parameters and saved buffers, but for those that the class keeps in float32.
+    """
+    before = torch.get_default_dtype()
+    # torch's annotation omits what its documentation says: a hook may return another parameter.
+    hook = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
+    torch.set_default_dtype(dtype)  # as `from_pretrained` does
+    try:
+        with torch.random.fork_rng(devices=[]):  # small tables are drawn before they are registered
+            model = cls.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+        hook.remove()
+    kept, saved = set(model._keep_in_fp32_modules or ()), model.state_dict().keys()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if name in saved:  # as `from_pretrained` does; non-persistent buffers keep their dtype
+            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+    return model
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
