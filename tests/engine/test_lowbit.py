@@ -15,6 +15,7 @@ from finetune.training.job import Job, export_weights
 
 KINDS = ["int8", "float8", "nf4"]
 BITS = {"int8": 8, "float8": 8, "nf4": 4}
+STORAGES = [torch.bfloat16, torch.float32]
 
 
 def weight_of(linear: LowBitLinear) -> Tensor:
@@ -27,7 +28,7 @@ def test_rounding_errors_are_those_of_the_format(kind: str, limit: float) -> Non
     torch.manual_seed(0)
     linear = nn.Linear(256, 512)
     nn.init.normal_(linear.weight)
-    error = weight_of(LowBitLinear(linear, kind)) - linear.weight
+    error = weight_of(LowBitLinear(linear, kind, torch.float32)) - linear.weight
     assert 0 < error.norm() / linear.weight.norm() < limit
 
 
@@ -42,16 +43,26 @@ def test_nf4_rounds_each_weight_to_the_nearest_level() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_of_zeros_stays_zero(kind: str) -> None:
-    linear = nn.Linear(64, 4)
-    nn.init.zeros_(linear.weight)
-    assert torch.equal(weight_of(LowBitLinear(linear, kind)), linear.weight)
+def test_weights_are_the_same_in_whatever_dtype_their_bits_are_held(kind: str) -> None:
+    linear = nn.Linear(128, 32)
+    low, other = (LowBitLinear(linear, kind, storage) for storage in STORAGES)
+    assert [low.weight.dtype, other.weight_scale.dtype] == STORAGES
+    assert low.weight.nbytes == other.weight.nbytes == 128 * 32 * BITS[kind] // 8
+    assert torch.equal(weight_of(low), weight_of(other))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients_are_those_of_the_rounded_weight(kind: str) -> None:
+def test_a_layer_of_zeros_stays_zero(kind: str) -> None:
+    linear = nn.Linear(64, 4)
+    nn.init.zeros_(linear.weight)
+    assert torch.equal(weight_of(LowBitLinear(linear, kind, torch.float32)), linear.weight)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_are_those_of_the_rounded_weight(kind: str, storage: torch.dtype) -> None:
     linear = nn.Linear(128, 32)
-    low = LowBitLinear(linear, kind)
+    low = LowBitLinear(linear, kind, storage)
     dense = nn.Linear(128, 32)
     dense.weight.data, dense.bias = weight_of(low), linear.bias
     x, y = (torch.ones(2, 5, 128).cumsum(2).sin().requires_grad_() for _ in range(2))
@@ -62,26 +73,26 @@ def test_outputs_and_gradients_are_those_of_the_rounded_weight(kind: str) -> Non
     torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_dequantised_waits_for_the_backward_pass(kind: str) -> None:
-    low, saved = LowBitLinear(nn.Linear(128, 128), kind), []
+def test_nothing_dequantised_waits_for_the_backward_pass(kind: str, storage: torch.dtype) -> None:
+    low, saved = LowBitLinear(nn.Linear(128, 128), kind, storage), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         low(torch.randn(1, 128, requires_grad=True))
-    assert {tensor.dtype for tensor in saved} <= {torch.int8, torch.uint8, torch.int32}
     assert sum(tensor.nbytes for tensor in saved) <= 128 * 128 * BITS[kind] // 8 + 4 * 128 * 2
 
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_nor_does_it_when_compiled(kind: str) -> None:
+def test_nor_does_it_when_compiled(kind: str, storage: torch.dtype) -> None:
     """What is common to both passes would be kept from one to the other."""
-    low, saved = LowBitLinear(nn.Linear(128, 128), kind), []
+    low, saved = LowBitLinear(nn.Linear(128, 128), kind, storage), []
     low.compile(dynamic=False)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         out = low(torch.randn(1, 128, requires_grad=True))
     out.sum().backward()
-    assert {tensor.dtype for tensor in saved} <= {torch.int8, torch.uint8, torch.int32}
     assert sum(tensor.nbytes for tensor in saved) <= 128 * 128 * BITS[kind] // 8 + 4 * 128 * 2
 
 

@@ -1,8 +1,9 @@
 """Frozen linear layers with weights of 8 or 4 bits for LoRA, which are dequantised when they are used.
 
 torchao's weight-only tensors fail under FSDP2 (`aten.split`; its NF4 on one rank), so codes and scales are ordinary
-frozen parameters here. Both have integer dtypes, which FSDP2's mixed precision leaves alone, and one row an output, so
-they shard, load and save like any other. Quantising is round-to-nearest, by row or by block.
+frozen parameters here, with one row an output, so that they shard, load and save like any other. Their bits are held in
+the dtype that blocks compute in, as bitsandbytes does with `quant_storage`: FSDP2's mixed precision has nothing to cast
+in it, and FSDP2 of torch 2.11 takes no integers. Quantising is round-to-nearest, by row or by block.
 """
 
 import re
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 64  # NF4: weights that share a scale
+_ROW = 4  # int8, float8: rows are whole numbers of float32, the largest dtype that bits are held in
 
 # Quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E)
 _NF4 = (
@@ -21,12 +23,13 @@ _NF4 = (
 )  # fmt: skip
 
 
-def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str) -> None:
+def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str, storage: torch.dtype) -> None:
     """Replace the blocks' frozen linear layers in place.
 
     Args:
         kind: "none", "int8", "float8" (e4m3) or "nf4".
         high_precision: regular expression of layers that stay as they are, searched in names within a block.
+        storage: FSDP's `param_dtype`, bf16 or float32.
     """
     if kind == "none":
         return
@@ -35,25 +38,27 @@ def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str) 
             for name, module in list(block.named_modules()):
                 if isinstance(module, nn.Linear) and not _is_kept(name, module, kind, high_precision):
                     parent, _, child = name.rpartition(".")
-                    setattr(block.get_submodule(parent), child, LowBitLinear(module, kind))
+                    setattr(block.get_submodule(parent), child, LowBitLinear(module, kind, storage))
 
 
 def _is_kept(name: str, linear: nn.Linear, kind: str, high_precision: str) -> bool:
     trained = any(parameter.requires_grad for parameter in linear.parameters())
-    odd = kind == "nf4" and linear.in_features % BLOCK
+    odd = linear.in_features % (BLOCK if kind == "nf4" else _ROW)
     return trained or bool(odd) or re.search(high_precision, name) is not None
 
 
 class LowBitLinear(nn.Module):
-    """y = x W^T + b with W kept as codes (out, ...) uint8 or int8 and float32 scales, held as int32 bits (out, ...)."""
+    """y = x W^T + b with W kept as codes of 8 or 4 bits (out, ...) and float32 scales (out, ...), both held as bits of
+    `storage`: as numbers they mean nothing, and may be NaN.
+    """
 
-    def __init__(self, linear: nn.Linear, kind: str) -> None:
+    def __init__(self, linear: nn.Linear, kind: str, storage: torch.dtype) -> None:
         super().__init__()
         self.kind, self.dtype = kind, linear.weight.dtype
         self.in_features, self.out_features = linear.in_features, linear.out_features
         codes, scale = quantize(linear.weight.detach(), kind)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale.view(torch.int32), requires_grad=False)
+        self.weight = nn.Parameter(codes.view(storage), requires_grad=False)
+        self.weight_scale = nn.Parameter(scale.view(storage), requires_grad=False)
         self.bias = linear.bias
 
     def fill(self, codes: Tensor, scale: Tensor, weight: Tensor) -> None:
@@ -64,8 +69,8 @@ class LowBitLinear(nn.Module):
             weight: (rows, in), on the device that quantises.
         """
         new_codes, new_scale = quantize(weight.to(self.dtype), self.kind)
-        codes.copy_(new_codes)
-        scale.copy_(new_scale.view(torch.int32))
+        codes.copy_(new_codes.view(codes.dtype))
+        scale.copy_(new_scale.view(scale.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.weight, self.weight_scale, self.bias, self.kind)
@@ -99,11 +104,11 @@ def _input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor, kind: str) -
 
 @_input_gradient.register_fake
 def _(gradient: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], codes.shape[1] * (2 if kind == "nf4" else 1))
+    return gradient.new_empty(*gradient.shape[:-1], codes.shape[1] * codes.itemsize * (2 if kind == "nf4" else 1))
 
 
 def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(codes, float32 scales) of a weight (out, in)."""
+    """(codes, float32 scales) of a weight (out, in). Codes are int8, float8 as uint8, or two of nf4 in a uint8."""
     weight = weight.float()
     if kind == "nf4":
         blocks = weight.view(len(weight), -1, BLOCK)
@@ -120,11 +125,12 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) in `dtype`, from codes and int32 scale bits; multiplied in float32, rounded once."""
+    """The weight (out, in) in `dtype`, from the bits of codes and scales; multiplied in float32, rounded once."""
     scale = scale.view(torch.float32)
     if kind == "nf4":
+        codes = codes.view(torch.uint8)
         index = torch.stack([codes >> 4, codes & 15], 2).flatten(1).int()
         values = torch.tensor(_NF4, device=codes.device)[index].view(len(codes), -1, BLOCK)
         return (values * scale[..., None]).flatten(1).to(dtype)
-    values = codes if kind == "int8" else codes.view(torch.float8_e4m3fn)
+    values = codes.view(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
     return (values.float() * scale).to(dtype)
