@@ -38,7 +38,7 @@ class Work:
         if function.namespace == "c10d":
             self.peer_bytes += max((tensor.nbytes for tensor in tensors), default=0)
             return
-        if function.is_view or function in _MOVES_NOTHING:
+        if function.is_view or function in _MOVES_NOTHING or _has_no_result(function):
             return
         found = result if isinstance(result, (list, tuple)) else [result]
         outputs = [each for each in found if isinstance(each, Tensor)]
@@ -86,6 +86,11 @@ class Work:
             extended(self.to_host, one.to_host),
             extended(self.peer_bytes, one.peer_bytes),
         )
+
+
+def _has_no_result(function: Any) -> bool:
+    """As FSDP2's notes to the allocator (`fsdp::record_grad_output_stream`), which are no kernels."""
+    return not function._schema.returns and not function._schema.is_mutable
 
 
 def _is_fake_device(tensor: Tensor) -> bool:
