@@ -5,14 +5,13 @@ FSDP2 run on it unmodified.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from finetune.planning import kernels
 from finetune.planning.gpus import Hardware
@@ -20,6 +19,9 @@ from finetune.planning.kernels import KIND
 from finetune.planning.trace import Trace
 from finetune.runtime.device import Copies, Device, PeakMemory
 from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import UserError
+
+OLDEST, NEWEST = (2, 11), (2, 15)  # versions of torch that it is tested with; pyproject.toml says the same
 
 
 class _Event:
@@ -36,6 +38,8 @@ class _Event:
 
 
 class _Stream(_Event):
+    stream_id = device_index = device_type = 0  # FSDP2 of torch 2.15 passes them to an operation that does nothing
+
     def wait_stream(self, _: Any) -> None: ...
 
     wait_event = wait_stream
@@ -90,8 +94,28 @@ class _Backend:
         return [torch.bfloat16, torch.float16, torch.float32]
 
 
+@contextlib.contextmanager
+def works_with_this_torch() -> Iterator[None]:
+    """For all that is done with the device, which leans on parts of torch that change from version to version.
+
+    Raises:
+        UserError: this version is not a tested one, or asks the device for what it has not.
+    """
+    cure = f"it is tested with torch {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    if not OLDEST <= tuple(int(part) for part in torch.__version__.split(".")[:2]) <= NEWEST:
+        raise UserError(f"the simulated device does not know torch {torch.__version__}", cure)
+    try:
+        yield
+    except (AttributeError, ImportError, NotImplementedError, TypeError) as error:
+        line = str(error).partition("\n")[0]
+        what = f"the simulated device fails on torch {torch.__version__} ({type(error).__name__}: {line})"
+        raise UserError(what, cure) from error
+
+
 def register() -> torch.device:
     """Make the device known to torch, once a process. From then on torch takes it for the machine's accelerator."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
     if not hasattr(torch, KIND):
         _setup_privateuseone_for_python_backend(KIND, _Backend())
         kernels.register()
@@ -143,6 +167,8 @@ class SimulatedDevice(Device):
 
 def simulated_runtime(hardware: Hardware, trace: Trace, float8: bool) -> Runtime:
     """Rank 0 of processes that are not there, one for each GPU: collectives do nothing, and take no time."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     device = SimulatedDevice(register(), trace, hardware.capacity, float8)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=hardware.gpus)
     return Runtime(0, 0, hardware.gpus, device, dist.group.WORLD, hardware.processes)

@@ -23,7 +23,7 @@ from finetune.engine.weights.loading import plain_name
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.planning.accelerator import Accelerator
-from finetune.planning.device import simulated_runtime
+from finetune.planning.device import simulated_runtime, works_with_this_torch
 from finetune.planning.gpus import Hardware
 from finetune.planning.kernels import HOPPER_WORKSPACE, WORKSPACE
 from finetune.planning.report import Phase, PhaseKind, Plan
@@ -168,17 +168,18 @@ class Simulation:
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Simulation"]:
-        """Where phases take place."""
+        """Where phases take place. Raises UserError if this version of torch cannot be simulated on."""
         hook = sys.excepthook
-        self.runtime = simulated_runtime(self.hardware, self.device, self.recipe.train.float8)
-        try:
-            # One thread for autograd, so that the same happens every time; compiled code is run as it is written.
-            single = torch.autograd.set_multithreading_enabled(False)
-            with self.accelerator, single, torch.compiler.set_stance("force_eager"):
-                yield self
-        finally:
-            dist.destroy_process_group()
-            sys.excepthook = hook  # process groups put one of theirs in its place
+        with works_with_this_torch():
+            self.runtime = simulated_runtime(self.hardware, self.device, self.recipe.train.float8)
+            try:
+                # One thread for autograd, so that the same happens every time; compiled code is run as it is written.
+                single = torch.autograd.set_multithreading_enabled(False)
+                with self.accelerator, single, torch.compiler.set_stance("force_eager"):
+                    yield self
+            finally:
+                dist.destroy_process_group()
+                sys.excepthook = hook  # process groups put one of theirs in its place
 
     @contextlib.contextmanager
     def _phase(self, kind: PhaseKind, shape: Bucket | None = None) -> Iterator[None]:

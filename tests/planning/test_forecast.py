@@ -19,7 +19,7 @@ from forecast_worker import Card
 from processes import ROOT, Finetune
 
 from finetune.checks.model import open_family
-from finetune.planning.forecast import Forecast
+from finetune.planning.forecast import _COMMAND, Forecast
 from finetune.planning.remembered import read_plan
 from finetune.planning.report import Plan
 from finetune.recipe import Bucket, load_recipe
@@ -325,6 +325,19 @@ def test_a_plan_that_fails_is_said_in_a_line(recipe: Path, runtime: Runtime, tmp
     assert line.startswith("no memory plan (error: train.float8: ")
     assert line.endswith("); the training goes on without")
     assert not list(tmp_path.rglob("*.json"))  # nothing to remember
+
+
+def test_a_torch_that_the_simulated_device_does_not_know_is_said_in_a_line(
+    recipe: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    newer = "import torch; torch.__version__ = type(torch.__version__)('2.16.0')"
+    monkeypatch.setattr("finetune.planning.forecast._COMMAND", newer + _COMMAND)
+    with forecast(recipe, card(runtime), tmp_path) as plan:
+        plan.process.process.wait(200)
+        plan.poll()
+    assert capsys.readouterr().err == (
+        "no memory plan (error: the simulated device does not know torch 2.16.0); the training goes on without\n"
+    )
 
 
 def test_a_plan_that_cannot_be_kept_is_told_all_the_same(
