@@ -61,16 +61,9 @@ class Family(ABC):
     title: ClassVar[str]  # the model's name in messages
     pipeline_classes: ClassVar[tuple[str, ...]]  # pipelines whose folders it accepts; the first one generates
     transformer_class: ClassVar[str]  # the diffusers class of the transformer
-    trained_components: ClassVar[tuple[str, ...]] = (
-        "transformer",
-    )  # by their names in the folder; one can be trained now
-    components: ClassVar[tuple[str, ...]] = (
-        "scheduler",
-        "tokenizer",
-        "text_encoder",
-        "vae",
-        "transformer",
-    )  # it must have
+    # Names of sub-folders: which the folder must have, and which of them are trained. One can be trained at a time now.
+    components: ClassVar[tuple[str, ...]] = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+    trained_components: ClassVar[tuple[str, ...]] = ("transformer",)
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     # The transformer's argument -> the pipeline's, for each text tensor. Those of negative prompts have the prefix "negative_".
     text_arguments: ClassVar[dict[str, str]] = {
