@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune.data import decode
-from finetune.data.manifest import VIDEO_SUFFIXES
+from finetune.data.clip import VIDEO_SUFFIXES
 from finetune.recipe import Bucket
 from finetune.runtime.errors import Problem, UserError
 

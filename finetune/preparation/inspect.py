@@ -9,7 +9,8 @@ from typing import NamedTuple
 from finetune.data import decode
 from finetune.data.buckets import BucketFit, fit_to_bucket
 from finetune.data.cache import Cache, content_hash, digest
-from finetune.data.manifest import Clip, read_manifest
+from finetune.data.clip import Clip
+from finetune.data.manifest import read_manifest
 from finetune.recipe import Recipe
 from finetune.recipe.schema import Data
 from finetune.runtime.distributed import Runtime

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from finetune.checks.model import open_family
-from finetune.data.manifest import VIDEO_SUFFIXES
+from finetune.data.clip import VIDEO_SUFFIXES
 from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import load_recipe
 from finetune.runtime.errors import UserError

@@ -1,0 +1,58 @@
+"""Kinds of datasets are a registry: a new one is a file and a line."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.data.clip import Clip
+from finetune.data.manifest import read_manifest
+from finetune.data.sources import SOURCES
+from finetune.data.sources.source import Columns, Source
+
+
+def test_a_kind_of_dataset_from_outside_is_read(
+    tmp_path: Path, few_clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tab-separated list, as some tools write it."""
+
+    def locate(path: Path, _: Columns) -> Path | None:
+        return path if path.suffix == ".tsv" else None
+
+    def read(path: Path, _: Columns) -> list[Clip]:
+        pairs = [line.split("\t") for line in path.read_text().splitlines()]
+        return [Clip(Path(video), caption, path.name) for video, caption in pairs]
+
+    videos = sorted(few_clips.glob("*.mp4"))
+    file = tmp_path / "clips.tsv"
+    file.write_text("".join(f"{video}\tclip {number}\n" for number, video in enumerate(videos)))
+    monkeypatch.setitem(SOURCES, "tsv", Source(locate, read, ".tsv"))
+    found = read_manifest(file, "video", "caption", id_token="TOK")
+    assert [(clip.path, clip.caption) for clip in found] == [
+        (video, f"TOK clip {number}") for number, video in enumerate(videos)
+    ]
+
+
+def test_each_kind_recognises_its_own_files_alone(tmp_path: Path) -> None:
+    for name in ("metadata.csv", "metadata.jsonl", "metadata.json", "videos.txt", "surf.mp4"):
+        (tmp_path / name).touch()
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).touch()
+    columns = Columns("video", "caption")
+    recognised = {
+        name: [kind for kind, source in SOURCES.items() if source.locate(tmp_path / name.replace(".", "_"), columns)]
+        for name in ("metadata.csv", "metadata.jsonl", "metadata.json", "videos.txt", "surf.mp4")
+    }
+    # Every folder may be one of side-cars, which is asked last.
+    assert recognised == {
+        "metadata.csv": ["csv", "side-cars"],
+        "metadata.jsonl": ["jsonl", "side-cars"],
+        "metadata.json": ["json", "side-cars"],
+        "videos.txt": ["text columns", "side-cars"],
+        "surf.mp4": ["side-cars"],
+    }
+    files = {
+        suffix: [k for k, s in SOURCES.items() if s.locate(tmp_path / f"metadata{suffix}", columns)]
+        for suffix in (".csv", ".json")
+    }
+    assert files == {".csv": ["csv"], ".json": ["json"]}
