@@ -18,7 +18,7 @@ from finetune.data.loader import Sample
 from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
 from finetune.engine.step import StepState, run_step
-from finetune.engine.weights.export import gathered
+from finetune.engine.weights.exporters.exporter import gathered
 from finetune.engine.weights.loading import plain_name
 from finetune.models.batch import Batch
 from finetune.models.family import Family

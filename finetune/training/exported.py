@@ -9,7 +9,7 @@ from safetensors import safe_open
 from finetune.data.images import load_image
 from finetune.engine.generate import call_arguments, checked
 from finetune.engine.precision import DTYPES
-from finetune.engine.weights.export import LORA_FILE
+from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
 from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts

@@ -18,8 +18,8 @@ from finetune.engine.precision import storage_dtype
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.engine.schedule import build_schedule, set_schedule_step
 from finetune.engine.step import StepResult, StepState, run_step
-from finetune.engine.weights import export
 from finetune.engine.weights.checkpoint import Checkpoints
+from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.loading import load_weights
 from finetune.models.batch import Batch
 from finetune.models.family import Family
@@ -178,5 +178,4 @@ def open_checkpoints(recipe: Recipe, runtime: Runtime) -> Checkpoints:
 
 def export_weights(state: StepState, method: str, folder: Path) -> None:
     """Write the trained weights for diffusers, and verify them. Collective."""
-    write = export.export_lora if method == "lora" else export.export_transformer
-    write(state.transformer, state.family, folder, state.runtime)
+    exporter_of(method).write(state.transformer, state.family, folder, state.runtime)

@@ -9,6 +9,7 @@ from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.engine.step import StepResult
+from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe, load_recipe, write_recipe
@@ -124,8 +125,8 @@ def _due(every: int | None, step: int) -> bool:
 
 def export(job: Job) -> Path:
     """Write the trained weights; returns their folder."""
-    adapter = job.recipe.train.method == "lora"
-    folder = (job.recipe.output / ("lora" if adapter else job.state.family.trained_component)).absolute()
+    exporter = exporter_of(job.recipe.train.method)
+    folder = (job.recipe.output / exporter.folder(job.state.family)).absolute()
     with writing(folder):
         export_weights(job.state, job.recipe.train.method, folder)
     return folder

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from finetune.engine.weights.export import LORA_FILE
+from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
 from finetune.runtime.logging import say
 from finetune.training.job import Job
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from finetune.engine.precision import DTYPES
-from finetune.engine.weights.export import LORA_FILE, verify_lora
+from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE, verify_lora
 from finetune.runtime.errors import UserError
 from finetune.training.job import Job, export_weights
 

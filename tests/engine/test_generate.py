@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.data.synthetic import scene
 from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
-from finetune.engine.weights.export import LORA_FILE
+from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
 from finetune.training.job import Job, export_weights
 from finetune.training.samples import request_of, validation_samples
 

@@ -1,4 +1,4 @@
-"""Trained weights as files that diffusers loads, each verified by loading it back."""
+"""A LoRA as diffusers' `load_lora_weights` takes it, verified by loading it back."""
 
 from pathlib import Path
 
@@ -6,20 +6,14 @@ import diffusers
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from finetune.engine.weights.exporters.exporter import Exporter, gathered
 from finetune.models.family import Family
 from finetune.models.lora import ADAPTER
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-def gathered(transformer: nn.Module, trained_only: bool) -> dict[str, Tensor]:
-    """The weights whole, in rank 0's host memory. All ranks take part."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    return get_model_state_dict(transformer, options=options)
 
 
 def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
@@ -73,14 +67,4 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
         )
 
 
-def export_transformer(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
-    """Write all weights as a diffusers transformer folder, exactly as trained, and verify its tensors. All ranks take part."""
-    whole = gathered(transformer, trained_only=False)
-    with runtime.together():
-        if runtime.is_main:
-            skeleton = family.empty_transformer()
-            skeleton.load_state_dict(whole, assign=True)
-            skeleton.save_pretrained(folder)
-            saved = type(skeleton).from_pretrained(folder).state_dict()
-            if wrong := [name for name, value in whole.items() if not torch.equal(saved[name], value)]:
-                raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(folder))
+EXPORTER = Exporter("lora", lambda family: "lora", export_lora)

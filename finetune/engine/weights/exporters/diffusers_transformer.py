@@ -1,0 +1,27 @@
+"""All weights as a diffusers transformer folder, verified by reading it back."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from finetune.engine.weights.exporters.exporter import Exporter, gathered
+from finetune.models.family import Family
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import UserError
+
+
+def export_transformer(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
+    """Write all weights as a diffusers transformer folder, exactly as trained, and verify its tensors. All ranks take part."""
+    whole = gathered(transformer, trained_only=False)
+    with runtime.together():
+        if runtime.is_main:
+            skeleton = family.empty_transformer()
+            skeleton.load_state_dict(whole, assign=True)
+            skeleton.save_pretrained(folder)
+            saved = type(skeleton).from_pretrained(folder).state_dict()
+            if wrong := [name for name, value in whole.items() if not torch.equal(saved[name], value)]:
+                raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(folder))
+
+
+EXPORTER = Exporter("full", lambda family: family.trained_component, export_transformer)

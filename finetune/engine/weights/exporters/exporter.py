@@ -1,0 +1,33 @@
+"""What a form of exported weights has to say, and the gathering of sharded weights that all forms begin with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from finetune.models.family import Family
+from finetune.runtime.distributed import Runtime
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A form in which trained weights are written for other tools.
+
+    Attributes:
+        method: the `train.method` whose weights it writes.
+        folder: the name of its folder in the run's output, of a family.
+        write: given (transformer, family, folder, runtime), writes and verifies. All ranks take part; raises UserError if
+            what was written differs from what was trained.
+    """
+
+    method: str
+    folder: Callable[[Family], str]
+    write: Callable[[nn.Module, Family, Path, Runtime], None]
+
+
+def gathered(transformer: nn.Module, trained_only: bool) -> dict[str, Tensor]:
+    """The weights whole, in rank 0's host memory. All ranks take part."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    return get_model_state_dict(transformer, options=options)
