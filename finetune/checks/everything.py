@@ -1,6 +1,7 @@
 """All checks of a recipe at once: settings, output folder, model folder, clips and condition images."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from finetune.checks.model import open_family
@@ -8,6 +9,7 @@ from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
+from finetune.preparation.encode import encoders_of, further_columns
 from finetune.preparation.inspect import inspect_clips, split_heldout
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts
@@ -18,18 +20,29 @@ from finetune.runtime.errors import Problem, UserError
 def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     """Everything that is wrong with recipe, output folder, model folder and clips, for training on `gpus`. Collective."""
     problems = check_recipe(recipe, gpus) + check_device(recipe, runtime.device)
-    cache = Cache(recipe.data.cache)
-    datasets = [path for path in (recipe.data.path, recipe.validation.heldout) if path]
-    parts: list[Callable[[], object]] = [lambda: check_output(recipe), lambda: open_family(recipe)]
-    parts += [partial(inspect_clips, recipe.data, path, cache, runtime) for path in datasets[1:]]
-    parts += [lambda: split_heldout(inspect_clips(recipe.data, recipe.data.path, cache, runtime), recipe)]
-    parts += [partial(_load_images, recipe)]
-    for part in parts:
-        try:
-            part()
-        except UserError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
+    cache, columns = Cache(recipe.data.cache), []
+    with _collected(problems):
+        check_output(recipe)
+    with _collected(problems):
+        columns = further_columns(encoders_of(open_family(recipe), recipe))
+    inspect = partial(inspect_clips, recipe.data, cache=cache, runtime=runtime, columns=columns)
+    if recipe.validation.heldout:
+        with _collected(problems):
+            inspect(path=recipe.validation.heldout)
+    with _collected(problems):
+        split_heldout(inspect(path=recipe.data.path), recipe)
+    with _collected(problems):
+        _load_images(recipe)
     return problems
+
+
+@contextmanager
+def _collected(problems: list[Problem]) -> Iterator[None]:
+    """Add what is wrong inside the block to `problems`, each once, and go on."""
+    try:
+        yield
+    except UserError as error:
+        problems += [problem for problem in error.problems if problem not in problems]
 
 
 def _load_images(recipe: Recipe) -> None:

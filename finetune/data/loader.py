@@ -50,6 +50,7 @@ class Sample:
         generator: CPU generator of all random draws for this sample.
         stratum: (position in the global batch, size of the global batch), for stratified noise levels.
         image_dropped: whether it is trained without its condition image.
+        columns: the manifest's values besides video and caption, by column.
     """
 
     encoded: Mapping[str, dict[str, Tensor]]
@@ -58,6 +59,7 @@ class Sample:
     generator: torch.Generator
     stratum: tuple[int, int] = (0, 1)
     image_dropped: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def moments(self) -> dict[str, Tensor]:
@@ -106,7 +108,7 @@ class BatchSplit:
 def read_sample(item: Item, cache: Cache, generator: torch.Generator) -> Sample:
     """Read an item without dropout, for validation."""
     encoded = {kind: cache.read(kind, key) for kind, key in item.keys.items()}
-    return Sample(encoded, item.bucket, item.fps, generator)
+    return Sample(encoded, item.bucket, item.fps, generator, columns=item.columns)
 
 
 class MicroBatches(Dataset):
@@ -151,6 +153,7 @@ class MicroBatches(Dataset):
             generator=generator,
             stratum=(position, self.split.global_batch),
             image_dropped=image_dropped < self.dropout.image,
+            columns=item.columns,
         )
 
 

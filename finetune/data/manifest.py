@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.data.clip import VIDEO_SUFFIXES, Clip
-from finetune.data.sources import SOURCES
-from finetune.data.sources.source import Columns
+from finetune.data.formats import FORMATS
+from finetune.data.formats.format import Columns
 from finetune.runtime.errors import Problem, UserError
 
 
@@ -45,8 +45,8 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
 
 def _read(path: Path, columns: Columns) -> list[Clip]:
     """The clips of a dataset by the first kind that recognises it."""
-    for source in SOURCES.values():
-        if (found := source.locate(path, columns)) is not None:
-            return source.read(found, columns)
-    *others, last = sorted(source.suffix for source in SOURCES.values() if source.suffix)
+    for form in FORMATS.values():
+        if (found := form.locate(path, columns)) is not None:
+            return form.read(found, columns)
+    *others, last = sorted(form.suffix for form in FORMATS.values() if form.suffix)
     raise UserError("not a manifest", f"use a folder, {', '.join(others)} or {last}", str(path))

@@ -47,7 +47,8 @@ class Batch:
 
     Attributes:
         inputs: the transformer's keyword arguments; tensors have the batch first, in the dtype the model expects.
-        terms: loss terms by name; `Family.predict` returns an output under each of these names.
+        terms: loss terms by name; `Family.predict` returns an output under each of these names. All batches of a run have
+            the same names in the same order; a term that a sample lacks has weight 0.
     """
 
     inputs: dict[str, Any]

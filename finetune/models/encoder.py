@@ -25,7 +25,7 @@ class Encoder:
         fingerprint: takes a function that hashes a file, and returns JSON values of everything that the output depends on
             besides the sources: the contents of the components, and settings.
         load: loads the components onto a device and returns `encode`. This takes the content of each source (uint8 frames
-            (F, H, W, 3) of a video, the text of a caption, the path of any other file) and returns tensors without a batch
+            (F, H, W, 3) of a video, the text of a caption, a `SourceFile` for any other) and returns tensors without a batch
             dimension.
     """
 

@@ -48,6 +48,8 @@ class SampleLike(Protocol):
     def stratum(self) -> tuple[int, int]: ...
     @property
     def image_dropped(self) -> bool: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
 
 
 class Family(ABC):
@@ -137,6 +139,9 @@ class Family(ABC):
 
     def encoders(self, dtype: torch.dtype, settings: Vae) -> tuple[Encoder, ...]:
         """The encoders of a clip, one for each kind of cached item, in the order in which they run.
+
+        Every family has the kinds "text", of the caption alone, and "video"; "image" is the kind of prompts' images. The key of
+        a cached item has the code of an outside family's file in it, but not that of files which that imports.
 
         Args:
             dtype: compute precision of the encoders.

@@ -4,7 +4,8 @@ Ranks share the work, and nothing is encoded twice. A run that was killed contin
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,7 +18,7 @@ from torch import Tensor
 from finetune.data.cache import Cache, digest
 from finetune.data.images import is_address, missing_image
 from finetune.data.loader import Item
-from finetune.data.streams import Stream, caption_stream, file_stream, image_stream, video_stream
+from finetune.data.sources import Source, caption_source, file_source, image_source, video_source
 from finetune.engine.precision import DTYPES
 from finetune.models import is_outside
 from finetune.models.encoder import Encode, Encoder
@@ -57,41 +58,47 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Encoding:
-    """One item to encode, and the streams that its encoder takes. `note` says what it is made from, for people."""
+    """One item to encode, and the sources that its encoder takes. `note` says what it is made from, for people."""
 
     kind: str
     key: str
     note: str
-    streams: tuple[Stream, ...]
+    sources: tuple[Source, ...]
 
 
 @dataclass(frozen=True)
-class _Kinds:
-    """A family's encoders, and hashes of what their outputs depend on besides the clip; both by kind."""
+class _Encoders:
+    """A family's encoders by kind, and the digest of what their outputs depend on besides the clip."""
 
-    encoders: dict[str, Encoder]
+    by_kind: dict[str, Encoder]
     fingerprints: dict[str, str]
 
-    def encoding(self, kind: str, streams: Mapping[str, Stream], note: str) -> _Encoding:
-        """The item of one kind to encode from a clip's streams."""
-        encoder = self.encoders[kind]
-        taken = tuple(streams[name] for name in encoder.sources)
-        identity = chain.from_iterable(stream.fingerprint for stream in taken)
+    def encoding(self, kind: str, sources: Mapping[str, Source], note: str) -> _Encoding:
+        """The item of a kind that is made of a clip's sources."""
+        encoder = self.by_kind[kind]
+        taken = tuple(sources[name] for name in encoder.sources)
+        identity = chain.from_iterable(source.fingerprint for source in taken)
         return _Encoding(kind, digest(kind, encoder.variant, self.fingerprints[kind], *identity), note, taken)
 
     def text(self, text: str) -> _Encoding:
-        """The item to encode from a caption or prompt."""
-        return self.encoding("text", {"caption": caption_stream(text)}, text)
+        """A caption or prompt by itself."""
+        return self.encoding("text", {"caption": caption_source(text)}, text)
 
-    @property
-    def further_sources(self) -> list[str]:
-        """Names of the sources that encoders read besides video and caption. They are columns of the manifest."""
-        named = chain.from_iterable(encoder.sources for encoder in self.encoders.values())
-        return [name for name in dict.fromkeys(named) if name not in _COMMON_SOURCES]
+    def encodings(self, entry: InspectedClip) -> dict[str, _Encoding]:
+        """The items of a clip, by kind."""
+        clip, fit = entry.clip, entry.fit
+        sources = {
+            "video": video_source(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
+            "caption": caption_source(clip.caption),
+        }
+        for column, file_hash in entry.files.items():
+            sources[column] = file_source(clip.file(column), file_hash, fit.bucket, fit.fps)
+        notes = {kind: clip.caption if kind == "text" else str(clip.path) for kind in self.by_kind}
+        return {kind: self.encoding(kind, sources, note) for kind, note in notes.items()}
 
 
 def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
-    """Inspect the datasets and encode what the cache lacks. Collective; returns the same on every rank.
+    """Inspect the datasets and encode what the cache does not have yet. Collective; returns the same on every rank.
 
     Raises:
         UserError: lists everything that is wrong with the clips.
@@ -100,94 +107,76 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     with runtime.together():
         if runtime.is_main:
             cache.sweep()
-    kinds = _open_kinds(recipe, family, cache, runtime)
-    usable = inspect_clips(recipe.data, recipe.data.path, cache, runtime)
+    encoders = _open_encoders(recipe, family, cache, runtime)
+    columns = further_columns(encoders.by_kind.values())
+    usable = inspect_clips(recipe.data, recipe.data.path, cache, runtime, columns)
     if named := recipe.validation.heldout:
-        split = usable, inspect_clips(recipe.data, named, cache, runtime)
+        split = usable, inspect_clips(recipe.data, named, cache, runtime, columns)
     else:
         split = split_heldout(usable, recipe)
     work: list[_Encoding] = []
-    datasets = [list(_items(part, kinds, cache, runtime, work)) for part in split]
+    datasets: list[list[Item]] = []
+    for part in split:
+        datasets.append([])
+        for entry in part:
+            made = encoders.encodings(entry)
+            work += made.values()
+            keys = {kind: each.key for kind, each in made.items()}
+            clip, fit = entry.clip, entry.fit
+            datasets[-1].append(Item(clip.path, clip.caption, fit.bucket, fit.fps, keys, clip.columns))
     if recipe.data.caption_dropout:
-        work.append(kinds.text(""))
-    prompts = _prompts(recipe, kinds, cache, runtime, work)
+        work.append(encoders.text(""))
+    prompts = _prompts(recipe, encoders, cache, runtime, work)
 
-    if unusable := _encode(work, "image", lambda: _pixels, cache, runtime):
-        raise UserError.of(unusable)
-    failed: list[Problem] = []
-    for kind, encoder in kinds.encoders.items():
+    if unreadable := _encode(work, "image", lambda: _pixels, cache, runtime):
+        raise UserError.of(list(chain.from_iterable(unreadable.values())))
+    failed: dict[str, list[Problem]] = {}
+    for kind, encoder in encoders.by_kind.items():
         on_cpu = kind == "text" and recipe.memory.text_encoder == "cpu"
         device = torch.device("cpu") if on_cpu else runtime.device.torch_device
-        failed += _encode(work, kind, partial(encoder.load, device), cache, runtime)
-    broken = refuse_or_skip(failed, recipe.data.bad_clips, "encoded")
-    train, heldout = ([item for item in items if str(item.path) not in broken] for items in datasets)
+        failed |= _encode(work, kind, partial(encoder.load, device), cache, runtime)
+    refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
+    train, heldout = ([item for item in items if not failed.keys() & item.keys.values()] for items in datasets)
     require(train, recipe.data.path)
     _refuse_shared(train, heldout)
-    return Prepared(cache, train, heldout, kinds.text("").key, prompts)
+    return Prepared(cache, train, heldout, encoders.text("").key, prompts)
 
 
-def _open_kinds(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Kinds:
-    """List the family's encoders and hash their components, on rank 0 alone. Collective."""
-    precision, name = recipe.train.precision, recipe.model.family
-    own = [name] if is_outside(name) else []  # an outside family may encode otherwise with the same components
-    encoders = {encoder.kind: encoder for encoder in family.encoders(DTYPES[precision], recipe.vae)}
+def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Encoders:
+    """The family's encoders, their components hashed by rank 0. Collective."""
+    precision = recipe.train.precision
     with runtime.together():
-        hashed = (
-            {kind: digest(*encoder.fingerprint(cache.file_hash), precision, *own) for kind, encoder in encoders.items()}
-            if runtime.is_main
-            else {}
+        listed = encoders_of(family, recipe)
+        hashed = {}
+        if runtime.is_main:
+            # Code of this project changes the format's number; anybody else's is part of what an encoding depends on.
+            outside = is_outside(recipe.model.family)
+            code = [cache.file_hash(Path(inspect.getfile(type(family))))] if outside else []
+            hashed = {each.kind: digest(*each.fingerprint(cache.file_hash), precision, *code) for each in listed}
+    return _Encoders({each.kind: each for each in listed}, runtime.from_main(hashed))
+
+
+def encoders_of(family: Family, recipe: Recipe) -> tuple[Encoder, ...]:
+    """A family's encoders for a recipe. Raises UserError if their kinds are not as `Family.encoders` says."""
+    encoders = family.encoders(DTYPES[recipe.train.precision], recipe.vae)
+    kinds = [encoder.kind for encoder in encoders]
+    if len(set(kinds)) < len(kinds) or not {"text", "video"} <= set(kinds) or "image" in kinds:
+        raise UserError(
+            f"{type(family).__name__}.encoders lists the kinds {', '.join(kinds)}",
+            'list "text" and "video", each kind once, and none called "image", which is that of prompts\' images',
+            "model.family",
         )
-    return _Kinds(encoders, runtime.from_main(hashed))
+    return encoders
 
 
-def _items(
-    clips: Sequence[InspectedClip], kinds: _Kinds, cache: Cache, runtime: Runtime, work: list[_Encoding]
-) -> Iterator[Item]:
-    """The items of clips. What has to be encoded for them is added to `work`. Collective."""
-    with runtime.together():
-        files = _further_files(clips, kinds.further_sources)
-        hashes = {path: cache.file_hash(path) for path in files} if runtime.is_main else {}
-    hashes = runtime.from_main(hashes)
-    for entry in clips:
-        clip, fit = entry.clip, entry.fit
-        streams = {
-            "video": video_stream(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
-            "caption": caption_stream(clip.caption),
-        }
-        for name in kinds.further_sources:
-            path = clip.file(name)
-            streams[name] = file_stream(name, path, hashes[path])
-        made = {}
-        for kind, encoder in kinds.encoders.items():
-            note = clip.caption if encoder.sources == ("caption",) else str(clip.path)
-            work.append(kinds.encoding(kind, streams, note))
-            made[kind] = work[-1].key
-        yield Item(clip.path, clip.caption, fit.bucket, fit.fps, made, clip.columns)
-
-
-def _further_files(clips: Sequence[InspectedClip], names: Sequence[str]) -> list[Path]:
-    """The files that clips name in the columns `names`. Raises UserError that lists missing columns and files."""
-    problems, files = [], []
-    for clip, name in ((entry.clip, name) for entry in clips for name in names):
-        if name not in clip.columns:
-            problems.append(
-                Problem(
-                    f"the clip has no {name!r}, which this model is trained on",
-                    clip.where,
-                    f"add a column {name!r} with the path of its file",
-                )
-            )
-        elif not clip.file(name).is_file():
-            problems.append(Problem("no such file", f"{clip.file(name)} (from {clip.where})", "mend the path"))
-        else:
-            files.append(clip.file(name))
-    if problems:
-        raise UserError.of(problems)
-    return list(dict.fromkeys(files))
+def further_columns(encoders: Iterable[Encoder]) -> list[str]:
+    """What encoders read besides video and caption: columns of the manifest."""
+    named = chain.from_iterable(encoder.sources for encoder in encoders)
+    return [name for name in dict.fromkeys(named) if name not in ("video", "caption")]
 
 
 def _prompts(
-    recipe: Recipe, kinds: _Kinds, cache: Cache, runtime: Runtime, work: list[_Encoding]
+    recipe: Recipe, encoders: _Encoders, cache: Cache, runtime: Runtime, work: list[_Encoding]
 ) -> list[PreparedPrompt]:
     """The validation prompts. What has to be encoded for them is added to `work`. Collective."""
     with runtime.together():
@@ -196,13 +185,13 @@ def _prompts(
     prompts = []
     wanted, contents = runtime.from_main((wanted, contents))
     for prompt in wanted:
-        text, negative = kinds.text(prompt.text), kinds.text(prompt.negative)
+        text, negative = encoders.text(prompt.text), encoders.text(prompt.negative)
         work += [text, negative]
         image_key = None
         if prompt.image:
-            stream = image_stream(prompt.image, contents[prompt.image], prompt.shape)
-            image_key = digest("image", *stream.fingerprint)
-            work.append(_Encoding("image", image_key, prompt.image, (stream,)))
+            source = image_source(prompt.image, contents[prompt.image], prompt.shape)
+            image_key = digest("image", *source.fingerprint)
+            work.append(_Encoding("image", image_key, prompt.image, (source,)))
         prompts.append(PreparedPrompt(prompt, text.key, negative.key, image_key))
     return prompts
 
@@ -230,32 +219,32 @@ def _refuse_shared(train: Sequence[Item], heldout: Sequence[Item]) -> None:
 
 def _encode(
     work: Sequence[_Encoding], kind: str, load: Callable[[], Encode], cache: Cache, runtime: Runtime
-) -> list[Problem]:
-    """Encode the items of one kind that the cache lacks. Returns the problems of clips that cannot be decoded. Collective."""
+) -> dict[str, list[Problem]]:
+    """Encode the items of one kind that the cache lacks. Returns the problems of those that cannot be, by key. Collective."""
     wanted = {entry.key: entry for entry in work if entry.kind == kind}
     missing = [key for key in wanted if not cache.has(kind, key)] if runtime.is_main else None
     missing = runtime.from_main(missing)
     if not missing:
-        return []
+        return {}
     mine = missing[runtime.rank :: runtime.world_size]  # also among ranks that will train on the same samples
-    problems: list[Problem] = []
+    problems: dict[str, list[Problem]] = {}
     with runtime.together():
         encode = load() if mine else None
     rounds = -(-len(missing) // (runtime.world_size * _ROUND))
     with ProgressLine(_LABELS.get(kind, f"encoding {kind}"), len(missing), enabled=runtime.is_main) as progress:
         for turn in range(rounds):
-            found: list[Problem] = []
+            found: dict[str, list[Problem]] = {}
             with runtime.together():
                 for key in mine[turn * _ROUND : (turn + 1) * _ROUND]:
                     assert encode is not None  # loaded, since this rank has items
                     try:
-                        tensors = encode(*(stream.read() for stream in wanted[key].streams))
+                        tensors = encode(*(source.read() for source in wanted[key].sources))
                     except UserError as error:
-                        found += error.problems
+                        found[key] = list(error.problems)
                         continue
                     cache.write(kind, key, tensors, wanted[key].note)
             for share in runtime.gather(found):
-                problems += share
+                problems |= share
             progress.update(min(len(missing), (turn + 1) * _ROUND * runtime.world_size), "")
     del encode
     gc.collect()

@@ -1,7 +1,7 @@
 """Inspects a dataset: every clip is assigned a bucket, or refused with a reason. Nothing is encoded yet."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,27 +19,35 @@ from finetune.runtime.logging import say
 
 
 class InspectedClip(NamedTuple):
-    """A clip that can be trained on, with the hash of its file, its size and duration, and its bucket."""
+    """A clip that can be trained on, with the hash of its file, its size and duration, and its bucket.
+
+    `files` has the hash of each further file that the manifest names for it, by column.
+    """
 
     clip: Clip
     hash: str
     info: decode.VideoInfo
     fit: BucketFit
+    files: Mapping[str, str]
 
 
-def inspect_clips(data: Data, path: Path, cache: Cache, runtime: Runtime) -> list[InspectedClip]:
+def inspect_clips(
+    data: Data, path: Path, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()
+) -> list[InspectedClip]:
     """Inspect a dataset. Ranks share the reading of files. Collective; returns the same on every rank.
 
     Args:
         path: `data.path`, or another dataset read by the same rules.
+        columns: columns of the manifest with further files that every clip must have.
     Raises:
         UserError: lists clips that cannot be used, unless data.bad_clips is "skip"; or no clip is left.
     """
     with runtime.together():
         clips = read_manifest(path, data.video_column, data.caption_column, data.id_token)
-        paths = sorted({clip.path for clip in clips})
+        videos = {clip.path for clip in clips}
+        paths = sorted(videos | _further_files(clips, columns))
         # All ranks share this work, also those that will train on the same samples.
-        mine = {video: _inspect(video, cache) for video in paths[runtime.rank :: runtime.world_size]}
+        mine = {file: _inspect(file, cache, file in videos) for file in paths[runtime.rank :: runtime.world_size]}
     facts: dict[Path, dict | UserError] = {}
     for share in runtime.gather(mine):
         facts |= share
@@ -56,9 +64,9 @@ def inspect_clips(data: Data, path: Path, cache: Cache, runtime: Runtime) -> lis
             if isinstance(entry, UserError):
                 raise entry
             info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
-            usable.append(
-                InspectedClip(clip, entry["hash"], info, fit_to_bucket(info, data.buckets, data.fps, str(clip.path)))
-            )
+            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
+            files = {column: facts[clip.file(column)]["hash"] for column in columns}
+            usable.append(InspectedClip(clip, entry["hash"], info, fit, files))
         except UserError as error:
             problems += error.problems
     refuse_or_skip(problems, data.bad_clips, "used")
@@ -88,15 +96,14 @@ def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list
     return [entry for entry in usable if entry.hash not in out], held
 
 
-def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> set[str]:
-    """Raise UserError for clips that cannot be used, or with the policy "skip" say which are left out and return their paths."""
+def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> None:
+    """Raise UserError for clips that cannot be used, or with the policy "skip" say which are left out."""
     if problems and policy == "refuse":
         hint = 'or data.bad_clips = "skip" goes on without it'
         problems = [replace(problem, cure=f"{problem.cure}; {hint}") for problem in problems]
         raise UserError.of(problems, f"{len(problems)} clips cannot be {verb}:")
     for problem in problems:
         say(f"skipped {problem.where}: {problem.what}")
-    return {problem.where for problem in problems}
 
 
 def require(found: Sequence, path: Path) -> None:
@@ -105,12 +112,30 @@ def require(found: Sequence, path: Path) -> None:
         raise UserError("not one usable clip is left", "add clips that can be decoded and fill a bucket", str(path))
 
 
-def _inspect(video: Path, cache: Cache) -> dict | UserError:
-    """A file's hash and `VideoInfo` fields, remembered as long as the file does not change; or what is wrong with it."""
+def _further_files(clips: Sequence[Clip], columns: Sequence[str]) -> set[Path]:
+    """The files that clips name in columns. Raises UserError for those that are not there."""
+    problems: list[Problem] = []
+    for clip, column in ((clip, column) for clip in clips for column in columns):
+        if column not in clip.columns:
+            cure = f"add a column {column!r} with the path of its file"
+            problems.append(Problem(f"the clip has no {column!r}, which this model is trained on", clip.where, cure))
+        elif not clip.file(column).is_file():
+            problems.append(Problem("no such file", f"{clip.file(column)} (from {clip.where})", "mend the path"))
+    if problems:
+        raise UserError.of(problems)
+    return {clip.file(column) for clip in clips for column in columns}
+
+
+def _inspect(file: Path, cache: Cache, is_video: bool) -> dict | UserError:
+    """A file's hash, and the `VideoInfo` fields of a video, remembered as long as the file does not change.
+
+    Returns what is wrong with a file that is no video it can be trained on.
+    """
     try:
-        known = cache.files.get(video)
-        if known is None or "frames" not in known:
-            known = cache.files.put(video, hash=content_hash(video), **asdict(decode.probe(video)))
+        known = cache.files.get(file)
+        if known is None or (is_video and "frames" not in known):
+            facts = asdict(decode.probe(file)) if is_video else {}
+            known = cache.files.put(file, hash=content_hash(file), **facts)
         return known
     except UserError as error:
         return error

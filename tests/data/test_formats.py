@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from finetune.data.clip import Clip
+from finetune.data.formats import FORMATS
+from finetune.data.formats.format import Columns, DatasetFormat
 from finetune.data.manifest import read_manifest
-from finetune.data.sources import SOURCES
-from finetune.data.sources.source import Columns, Source
 
 
 def test_a_kind_of_dataset_from_outside_is_read(
@@ -25,7 +25,7 @@ def test_a_kind_of_dataset_from_outside_is_read(
     videos = sorted(few_clips.glob("*.mp4"))
     file = tmp_path / "clips.tsv"
     file.write_text("".join(f"{video}\tclip {number}\n" for number, video in enumerate(videos)))
-    monkeypatch.setitem(SOURCES, "tsv", Source(locate, read, ".tsv"))
+    monkeypatch.setitem(FORMATS, "tsv", DatasetFormat(locate, read, ".tsv"))
     found = read_manifest(file, "video", "caption", id_token="TOK")
     assert [(clip.path, clip.caption) for clip in found] == [
         (video, f"TOK clip {number}") for number, video in enumerate(videos)
@@ -40,7 +40,7 @@ def test_each_kind_recognises_its_own_files_alone(tmp_path: Path) -> None:
         (folder / name).touch()
     columns = Columns("video", "caption")
     recognised = {
-        name: [kind for kind, source in SOURCES.items() if source.locate(tmp_path / name.replace(".", "_"), columns)]
+        name: [kind for kind, form in FORMATS.items() if form.locate(tmp_path / name.replace(".", "_"), columns)]
         for name in ("metadata.csv", "metadata.jsonl", "metadata.json", "videos.txt", "surf.mp4")
     }
     # Every folder may be one of side-cars, which is asked last.
@@ -52,7 +52,7 @@ def test_each_kind_recognises_its_own_files_alone(tmp_path: Path) -> None:
         "surf.mp4": ["side-cars"],
     }
     files = {
-        suffix: [k for k, s in SOURCES.items() if s.locate(tmp_path / f"metadata{suffix}", columns)]
+        suffix: [k for k, s in FORMATS.items() if s.locate(tmp_path / f"metadata{suffix}", columns)]
         for suffix in (".csv", ".json")
     }
     assert files == {".csv": ["csv"], ".json": ["json"]}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.clip import Clip
-from finetune.data.sources.source import Columns, Source, read_text
+from finetune.data.formats.format import Columns, DatasetFormat, read_text
 from finetune.runtime.errors import Problem, UserError
 
 
@@ -50,4 +50,4 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in lines]
 
 
-SOURCE = Source(_locate, _read)
+FORMAT = DatasetFormat(_locate, _read)

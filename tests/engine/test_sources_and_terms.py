@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune.checks.everything import check_all
+from finetune.data.sources import SourceFile
+from finetune.models import FAMILIES
 from finetune.models.batch import Batch, Tensors, Term
 from finetune.models.encoder import Encoder
 from finetune.models.family import SampleLike
@@ -17,7 +20,7 @@ from finetune.models.folder import ModelFolder
 from finetune.models.ltx import LTXVideo
 from finetune.models.objective import Objective
 from finetune.preparation.encode import Prepared, prepare
-from finetune.recipe import load_recipe
+from finetune.recipe import Bucket, load_recipe
 from finetune.recipe.schema import Vae
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
@@ -42,8 +45,9 @@ class SoundingLTX(LTXVideo):
         return predictions | {"sound": predictions["video"].mean(1)}
 
 
-def read_sound(file: Path) -> Tensors:
-    return {"samples": torch.from_numpy(np.load(file))}
+def read_sound(sound: SourceFile) -> Tensors:
+    assert (sound.bucket, sound.start) == (Bucket(17, 64, 96), 0.0)
+    return {"samples": torch.from_numpy(np.load(sound.path))}
 
 
 @pytest.fixture
@@ -161,3 +165,52 @@ def test_a_source_that_is_missing_is_named_with_its_clip(
         expected = "metadata.jsonl, line 2: the clip has no 'audio'"
     with pytest.raises(UserError, match=expected):
         prepared_with()
+
+
+def test_check_misses_a_source_before_anything_is_encoded(
+    recipe_file: Path, sounding_clips: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "ltx", f"{__name__}:SoundingLTX")
+    recipe = load_recipe(recipe_file, [f"data.path={sounding_clips}"])
+    assert check_all(recipe, runtime, 1) == []
+    next(sounding_clips.glob("*.npy")).unlink()
+    (problem,) = check_all(recipe, runtime, 1)
+    assert problem.what == "no such file"
+
+
+def test_a_clip_whose_sound_is_broken_is_left_out_where_bad_clips_are_skipped(
+    recipe_file: Path, tiny_ltx: Path, sounding_clips: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = min(sounding_clips.glob("*.npy"))
+    broken.write_bytes(b"")
+    recipe = load_recipe(recipe_file, [f"data.path={sounding_clips}", "data.bad_clips=skip"])
+    prepared = prepare(recipe, BrokenSound(ModelFolder(tiny_ltx)), runtime)
+    assert broken.stem not in {item.path.stem for item in prepared.train}
+    assert len(prepared.train) == len(list(sounding_clips.glob("*.npy"))) - 1
+    assert f"skipped {broken}: the sound is empty" in capsys.readouterr().err
+
+
+class BrokenSound(SoundingLTX):
+    def encoders(self, dtype: torch.dtype, settings: Vae) -> tuple[Encoder, ...]:
+        def read(sound: SourceFile) -> Tensors:
+            if not sound.path.stat().st_size:
+                raise UserError("the sound is empty", "record it again", str(sound.path))
+            return read_sound(sound)
+
+        return (
+            *super().encoders(dtype, settings)[:2],
+            Encoder("sound", ("audio",), "v1", lambda _: [], lambda _: read),
+        )
+
+
+@pytest.mark.parametrize("kinds", [("text", "sound"), ("text", "video", "image"), ("text", "video", "video")])
+def test_kinds_that_a_family_may_not_list_are_refused(
+    recipe_file: Path, tiny_ltx: Path, runtime: Runtime, kinds: tuple[str, ...]
+) -> None:
+    class Odd(LTXVideo):
+        def encoders(self, dtype: torch.dtype, settings: Vae) -> tuple[Encoder, ...]:
+            usual = super().encoders(dtype, settings)[0]
+            return tuple(Encoder(kind, usual.sources, "v1", usual.fingerprint, usual.load) for kind in kinds)
+
+    with pytest.raises(UserError, match=r"Odd\.encoders lists the kinds"):
+        prepare(load_recipe(recipe_file), Odd(ModelFolder(tiny_ltx)), runtime)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finetune.data.clip import VIDEO_SUFFIXES, Clip
-from finetune.data.sources.source import Columns, Source, read_text
+from finetune.data.formats.format import Columns, DatasetFormat, read_text
 from finetune.runtime.errors import Problem, UserError
 
 
@@ -38,4 +38,4 @@ def _read(folder: Path, _: Columns) -> list[Clip]:
     return clips
 
 
-SOURCE = Source(_locate, _read)
+FORMAT = DatasetFormat(_locate, _read)

@@ -17,7 +17,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetFormat:
     """A kind of dataset.
 
     Attributes:

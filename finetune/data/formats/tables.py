@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from finetune.data.clip import Clip
-from finetune.data.sources.source import Columns, Source, read_text
+from finetune.data.formats.format import Columns, DatasetFormat, read_text
 from finetune.runtime.errors import Problem, UserError
 
 Rows = list[tuple[str, object]]
 """(where it is, the row) for each entry of a table."""
 
 
-def source(suffix: str, read_rows: Callable[[Path], Rows]) -> Source:
+def table_format(suffix: str, read_rows: Callable[[Path], Rows]) -> DatasetFormat:
     """Tables of one format.
 
     Args:
@@ -30,7 +30,7 @@ def source(suffix: str, read_rows: Callable[[Path], Rows]) -> Source:
             path = path / f"metadata{suffix}"
         return path if path.suffix.lower() == suffix and path.is_file() else None
 
-    return Source(locate, lambda path, columns: _clips(path, read_rows(path), columns), suffix)
+    return DatasetFormat(locate, lambda path, columns: _clips(path, read_rows(path), columns), suffix)
 
 
 def read_csv(path: Path) -> Rows:
