@@ -23,7 +23,7 @@ _FIRST_PARTS = ("model", "optimizer")  # of checkpoints that were written before
 
 @dataclass(frozen=True)
 class Pending:
-    """A checkpoint that was begun, with what will be noted with it; None if the step was saved before."""
+    """A checkpoint that was begun. `facts` will be noted with it; they are None if the step was saved before."""
 
     step: int
     facts: dict[str, Any] | None
@@ -49,10 +49,11 @@ class Checkpoints:
         return self.folder / f"step_{step:08d}"
 
     def begin(self, step: int, parts: Sequence[Part], facts: dict[str, Any], export: Callable[[Path], None]) -> Pending:
-        """Write the state of all parts to a folder that is no checkpoint until `finish`; a step that is saved is left alone.
+        """Write the state of all parts to a folder that is no checkpoint until `finish`. A step that is saved is left alone.
 
-        The state is that of now, whatever is trained before `finish`. One checkpoint is pending at a time: the next `begin`
-        clears an unfinished one away.
+        The state is that of now, whatever is trained before `finish`: so a writer may go on behind the next steps, though
+        today's has written all when this returns. One checkpoint is pending at a time; the next `begin` clears an
+        unfinished one away.
 
         Args:
             facts: small JSON values, returned by `facts`.
