@@ -7,11 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from PIL import Image
 from processes import figures_of
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from finetune.engine.gradients import replicas
 from finetune.recipe import load_recipe, write_recipe
+from finetune.runtime.device import Device
+from finetune.runtime.distributed import Runtime, data_mesh, mesh
 
 PROMPTS = ["a red ball moves", "a blue square falls"]
 
@@ -39,6 +46,22 @@ def test_steps_are_those_of_one_process(figures: dict[int, list[dict]], figure: 
     (alone,) = figures[1]
     for rank in figures[2]:
         assert rank[figure] == pytest.approx(alone[figure], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shard_size, context_size, copies", [(None, 1, 1), (4, 1, 2), (1, 1, 8), (None, 2, 2), (2, 2, 4), (None, 8, 8)]
+)
+def test_a_norm_counts_each_part_once_however_many_of_eight_ranks_hold_it(
+    shard_size: int | None, context_size: int, copies: int
+) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        runtime = Runtime(0, 0, 8, Device(torch.device("cpu")), None, 8, context_size)
+        placements = [Shard(0)] if shard_size is None else [Replicate(), Shard(0)]
+        weight = DTensor.from_local(torch.ones(3), data_mesh(mesh(runtime, shard_size)), placements)
+        assert replicas(weight) == copies
+    finally:
+        dist.destroy_process_group()
 
 
 def test_heldout_evaluations_are_divided_by_data_rank(figures: dict[int, list[dict]]) -> None:
