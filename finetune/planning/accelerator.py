@@ -1,14 +1,21 @@
 """A simulated accelerator: the CPU is real, the accelerator is fake.
 
-What touches the device runs on fake tensors, shapes without numbers, and every storage that comes or goes there is noted;
-everything else runs for real. Small tensors carry their numbers along, so schedulers, indices and `.item()` work.
+Operations on the device run on fake tensors, which have shapes and no data, and every storage that is allocated or freed there
+is traced. All other operations run for real. Small tensors keep their values, so that schedulers, indices and `.item()` work.
+
+torch has tools for the same question in `torch.distributed._tools`; they were tried on a tiny LTX-Video with fake tensors
+(torch 2.13) and do not answer it. `RuntimeEstimator` wants the GPU itself: its roofline asks CUDA for the card's capability,
+its other mode runs kernels, and `FSDPMemTracker` on fake CUDA tensors fails without a CUDA build. On fake CPU tensors a LoRA
+cannot be built at all, because peft's `Module.to` fails under `FakeTensorMode`. Full finetuning is tracked there, but as the
+bytes of live tensors: without the allocator's segments, which decide what fits, without what kernels allocate for themselves,
+and for one forward pass, since the second micro-batch of a step is refused.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,34 +25,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from finetune.planning import kernels
+from finetune.planning.cost import Cost
+from finetune.planning.dispatch_cache import DispatchCache
 from finetune.planning.kernels import KIND
-from finetune.planning.memo import Memo
 from finetune.planning.trace import Trace
-from finetune.planning.work import Work
 
-_NUMBERS = 4096  # elements up to which a tensor carries its numbers
+_SMALL = 4096  # elements up to which a tensor keeps its values
+_VALUES = "known_values"  # our attribute of fake tensors
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
-_LARGE = 2**20  # bytes from which a piece of host memory is fake
+_LARGE = 2**20  # bytes from which a buffer in host memory is fake
 
 
 class Accelerator(TorchDispatchMode):
-    """Runs what touches the simulated device on fake tensors, and tells traces of its storages and the host's.
+    """Runs operations on the simulated device with fake tensors, and traces the storages there and in host memory.
 
-    Host memory that offloaded weights wait in is fake, too.
+    Host memory that holds offloaded weights is fake, too.
     """
 
-    def __init__(self, trace: Trace, host: Trace, inside: bool = True, workspace: int = kernels.WORKSPACE) -> None:
+    def __init__(self, trace: Trace, host: Trace, temporaries: bool = True, workspace: int = kernels.WORKSPACE) -> None:
         """
         Args:
-            inside: whether to count what kernels allocate beside their results.
-            workspace: bytes that cuBLAS keeps, with `inside`.
+            temporaries: whether to count what kernels allocate beside their results.
+            workspace: bytes of cuBLAS' workspace, which is one of them.
         """
         super().__init__()
-        self.trace, self.host, self.inside = trace, host, inside
-        self._workspace = workspace if inside else 0
+        self.trace, self.host, self.temporaries = trace, host, temporaries
+        self._workspace = workspace if temporaries else 0
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._memo = Memo(self.fake)
-        self.begin_work()
+        self._cache = DispatchCache(self.fake)
+        self.reset_cost()
         self._known: dict[int, tuple[Trace, int]] = {}  # storage -> (where, bytes)
 
     def __enter__(self) -> Accelerator:
@@ -58,126 +66,132 @@ class Accelerator(TorchDispatchMode):
                 self.trace.name(storage._cdata, "gathered weights")
             return result
 
-        self._resize, torch.UntypedStorage.resize_ = resize, traced
-        # `torch.tensor(..., device=...)` makes its tensor where modes do not see it, unless it is told to begin on the CPU.
+        self._resize = resize
+        torch.UntypedStorage.resize_ = traced  # type: ignore[method-assign, assignment]  # torch has no hook for it
+        # Dispatch modes do not see the tensor that `torch.tensor(..., device=...)` makes, unless it is made on the CPU first.
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # as it was
         torch._C._set_only_lift_cpu_tensors(self._lifts)
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
         if function is torch.ops.prim.device.default and type(arguments[0]) is FakeTensor:
-            return arguments[0].fake_device  # most of all calls, from autograd and FSDP
+            return arguments[0].fake_device  # the most frequent call, from autograd and FSDP: answered first
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
-            return function(*arguments, **(keywords or {}))  # DTensors ask for shapes: nothing of that is allocated
+            return function(*arguments, **(keywords or {}))  # DTensor infers shapes; nothing is allocated
         for kind in types:
             if kind not in _PLAIN and issubclass(kind, Tensor):
-                return NotImplemented  # DTensors and quantised moments: they ask again for the tensors they are made of
+                return NotImplemented  # DTensors and quantised moments dispatch again, with the tensors they consist of
         keywords = keywords or {}
         tensors = _tensors(arguments)
         if keywords:
             tensors += _tensors(tuple(keywords.values()))
-        here = any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        if not here and (device := keywords.get("device")) is not None:
-            here = torch.device(device).type == KIND
-        if not here and not _waits_on_the_host(function, arguments, keywords):
+        is_fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if not is_fake and (device := keywords.get("device")) is not None:
+            is_fake = torch.device(device).type == KIND
+        if not is_fake and not _is_fake_host_memory(function, arguments, keywords):
             return function(*arguments, **keywords)
-        numbers = self._numbers(function, arguments, keywords, tensors)
-        if function is torch.ops.aten._local_scalar_dense.default and numbers is not None:
-            return numbers
+        values = self._values(function, arguments, keywords, tensors)
+        if function is torch.ops.aten._local_scalar_dense.default and values is not None:
+            return values
         is_kernel = any(_is_on_device(tensor) for tensor in tensors)
-        temporaries = self._inside(function, arguments) if self.inside and is_kernel else []
-        result = self._shapes(function, arguments, keywords, tensors, numbers)
+        temporaries = self._temporaries_before(function, arguments) if self.temporaries and is_kernel else []
+        result = self._run_fake(function, arguments, keywords, tensors, values)
         if is_kernel or any(_is_on_device(leaf) for leaf in tree_leaves(result)):
-            self.work.add(function, arguments, keywords, tensors, result)
+            self.cost.add(function, arguments, keywords, tensors, result)
         if isinstance(result, FakeTensor):
-            self._note(result)
+            self._trace_storage(result)
             if function is torch.ops.aten._to_copy.default:
-                self._same_category(tensors[0], result)
+                self._copy_category(tensors[0], result)
             if function._schema.is_mutable:
-                result.numbers = None  # what was known of it is no more, unless it is known anew
-            if numbers is not None:
-                self._keep(result, numbers)
+                _set_values(result, None)  # the old values are gone; the new ones may be known
+            if values is not None:
+                self._keep_values(result, values)
             return result
-        known = tree_leaves(numbers) if numbers is not None else None
+        known = tree_leaves(values) if values is not None else None
         for place, leaf in enumerate(tree_leaves(result)):
             if isinstance(leaf, FakeTensor):
-                self._note(leaf)
+                self._trace_storage(leaf)
                 if known:
-                    self._keep(leaf, known[place])
-        if self.inside and is_kernel:
-            temporaries += self._allocated(kernels.made_after(function, arguments))
+                    self._keep_values(leaf, known[place])
+        if self.temporaries and is_kernel:
+            temporaries += self._allocate_all(kernels.made_after(function, arguments))
         return result
 
-    def _inside(self, function: Any, arguments: tuple) -> list[FakeTensor]:
-        """What a kernel allocates first, beside its results."""
+    def _temporaries_before(self, function: Any, arguments: tuple) -> list[FakeTensor]:
+        """What a kernel allocates before its results, and frees when it ends."""
         if self._workspace and function in kernels.MATRIX_PRODUCTS:
             self._kept, self._workspace = self._allocate((self._workspace,), torch.uint8), 0
             self.name([self._kept], "workspace")
-        return self._allocated(kernels.made_before(function, arguments))
+        return self._allocate_all(kernels.made_before(function, arguments))
 
-    def _allocated(self, pieces: list[kernels.Piece]) -> list[FakeTensor]:
+    def _allocate_all(self, pieces: list[kernels.Piece]) -> list[FakeTensor]:
         return [self._allocate(shape, dtype) for shape, dtype in pieces]
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = KIND) -> FakeTensor:
         with self.fake:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-        self._note(tensor)
+            tensor = cast(FakeTensor, torch.empty(shape, dtype=dtype, device=device))
+        self._trace_storage(tensor)
         return tensor
 
-    def _shapes(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor], known: Any) -> Any:
-        """The result in shapes."""
-        if known is not None and torch.Tag.dynamic_output_shape in function.tags:
-            return self._allocate(known.shape, known.dtype, tensors[0].device)  # nonzero and the like, of known numbers
-        key = self._memo.key(function, arguments, keywords)
+    def _run_fake(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor], values: Any) -> Any:
+        """The result as fake tensors.
+
+        Args:
+            values: the result's values, where they are known.
+        """
+        if values is not None and torch.Tag.dynamic_output_shape in function.tags:
+            return self._allocate(values.shape, values.dtype, tensors[0].device)  # nonzero and the like
+        key = self._cache.key(function, arguments, keywords)
         if key is not None:
-            result = self._memo.recall(key, tensors)
-            if result is not Memo.UNKNOWN:
+            result = self._cache.get(key, tensors)
+            if result is not DispatchCache.MISS:
                 return result
         if any(not isinstance(tensor, FakeTensor) for tensor in tensors):
-            arguments, keywords = tree_map_only(Tensor, self._faked, (arguments, keywords))
+            arguments, keywords = tree_map_only(Tensor, self._as_fake, (arguments, keywords))
         with self.fake:
             result = function(*arguments, **keywords)
         if key is not None:
-            self._memo.remember(key, tensors, result)
+            self._cache.put(key, tensors, result)
         return result
 
-    def _same_category(self, source: Tensor, copy: Any) -> None:
-        """What is moved between host and device stays what it is."""
-        known = self._known.get(source.untyped_storage()._cdata) if isinstance(source, FakeTensor) else None
-        if known is not None and source.fake_device.type != copy.fake_device.type:
-            here = known[0].live.get(source.untyped_storage()._cdata)
-            if here is not None:
-                self.name([copy], here.category)
+    def _copy_category(self, source: Tensor, copy: FakeTensor) -> None:
+        """A copy between host and device gets the category of its source."""
+        if not isinstance(source, FakeTensor) or source.fake_device.type == copy.fake_device.type:
+            return
+        key = source.untyped_storage()._cdata
+        known = self._known.get(key)
+        if known is not None and key in known[0].live:
+            self.name([copy], known[0].live[key].category)
 
-    def _keep(self, tensor: FakeTensor, numbers: Tensor) -> None:
-        if numbers.numel() <= _NUMBERS and getattr(tensor, "numbers", None) is None:
-            tensor.numbers = numbers
+    def _keep_values(self, tensor: FakeTensor, values: Tensor) -> None:
+        if values.numel() <= _SMALL and getattr(tensor, _VALUES, None) is None:
+            _set_values(tensor, values)
 
-    def _faked(self, tensor: Tensor) -> Tensor:
+    def _as_fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
-    def _numbers(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor]) -> Any:
-        """The result in numbers, if all that it depends on is small and known; None if not."""
+    def _values(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor]) -> Any:
+        """The result's values, if all inputs are small and their values known; None if not."""
         if function in kernels.UNINITIALISED:
             return None
-        if function is torch.ops.aten.copy_.default and _numbers_of(arguments[0]) is None:  # whatever was there before
-            source = _numbers_of(arguments[1])
+        if function is torch.ops.aten.copy_.default and _values_of(arguments[0]) is None:  # they are overwritten
+            source = _values_of(arguments[1])
             return None if source is None else source.expand(arguments[0].shape).to(arguments[0].dtype)
-        if not tensors and _size(arguments) > _NUMBERS:
+        if not tensors and _size(arguments) > _SMALL:
             return None
-        if any(_numbers_of(tensor) is None for tensor in tensors):
+        if any(_values_of(tensor) is None for tensor in tensors):
             return None
-        arguments, keywords = tree_map_only(Tensor, _numbers_of, (arguments, keywords))
+        arguments, keywords = tree_map_only(Tensor, _values_of, (arguments, keywords))
         if "device" in keywords:
             keywords = keywords | {"device": torch.device("cpu")}
         return function(*arguments, **keywords)
 
-    def _note(self, tensor: FakeTensor) -> None:
+    def _trace_storage(self, tensor: FakeTensor) -> None:
         if tensor.device.type not in (KIND, "cpu"):
             return
         storage = tensor.untyped_storage()
@@ -188,21 +202,21 @@ class Accelerator(TorchDispatchMode):
         if self._known[key][1] != storage.nbytes():
             self._set(key, storage.nbytes())
 
-    def begin_work(self) -> None:
-        """Count what is computed from here on; `work` says it."""
-        self.work = Work.none()
+    def reset_cost(self) -> None:
+        """Begin to count in `cost` again."""
+        self.cost = Cost.none()
 
     def running(self, what: str) -> None:
-        """Say what comes from here on."""
+        """Set what runs from here on: the category of storages that are allocated then, until they are named."""
         self.trace.running = self.host.running = what
         self.trace.module = ""
 
-    def inside_module(self, name: str) -> None:
-        """Say which module is called."""
+    def module_called(self, name: str) -> None:
+        """Set the module that runs from here on; a peak names it."""
         self.trace.module = name
 
     def name(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Say what tensors on the device, or their shards of this rank, are."""
+        """Set the category of tensors on the device or the host; of a DTensor, of this rank's shard."""
         for tensor in tensors:
             local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             parts = [getattr(local, part) for part in getattr(local, "tensor_attrs", ())] or [local]
@@ -221,8 +235,8 @@ class Accelerator(TorchDispatchMode):
             trace.resize(key, 0)
 
 
-def _tensors(arguments: tuple) -> list[Tensor]:
-    """The tensors of an operation's arguments, which lie in lists at most."""
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+    """All tensors among an operation's arguments, and in lists among them."""
     found: list[Tensor] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -236,14 +250,18 @@ def _is_on_device(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.fake_device.type == KIND
 
 
-def _numbers_of(tensor: Tensor) -> Tensor | None:
+def _values_of(tensor: Tensor) -> Tensor | None:
     if isinstance(tensor, FakeTensor):
-        return getattr(tensor, "numbers", None)
-    return tensor if tensor.numel() <= _NUMBERS else None
+        return getattr(tensor, _VALUES, None)
+    return tensor if tensor.numel() <= _SMALL else None
 
 
-def _waits_on_the_host(function: Any, arguments: tuple, keywords: dict) -> bool:
-    """Whether host memory is asked for in the place of weights that are on meta, or in large pieces of bytes."""
+def _set_values(tensor: FakeTensor, values: Tensor | None) -> None:
+    setattr(tensor, _VALUES, values)
+
+
+def _is_fake_host_memory(function: Any, arguments: tuple, keywords: dict) -> bool:
+    """Whether host memory is allocated for weights that are on meta, or as a large buffer of bytes."""
     if function is torch.ops.aten.empty_like.default:
         return keywords.get("device") is not None and arguments[0].is_meta
     is_bytes = function is torch.ops.aten.empty.memory_format and keywords.get("dtype") is torch.uint8

@@ -1,10 +1,11 @@
-"""A model of torch's caching allocator for CUDA: from tensors that come and go to the memory a process reserves.
+"""A model of torch's caching allocator for CUDA: from the tensors that are allocated and freed to the memory that is reserved.
 
-Its rules are those of c10/cuda/CUDACachingAllocator.cpp with default settings: sizes are rounded to 512 bytes; up to 1 MiB
-come from segments of 2 MiB, larger ones from segments of 20 MiB, or of their own size rounded to 2 MiB from 10 MiB on; the
-smallest free block that fits is taken, and split if enough is left; freed neighbours merge; a segment goes back to the
-device when it is empty and memory is short, or on `empty_cache`. With `expandable_segments:True` each pool is one segment that
-grows, of pages of 2 MiB (small) or 20 MiB; pages that nothing lies on can go back. Pools of several streams are taken for one.
+Its rules are those of c10/cuda/CUDACachingAllocator.cpp with default settings. Sizes are rounded to 512 bytes. Requests of up to
+1 MiB are served from segments of 2 MiB, larger ones from segments of 20 MiB, and from 10 MiB on from a segment of their own size
+rounded to 2 MiB. The smallest free block that fits is taken, and split if enough is left. Free neighbours are merged. An empty
+segment is given back to the device when memory is short, or by `empty_cache`. With `expandable_segments:True` each pool is one
+growing segment of pages of 2 MiB (small requests) or 20 MiB, and unused pages can be given back. All CUDA streams are modelled as
+sharing one memory pool.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SEGMENT_ROUNDING = 2 * MIB
 
 @dataclass(eq=False)
 class Block:
-    """A piece of a segment; `previous` and `next` are its neighbours there."""
+    """A part of a segment; `previous` and `next` are its neighbours in it."""
 
     segment: int
     offset: int
@@ -37,11 +38,11 @@ class Block:
 
 
 class CachingAllocator:
-    """Serves requests in bytes, and counts. All figures are bytes."""
+    """Serves allocations, and counts what is allocated and reserved. All figures are bytes."""
 
     def __init__(self, limit: int | None = None) -> None:
-        """`limit`: bytes that may be reserved, None for any number. What is needed beyond it, with nothing left to give back, is
-        served all the same: the peak then says how much is missing.
+        """`limit`: bytes of the device; None for no limit. A request beyond it is served all the same when there is nothing to give
+        back, so that the peak says how much memory is missing.
         """
         self.limit = limit
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
@@ -49,7 +50,7 @@ class CachingAllocator:
         self._segments = 0
 
     def malloc(self, size: int) -> Block | None:
-        """A block for a request; None for one of no bytes."""
+        """Allocate a block; None for 0 bytes."""
         if size == 0:
             return None
         size = max(ROUNDING, -(-size // ROUNDING) * ROUNDING)
@@ -64,7 +65,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block | None) -> None:
-        """Give a block back to its pool."""
+        """Return a block to its pool."""
         if block is None:
             return
         self.allocated -= block.size
@@ -76,7 +77,7 @@ class CachingAllocator:
         bisect.insort(self._free[block.small], (block.order, block))
 
     def empty_cache(self) -> None:
-        """Give segments that are not in use back to the device."""
+        """Give empty segments back to the device."""
         for small, pool in self._free.items():
             empty = [block for _, block in pool if block.previous is None and block.next is None]
             self.reserved -= sum(block.size for block in empty)
@@ -108,11 +109,11 @@ class CachingAllocator:
         bisect.insort(self._free[block.small], (rest.order, rest))
 
     def _least_rest(self, small: bool) -> int:
-        """Bytes from which a rest is worth splitting off."""
+        """The smallest remainder, in bytes, that is split off."""
         return ROUNDING if small else SMALL + 1
 
     def _merge(self, first: Block, second: Block, waiting: Block) -> Block:
-        """Two neighbours as one; `waiting` is the one that is in the pool."""
+        """Merge two neighbours; `waiting` is the one that is in the pool."""
         pool = self._free[waiting.small]
         del pool[bisect.bisect_left(pool, (waiting.order,))]
         first.size += second.size
@@ -124,8 +125,8 @@ class CachingAllocator:
 
 
 class ExpandableAllocator(CachingAllocator):
-    """The same with `expandable_segments:True`. Free blocks are taken alike whether their pages are there or not; the real one
-    prefers those that are.
+    """The same with `expandable_segments:True`. The real allocator prefers free blocks whose pages are mapped; this one does not
+    tell them apart.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -142,7 +143,7 @@ class ExpandableAllocator(CachingAllocator):
         return block
 
     def empty_cache(self) -> None:
-        """Give pages that nothing lies on back to the device."""
+        """Unmap pages that no allocated block touches."""
         for small, pool in self._free.items():
             page = _page(small)
             for _, block in pool:
@@ -155,7 +156,7 @@ class ExpandableAllocator(CachingAllocator):
         return ROUNDING
 
     def _map(self, block: Block) -> None:
-        """Have pages under a block."""
+        """Map the pages of a block."""
         page, pages = _page(block.small), self._pages[block.small]
         missing = set(range(block.offset // page, -(-(block.offset + block.size) // page))) - pages
         if self.limit is not None and self.reserved + len(missing) * page > self.limit:

@@ -1,5 +1,6 @@
-"""The simulated device as torch and the engine see it: a Python backend (PrivateUse1), so that autograd, checkpointing, peft and
-FSDP2 run on it unmodified.
+"""The simulated device as torch and the engine see it.
+
+It is a Python backend for torch's PrivateUse1 device type, so autograd, checkpointing, peft and FSDP2 run on it unmodified.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OLDEST, NEWEST = (2, 11), (2, 15)  # versions of torch that it is tested with; p
 
 
 class _Event:
-    """Events and streams order nothing here: one thing happens after the other."""
+    """Does nothing: operations run in the order in which they are called, whatever their streams and events."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -54,7 +55,7 @@ class _Stream(_Event):
 
 
 class _Backend:
-    """What torch asks a device's module for."""
+    """The functions of torch's module for a device (like torch.cuda), as far as the trainer's libraries call them."""
 
     Stream, Event = _Stream, _Event
 
@@ -96,10 +97,10 @@ class _Backend:
 
 @contextlib.contextmanager
 def works_with_this_torch() -> Iterator[None]:
-    """For all that is done with the device, which leans on parts of torch that change from version to version.
+    """The context for all that uses the device, which depends on parts of torch that change from version to version.
 
     Raises:
-        UserError: this version is not a tested one, or asks the device for what it has not.
+        UserError: this version is not among the tested ones, or calls what the device does not have.
     """
     cure = f"it is tested with torch {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
     if not OLDEST <= tuple(int(part) for part in torch.__version__.split(".")[:2]) <= NEWEST:
@@ -113,7 +114,7 @@ def works_with_this_torch() -> Iterator[None]:
 
 
 def register() -> torch.device:
-    """Make the device known to torch, once a process. From then on torch takes it for the machine's accelerator."""
+    """Register the device with torch, once a process. From then on torch takes it for the machine's accelerator."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     if not hasattr(torch, KIND):
@@ -124,7 +125,7 @@ def register() -> torch.device:
 
 @dataclass(frozen=True)
 class SimulatedDevice(Device):
-    """The engine's door to the simulated accelerator. What a step reads is a loss of 1, no stop, and a finite norm."""
+    """The simulated accelerator as a `Device`. `read` gives what a step expects: a loss of 1, no vote to stop, a norm of 1."""
 
     trace: Trace
     capacity: int | None = None
@@ -166,7 +167,7 @@ class SimulatedDevice(Device):
 
 
 def simulated_runtime(hardware: Hardware, trace: Trace, float8: bool) -> Runtime:
-    """Rank 0 of processes that are not there, one for each GPU: collectives do nothing, and take no time."""
+    """Rank 0 of one process a GPU, the others of which do not exist: collectives do nothing, and take no time."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     device = SimulatedDevice(register(), trace, hardware.capacity, float8)

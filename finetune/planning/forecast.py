@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.models.family import Family
 from finetune.planning.gpus import GPUS
-from finetune.planning.remembered import keep_plan, parse_plan, plan_file, read_plan
+from finetune.planning.plan_cache import keep_plan, parse_plan, plan_file, read_plan
 from finetune.planning.report import Plan
 from finetune.recipe import Recipe, write_recipe
 from finetune.runtime.device import PeakMemory, has_expandable_segments

@@ -1,9 +1,9 @@
-"""GPUs by name, and how many of them a training has."""
+"""GPUs by name, and the hardware of a training."""
 
 from dataclasses import dataclass
 
 GB, GIB = 10**9, 2**30
-CONTEXT = GIB // 2  # about
+CONTEXT = GIB // 2  # bytes that a CUDA context takes, about
 
 
 @dataclass(frozen=True)
@@ -11,10 +11,12 @@ class Gpu:
     """A GPU: its dense peak rates as its maker states them, and its memory as torch counts it.
 
     Attributes:
-        architecture: of CUDA, as in sm_90: ten times the compute capability.
-        flops, float32_flops: operations a second; bf16 with float32 accumulation, and float32 without tensor cores.
-        memory_rate, host_rate, peer_rate: bytes a second from its memory, from the host one way (PCIe x16), and from other GPUs.
-        memory: bytes, of which a CUDA context takes `CONTEXT`.
+        architecture: CUDA's number, as in sm_90: ten times the compute capability.
+        flops: FLOP/s in bf16 with float32 accumulation.
+        float32_flops: FLOP/s in float32 without tensor cores.
+        memory_rate, host_rate, peer_rate: bytes a second from its own memory, from the host (PCIe, one direction) and from
+            other GPUs.
+        memory: bytes, `CONTEXT` included.
     """
 
     name: str
@@ -56,11 +58,11 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a training has: `gpus` in all, `per_node` of them in each machine.
+    """The hardware of a training: `gpus` in all, `per_node` of them in each machine.
 
     Attributes:
-        capacity, host_capacity: bytes of a GPU's memory, and of a node's; None for any number.
-        gpu: which one; None if nothing is timed.
+        capacity, host_capacity: bytes of a GPU's memory and of a node's host memory; None for no limit.
+        gpu: the GPU whose time is estimated; None for no estimate.
     """
 
     gpus: int = 1
@@ -70,6 +72,13 @@ class Hardware:
     gpu: Gpu | None = None
 
     @property
+    def known_capacity(self) -> int:
+        """`capacity`, for those who cannot do without. Raises ValueError if it is None."""
+        if self.capacity is None:
+            raise ValueError("the memory of a GPU is not known")
+        return self.capacity
+
+    @property
     def processes(self) -> int:
-        """In each node."""
+        """Processes in each node."""
         return min(self.gpus, self.per_node)

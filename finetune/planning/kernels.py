@@ -1,4 +1,4 @@
-"""Kernels of GPUs, as far as memory goes: where they differ from what torch makes of an operation without them."""
+"""GPU kernels as far as memory goes: where they allocate otherwise than torch's meta kernels say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.engine.savers.activation import ATTENTION
 
 KIND = "simulated"  # the device's name
 
-# cuBLAS keeps a workspace for a process from its first matrix product on (aten/src/ATen/cuda/CUDABlas.cpp): the default of
+# cuBLAS allocates a workspace at a process's first matrix product, and keeps it (aten/src/ATen/cuda/CUDABlas.cpp): the default of
 # CUBLAS_WORKSPACE_CONFIG, :4096:2:16:8, is two pieces of 4096 KiB and eight of 16; a Hopper's is 32 MiB.
 WORKSPACE = (2 * 4096 + 8 * 16) * 1024
 HOPPER_WORKSPACE = 32 * 2**20
@@ -25,8 +25,8 @@ UNINITIALISED = {
     torch.ops.aten.new_empty_strided.default,
 }
 
-# Kernels that copy an input which is not contiguous (aten/src/ATen/native/cuda/layer_norm_kernel.cu, group_norm.cpp, SoftMax.cu):
-# its place among the arguments. torch's meta kernels do not.
+# Kernels that copy an input if it is not contiguous, and the input's place among the arguments. torch's meta kernels do not copy
+# (aten/src/ATen/native/cuda/layer_norm_kernel.cu, group_norm.cpp, SoftMax.cu).
 MADE_CONTIGUOUS = {
     torch.ops.aten.native_layer_norm.default: 0,
     torch.ops.aten.native_layer_norm_backward.default: 1,
@@ -37,10 +37,10 @@ MADE_CONTIGUOUS = {
 
 @torch.library.custom_op("finetune::fused_attention", mutates_args=())
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(output, float32 log-sum-exp): what the fused kernels keep beside their inputs (Dao et al. 2022). The numbers are zeros."""
+    """(output, float32 log-sum-exp): what fused kernels save beside their inputs (Dao et al. 2022). All values are zero."""
     if mask is None and query.dtype != torch.float32:
-        out = torch.zeros_like(query)  # the flash kernel's lies in memory as the query does
-    else:  # the memory-efficient kernel's always as (B, N, H, D) (aten/native/transformers/cuda/attention.cu)
+        out = torch.zeros_like(query)  # the flash kernel's output has the strides of the query
+    else:  # the memory-efficient kernel's is always (B, N, H, D) in memory (aten/native/transformers/cuda/attention.cu)
         out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     return out, torch.zeros(query.shape[:-1], dtype=torch.float32, device=query.device)
 
@@ -73,12 +73,12 @@ BACKWARD = torch.ops.finetune.fused_attention_backward.default
 
 
 Piece = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of what is allocated."""
+"""Shape and dtype of a temporary."""
 
 
 def made_before(function: Any, arguments: tuple) -> list[Piece]:
-    """What a kernel allocates for itself before its results: inputs that have to lie in order. Attention's backward pass wants
-    the output and its gradient as (B, N, H, D) (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
+    """Temporaries that a kernel allocates before its results: contiguous copies of inputs. Attention's backward pass copies the
+    output and its gradient unless they are (B, N, H, D) in memory (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
     """
     if function is BACKWARD:
         gradient, out = arguments[0], arguments[4]
@@ -90,9 +90,9 @@ def made_before(function: Any, arguments: tuple) -> list[Piece]:
 
 
 def made_after(function: Any, arguments: tuple) -> list[Piece]:
-    """What a kernel allocates for itself when its results are there. Attention's backward pass has row sums, and sums the query's
-    gradient in float32, rows rounded to 128 and heads to 32, or to 64 beyond 128 (flash_attn/flash_api.cpp there, mha_bwd). The
-    memory-efficient kernel, which takes masks and float32, has a workspace as large.
+    """Temporaries that a kernel allocates after its results. Attention's backward pass has row sums, and accumulates the query's
+    gradient in float32, with rows rounded to 128 and head width to 32, or to 64 above 128 (flash_attn/flash_api.cpp there,
+    mha_bwd). The memory-efficient kernel, for masks and float32, has a workspace of the same size.
     """
     if function is not BACKWARD:
         return []
@@ -103,7 +103,7 @@ def made_after(function: Any, arguments: tuple) -> list[Piece]:
 
 
 def attention_flops(function: Any, arguments: tuple) -> int:
-    """Two matrix products of the forward pass, five of the backward pass; 0 for other operations."""
+    """FLOPs of attention: two matrix products in the forward pass, five in the backward pass. 0 for other operations."""
     if function not in (FORWARD, BACKWARD):
         return 0
     query, key = arguments[:2] if function is FORWARD else arguments[1:3]
@@ -121,22 +121,25 @@ def fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` as far as memory goes: its numbers are zeros. A mask of truth values becomes one of
-    numbers (aten/native/transformers/attention.cpp).
+    """`scaled_dot_product_attention` as far as memory goes; its output is zero. A boolean mask is converted to the query's dtype
+    (aten/native/transformers/attention.cpp).
     """
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
     return attention(query, key, value, attn_mask)[0]
 
 
+_REGISTERED: list[torch.library.Library] = []  # registrations end with their library objects
+
+
 def register() -> None:
-    """Give them to torch, for the simulated device."""
+    """Register these operations with torch for the simulated device."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", fused_attention, "AutogradPrivateUse1")
     library.impl("scaled_dot_product_attention", fused_attention, "PrivateUse1")
-    # Without a kernel torch takes it apart, into five temporaries.
+    # Without a kernel, torch decomposes it into operations with five temporaries.
     library.impl("silu_backward", lambda gradient, _: torch.empty_like(gradient), "PrivateUse1")
-    any_operation = torch.library.Library("_", "IMPL")  # Mochi turns autocast off, for every kind of device
+    any_operation = torch.library.Library("_", "IMPL")  # Mochi disables autocast, on any kind of device
     any_operation.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    register.kept = library, any_operation  # they end with their registrations
+    _REGISTERED.extend((library, any_operation))
     ATTENTION.add(FORWARD.name())  # selective checkpointing keeps its output

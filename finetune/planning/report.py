@@ -1,13 +1,13 @@
-"""A plan for people: a line for each phase, and bars for what its peak consists of."""
+"""A plan: the phases of a run with their peaks, as JSON and as a table with bars."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from finetune.planning.cost import Cost
 from finetune.planning.gpus import Gpu, Hardware
 from finetune.planning.trace import Peak
-from finetune.planning.work import Work
 from finetune.recipe import Bucket
 from finetune.runtime.device import PeakMemory
 
@@ -22,7 +22,7 @@ class Phase:
 
     Attributes:
         shape: of the bucket or prompt that is encoded, trained or generated; None if the phase has none.
-        flops, seconds: of an optimizer step, on one GPU; the time is the roofline of the plan's GPU.
+        flops, seconds: of an optimizer step on one GPU; the time is estimated by the roofline model. None for other phases.
     """
 
     kind: PhaseKind
@@ -34,16 +34,17 @@ class Phase:
 
     @property
     def name(self) -> str:
+        """Kind and shape, as the table has it."""
         return f"{self.kind} {self.shape}" if self.shape else self.kind
 
-    def with_work(self, work: Work, gpu: Gpu | None, overlaps: bool) -> Phase:
-        """The same, with what a step computes, and how long a GPU would take; whether copies run beside what it computes."""
-        return replace(self, flops=work.flops, seconds=work.seconds(gpu, overlaps) if gpu else None)
+    def with_cost(self, cost: Cost, gpu: Gpu | None, overlaps: bool) -> Phase:
+        """The same phase with the FLOPs of a step, and with its time if there is a GPU; for `overlaps` see `Cost.seconds`."""
+        return replace(self, flops=cost.flops, seconds=cost.seconds(gpu, overlaps) if gpu else None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training takes of each GPU, phase by phase."""
+    """The memory that a training takes of each GPU and of the host, phase by phase."""
 
     hardware: Hardware
     phases: list[Phase]
@@ -51,7 +52,7 @@ class Plan:
 
     @property
     def highest(self) -> Phase:
-        """The phase that reserves most."""
+        """The phase that reserves most of the GPU's memory."""
         return max(self.phases, key=lambda phase: phase.device.reserved)
 
     def of_kind(self, kind: PhaseKind) -> list[Phase]:
@@ -70,20 +71,20 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether both memories suffice; None if neither is known."""
+        """Whether GPU and host memory suffice; None if the limits of both are unknown."""
         limits = (self.hardware.capacity, self.highest.device.reserved), (self.hardware.host_capacity, self.host_bytes)
         known = [needed <= limit for limit, needed in limits if limit is not None]
         return all(known) if known else None
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of a node, beside what Python and its libraries take."""
+        """Bytes of host memory that a node needs, beside what Python and its libraries take."""
         kept = max(phase.host.requested for phase in self.phases if phase.kind != "export")
         exported = max((phase.host.requested for phase in self.of_kind("export")), default=0)
-        return max(self.hardware.processes * kept, exported)  # rank 0 alone has whole weights to write
+        return max(self.hardware.processes * kept, exported)  # rank 0 alone gathers whole weights
 
     def as_json(self) -> dict[str, Any]:
-        """All figures, in bytes, FLOPs and seconds."""
+        """All figures as JSON values, in bytes, FLOPs and seconds."""
         phases = [
             {"name": phase.name, **asdict(phase), "shape": phase.shape and str(phase.shape)} for phase in self.phases
         ]
@@ -109,7 +110,7 @@ class Plan:
         return cls(hardware, phases, figures["notes"])
 
     def lines(self) -> list[str]:
-        """The plan in words and bars."""
+        """The plan as a table with bars, and in words."""
         lines = [f"{'GiB':26} {'allocated':>10} {'reserved':>10} {'host memory':>12}"]
         most = max(1, self.highest.device.reserved)
         for phase in self.phases:
@@ -142,7 +143,7 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """Whether it fits, and by how much not."""
+        """In words, whether the training fits, and how much memory is missing if not."""
         needs = f"{self.highest.device.reserved / GIB:.2f} GiB"
         hardware = self.hardware
         each = "a GPU" if hardware.gpus == 1 else f"each of {hardware.gpus} GPUs"

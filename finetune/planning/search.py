@@ -1,4 +1,4 @@
-"""The fastest settings with which a training fits a GPU: shallow models rank them, the whole one decides."""
+"""Search for the fastest settings that fit a GPU: simulations of shallow models rank them, one of the whole model decides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
@@ -23,9 +23,9 @@ from finetune.runtime.errors import Problem, UserError
 Changes = dict[str, Any]
 """Keys of a recipe, as `table.key` -> value."""
 
-_PROBES = (4, 6)  # depths of shallow models; memory and time are linear in depth from there on
-_TIGHT = 0.9  # share of a GPU's memory from which what is lost between pieces decides
-_ROOM = 0.97  # share that resident blocks may fill: what they leave is for the pieces between them
+_PROBES = (4, 6)  # depths of the shallow models; memory and time are linear in depth from there on
+_TIGHT = 0.9  # share of a GPU's memory from which fragmentation decides
+_ROOM = 0.97  # share of a GPU's memory that resident blocks may fill; the rest is for fragmentation
 _ACTIVATIONS: list[Changes] = [
     {"memory.activation_checkpointing": "none", "memory.offload_activations": False},
     {"memory.activation_checkpointing": "selective", "memory.offload_activations": False},
@@ -34,7 +34,7 @@ _ACTIVATIONS: list[Changes] = [
     {"memory.activation_checkpointing": "every_n", "memory.offload_activations": True},
     {"memory.activation_checkpointing": "full", "memory.offload_activations": True},
 ]
-_PLAIN: Changes = {  # what belongs to settings that may not be chosen
+_PLAIN: Changes = {  # the defaults of keys that belong to one setting: the others would refuse them
     "memory.resident_blocks": 0,
     "memory.keep_gib": None,
     "memory.checkpoint_every": 2,
@@ -46,9 +46,9 @@ _NO_SAMPLES: Changes = {
     "validation.samples_every": None,
     "validation.tiling": True,
 }
-_BAND = 0.03  # times that differ by less are alike: the simpler settings, which come first, are taken
+_BAND = 0.03  # times that differ by less count as equal: the simpler settings, which come first, are taken
 _EIGHT_BIT = {"optimizer.name": "adamw_8bit"}
-_INEXACT: dict[str, list[Changes]] = {  # what changes a training's numbers, least first
+_INEXACT: dict[str, list[Changes]] = {  # settings that change a training's results, the least first
     "lora": [_EIGHT_BIT, {"memory.low_bit": "int8"}, _EIGHT_BIT | {"memory.low_bit": "nf4"}],
     "full": [
         {"train.weights": "bf16"},
@@ -60,7 +60,12 @@ _INEXACT: dict[str, list[Changes]] = {  # what changes a training's numbers, lea
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings, and what shallow models say of them: bytes of a GPU and of a node's host at the peak, seconds of a step."""
+    """Settings with the figures that shallow models give for them.
+
+    Attributes:
+        memory, host: bytes allocated at the peak on each GPU and in a node's host memory.
+        seconds: of a step, by the roofline model.
+    """
 
     changes: Changes
     memory: float
@@ -68,13 +73,13 @@ class Candidate:
     seconds: float
 
     def share_of(self, hardware: Hardware) -> float:
-        """What is taken of the memory that is scarcer."""
-        return max(self.memory / hardware.capacity, self.host / (hardware.host_capacity or math.inf))
+        """The share of GPU or host memory that is taken, of the two the larger."""
+        return max(self.memory / hardware.known_capacity, self.host / (hardware.host_capacity or math.inf))
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What was found; `fits` is False where nothing fits, and the plan is then the smallest."""
+    """The settings that were found. `fits` is False if none fit; they are then those that take least."""
 
     recipe: Recipe
     changes: Changes
@@ -82,7 +87,7 @@ class SearchResult:
     fits: bool
 
     def lines(self) -> list[str]:
-        """The plan, and the lines of the recipe that it takes."""
+        """The plan, and the recipe's lines that change."""
         peak = f"{self.plan.highest.device.reserved / GIB:.2f} GiB"
         if not self.fits:
             return [*self.plan.lines(), f"nothing fits; these settings take least, {peak}:", "", *_toml(self.changes)]
@@ -92,17 +97,19 @@ class SearchResult:
 
 
 def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str], None]) -> SearchResult:
-    """Search the memory savers. Those that leave the training's numbers alone come first.
+    """Search the memory savers. Those that do not change the training's results come first.
 
     Args:
-        hardware: with what a GPU has, and whose time is estimated.
-        say: is told how the search goes on.
+        hardware: must have the capacity of a GPU, and the GPU by which time is estimated.
+        say: called with lines about the progress of the search.
+    Raises:
+        UserError: no combination of savers goes with the recipe.
     """
-    bucket, capacity = largest(family, recipe.data.buckets), hardware.capacity
+    bucket, capacity = largest(family, recipe.data.buckets), hardware.known_capacity
     for_encoding, hopeless = _for_encoding(recipe, family, hardware)
     smallest: Candidate | None = None
     extras = [{}, *_INEXACT[recipe.train.method]]
-    if hopeless:  # all that is left to say is what takes least
+    if hopeless:  # look for the settings that take least
         extras = [next((extra for extra in reversed(extras) if any(_settings(recipe, hardware.gpus, extra))), {})]
     for extra in extras:
         settings = list(_settings(recipe, hardware.gpus, extra))
@@ -130,7 +137,7 @@ def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str],
 
 
 def _ranked(candidates: list[Candidate]) -> Iterator[Candidate]:
-    """The fastest first; of those that are as good as it, the first."""
+    """The fastest first; of several that count as equally fast, the one that came first."""
     left = list(candidates)
     while left:
         fastest = min(candidate.seconds for candidate in left)
@@ -140,7 +147,7 @@ def _ranked(candidates: list[Candidate]) -> Iterator[Candidate]:
 
 
 def _attempts(candidate: Candidate, capacity: int) -> Iterator[Changes]:
-    """The settings with and without expandable segments; then, of blocks that stay on the GPU, a few fewer."""
+    """Variants of the settings to try: without and with expandable segments, then with fewer resident blocks."""
     expandable = {"memory.expandable_segments": True}
     if candidate.memory <= _TIGHT * capacity:
         yield candidate.changes
@@ -150,7 +157,7 @@ def _attempts(candidate: Candidate, capacity: int) -> Iterator[Changes]:
 
 
 def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
-    """Combinations of savers that go together."""
+    """Combinations of savers that are allowed with the recipe."""
     weights: list[Changes] = [{"memory.offload": False}, {"memory.offload": True}]
     if gpus == 1:
         weights = [{"memory.layout": "auto", **each} for each in weights]
@@ -163,33 +170,49 @@ def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
             yield changes
 
 
+class _Figures(NamedTuple):
+    """Peaks in bytes of loading and of a step on a GPU, of both in a node's host memory, and the seconds of a step."""
+
+    load: float
+    step: float
+    host: float
+    seconds: float
+
+
 def _probe(recipe: Recipe, family: Family, bucket: Bucket, hardware: Hardware, changes: Changes) -> Candidate:
-    """What settings take, by two shallow models; of blocks that are streamed, as many stay on the GPU as have room."""
+    """The figures of settings, extrapolated from two shallow models. Of streamed blocks, as many stay on the GPU as fit."""
     blocks = [family.transformer_config[key] for key in family.depth_keys]
     full, chosen = min(blocks), _changed(recipe, changes)
-    figures = []
-    for depth in _PROBES if full > max(_PROBES) else [full]:
+
+    def figures(depth: int) -> _Figures:
         shallow = type(family)(_ShallowFolder(family, [depth * count // full for count in blocks]))
         load, step = simulate(chosen, shallow, [bucket], replace(hardware, capacity=None)).phases
         host = hardware.processes * max(load.host.requested, step.host.requested)
-        figures.append((load.device.allocated, step.device.allocated, host, step.seconds))
-    if len(figures) == 2:
+        return _Figures(load.device.allocated, step.device.allocated, host, step.seconds or 0.0)
+
+    if full > max(_PROBES):
         first, second = _PROBES
-        figures = [[a + (b - a) * (full - first) / (second - first) for a, b in zip(*figures, strict=True)]]
-    load, step, host, seconds = figures[0]
-    memory = max(load, step)
+        whole = _extrapolated(figures(first), figures(second), (full - first) / (second - first))
+    else:
+        whole = figures(full)
+    memory, host = max(whole.load, whole.step), whole.host
     if streams(chosen.memory, recipe.train.method, hardware.gpus):
         size = _block_bytes(chosen, family)
-        stay = min(sum(blocks) - 1, max(0, int((_ROOM * hardware.capacity - memory) / size)))
+        stay = min(sum(blocks) - 1, max(0, int((_ROOM * hardware.known_capacity - memory) / size)))
         changes, memory = changes | {"memory.resident_blocks": stay}, memory + stay * size
         host -= hardware.processes * stay * size
-    return Candidate(changes, memory, host, seconds)
+    return Candidate(changes, memory, host, whole.seconds)
+
+
+def _extrapolated(first: _Figures, second: _Figures, distance: float) -> _Figures:
+    """Figures on the line through two others, at a distance from the first in units of that between them."""
+    return _Figures(*(a + (b - a) * distance for a, b in zip(first, second, strict=True)))
 
 
 def _block_bytes(recipe: Recipe, family: Family) -> float:
-    """A block's frozen weights, the largest's."""
+    """Bytes of the frozen weights of the largest block, as if all of them were held in low bits."""
     transformer = family.empty_transformer()
-    numbers = max(
+    weights = max(
         sum(parameter.numel() for parameter in block.parameters())
         for name in family.block_lists
         for block in getattr(transformer, name)
@@ -197,11 +220,11 @@ def _block_bytes(recipe: Recipe, family: Family) -> float:
     bits = {"int8": 8, "float8": 8, "nf4": 4.5}.get(
         recipe.memory.low_bit, 16 if recipe.train.precision == "bf16" else 32
     )
-    return numbers * bits / 8
+    return weights * bits / 8
 
 
 class _ShallowFolder(ModelFolder):
-    """The same model with fewer blocks."""
+    """The folder of a model, with a config that says fewer blocks."""
 
     def __init__(self, family: Family, depths: list[int]) -> None:
         super().__init__(family.folder.path)
@@ -213,12 +236,12 @@ class _ShallowFolder(ModelFolder):
 
 
 def _for_encoding(recipe: Recipe, family: Family, hardware: Hardware) -> tuple[Changes, str]:
-    """What captions and clips need, so that they can be encoded; and why they cannot be, if so."""
+    """Changes that captions and clips need to be encoded within the memory; and why they cannot be encoded, if so."""
 
     def encoded(recipe: Recipe) -> tuple[list[Phase], int]:
         with Simulation(recipe, family, hardware).running() as simulation:
             simulation.encoding(recipe.data.buckets)
-        too_large = [phase for phase in simulation.phases if phase.device.reserved > hardware.capacity]
+        too_large = [phase for phase in simulation.phases if phase.device.reserved > hardware.known_capacity]
         return too_large, simulation.plan().host_bytes if simulation.phases else 0
 
     changes: Changes = {}
@@ -235,8 +258,11 @@ def _for_encoding(recipe: Recipe, family: Family, hardware: Hardware) -> tuple[C
 
 
 def _whole(recipe: Recipe, changes: Changes, family: Family, hardware: Hardware) -> SearchResult:
-    """All phases of what was chosen, with every bucket. Only what differs from the recipe is told."""
-    chosen, capacity = _changed(recipe, changes), hardware.capacity
+    """Plan all phases and buckets with the changes. Samples that do not fit get fewer resident blocks, or are left out.
+
+    The result's `changes` are those that differ from the recipe.
+    """
+    chosen, capacity = _changed(recipe, changes), hardware.known_capacity
     plan = simulate_all(chosen, family, recipe.data.buckets, hardware)
     samples = plan.of_kind("validation")
     excess = max((phase.device.reserved - capacity for phase in samples), default=0)

@@ -1,9 +1,9 @@
-"""How much memory a training will take: its own phases, on an accelerator that is simulated."""
+"""The memory that a training will take: the phases of its run, on the simulated accelerator."""
 
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,20 @@ from finetune.planning.kernels import HOPPER_WORKSPACE, WORKSPACE
 from finetune.planning.report import Phase, PhaseKind, Plan
 from finetune.planning.timeline import Timeline, plot_timelines
 from finetune.planning.trace import Trace
-from finetune.planning.weightless import WeightlessFolder
+from finetune.planning.weightless import WeightlessFolder, ZeroWeights
 from finetune.recipe import Bucket, Recipe
-from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.recipe.rules import streams
-from finetune.recipe.schema import Prompt
 from finetune.runtime.logging import quietly
 from finetune.training.job import build_state
 
-STEPS = (1, 2)  # micro-batches of each: the optimizer's state comes with the first step; no third is unlike the second
-_DENOISING_STEPS = 2  # no third takes more
-_MOMENTS = 600  # of a phase, in its picture
-_RUNNING: dict[PhaseKind, str] = {  # at the beginning of each phase
+STEPS = (
+    1,
+    2,
+)  # micro-batches of each step; the first allocates the optimizer's state, later steps behave like the second
+_DENOISING_STEPS = 2  # later steps behave like the second
+_MOMENTS = 600  # of a phase in the picture
+_RUNNING: dict[PhaseKind, str] = {  # what is running when a phase begins
     "encode text": "encoding",
     "encode video": "encoding",
     "load": "load",
@@ -50,22 +52,8 @@ _RUNNING: dict[PhaseKind, str] = {  # at the beginning of each phase
 }
 
 
-class _Zeros:
-    """In the place of a transformer's weights: shapes of its own, numbers of none."""
-
-    def __init__(self, family: Family) -> None:
-        self.shapes = {name: tensor.shape for name, tensor in family.empty_transformer().state_dict().items()}
-
-    def names(self) -> set[str]:
-        return set(self.shapes)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        shape = self.shapes[name]
-        return torch.zeros(()).expand([stop - start, *shape[1:]] if shape else shape)
-
-
-class _NoPictures(TorchFunctionMode):
-    """Videos that exist in shapes only become black ones."""
+class _FakeToNumpy(TorchFunctionMode):
+    """Converts fake tensors to arrays of zeros where numpy is asked for: generated videos are black."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), keywords: Any = None) -> Any:
         if function is Tensor.numpy and isinstance(arguments[0], FakeTensor):
@@ -74,33 +62,29 @@ class _NoPictures(TorchFunctionMode):
 
 
 class Simulation:
-    """Rank 0 of `gpus` simulated ones going through a recipe's phases. The simulated device stays known to torch, so a process
-    that has simulated is not to train.
+    """Takes rank 0 of a simulated process group through the phases of a recipe's run.
+
+    The simulated device stays registered with torch, so a process that has simulated must not train.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        family: Family,
-        hardware: Hardware,
-        inside: bool = True,
-    ) -> None:
+    def __init__(self, recipe: Recipe, family: Family, hardware: Hardware, temporaries: bool = True) -> None:
         """
         Args:
-            inside: whether to count what is allocated beside tensors: by kernels, and to lock pages of the host.
+            temporaries: whether to count memory beside the tensors themselves: what kernels allocate for themselves, and
+                what page-locked host memory is rounded up to.
         """
         self.recipe, self.family, self.hardware = recipe, family, hardware
         self.streams = streams(recipe.memory, recipe.train.method, hardware.gpus)
         self.device = Trace(hardware.capacity, recipe.memory.expandable_segments)
-        self.host = Trace(locked=self._locked() if inside else frozenset())
+        self.host = Trace(locked=self._locked() if temporaries else frozenset())
         workspace = HOPPER_WORKSPACE if hardware.gpu and hardware.gpu.is_hopper else WORKSPACE
-        self.accelerator = Accelerator(self.device, self.host, inside, workspace)
+        self.accelerator = Accelerator(self.device, self.host, temporaries, workspace)
         self.phases: list[Phase] = []
         self.notes: list[str] = []
         self.timelines: dict[str, Timeline] = {}
 
     def encoding(self, buckets: list[Bucket]) -> None:
-        """Text encoders, then the VAE, as `prepare` has them on the device."""
+        """Encode a caption, and a clip of each bucket: text encoders, then the VAE, on the device like in `prepare`."""
         weightless = type(self.family)(WeightlessFolder(self.family.folder.path, self.accelerator))
         device, dtype = self.runtime.device, DTYPES[self.recipe.train.precision]
         missing = [
@@ -111,40 +95,42 @@ class Simulation:
         else:
             with self._phase("encode text"):
                 on_host = self.recipe.memory.text_encoder == "cpu"
-                encode = weightless.text_encoder(torch.device("cpu") if on_host else device.torch_device, dtype)
-                encode("a caption")
-                del encode
+                encode_text = weightless.text_encoder(torch.device("cpu") if on_host else device.torch_device, dtype)
+                encode_text("a caption")
+                del encode_text
         for bucket in buckets:
-            with self._phase("encode video", bucket), _NoPictures():
-                encode = weightless.video_encoder(device.torch_device, dtype, self.recipe.vae)
-                encode(np.zeros((*bucket, 3), np.uint8))
-                del encode
+            with self._phase("encode video", bucket), _FakeToNumpy():
+                encode_video = weightless.video_encoder(device.torch_device, dtype, self.recipe.vae)
+                encode_video(np.zeros((*bucket, 3), np.uint8))
+                del encode_video
 
     def training(self, buckets: list[Bucket]) -> StepState:
-        """Build, and take steps of each bucket, which leave what a training of any length has."""
+        """Build the training, and take steps of each bucket: as many as it takes until memory repeats."""
         batches = {bucket: example_batch(self.recipe, self.family, bucket) for bucket in buckets}
         train = self.recipe.train
         count = train.global_batch_size // (self.runtime.data.size * train.micro_batch_size)
         with self._phase("load"):
-            state = build_state(self.recipe, self.runtime, self.family, _Zeros(self.family))
-            self._follow(state)
+            state = build_state(self.recipe, self.runtime, self.family, ZeroWeights(self.family))
+            self._register_hooks(state)
         for bucket, batch in batches.items():
             with self._phase("step", bucket):
-                works = []
+                costs = []
                 for step, most in enumerate(STEPS):
-                    self.accelerator.begin_work()
+                    self.accelerator.reset_cost()
                     run_step(state, step, [batch] * min(count, most))
                     self._name_state(state)
-                    works.append(self.accelerator.work)
-            one, two = works
-            work = two.repeated(one, count) if count > 1 else two
-            # FSDP prefetches offloaded shards with two ranks and more; what is streamed is copied ahead.
+                    costs.append(self.accelerator.cost)
+            one, two = costs
+            cost = two.repeated(one, count) if count > 1 else two
+            # Streamed blocks are copied ahead, and FSDP prefetches offloaded shards, but only with two ranks and more.
             overlaps = self.hardware.gpus > 1 or self.streams or not self.recipe.memory.offload
-            self.phases[-1] = self.phases[-1].with_work(work, self.hardware.gpu, overlaps)
+            self.phases[-1] = self.phases[-1].with_cost(cost, self.hardware.gpu, overlaps)
         return state
 
-    def validation(self, state: StepState, prompts: list[Prompt]) -> None:
-        """The largest prompt, guided if any is, generated by the family's pipeline around the transformer in training."""
+    def validation(self, state: StepState, prompts: Sequence[ResolvedPrompt]) -> None:
+        """Generate the largest prompt, with guidance if any of that size has it, by the family's pipeline around the transformer
+        in training.
+        """
         prompt = max(prompts, key=lambda each: (self.family.tokens(each.shape), _is_guided(each)))
         prompt = prompt.model_copy(update={"steps": _DENOISING_STEPS})
         dtype = DTYPES[self.recipe.train.precision]
@@ -152,34 +138,34 @@ class Simulation:
         image = np.zeros((prompt.shape.height, prompt.shape.width, 3), np.uint8) if self.family.takes_image else None
         family, idle = state.family, example_batch(self.recipe, self.family, prompt.shape)
         state.family = type(family)(WeightlessFolder(family.folder.path, self.accelerator))
-        with self._phase("validation", prompt.shape), _NoPictures():
+        with self._phase("validation", prompt.shape), _FakeToNumpy():
             request = Request(prompt, 0, text, text, image)
             generate(state, [request], idle, self.recipe.validation.tiling, dtype, lambda *_: None)
         state.family = family
 
     def export(self, state: StepState) -> None:
-        """The trained weights, gathered."""
+        """Gather the trained weights."""
         with self._phase("export"):
             gathered(state.transformer, trained_only=self.recipe.train.method == "lora")
 
     def plan(self) -> Plan:
-        """What has been simulated."""
+        """The phases that have been simulated."""
         return Plan(self.hardware, self.phases, self.notes)
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Simulation"]:
-        """Where phases take place. Raises UserError if this version of torch cannot be simulated on."""
+        """The context in which phases are simulated. Raises UserError if this version of torch cannot be simulated on."""
         hook = sys.excepthook
         with works_with_this_torch():
             self.runtime = simulated_runtime(self.hardware, self.device, self.recipe.train.float8)
             try:
-                # One thread for autograd, so that the same happens every time; compiled code is run as it is written.
+                # Autograd runs in one thread, so that simulations repeat exactly; compiled blocks run eagerly.
                 single = torch.autograd.set_multithreading_enabled(False)
                 with self.accelerator, single, torch.compiler.set_stance("force_eager"):
                     yield self
             finally:
                 dist.destroy_process_group()
-                sys.excepthook = hook  # process groups put one of theirs in its place
+                sys.excepthook = hook  # `init_process_group` replaces it
 
     @contextlib.contextmanager
     def _phase(self, kind: PhaseKind, shape: Bucket | None = None) -> Iterator[None]:
@@ -189,18 +175,18 @@ class Simulation:
         yield
         self.phases.append(Phase(kind, shape, self.device.peak(), self.host.peak()))
         self.timelines[self.phases[-1].name] = self.device.timeline(_MOMENTS)
-        if kind in ("encode text", "encode video"):  # where `prepare` does
+        if kind in ("encode text", "encode video"):  # as `prepare` does
             gc.collect()
             self.runtime.device.empty_cache()
 
     def _locked(self) -> frozenset[str]:
-        """Categories of the host's memory that a GPU's copies need page-locked, and torch allocates."""
+        """Categories in host memory that torch allocates page-locked, for copies from and to a GPU."""
         memory = self.recipe.memory
         sharded = {"frozen weights", "trained weights", "gradients"} if memory.offload and not self.streams else set()
         return frozenset(sharded | ({"activations"} if memory.offload_activations else set()))
 
-    def _follow(self, state: StepState) -> None:
-        """Name weights and gradients, and note what is running, by the hooks that torch has for it."""
+    def _register_hooks(self, state: StepState) -> None:
+        """Name weights and gradients, and set what is running, by hooks on modules and optimizer."""
         accelerator = self.accelerator
         parameters = list(state.transformer.parameters())
         accelerator.name((p for p in parameters if not p.requires_grad), "frozen weights")
@@ -218,9 +204,9 @@ class Simulation:
         state.transformer.register_forward_hook(lambda *_: running("backward pass"))
         state.optimizer.register_step_pre_hook(before_update)
         for name, module in state.transformer.named_modules():
-            inside = plain_name(name)
-            if inside.count(".") <= 2:
-                module.register_forward_pre_hook(lambda *_, inside=inside: accelerator.inside_module(inside))
+            name = plain_name(name)
+            if name.count(".") <= 2:
+                module.register_forward_pre_hook(lambda *_, name=name: accelerator.module_called(name))
 
     def _name_state(self, state: StepState) -> None:
         values = (value for each in state.optimizer.state.values() for value in each.values())
@@ -229,14 +215,10 @@ class Simulation:
 
 
 def simulate(
-    recipe: Recipe,
-    family: Family,
-    buckets: list[Bucket],
-    hardware: Hardware,
-    inside: bool = True,
+    recipe: Recipe, family: Family, buckets: list[Bucket], hardware: Hardware, temporaries: bool = True
 ) -> Plan:
-    """Loading and steps alone, in silence; see `Simulation`."""
-    with quietly(), Simulation(recipe, family, hardware, inside).running() as simulation:
+    """Simulate loading and steps alone, and print nothing; see `Simulation`."""
+    with quietly(), Simulation(recipe, family, hardware, temporaries).running() as simulation:
         simulation.training(buckets)
     return simulation.plan()
 
@@ -248,7 +230,11 @@ def simulate_all(
     hardware: Hardware,
     picture: Path | None = None,
 ) -> Plan:
-    """Every phase of a run, in order; `picture` is a PNG of what lived when."""
+    """Simulate every phase of a run, in order.
+
+    Args:
+        picture: a PNG to draw the timeline of memory in.
+    """
     prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
     with Simulation(recipe, family, hardware).running() as simulation:
         simulation.encoding(buckets)
@@ -261,13 +247,15 @@ def simulate_all(
     return simulation.plan()
 
 
-def _is_guided(prompt: Prompt) -> tuple[bool, bool]:
-    """By what the transformer takes prompt and negative prompt at once; no guidance given is the family's own."""
+def _is_guided(prompt: ResolvedPrompt) -> tuple[bool, bool]:
+    """Whether the transformer is given prompt and negative prompt at once: by true guidance, by guidance (unset: the pipeline's
+    default, which guides).
+    """
     return (prompt.true_guidance or 1) > 1, prompt.guidance is None or prompt.guidance > 1
 
 
 def cache_bytes(family: Family, bucket: Bucket, dtype: torch.dtype) -> tuple[int, int]:
-    """What a clip and a caption take of the disk."""
+    """Bytes on disk of an encoded clip and an encoded caption."""
     encoded = family.example(bucket, dtype)
     sizes = {kind: sum(tensor.nbytes for tensor in tensors.values()) for kind, tensors in encoded.items()}
     return sum(size for kind, size in sizes.items() if kind != "text"), sizes["text"]
@@ -279,7 +267,7 @@ def largest(family: Family, buckets: list[Bucket]) -> Bucket:
 
 
 def example_batch(recipe: Recipe, family: Family, bucket: Bucket) -> Batch:
-    """A rank's micro-batch of a bucket, in zeros and noise."""
+    """A micro-batch of a bucket: zeros with noise, on the CPU."""
     dtype = DTYPES[recipe.train.precision]
     encoded = family.example(bucket, dtype)
     size, generator = recipe.train.micro_batch_size, torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""A plan as a picture: what lives on the GPU over time, phase by phase."""
+"""A plan as a picture: what a GPU's memory holds over time, phase by phase."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +21,11 @@ def check_plot(file: Path) -> None:
 
 
 def plot_timelines(timelines: dict[str, Timeline], capacity: int | None, file: Path) -> None:
-    """Draw each phase's memory by category, in the order of its operations; needs matplotlib (extra `plots`).
+    """Draw each phase's memory by category, operation by operation; needs matplotlib (extra `plots`).
 
     Args:
-        timelines: phase -> `Trace.timeline`.
+        timelines: `Trace.timeline` by name of the phase.
+        capacity: bytes of the GPU's memory, drawn as a line; None for no line.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""What lived in a memory when: each storage from its coming to its going, and what set the peak of each phase."""
+"""The storages of a memory over time: when each was allocated and freed, and what the peak of each phase consisted of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.planning.allocator import Block, CachingAllocator, ExpandableAlloc
 
 @dataclass(eq=False)
 class Storage:
-    """One storage's life. `category` is what it was named, or else what was running when it came."""
+    """One allocation. `category` is the name that it was given, or else what was running when it was allocated."""
 
     size: int
     category: str
@@ -19,13 +19,13 @@ class Storage:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that was taken in a phase, in bytes, and what it consisted of.
+    """The peak of a memory in a phase, in bytes, and what it consisted of.
 
     Attributes:
-        allocated, reserved: as torch's statistics count, with rounding and segments.
-        requested: the sizes of the storages alone.
-        before: of that, what was there when the phase began.
-        running, module: what set the peak, and the module that was called last then, if any.
+        allocated, reserved: as torch's statistics count them, with rounding and segments.
+        requested: the sum of the storages' own sizes.
+        before: requested bytes when the phase began.
+        running, module: what was running at the peak, and the module that had been called last, if any.
         parts: requested bytes by category.
     """
 
@@ -39,16 +39,16 @@ class Peak:
 
 
 class Trace:
-    """Is told of each storage of one memory, by its key; keeps what it needs to explain a phase's peak."""
+    """Records the storages of one memory, by key, as far as is needed to explain a phase's peak."""
 
     def __init__(
         self, limit: int | None = None, expandable: bool = False, locked: frozenset[str] = frozenset()
     ) -> None:
         """
         Args:
-            limit: bytes of the memory; None for any number.
-            expandable: the allocator's segments grow.
-            locked: categories that torch's allocator of page-locked host memory holds, in powers of two
+            limit: bytes of the memory; None for no limit.
+            expandable: whether the allocator has expandable segments.
+            locked: categories in page-locked host memory, whose sizes torch rounds up to powers of two
                 (ATen/core/CachingHostAllocator.h).
         """
         self.locked = locked
@@ -58,15 +58,15 @@ class Trace:
         self.begin()
 
     def begin(self) -> None:
-        """A new phase."""
+        """Begin a phase."""
         self.allocator.reset_peak()
         self._before = list(self.live.values())
         self._size_before = sum(storage.size for storage in self._before)
-        self._events: list[tuple[Storage, bool, int]] = []  # (which, whether it came, bytes then reserved)
+        self._events: list[tuple[Storage, bool, int]] = []  # (storage, whether it was allocated, bytes then reserved)
         self._highest, self._at, self._in = self.allocator.allocated, 0, (self.running, self.module)
 
     def resize(self, key: int, size: int) -> None:
-        """A storage has come, has got another size, or has gone (0 bytes)."""
+        """Record that a storage was allocated, got another size, or was freed (0 bytes)."""
         old = self.live.pop(key, None)
         if old is not None:
             self.allocator.free(old.block)
@@ -80,20 +80,20 @@ class Trace:
                 self._in = self.running, self.module
 
     def name(self, key: int, category: str) -> None:
-        """Say what a live storage is."""
+        """Set the category of a live storage; a key that is not live is ignored."""
         if key in self.live:
             self.live[key].category = category
 
     def peak(self) -> Peak:
         """The peak since `begin`."""
-        there = dict.fromkeys(self._before)
-        for storage, came, _ in self._events[: self._at]:
-            if came:
-                there[storage] = None
+        live = dict.fromkeys(self._before)
+        for storage, allocated, _ in self._events[: self._at]:
+            if allocated:
+                live[storage] = None
             else:
-                del there[storage]
+                del live[storage]
         parts: Counter[str] = Counter()
-        for storage in there:
+        for storage in live:
             size = storage.size
             parts[storage.category] += 1 << (size - 1).bit_length() if storage.category in self.locked else size
         allocator = self.allocator
@@ -102,13 +102,13 @@ class Trace:
         )
 
     def timeline(self, count: int) -> list[tuple[int, dict[str, int]]]:
-        """(bytes reserved, requested bytes by category) since `begin`, at about `count` moments."""
+        """(bytes reserved, requested bytes by category) at about `count` moments since `begin`."""
         sizes: Counter[str] = Counter()
         for storage in self._before:
             sizes[storage.category] += storage.size
         every, moments = max(1, len(self._events) // count), []
-        for place, (storage, came, reserved) in enumerate(self._events):
-            sizes[storage.category] += storage.size if came else -storage.size
+        for place, (storage, allocated, reserved) in enumerate(self._events):
+            sizes[storage.category] += storage.size if allocated else -storage.size
             if place % every == 0:
                 moments.append((reserved, dict(sizes)))
         return moments

@@ -1,4 +1,4 @@
-"""A model folder whose weights are not read: components of the right shapes, in host memory that is fake."""
+"""Stand-ins for a model's weights: right shapes and dtypes, no data, and no file is read."""
 
 from __future__ import annotations
 
@@ -10,18 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
+from finetune.models.weights import Weights
 from finetune.planning.accelerator import Accelerator
 
 
+class ZeroWeights(Weights):
+    """Has the transformer's tensor shapes but no data: all values are zero."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__([])
+        self._shapes = {name: tensor.shape for name, tensor in family.empty_transformer().state_dict().items()}
+
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, name: str) -> torch.Size:
+        return self._shapes[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        shape = self._shapes[name]
+        return torch.zeros(()).expand([stop - start, *shape[1:]] if shape else shape)
+
+
 class WeightlessFolder(ModelFolder):
-    """Gives text encoders and VAEs made of their configs alone, within an accelerator."""
+    """A `ModelFolder` whose text encoders and VAEs are built from their configs alone, on a simulated accelerator's host."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         super().__init__(path)
         self._accelerator = accelerator
 
-    def load(self, component: str, cls: type, dtype: torch.dtype) -> nn.Module:
+    def load(self, component: str, cls: Any, dtype: torch.dtype) -> nn.Module:
+        """A component in fake host memory; see `ModelFolder.load`."""
         with torch.device("meta"):
             if hasattr(cls, "config_class") and cls.config_class is not None:  # transformers
                 module = cls(cls.config_class.from_pretrained(self.path / component))
@@ -34,16 +55,15 @@ class WeightlessFolder(ModelFolder):
             return torch.empty_like(tensor.to(wanted), device="cpu")
 
         _replace(module, on_host)
-        module._apply = partial(
-            _replace, module
-        )  # what `.to` calls; torch's own does not know fake tensors that come and go
+        # `.to` calls `_apply`; torch's own cannot replace the data of fake tensors.
+        module._apply = partial(_replace, module)
         self._accelerator.name((*module.parameters(), *module.buffers()), category)
         return module.eval()
 
 
 def _replace(module: nn.Module, change: Callable[[Tensor], Tensor], *_: Any) -> nn.Module:
-    """Put changed parameters and buffers in the place of old ones; what is tied stays so."""
-    made: dict[Tensor, Tensor] = {}
+    """Replace each parameter and buffer by what `change` makes of it; tied parameters stay tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter not in made:

@@ -113,7 +113,7 @@ def real(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
 
 
 def simulated(recipe: Recipe) -> dict[str, dict[str, int]]:
-    plan = simulate(recipe, open_family(recipe), recipe.data.buckets[:1], Hardware(), inside=False)
+    plan = simulate(recipe, open_family(recipe), recipe.data.buckets[:1], Hardware(), temporaries=False)
     peak = plan.phases[-1].device
     return {"simulated": {"growth": peak.requested - peak.before, "before": peak.before}, "parts": peak.parts}
 

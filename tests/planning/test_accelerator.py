@@ -1,4 +1,4 @@
-"""The simulated device: numbers that are known, results that are remembered, work that is counted, each in a process of its own."""
+"""The simulated device: values that are known, results that are cached, costs; each case in a process of its own."""
 
 import subprocess
 import sys
@@ -15,15 +15,15 @@ device = register()
 with Accelerator(Trace(), Trace()) as accelerator:
 """
 CASES = {
-    "numbers follow a copy": """
+    "values follow a copy": """
         x = torch.zeros(4, device=device)
         x.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         assert x[1].item() == 2.0
     """,
-    "numbers are forgotten when they are not known any more": """
+    "values are dropped when they are not known any more": """
         x = torch.ones(4, device=device)
         x.add_(torch.empty(4, device=device))
-        assert x.numbers is None
+        assert x.known_values is None
     """,
     "a result depends on the default dtype": """
         made = []
@@ -32,7 +32,7 @@ CASES = {
             made.append(torch.full((10000,), 1.5, device=device).dtype)
         assert made == [torch.bfloat16, torch.float32]
     """,
-    "a result written into another tensor is not remembered": """
+    "a result written into another tensor is not cached": """
         a, b = torch.zeros(100, 100, device=device), torch.zeros(100, 100, device=device)
         for _ in range(2):
             out = torch.empty(0, device=device)
@@ -48,27 +48,27 @@ CASES = {
     """,
     "matrix products are counted as torch counts them": """
         from torch.utils.flop_counter import FlopCounterMode
-        def work(where):
+        def multiply(where):
             a, b = torch.zeros(8, 64, 32, device=where), torch.zeros(8, 32, 16, device=where)
             torch.bmm(a, b)
             torch.nn.functional.linear(torch.zeros(5, 32, device=where), torch.zeros(7, 32, device=where))
-        work(device)
+        multiply(device)
         with FlopCounterMode(display=False) as counter:
-            work("cpu")
-        assert accelerator.work.flops == counter.get_total_flops() > 0
+            multiply("cpu")
+        assert accelerator.cost.flops == counter.get_total_flops() > 0
     """,
     "copies are counted by their direction": """
         x = torch.zeros(1000, 1000, device=device)
         host = torch.empty(4_000_000, dtype=torch.uint8).view(torch.float32).view(1000, 1000)
         host.copy_(x)
-        assert (accelerator.work.to_host, accelerator.work.to_device) == (4_000_000, 0)
+        assert (accelerator.cost.to_host, accelerator.cost.to_device) == (4_000_000, 0)
         x.copy_(host)
-        assert (accelerator.work.to_host, accelerator.work.to_device) == (4_000_000, 4_000_000)
+        assert (accelerator.cost.to_host, accelerator.cost.to_device) == (4_000_000, 4_000_000)
     """,
     "a copy that makes its target is counted, too": """
         torch.zeros(1000, 1000).to(device)
-        assert accelerator.work.to_device == 4_000_000
-        assert accelerator.work.to_host == 0
+        assert accelerator.cost.to_device == 4_000_000
+        assert accelerator.cost.to_host == 0
     """,
     "a layer norm copies what is not in order": """
         x = torch.zeros(512, 1024, device=device).t()
@@ -81,7 +81,7 @@ CASES = {
         host = torch.empty(4_000_000, dtype=torch.uint8).view(torch.float32).view(1000, 1000)
         torch.softmax(host.t(), -1) @ host
         assert accelerator.trace.allocator.peak_allocated == 0
-        assert accelerator.work.flops == 0
+        assert accelerator.cost.flops == 0
     """,
 }
 

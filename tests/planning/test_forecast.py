@@ -20,7 +20,7 @@ from processes import ROOT, Finetune
 
 from finetune.checks.model import open_family
 from finetune.planning.forecast import _COMMAND, Forecast
-from finetune.planning.remembered import read_plan
+from finetune.planning.plan_cache import read_plan
 from finetune.planning.report import Plan
 from finetune.recipe import Bucket, load_recipe
 from finetune.runtime.device import Device

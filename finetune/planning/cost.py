@@ -1,4 +1,4 @@
-"""What a step computes and moves, counted, and how long a named GPU would take at its peak rates."""
+"""The cost of a step: its FLOPs and the bytes that it moves, and how long a GPU takes for them at its peak rates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from finetune.planning.kernels import KIND, UNINITIALISED, attention_flops
 
 _INTO = {torch.ops.aten.copy_.default}
 _COPIES = {*_INTO, torch.ops.aten._to_copy.default}
-_MOVES_NOTHING = UNINITIALISED | {torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default}
+_NO_TRAFFIC = UNINITIALISED | {torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default}
 
 
 @dataclass
-class Work:
-    """Operations on the device by (FLOPs, bytes read and written, whether in float32); bytes copied to and from host and peers."""
+class Cost:
+    """What was computed and copied.
+
+    Attributes:
+        operations: number of operations on the device, by (FLOPs, bytes read and written, whether in float32).
+        to_device, to_host: bytes copied from and to the host.
+        peer_bytes: bytes of collectives.
+    """
 
     operations: Counter[tuple[int, int, bool]]
     to_device: int = 0
@@ -30,15 +36,20 @@ class Work:
     peer_bytes: int = 0
 
     @classmethod
-    def none(cls) -> Work:
+    def none(cls) -> Cost:
+        """The cost of nothing, to be added to."""
         return cls(Counter())
 
     def add(self, function: Any, arguments: tuple, keywords: dict, tensors: Sequence[Tensor], result: Any) -> None:
-        """Count an operation that touched the device; `tensors` are all of its inputs. Names of memory and views are nothing."""
+        """Count an operation that touched the device. Allocations and views are not counted.
+
+        Args:
+            tensors: all inputs of the operation.
+        """
         if function.namespace == "c10d":
             self.peer_bytes += max((tensor.nbytes for tensor in tensors), default=0)
             return
-        if function.is_view or function in _MOVES_NOTHING or _has_no_result(function):
+        if function.is_view or function in _NO_TRAFFIC or _has_no_result(function):
             return
         found = result if isinstance(result, (list, tuple)) else [result]
         outputs = [each for each in found if isinstance(each, Tensor)]
@@ -57,11 +68,15 @@ class Work:
 
     @property
     def flops(self) -> int:
+        """FLOPs of all operations."""
         return sum(flops * count for (flops, *_), count in self.operations.items())
 
     def seconds(self, gpu: Gpu, overlaps: bool = True) -> float:
-        """The roofline (Williams et al. 2009): each operation at the GPU's peak rate of computing or of memory, whichever is
-        slower; copies from and to the host beside them, or after them, and collectives beside them.
+        """Time by the roofline model (Williams et al. 2009): each operation runs at the GPU's peak rate of computing or of its
+        memory, whichever takes longer. Collectives run beside the operations.
+
+        Args:
+            overlaps: whether copies from and to the host run beside the operations, too, or after them.
         """
         computing = sum(
             count * max(flops / (gpu.float32_flops if float32 else gpu.flops), size / gpu.memory_rate)
@@ -70,8 +85,8 @@ class Work:
         copying = max(self.to_device, self.to_host) / gpu.host_rate
         return max(max(computing, copying) if overlaps else computing + copying, self.peer_bytes / gpu.peer_rate)
 
-    def repeated(self, one: Work, times: int) -> Work:
-        """The work of `times` micro-batches, of that of two (self) and of one."""
+    def repeated(self, one: Cost, times: int) -> Cost:
+        """The cost of a step of `times` micro-batches, extrapolated from a step of two (self) and a step of one."""
         operations = Counter(self.operations)
         more = times - 2
 
@@ -80,7 +95,7 @@ class Work:
 
         for key in {*self.operations, *one.operations}:
             operations[key] = max(0, extended(self.operations[key], one.operations[key]))
-        return Work(
+        return Cost(
             operations,
             extended(self.to_device, one.to_device),
             extended(self.to_host, one.to_host),
