@@ -47,7 +47,7 @@ class Forecast:
         if self.runtime.is_main:
             try:
                 self._begin()
-            except OSError as error:
+            except Exception as error:  # whatever it is, the training goes on: this rank is alone here
                 _say_none(error)
         return self
 

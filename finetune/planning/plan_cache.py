@@ -12,6 +12,7 @@ from finetune.models.family import Family
 from finetune.models.folder import INDEX
 from finetune.planning.report import Plan
 from finetune.recipe import Recipe, recipe_values
+from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.files import atomic
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "torchao")
@@ -49,11 +50,12 @@ def plan_file(recipe: Recipe, family: Family, arguments: list[str], device: str)
             values.pop(table, None)
         for key in keys or ():
             values.get(table, {}).pop(key, None)
+    prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])  # also those of validation.prompts_file
     folder, package = family.folder.path, Path(finetune.__file__).parent
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
     sources = sorted({*package.rglob("*.py"), Path(inspect.getfile(type(family)))})
     key = digest(
-        values,
+        [values, [prompt.model_dump(mode="json") for prompt in prompts]],
         {str(file.relative_to(folder)): content_hash(file) for file in configs},
         {name: importlib.metadata.version(name) for name in _LIBRARIES},
         [content_hash(file) for file in sources],

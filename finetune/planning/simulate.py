@@ -103,6 +103,9 @@ class Simulation:
                 encode_video = weightless.video_encoder(device.torch_device, dtype, self.recipe.vae)
                 encode_video(np.zeros((*bucket, 3), np.uint8))
                 del encode_video
+        kinds = (encoder.kind for encoder in self.family.encoders(dtype, self.recipe.vae))
+        if further := [kind for kind in kinds if kind not in ("text", "video")]:
+            self.notes.append(f"encoding of {', '.join(further)} is not in it")
 
     def training(self, buckets: list[Bucket]) -> StepState:
         """Build the training, and take steps of each bucket: as many as it takes until memory repeats."""

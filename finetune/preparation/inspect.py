@@ -56,6 +56,7 @@ def inspect_clips(
         if runtime.is_main:
             cache.files.save()
 
+    hashes = {file: entry["hash"] for file, entry in facts.items() if isinstance(entry, dict)}
     usable: list[InspectedClip] = []
     problems: list[Problem] = []
     for clip in clips:
@@ -65,7 +66,7 @@ def inspect_clips(
                 raise entry
             info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
             fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
-            files = {column: facts[clip.file(column)]["hash"] for column in columns}
+            files = {column: hashes[clip.file(column)] for column in columns}
             usable.append(InspectedClip(clip, entry["hash"], info, fit, files))
         except UserError as error:
             problems += error.problems

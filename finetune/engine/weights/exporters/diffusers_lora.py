@@ -1,9 +1,11 @@
 """A LoRA as diffusers' `load_lora_weights` takes it, verified by loading it back."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import diffusers
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
             # By peft's file names; a persistent buffer (CogVideoX-I2V's learned positions) is no part of the adapter.
             adapter = {name: value for name, value in whole.items() if f".{ADAPTER}." in name}
             layers = {name.replace(f".{ADAPTER}.", "."): value for name, value in adapter.items()}
-            config = transformer.peft_config[ADAPTER]
+            config: LoraConfig = cast(Any, transformer).peft_config[ADAPTER]
             pipeline = getattr(diffusers, family.pipeline_class)
             pipeline.save_lora_weights(
                 folder,

@@ -1,7 +1,9 @@
 """All weights as a diffusers transformer folder, verified by reading it back."""
 
 from pathlib import Path
+from typing import cast
 
+import diffusers
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ def export_transformer(transformer: nn.Module, family: Family, folder: Path, run
     whole = gathered(transformer, trained_only=False)
     with runtime.together():
         if runtime.is_main:
-            skeleton = family.empty_transformer()
+            skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
             skeleton.load_state_dict(whole, assign=True)
             skeleton.save_pretrained(folder)
             saved = type(skeleton).from_pretrained(folder).state_dict()

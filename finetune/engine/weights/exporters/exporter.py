@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -30,4 +31,7 @@ class Exporter:
 def gathered(transformer: nn.Module, trained_only: bool) -> dict[str, Tensor]:
     """The weights whole, in rank 0's host memory. All ranks take part."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    return get_model_state_dict(transformer, options=options)
+    whole: Any = get_model_state_dict(
+        transformer, options=options
+    )  # of tensors alone: transformers have no other state
+    return whole
