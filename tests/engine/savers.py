@@ -9,6 +9,8 @@ from processes import ROOT
 from finetune.recipe import load_recipe
 from finetune.recipe.rules import saver_problems
 
+FAMILIES = ["ltx", "cogvideox", "hunyuan"]
+ALONE = {"lora": "hunyuan", "full": "ltx"}  # the families of the default suite
 PLAIN = ["memory.activation_checkpointing=none", "memory.layout=shard"]
 METHODS = {"lora": ["lora.rank=4", "lora.alpha=8"], "full": ["train.method=full", "optimizer.lr=1e-3"]}
 
@@ -101,13 +103,16 @@ def _parts(name: str) -> list[str]:
     return name.split(" + ")
 
 
-def chosen(which: str, place: int, method: str, processes: int) -> list[str]:
-    """The savers that a suite runs for the family at `place`: "all", or for "some" each saver, and pairs in turns, so that
-    most are seen somewhere. What compiles takes long, and is in "all" alone.
+def chosen(which: str, family: str, method: str, processes: int) -> list[str]:
+    """The savers that a suite runs for a family: "all"; or for "some" each saver, and pairs in turns, on one family a method.
+
+    What compiles takes long, and is in "all" alone.
     """
     names = savers(method, processes)
     if which == "all":
         return names
-    turn = place + 3 * (processes - 1) + (method == "full")
+    if family != ALONE[method]:
+        return []
+    turn = 3 * (processes - 1) + (method == "full")
     pairs = [name for name in names if " + " in name and set(_parts(name)) <= OFTEN]
     return [name for name in names if " + " not in name and name != "compile"] + pairs[turn % 6 :: 6]

@@ -26,13 +26,14 @@ def main(recipe_files: list[str], which: str, out: Path, runtime: Runtime) -> No
     results: dict[str, dict] = {}
     prepared = {}
     share = f"train.micro_batch_size={2 // runtime.world_size}"
-    for place, file in enumerate(recipe_files):
+    for file in recipe_files:
+        family_name = Path(file).stem
         for method, of_method in METHODS.items():
-            found = results.setdefault(Path(file).stem, {}).setdefault(method, {})
-            runs = {name: overrides(name) for name in chosen(which, place, method, runtime.world_size)}
+            found = results.setdefault(family_name, {}).setdefault(method, {})
+            runs = {name: overrides(name) for name in chosen(which, family_name, method, runtime.world_size)}
             if runtime.world_size == 1:
-                names = [name for processes in (1, 2) for name in chosen(which, place, method, processes)]
-                runs |= {f"as {name}": baseline_overrides(name) for name in {"", *map(baseline, names)}}
+                names = [name for processes in (1, 2) for name in chosen(which, family_name, method, processes)]
+                runs |= {f"as {name}": baseline_overrides(name) for name in sorted({*map(baseline, names)})}
             for name, settings in runs.items():
                 torch._dynamo.reset()
                 recipe = load_recipe(

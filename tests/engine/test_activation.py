@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_family import FIRST, Model, every_family, title
+from every_family import Model, every_transformer, every_transformer_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.engine.savers.offload import SMALLEST, ActivationOffload
@@ -26,9 +26,11 @@ def train(job: Job, steps: int = 2) -> list[tuple[float, float]]:
     return [(result.loss, result.grad_norm) for result in results]
 
 
-@pytest.mark.parametrize("model", FIRST[:4], ids=title)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", ["lora", "full"])
+@every_transformer_with(
+    "mode, method",
+    [("full", "lora"), ("selective", "lora")],
+    [("every_n", "lora"), ("selective, a little", "lora"), *((mode, "full") for mode in MODES)],
+)
 def test_recomputing_changes_nothing(
     build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model, mode: str, method: str
 ) -> None:
@@ -40,8 +42,7 @@ def test_recomputing_changes_nothing(
         assert other_norm == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("model", FIRST, ids=title)
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@every_transformer_with("mode", ["none"], ["full", "selective"])
 def test_activations_come_back_from_host_memory_as_they_left(
     build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model, mode: str
 ) -> None:
@@ -72,7 +73,7 @@ class Counting(ActivationOffload):
         return packed
 
 
-@every_family
+@every_transformer
 def test_what_a_checkpointed_block_is_given_leaves_the_device(
     build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_family import Model, every_model
+from every_family import Model, every_transformer
 from torch import nn
 
 from finetune.training.job import Job
@@ -21,7 +21,7 @@ def inputs_of(block: nn.Module, job: Job) -> tuple[tuple, dict]:
     return seen[0]
 
 
-@every_model
+@every_transformer
 def test_a_block_is_one_graph(build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model) -> None:
     job = build_job("memory.activation_checkpointing=none", recipe_file=family_recipe(*model))
     for name in job.state.family.block_lists:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_family import MODELS, Model, every_model
+from every_family import MODELS, Model, every_family
 from torch import Tensor
 
 from finetune.models.batch import Batch
@@ -72,7 +72,7 @@ def test_a_batch_that_names_nothing_counts_everything(batch: Batch) -> None:
     torch.testing.assert_close(batch.only.losses(prediction), batch.only.weight * expected)
 
 
-@every_model
+@every_family
 def test_a_batch_is_sent_to_another_process_bit_for_bit(
     build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model
 ) -> None:

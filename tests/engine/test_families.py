@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from every_family import Model, every_family, every_model, every_model_and_method
+from every_family import Model, every_family, every_transformer, every_transformer_with
 from families_worker import METHODS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
@@ -77,7 +77,7 @@ def state_of(job: Job) -> dict[str, Tensor]:
     return state | {f"{name}.{key}": value for name, entry in moments.items() for key, value in entry.items()}
 
 
-@every_model_and_method
+@every_transformer_with("method", ["lora"], ["full"])
 def test_going_on_from_a_checkpoint_is_the_same_as_not_having_stopped(
     make_job: BuildJob, model: Model, method: str
 ) -> None:
@@ -124,7 +124,8 @@ def exported(job: Job, folder: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.full)])
-@every_model_and_method
+@every_family
+@every_method
 def test_the_pipeline_predicts_exactly_what_the_trained_model_predicts(
     make_job: BuildJob, tmp_path: Path, model: Model, method: str, precision: str
 ) -> None:
@@ -161,7 +162,7 @@ WITHOUT_EFFECT = {
 }
 
 
-@every_model
+@every_transformer
 def test_every_adapter_of_every_linear_layer_learns(
     make_job: BuildJob, tiny_model: Callable[..., Path], model: Model
 ) -> None:

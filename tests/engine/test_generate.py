@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from every_family import FIRST, Model, every_model, title
+from every_family import Model, every_family, every_model
 from PIL import Image
 from torch import Tensor
 
@@ -96,7 +96,7 @@ def test_the_base_model_generates_what_its_pipeline_does(
     assert_same(live_video(job), pipeline_video(job))
 
 
-@every_model
+@every_family
 def test_float32_masters_generate_in_the_precision_of_the_step(
     build_job: Callable[..., Job], prompted: Callable[[Model], Path], model: Model
 ) -> None:
@@ -108,7 +108,7 @@ def test_float32_masters_generate_in_the_precision_of_the_step(
         assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("model", FIRST, ids=title)
+@every_family
 def test_a_trained_adapter_generates_what_its_export_does(
     build_job: Callable[..., Job], prompted: Callable[[Model], Path], tmp_path: Path, model: Model
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from every_family import Model, every_model
+from every_family import Model, every_model, every_transformer
 from peft import LoraConfig
 from processes import figures_of
 from safetensors.torch import save_file
@@ -63,7 +63,7 @@ def test_a_transformer_without_weights_has_none(open_model: Callable[[Model], Fa
     assert not any(buffer.is_meta for buffer in transformer.buffers())
 
 
-@every_model
+@every_transformer
 @every_dtype
 def test_an_adapter_begins_as_pefts_own(
     open_model: Callable[[Model], Family], runtime: Runtime, model: Model, dtype: torch.dtype

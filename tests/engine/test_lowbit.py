@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_family import FIRST, Model, every_family, title
+from every_family import Model, every_transformer_with
 from torch import Tensor, nn
 
 from finetune.engine.savers.lowbit import LowBitLinear, dequantize, quantize
@@ -103,8 +103,7 @@ def train(job: Job, steps: int = 3) -> list[float]:
     return [job.step(step, [job.micro_batches()[step]]).loss for step in range(steps)]
 
 
-@pytest.mark.parametrize("model", FIRST, ids=title)
-@pytest.mark.parametrize("kind", KINDS)
+@every_transformer_with("kind", KINDS[:1], KINDS[1:])
 def test_losses_are_those_on_the_rounded_weights(
     build_job: Callable[..., Job],
     family_recipe: Callable[..., Path],
@@ -141,8 +140,7 @@ def weight_of_sharded(linear: LowBitLinear) -> Tensor:
     return dequantize(codes, scale, linear.kind, torch.float32)
 
 
-@every_family
-@pytest.mark.parametrize("kind", KINDS)
+@every_transformer_with("kind", KINDS[:1], KINDS[1:])
 def test_an_exported_adapter_on_the_dequantised_model_is_the_trained_one(
     build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model, kind: str, tmp_path: Path
 ) -> None:
@@ -166,8 +164,7 @@ def test_an_exported_adapter_on_the_dequantised_model_is_the_trained_one(
         assert torch.equal(family.predict(job.state.transformer, batch.inputs)["video"], expected)
 
 
-@every_family
-@pytest.mark.parametrize("kind, most", [("int8", 1e-3), ("float8", 5e-3), ("nf4", 3e-2)])
+@every_transformer_with("kind, most", [("int8", 1e-3)], [("float8", 5e-3), ("nf4", 3e-2)])
 def test_rounding_moves_the_loss_by_little(
     build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model, kind: str, most: float
 ) -> None:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 from processes import figures_of
-from savers import METHODS, baseline, chosen
+from savers import ALONE, FAMILIES, METHODS, baseline, chosen
 
-MODELS = [("ltx", None), ("cogvideox", None), ("hunyuan", None)]
 FIGURES = ("loss", "grad_norm", "heldout")
 TOLERANCE = 1e-5  # relative, in float32
 # What two processes round otherwise than one: blocks of moments end where shards do, numbers for stochastic rounding are
@@ -26,9 +25,9 @@ def cases(which: str) -> list[tuple[int, str, str, str]]:
     return [
         (processes, family, method, name)
         for processes in (1, 2)
-        for place, (family, _) in enumerate(MODELS)
+        for family in FAMILIES
         for method in METHODS
-        for name in chosen(which, place, method, processes)
+        for name in chosen(which, family, method, processes)
     ]
 
 
@@ -37,11 +36,11 @@ def matrix(
     tmp_path_factory: pytest.TempPathFactory, family_recipe: Callable[..., Path]
 ) -> Callable[[str, int], dict[str, dict]]:
     """Figures of tests/engine/savers_worker.py, made when they are first asked for."""
-    recipes = [family_recipe(*model) for model in MODELS]
     known: dict[tuple[str, int], dict] = {}
 
     def get(which: str, processes: int) -> dict[str, dict]:
         if (which, processes) not in known:
+            recipes = [family_recipe(family) for family in (FAMILIES if which == "all" else ALONE.values())]
             folder = tmp_path_factory.mktemp(f"savers-{which}")
             seconds = 290 if which == "some" else 6000
             known[which, processes] = figures_of("savers_worker.py", processes, folder, [which, *recipes], seconds)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_family import FIRST, Model, every_family, title
+from every_family import Model, every_transformer, every_transformer_with
 
 from finetune.engine.savers.streaming import Streamed, Streamer
 from finetune.training.job import Job, export_weights
 
 CHECKPOINTING = ["none", "full", "every_n", "selective"]
+ALL_STREAMED = [(mode, 0) for mode in CHECKPOINTING]
+ONE_RESIDENT = [(mode, 1) for mode in CHECKPOINTING if mode != "full"]
 
 
 @pytest.fixture
@@ -30,9 +32,7 @@ def streamed_blocks(job: Job) -> list[Streamed]:
     return [module for module in job.state.transformer.modules() if isinstance(module, Streamed)]
 
 
-@every_family
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("resident", [0, 1])
+@every_transformer_with("checkpointing, resident", [("full", 1)], [*ALL_STREAMED, *ONE_RESIDENT])
 def test_streamed_blocks_train_as_resident_ones(
     make_job: Callable[..., Job], model: Model, checkpointing: str, resident: int
 ) -> None:
@@ -44,8 +44,7 @@ def test_streamed_blocks_train_as_resident_ones(
     assert train(job) == plain
 
 
-@pytest.mark.parametrize("model", FIRST, ids=title)
-@pytest.mark.parametrize("kind", ["int8", "float8", "nf4"])
+@every_transformer_with("kind", ["int8"], ["float8", "nf4"])
 def test_low_bit_blocks_are_streamed_as_they_are_stored(make_job: Callable[..., Job], model: Model, kind: str) -> None:
     low = f"memory.low_bit={kind}"
     plain = train(make_job(model, low))
@@ -113,7 +112,7 @@ def test_no_block_is_in_a_place_before_its_turn(make_job: Callable[..., Job]) ->
     assert train(job) == expected
 
 
-@pytest.mark.parametrize("model", FIRST, ids=title)
+@every_transformer
 def test_checkpoints_and_exports_are_those_of_resident_blocks(
     make_job: Callable[..., Job], model: Model, tmp_path: Path
 ) -> None:

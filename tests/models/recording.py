@@ -67,6 +67,11 @@ class TinyModel:
         return scene(0, *self.bucket)[0]
 
     @property
+    def shortest_clip(self) -> np.ndarray:
+        """uint8 (F, 32, 32, 3), of two latent frames: for the VAE alone, which takes it though the transformer may not."""
+        return scene(0, 1 + self.family.temporal, 32, 32)[0]
+
+    @property
     def pipeline_class(self) -> type[diffusers.DiffusionPipeline]:
         return getattr(diffusers, self.family.pipeline_class)
 

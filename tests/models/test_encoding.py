@@ -76,12 +76,12 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 @DTYPES
 def test_examples_have_the_shapes_and_dtypes_of_what_is_cached(model: TinyModel, dtype: torch.dtype) -> None:
     """So that memory can be planned from configs alone."""
-    sources = {"video": model.clip, "caption": PROMPT}
+    sources = {"video": scene(0, *model.small)[0], "caption": PROMPT}
     cached = {
         encoder.kind: encoder.load(CPU)(*(sources[name] for name in encoder.sources))
         for encoder in model.family.encoders(dtype, Vae())
     }
-    examples = model.family.example(model.bucket, dtype)
+    examples = model.family.example(model.small, dtype)
     assert {kind: shapes(tensors) for kind, tensors in examples.items()} == {
         kind: shapes(tensors) for kind, tensors in cached.items()
     }
@@ -149,9 +149,10 @@ def test_latents_decode_to_what_a_posterior_sample_decodes_to(model: TinyModel) 
 
 @DTYPES
 def test_frames_reach_the_vae_as_diffusers_prepares_them(model: TinyModel, dtype: torch.dtype) -> None:
-    moments = model.family.video_encoder(CPU, dtype, Vae())(model.clip)
+    clip = model.shortest_clip
+    moments = model.family.video_encoder(CPU, dtype, Vae())(clip)
     pipeline = model.pipeline(dtype)
-    video = pipeline.video_processor.preprocess_video([Image.fromarray(frame) for frame in model.clip]).to(dtype)
+    video = pipeline.video_processor.preprocess_video([Image.fromarray(frame) for frame in clip]).to(dtype)
     video = video.contiguous()  # convolutions in bf16 round differently by how their input lies in memory
     with torch.no_grad():
         posterior = pipeline.vae.encode(video).latent_dist
@@ -213,9 +214,10 @@ def test_each_use_of_a_condition_image_draws_another_posterior_sample(model: Tin
 @COGVIDEOX_I2V
 def test_image_noise_is_added_before_the_vae_and_differs_from_clip_to_clip(model: TinyModel) -> None:
     encode = model.family.video_encoder(CPU, torch.float32, Vae(image_noise=True))
-    plain = model.family.video_encoder(CPU, torch.float32, Vae())(model.clip)
-    noisy, again = encode(model.clip), encode(model.clip)
-    image = as_video(model.clip[:1])
+    clip = model.shortest_clip
+    plain = model.family.video_encoder(CPU, torch.float32, Vae())(clip)
+    noisy, again = encode(clip), encode(clip)
+    image = as_video(clip[:1])
     with torch.no_grad():
         posterior = model.pipeline().vae.encode(image + noise_of(image)).latent_dist
     assert torch.equal(noisy["image_mean"], posterior.mean[0])
