@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_close_to_scale
 from every_family import Model, every_transformer, every_transformer_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,7 +39,7 @@ def test_recomputing_changes_nothing(
     plain = train(build_job(*overrides, "memory.activation_checkpointing=none", recipe_file=family_recipe(*model)))
     saved = train(build_job(*overrides, *MODES[mode], recipe_file=family_recipe(*model)))
     for (loss, norm), (other_loss, other_norm) in zip(plain, saved, strict=True):
-        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert other_loss == pytest.approx(loss, rel=1e-6)  # of itself: nothing cancels in a sum of squares
         assert other_norm == pytest.approx(norm, rel=1e-5)
 
 
@@ -101,7 +102,7 @@ def test_a_tensor_that_several_layers_save_leaves_once_and_keeps_its_strides(bui
     with offload.saving():
         results = [x.square().sum(), x.exp().sum(), x.square().sum()]
     torch.stack(results).sum().backward()
-    torch.testing.assert_close(x.grad, 4 * x.detach() + x.detach().exp())
+    assert_close_to_scale(x.grad, 4 * x.detach() + x.detach().exp())
     assert offload.count == 3  # x for two squares, and the exponential
     assert len({id(record) for record in offload.all}) == 2
     assert {record.stride for record in offload.all} == {x.stride()}
@@ -129,7 +130,7 @@ def test_weights_and_small_tensors_stay_on_the_device(build_job: Callable[..., J
         y = torch.nn.functional.linear(x, weight)  # saves x and a view of the weight
     assert offload.count == 1
     (y.sum() + small).backward()
-    torch.testing.assert_close(x.grad[2:], weight.detach().sum(0).expand(62, 64))
+    assert_close_to_scale(x.grad[2:], weight.detach().sum(0).expand(62, 64))
 
 
 class Count(TorchDispatchMode):

@@ -8,7 +8,7 @@ from processes import figures_of
 from savers import ALONE, FAMILIES, METHODS, baseline, chosen
 
 FIGURES = ("loss", "grad_norm", "heldout")
-TOLERANCE = 1e-5  # relative, in float32
+TOLERANCE = 1e-5  # in float32, relative to each figure, a mean or root of squares, in which nothing cancels
 # What two processes round otherwise than one: blocks of moments end where shards do, numbers for stochastic rounding are
 # drawn by each rank (and in the order of the updates), and a tensor's float8 scale is that of a rank's own samples.
 ROUNDED_BY_RANK = {

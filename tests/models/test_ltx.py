@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close_to_scale
 from diffusers import AutoencoderKLLTXVideo, LTXConditionPipeline, LTXPipeline
 from recording import CPU, PROMPT, Clip, TinyModel, assert_equal, generator, recorded, training_inputs
 from torch import Tensor
@@ -69,7 +70,7 @@ def test_a_scaling_factor_is_undone_by_the_pipeline(tiny_ltx: Path, tmp_path: Pa
     with torch.no_grad():
         posterior = pipeline.vae.encode(as_video(model.clip)).latent_dist
         expected = pipeline.vae.decode(posterior.sample(generator(5)), return_dict=False)[0]
-    torch.testing.assert_close(video, expected, rtol=0, atol=1e-5)
+    assert_close_to_scale(video, expected)
 
 
 def test_each_use_of_a_clip_draws_another_posterior_sample(family: LTXVideo) -> None:

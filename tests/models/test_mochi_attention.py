@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from closeness import assert_close_to_scale
 from diffusers.models.attention_processor import MochiAttention, MochiAttnProcessor2_0
 from recording import PROMPT, TinyModel, generator, stacked, variant_id, variants
 from torch import Tensor
@@ -63,15 +64,15 @@ def test_outputs_and_gradients_are_diffusers(lengths: list[int], last: bool, rot
     expected, got = results(theirs, mask, rotary), results(ours, mask, rotary)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        assert_close(got[name], value, name)
+        assert_equal_but_for_rounding(got[name], value, name)
 
 
-def assert_close(ours: Tensor | None, theirs: Tensor | None, name: str) -> None:
-    """Equal but for rounding; where nothing flows back, torch's gradient may be None or zero."""
+def assert_equal_but_for_rounding(ours: Tensor | None, theirs: Tensor | None, name: str) -> None:
+    """But for rounding; where nothing flows back, torch's gradient may be None or zero."""
     if ours is None or theirs is None:
         assert all(each is None or not each.any() for each in (ours, theirs)), name
     else:
-        torch.testing.assert_close(ours, theirs, rtol=5e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
+        assert_close_to_scale(ours, theirs, name=name)
 
 
 def test_what_stands_in_padded_tokens_changes_nothing() -> None:
@@ -81,7 +82,7 @@ def test_what_stands_in_padded_tokens_changes_nothing() -> None:
     video, text = torch.randn(2, VIDEO, WIDTH), torch.randn(2, TEXT, TEXT_WIDTH)
     other = torch.where(mask[..., None], text, 1e3)
     for ours, theirs in zip(module(video, text, mask), module(video, other, mask), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert_close_to_scale(ours, theirs)
 
 
 @pytest.mark.parametrize("model", variants("mochi"), ids=variant_id, indirect=True)
@@ -97,8 +98,8 @@ def test_the_trained_transformer_is_the_pipelines_in_outputs_and_gradients(model
     for transformer in (ours, theirs):
         outputs.append(model.family.predict(transformer, inputs)["video"])
         outputs[-1].square().sum().backward()
-    assert_close(*outputs, "output")
+    assert_equal_but_for_rounding(*outputs, "output")
     parameters = zip(ours.named_parameters(), theirs.parameters(), strict=True)
     for (name, mine), other in parameters:
-        assert_close(mine.grad, other.grad, name)
+        assert_equal_but_for_rounding(mine.grad, other.grad, name)
     assert all(isinstance(block.attn1.processor, MaskedAttention) for block in ours.transformer_blocks)

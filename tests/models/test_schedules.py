@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from closeness import assert_close_to_scale
 from recording import Call, Generation, TinyModel, generate, generator, variant_id, variants
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def latent_shape(model: TinyModel) -> tuple[int, ...]:
 def test_a_perfect_prediction_inverts_to_the_clip_in_the_pipelines_own_loop(model: TinyModel) -> None:
     generation, x0, _ = perfect(model)
     given = 1 if model.family.name == "ltx_i2v" else 0
-    torch.testing.assert_close(generation.frames[:, :, given:], x0[:, :, given:], rtol=0, atol=1e-4)
+    assert_close_to_scale(generation.frames[:, :, given:], x0[:, :, given:])
 
 
 @pytest.mark.parametrize("model", variants("ltx_i2v"), ids=variant_id, indirect=True)
@@ -54,14 +55,14 @@ def test_the_pipelines_latents_on_the_way_are_trainings_noised_latents(model: Ti
     assert len(generation.calls) == 5
     for call in generation.calls:
         noised, _ = objective.noised(x0, noise, call.level)
-        torch.testing.assert_close(call.latents[:, :, given:], noised[:, :, given:], rtol=0, atol=1e-4)
+        assert_close_to_scale(call.latents[:, :, given:], noised[:, :, given:])
 
 
 def test_sampling_begins_at_the_highest_noise_level_that_training_knows(model: TinyModel) -> None:
     objective = model.family.objective(ObjectiveSettings())
     first = perfect(model)[0].calls[0].level
     highest = objective.level(torch.tensor([1.0]), model.family.tokens(model.bucket))
-    torch.testing.assert_close(first, highest, rtol=0, atol=1e-6)
+    assert_close_to_scale(first, highest, 1e-6)
 
 
 @pytest.mark.parametrize("model", variants("hunyuan", "ltx", "ltx_i2v"), ids=variant_id, indirect=True)
@@ -72,7 +73,7 @@ def test_noised_latents_are_those_of_the_scheduler(model: TinyModel) -> None:
     scheduler._begin_index = scheduler._step_index = None
     x0, noise = torch.randn(2, 5, 4, 3, 2, 2, generator=generator())
     noised, _ = model.family.objective(ObjectiveSettings()).noised(x0, noise, scheduler.sigmas[:-1])
-    torch.testing.assert_close(noised, scheduler.scale_noise(x0, scheduler.timesteps, noise), rtol=0, atol=1e-6)
+    assert_close_to_scale(noised, scheduler.scale_noise(x0, scheduler.timesteps, noise), 1e-6)
 
 
 @pytest.mark.parametrize("model", variants("cogvideox", "cogvideox_i2v"), ids=variant_id, indirect=True)
@@ -92,6 +93,6 @@ def test_v_prediction_is_exact_whatever_the_models_precision(model: TinyModel) -
     x0, noise = torch.randn(2, 1000, 2, 1, 2, 2, generator=generator())
     noised, target = model.family.objective(ObjectiveSettings()).noised(x0, noise, torch.arange(1000))
     expected = alphas.sqrt() * x0 + (1 - alphas).sqrt() * noise, alphas.sqrt() * noise - (1 - alphas).sqrt() * x0
-    torch.testing.assert_close(noised.double(), expected[0], rtol=0, atol=2e-6)
-    torch.testing.assert_close(target.double(), expected[1], rtol=0, atol=2e-6)
+    assert_close_to_scale(noised.double(), expected[0], 1e-6)
+    assert_close_to_scale(target.double(), expected[1], 1e-6)
     assert noised.dtype == target.dtype == torch.float32
