@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.paired import print_table
 from finetune.checks.model import open_family
 from finetune.commands.demo import make_demo
-from finetune.engine.optimizer import build_optimizer
+from finetune.engine.optimizers import build_optimizer
 from finetune.engine.parallel import trained_parameters
 from finetune.engine.precision import storage_dtype
 from finetune.engine.step import StepResult
@@ -78,7 +78,7 @@ def bare_loop(model: nn.Module, recipe: Recipe, family: Family, batches: list[Ba
             prediction = family.predict(model, batch.inputs)["video"]
             loss = (prediction.float() - batch.only.target).square().mean()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+            torch.nn.utils.clip_grad_norm_(parameters.values(), MAX_NORM)
             optimizer.step()
             optimizer.zero_grad()
             loss.item()

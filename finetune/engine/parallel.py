@@ -10,7 +10,7 @@ from finetune.engine import precision
 from finetune.engine.layout import Layout, choose_layout
 from finetune.engine.savers import activation, lowbit
 from finetune.engine.savers.streaming import stream_blocks
-from finetune.engine.weights.loading import materialise, move_real
+from finetune.engine.weights.loading import materialise, move_real, plain_name
 from finetune.models import lora
 from finetune.models.family import Family
 from finetune.recipe.schema import Lora, Memory, Train
@@ -82,6 +82,8 @@ def _shard(transformer: nn.Module, lists: list[nn.ModuleList], layout: Layout, c
     shard(transformer)
 
 
-def trained_parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the optimizer updates. Collect them after sharding, which replaces parameters."""
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer updates, by their names without wrappers. Collect them after sharding, which replaces
+    parameters.
+    """
+    return {plain_name(name): p for name, p in transformer.named_parameters() if p.requires_grad}

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.engine.gradients import grad_norm
-from finetune.engine.optimizer import InBackward
+from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.parts import Part
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.models.batch import Batch

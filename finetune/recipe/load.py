@@ -10,11 +10,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import tomli
 import tomli_w
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from finetune.recipe.schema import Recipe, free_keys
+from finetune.recipe.table import tables_of
 from finetune.runtime.errors import Problem, UserError
 
 Key = tuple[str | int, ...]
+_BRANCHES = ("bool", "float", "int", "str")  # what pydantic calls branches of a union, besides what is no key's name
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -97,7 +100,7 @@ def _validate(values: dict, file: str, lines: dict[Key, int], origin: dict[Key, 
     try:
         Recipe.model_validate(values)
     except ValidationError as error:
-        return [_problem(detail, file, lines, origin) for detail in _merge_unions(error.errors())]
+        return [_problem(detail, values, file, lines, origin) for detail in _merge_unions(error.errors())]
     return []
 
 
@@ -116,22 +119,22 @@ def _merge_unions(errors: list) -> list:
 
 
 def _is_key_part(part: str | int) -> bool:
-    return isinstance(part, int) or (re.fullmatch(r"[a-z_]+", part) is not None and part not in ("float", "int", "str"))
+    return isinstance(part, int) or (re.fullmatch(r"[a-z_][a-z0-9_]*", part) is not None and part not in _BRANCHES)
 
 
-def _problem(detail: Any, file: str, lines: dict[Key, int], origin: dict[Key, str]) -> Problem:
+def _problem(detail: Any, values: dict, file: str, lines: dict[Key, int], origin: dict[Key, str]) -> Problem:
     key: Key = detail["loc"]
     dotted = _dotted(key)
     where = _override_of(key, origin) or _at_line(file, key, lines)
     if detail["type"] == "extra_forbidden":
-        return Problem(f"unknown key {dotted!r}", where, _suggest(key))
+        return Problem(f"unknown key {dotted!r}", where, _suggest(key, values))
     if detail["type"] == "missing":
         table = ".".join(part for part in key[:-1] if isinstance(part, str))
         what = f"missing key {dotted!r}" if table else f"missing table [{dotted}]"
         cure = (
-            f"add `{key[-1]} = ...` to its table [{table}]: {_description(key)}"
+            f"add `{key[-1]} = ...` to its table [{table}]: {_description(key, values)}"
             if table
-            else f"add it: {_description(key)}"
+            else f"add it: {_description(key, values)}"
         )
         return Problem(what, where, cure)
     message = re.sub(r"^(Value error, |Input )", "", detail["msg"]).replace("Input should", "should")
@@ -140,7 +143,7 @@ def _problem(detail: Any, file: str, lines: dict[Key, int], origin: dict[Key, st
     )
     value = detail["input"]
     shown = f"{dotted} = {value!r}" if not isinstance(value, dict) else dotted
-    return Problem(f"{shown}: {message}", where, _description(key))
+    return Problem(f"{shown}: {message}", where, _description(key, values))
 
 
 def _override_of(key: Key, origin: dict[Key, str]) -> str | None:
@@ -159,10 +162,14 @@ def _dotted(key: Key) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
 
 
-def _suggest(key: Key) -> str:
-    """The key of that name in another table, else the nearest key of the same table, else the nearest anywhere."""
-    name, table = str(key[-1]), _annotation(key[:-1])
-    siblings = list(table.model_fields) if table else []
+def _suggest(key: Key, values: dict) -> str:
+    """The kind of table that has the key; or the key of that name in another table, else the nearest key of the same table, else
+    the nearest anywhere.
+    """
+    name, tables = str(key[-1]), _tables(key[:-1], values)
+    siblings = list(tables[0].model_fields) if tables else []
+    if kinds := [repr(kind) for table in tables[1:] if name in table.model_fields for kind in _names(table)]:
+        return f"it is a key of {_dotted(key[:-1])}.name = {' or '.join(kinds)}: set that, or remove the key"
     everywhere: dict[str, str] = {}
     for dotted, _ in _all_keys():
         everywhere.setdefault(dotted.rsplit(".", 1)[-1], dotted)
@@ -180,36 +187,43 @@ def _suggest(key: Key) -> str:
 def _all_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, field in table.model_fields.items():
         yield prefix + name, field
-        if nested := _table_of(field.annotation):
+        for nested in tables_of(field):
             yield from _all_keys(nested, f"{prefix}{name}.")
 
 
-def _annotation(key: Key) -> type[BaseModel] | None:
-    """The table class a key leads to; list indices are passed through."""
-    table: type[BaseModel] | None = Recipe
+def _tables(key: Key, values: dict) -> list[type[BaseModel]]:
+    """The table classes that a key leads to, the one that reads its values first; list indices are passed through."""
+    tables: list[type[BaseModel]] = [Recipe]
+    written: Any = values
     for part in key:
-        if isinstance(part, int) or table is None:
-            continue
-        field = table.model_fields.get(part)
-        table = _table_of(field.annotation) if field else None
-    return table
+        written = _inside(written, part)
+        if isinstance(part, str):
+            field = _field(tables, part)
+            tables = tables_of(field, written) if field else []
+    return tables
 
 
-def _table_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        if found := _table_of(argument):
-            return found
-    return None
+def _inside(values: Any, part: str | int) -> Any:
+    """An element of a table or a list; None if there is none."""
+    if isinstance(values, dict):
+        return values.get(part)
+    return values[part] if isinstance(values, list) and isinstance(part, int) and part < len(values) else None
 
 
-def _description(key: Key) -> str:
-    table, name = _annotation(key[:-1]), key[-1]
-    while isinstance(name, int):
+def _field(tables: Sequence[type[BaseModel]], name: str | int) -> FieldInfo | None:
+    """A key of the first of the tables that has it."""
+    return next((table.model_fields[name] for table in tables if name in table.model_fields), None)
+
+
+def _names(table: type[BaseModel]) -> tuple[str, ...]:
+    """What `name` a kind of table is read by."""
+    return get_args(table.model_fields["name"].annotation)
+
+
+def _description(key: Key, values: dict) -> str:
+    while isinstance(key[-1], int):
         key = key[:-1]
-        table, name = _annotation(key[:-1]), key[-1]
-    field = table.model_fields.get(name) if table and isinstance(name, str) else None
+    field = _field(_tables(key[:-1], values), key[-1])
     return (field.description or "") if field else ""
 
 
@@ -219,12 +233,11 @@ def _apply_override(values: dict, override: str, origin: dict[Key, str]) -> list
     key: Key = tuple(name.strip().split("."))
     if not equals or not all(key):
         return [Problem("not an override", where, "write --set table.key=value")]
-    table, field = values, _annotation(key[:-1])
+    table, known = values, _field(_tables(key[:-1], values), key[-1])
     for part in key[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             return [Problem(f"{part!r} is no table", where, "write --set table.key=value")]
-    known = field.model_fields.get(key[-1]) if field else None
     origin[key] = where
     if text.strip() == "none" and known is not None and known.default is None:
         table.pop(key[-1], None)  # TOML has no null: unset is absent

@@ -7,15 +7,11 @@ because it would continue a different training under the same name.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from finetune.recipe.bucket import Bucket
-
-FREE_ON_RESUME = "free on resume"
-
-
-def Free(default, **constraints):
-    return Field(default, json_schema_extra={FREE_ON_RESUME: True}, **constraints)
+from finetune.recipe.optimizers import AdamW, AnyOptimizer
+from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
 
 
 def _path(value: object) -> object:
@@ -29,10 +25,6 @@ BucketText = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "pattern": r"^\d+x\d+x\d+$"}),
 ]
-
-
-class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Table):
@@ -104,7 +96,7 @@ class Lora(Table):
     """Rank of the adapter matrices."""
     alpha: Annotated[float, Field(gt=0)] = 64.0
     """The adapter's output is scaled by alpha / rank."""
-    targets: list[str] = []
+    targets: list[str] = Field(default=[])
     """Linear layers inside the transformer blocks, like ["to_q", "to_k", "to_v", "to_out.0"]; empty: the family's default."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
@@ -132,22 +124,6 @@ class ObjectiveSettings(Table):
     """Loss weight as a function of sigma."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Embedded guidance scale that the model is told, for guidance-distilled checkpoints (HunyuanVideo)."""
-
-
-class Optimizer(Table):
-    name: Literal["adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8"] = "adamw"
-    """AdamW, with its two moments in float32 or (torchao) in 8 bits, 4 bits or float8."""
-    lr: Annotated[float, Field(gt=0)] = Free(1e-4)
-    """Peak learning rate."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """Adam's moment decays."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's denominator floor."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Decoupled weight decay."""
-    in_backward: bool = Free(False)
-    """Full finetuning: update each block as soon as its gradients are there, and drop them. A step's gradients are then never in
-    memory together, and cannot be clipped: train.max_grad_norm = "none"."""
 
 
 class Schedule(Table):
@@ -294,7 +270,7 @@ class Recipe(Table):
     """The adapter, for train.method = "lora"."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """Noise levels and loss."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: AnyOptimizer = AdamW()
     """The update."""
     schedule: Schedule = Schedule()
     """The learning rate over time."""
@@ -316,8 +292,8 @@ def free_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> set[str]:
     for name, field in table.model_fields.items():
         if isinstance(field.json_schema_extra, dict) and FREE_ON_RESUME in field.json_schema_extra:
             found.add(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= free_keys(field.annotation, f"{prefix}{name}.")
+        for nested in tables_of(field):
+            found |= free_keys(nested, f"{prefix}{name}.")
     return found
 
 

@@ -11,7 +11,8 @@ from finetune.data.cache import digest
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
 from finetune.engine.heldout import HeldOut, heldout_loss
-from finetune.engine.optimizer import InBackward, build_optimizer
+from finetune.engine.optimizers import build_optimizer
+from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.parallel import parallelize, trained_parameters
 from finetune.engine.parts import OptimizerState, TrainedWeights
 from finetune.engine.precision import storage_dtype
@@ -141,7 +142,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
     return StepState(
         family=family,
         transformer=transformer,
-        parameters=parameters,
+        parameters=list(parameters.values()),
         optimizer=optimizer,
         parts=[TrainedWeights(transformer), OptimizerState(transformer, optimizer)],
         schedule=build_schedule(optimizer, recipe.schedule, train.steps),

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from finetune.engine.optimizer import build_optimizer
+from finetune.engine.optimizers import build_optimizer
 from finetune.engine.parts import OptimizerState, TrainedWeights
 from finetune.engine.weights.checkpoint import Checkpoints
-from finetune.recipe.schema import Optimizer
+from finetune.recipe.optimizers import OPTIMIZERS
 from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
@@ -26,7 +26,7 @@ def main(folder: Path, out: Path, runtime: Runtime) -> None:
     told = {}
     for name in ("adamw", "adamw_8bit", "adamw_fp8"):
         model = fully_shard(nn.Linear(64, 100, bias=False), mesh=distributed.mesh(runtime))
-        optimizer = build_optimizer(list(model.parameters()), Optimizer(name=name))
+        optimizer = build_optimizer(dict(model.named_parameters()), OPTIMIZERS[name](name=name))
         parts = [TrainedWeights(model), OptimizerState(model, optimizer)]
         checkpoints = Checkpoints(folder / name, None, runtime)
         try:

@@ -1,17 +1,21 @@
 """Every optimizer learns, keeps its schedule, and resumes bit for bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from closeness import assert_close_to_scale
 from processes import figures_of
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
+from finetune.engine.optimizers import BUILDERS
 from finetune.engine.step import StepResult
+from finetune.recipe.optimizers import OPTIMIZERS, Optimizer
 from finetune.training.job import Job, export_weights
 
 NAMES = ["adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8"]
@@ -197,6 +201,81 @@ def test_a_run_updated_in_the_backward_pass_resumes_as_the_straight_one(
     assert train(resumed, 2, 4) == expected[2:]
     ours, theirs = weights_of(resumed), weights_of(straight)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# A new optimizer: a table of settings, a builder, and their lines
+
+
+class Sgd(Optimizer):
+    name: Literal["sgd"]
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+def build_sgd(parameters: Mapping[str, nn.Parameter], settings: Sgd, weights: str) -> torch.optim.Optimizer:
+    """Biases are a group of their own, which does not decay."""
+    biases = {name for name in parameters if name.endswith(".bias")}
+    groups = [
+        {
+            "params": [parameters[name] for name in parameters if name not in biases],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [parameters[name] for name in parameters if name in biases]},
+    ]
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+
+
+@pytest.fixture
+def sgd(monkeypatch: pytest.MonkeyPatch, make_job: Callable[..., Job]) -> Callable[..., Job]:
+    monkeypatch.setitem(OPTIMIZERS, "sgd", Sgd)
+    monkeypatch.setitem(BUILDERS, Sgd, build_sgd)
+    return lambda *overrides: make_job("sgd", "float32", *overrides)
+
+
+def test_a_new_optimizer_is_given_parameters_by_name(sgd: Callable[..., Job]) -> None:
+    rate, decay, plain = 1e-3, 0.5, ("schedule.name=constant", "schedule.warmup_steps=0")
+    job, decayed = (sgd(*plain, f"optimizer.weight_decay={each}") for each in (0, decay))
+    before = weights_of(job)
+    train(job, 0, 1)
+    train(decayed, 0, 1)
+    after, shrunk = weights_of(job), weights_of(decayed)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    for name, weight in before.items():
+        expected = after[name] - rate * decay * weight * (not name.endswith(".bias"))
+        torch.testing.assert_close(shrunk[name], expected, rtol=0, atol=1e-6)
+    assert any(name.endswith(".bias") and weight.abs().max() > 1e-2 for name, weight in before.items())
+
+
+def test_a_run_with_groups_resumes_as_the_straight_one(sgd: Callable[..., Job]) -> None:
+    settings = ("optimizer.momentum=0.9", "optimizer.weight_decay=0.1")
+    straight, broken = sgd(*settings), sgd(*settings)
+    expected = train(straight, 0, 4)
+    train(broken, 0, 2)
+    broken.save(2)
+    resumed = sgd(*settings)
+    assert resumed.resume() == 2
+    assert train(resumed, 2, 4) == expected[2:]
+    ours, theirs = weights_of(resumed), weights_of(straight)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_each_update_in_the_backward_pass_is_of_one_parameter(sgd: Callable[..., Job]) -> None:
+    """Of whatever group: the parameters of the others are not looked at."""
+    settings = ("optimizer.momentum=0.9", "optimizer.weight_decay=0.1", "train.max_grad_norm=none")
+    plain, job = sgd(*settings), sgd(*settings, IN_BACKWARD)
+    seen = []
+    job.state.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append(sum(len(group["params"]) for group in optimizer.param_groups))
+    )
+    assert [step.loss for step in train(job, 0, 3)] == [step.loss for step in train(plain, 0, 3)]
+    assert seen == [1] * 3 * len(job.state.parameters)
+    ours, theirs = weights_of(job), weights_of(plain)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_every_optimizer_of_the_schema_has_a_builder() -> None:
+    assert set(OPTIMIZERS.values()) == set(BUILDERS)
+    assert list(OPTIMIZERS) == NAMES
 
 
 # float8 products

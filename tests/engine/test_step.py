@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from finetune.engine.gradients import grad_norm
-from finetune.engine.optimizer import build_optimizer
+from finetune.engine.optimizers import build_optimizer
 from finetune.engine.schedule import build_schedule, set_schedule_step
 from finetune.engine.step import StepResult, run_step
 from finetune.models.batch import Batch
-from finetune.recipe.schema import Optimizer, Schedule
+from finetune.recipe.optimizers import AdamW
+from finetune.recipe.schema import Schedule
 from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
@@ -146,7 +147,7 @@ SCHEDULES = [
 
 
 def optimizer() -> torch.optim.Optimizer:
-    return build_optimizer([nn.Parameter(torch.zeros(2))], Optimizer(lr=1e-3))
+    return build_optimizer({"weight": nn.Parameter(torch.zeros(2))}, AdamW(lr=1e-3))
 
 
 def rates(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, count: int) -> list[float]:
@@ -185,8 +186,8 @@ def test_a_schedule_set_to_a_step_is_one_that_was_stepped_there(settings: Schedu
 
 
 def test_the_optimizer_is_the_recipes() -> None:
-    settings = Optimizer(lr=3e-4, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.3)
-    (group,) = build_optimizer([nn.Parameter(torch.zeros(2))], settings).param_groups
+    settings = AdamW(lr=3e-4, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.3)
+    (group,) = build_optimizer({"weight": nn.Parameter(torch.zeros(2))}, settings).param_groups
     found = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
     assert found == {"lr": 3e-4, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
 

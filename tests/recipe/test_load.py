@@ -342,6 +342,7 @@ FREE = [
     "memory.offload_activations=true",
     "memory.keep_gib=2",
     "memory.compile=true",
+    "memory.plan=false",
     "checkpoint.every=1",
     "checkpoint.keep_last=all",
     "validation.every=3",

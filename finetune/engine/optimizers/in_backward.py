@@ -1,0 +1,42 @@
+"""Updates in the backward pass (Lv et al. 2023, LOMO), with any optimizer that updates one parameter as it does all."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.engine.gradients import global_norm, local, replicas
+
+
+class InBackward:
+    """Updates each parameter as soon as its gradient is whole, and drops the gradient. FSDP2 calls a sharded parameter's hooks
+    after its reduction.
+
+    There is one optimizer, with its schedule and its checkpoints as ever: for the time of an update, a parameter is its
+    only one.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.norms: list[Tensor] = []  # of this step's gradients, on this rank
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(partial(self._update, group))
+
+    def _update(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # it is what the hook is called for
+        norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+        self.norms.append(norm / replicas(parameter) ** 0.5)
+        groups, whole = self.optimizer.param_groups, group["params"]
+        self.optimizer.param_groups, group["params"] = [group], [parameter]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups, group["params"] = groups, whole
+        parameter.grad = None
+
+    def norm(self, world_size: int) -> Tensor:
+        """Global L2 norm of the gradients since it was last asked for, over all ranks."""
+        norms, self.norms = self.norms, []
+        return global_norm(torch.stack(norms), world_size)
