@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-FLOAT32 = 1e-5  # of the largest element; what is seen in float32 is below 1e-6
+FLOAT32 = 1e-5  # of the largest element; seen are up to 4e-6, of a decoded video, and 2e-6 of gradients
 
 
 def assert_close_to_scale(ours: Tensor, theirs: Tensor, relative: float = FLOAT32, name: str = "") -> None:
