@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from finetune.planning.cost import Cost
 from finetune.planning.gpus import Gpu, Hardware
 from finetune.planning.trace import Peak
 from finetune.recipe import Bucket
 from finetune.runtime.device import PeakMemory
+
+if TYPE_CHECKING:  # a training that reads a plan does not import the simulation
+    from finetune.planning.cost import Cost
 
 GIB = 2**30
 _WIDTH, _BAR = 40, 24
