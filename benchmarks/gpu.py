@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.paired import print_table
 from finetune.data.loader import Sample
 from finetune.engine.step import run_step
-from finetune.models import lora
+from finetune.models.adapters import lora
 from finetune.models.batch import Batch
 from finetune.models.cogvideox import CogVideoX
 from finetune.models.folder import ModelFolder

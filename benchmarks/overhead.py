@@ -24,7 +24,7 @@ from finetune.engine.parallel import trained_parameters
 from finetune.engine.precision import storage_dtype
 from finetune.engine.step import StepResult
 from finetune.engine.weights.loading import whole_transformer
-from finetune.models import lora
+from finetune.models.adapters import lora
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.preparation.encode import prepare

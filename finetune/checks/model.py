@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from finetune.data.images import missing_image
-from finetune.models import FAMILIES, family_class, lora
+from finetune.models import FAMILIES, family_class
+from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
 from finetune.recipe import Recipe
@@ -43,7 +44,8 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     about_weights = _weight_problems(family, transformer) if with_weights else []
     if wrong := [*family_problems(recipe, family), *about_weights]:
         raise UserError.of(wrong)
-    lora.check_targets(transformer, family, recipe.lora.targets)
+    if recipe.adapter is not None:
+        ADAPTERS[recipe.train.method].check(transformer, family, recipe.adapter)
     if wrong := list(_resident_problems(recipe, family, transformer)):
         raise UserError.of(wrong)
     return family

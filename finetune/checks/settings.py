@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from finetune.models.adapters import ADAPTERS
 from finetune.recipe import Recipe
 from finetune.recipe.rules import saver_problems
-from finetune.recipe.schema import Lora, is_set
+from finetune.recipe.schema import is_set
 from finetune.runtime.device import Device
 from finetune.runtime.errors import Problem
 
@@ -55,10 +56,14 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
             "schedule.warmup_steps",
             f"set it to at most {recipe.train.steps}",
         )
-    if recipe.train.method == "full" and recipe.lora != Lora():
-        yield Problem(
-            '[lora] has no effect with method = "full"', "lora", 'remove the table, or set train.method = "lora"'
-        )
+    for name in ADAPTERS:
+        settings = getattr(recipe, name)
+        if name != recipe.train.method and settings != type(settings)():
+            yield Problem(
+                f'[{name}] has no effect with method = "{recipe.train.method}"',
+                name,
+                f'remove the table, or set train.method = "{name}"',
+            )
     if recipe.validation.heldout and recipe.validation.heldout_clips:
         yield Problem(
             "held-out clips are both named and taken out of data.path",

@@ -11,15 +11,16 @@ from finetune.engine.layout import Layout, choose_layout
 from finetune.engine.savers import activation, lowbit
 from finetune.engine.savers.streaming import stream_blocks
 from finetune.engine.weights.loading import materialise, move_real, plain_name
-from finetune.models import lora
+from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
-from finetune.recipe.schema import Lora, Memory, Train
+from finetune.recipe.schema import Memory, Train
+from finetune.recipe.table import Table
 from finetune.runtime.distributed import Runtime, data_mesh, mesh
 from finetune.runtime.logging import say
 
 
 def parallelize(
-    transformer: nn.Module, family: Family, train: Train, adapter: Lora, memory: Memory, runtime: Runtime
+    transformer: nn.Module, family: Family, train: Train, adapter: Table | None, memory: Memory, runtime: Runtime
 ) -> nn.Module:
     """Prepare a transformer for training, in place.
 
@@ -31,8 +32,8 @@ def parallelize(
     """
     # 1. Add the adapter before sharding and with real tensors, so that its initial values are the same on all ranks.
     transformer.requires_grad_(train.method == "full")
-    if train.method == "lora":
-        lora.add(transformer, family, adapter, train.seed)
+    if train.method != "full":
+        ADAPTERS[train.method].add(transformer, family, adapter, train.seed)
     precision.cast_trained_weights(transformer, train.weights)
     move_real(transformer, runtime.device.torch_device)
 

@@ -108,7 +108,7 @@ def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str],
     bucket, capacity = largest(family, recipe.data.buckets), hardware.known_capacity
     for_encoding, hopeless = _for_encoding(recipe, family, hardware)
     smallest: Candidate | None = None
-    extras = [{}, *_INEXACT[recipe.train.method]]
+    extras = [{}, *_INEXACT["full" if recipe.train.method == "full" else "lora"]]
     if hopeless:  # look for the settings that take least
         extras = [next((extra for extra in reversed(extras) if any(_settings(recipe, hardware.gpus, extra))), {})]
     for extra in extras:
@@ -162,7 +162,7 @@ def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
     if gpus == 1:
         weights = [{"memory.layout": "auto", **each} for each in weights]
     else:
-        layouts = ("replicate", "shard") if recipe.train.method == "lora" else ("shard",)
+        layouts = ("replicate", "shard") if recipe.train.method != "full" else ("shard",)
         weights = [{"memory.layout": layout, **each} for layout in layouts for each in weights]
     for activations, where in itertools.product(_ACTIVATIONS, weights):
         changes = _PLAIN | activations | where | extra

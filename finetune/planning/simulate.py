@@ -149,7 +149,7 @@ class Simulation:
     def export(self, state: StepState) -> None:
         """Gather the trained weights."""
         with self._phase("export"):
-            gathered(state.transformer, trained_only=self.recipe.train.method == "lora")
+            gathered(state.transformer, trained_only=self.recipe.train.method != "full")
 
     def plan(self) -> Plan:
         """The phases that have been simulated."""

@@ -285,6 +285,11 @@ class Recipe(Table):
     distributed: Distributed = Distributed()
     """How processes work together."""
 
+    @property
+    def adapter(self) -> Table | None:
+        """The settings of the adapter that is trained: the table that is called as train.method. None with "full"."""
+        return None if self.train.method == "full" else getattr(self, self.train.method)
+
 
 def free_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> set[str]:
     """Dotted names of the keys that may change when a run is resumed."""

@@ -105,8 +105,8 @@ class Job:
         method = self.recipe.train.method
 
         def write(folder: Path) -> None:
-            if method == "lora":
-                export_weights(self.state, method, folder / "lora")
+            if method != "full":
+                export_weights(self.state, method, folder / exporter_of(method).folder(self.state.family))
 
         pending = self.checkpoints.begin(step, self.state.parts, self.identity(), write)
         return self.checkpoints.finish(pending)
@@ -134,7 +134,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
     """
     train, memory = recipe.train, recipe.memory
     transformer = family.build_transformer(storage_dtype(train))
-    transformer = parallelize(transformer, family, train, recipe.lora, memory, runtime)
+    transformer = parallelize(transformer, family, train, recipe.adapter, memory, runtime)
     with runtime.together():
         load_weights(transformer, weights, runtime.device.torch_device)
     parameters = trained_parameters(transformer)
@@ -148,7 +148,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
         schedule=build_schedule(optimizer, recipe.schedule, train.steps),
         runtime=runtime,
         max_grad_norm=None if train.max_grad_norm == "none" else train.max_grad_norm,
-        defer_reduction=train.method == "lora",
+        defer_reduction=train.method != "full",
         seed=train.seed,
         activations=ActivationOffload(runtime.device) if recipe.memory.offload_activations else None,
         in_backward=InBackward(optimizer) if recipe.optimizer.in_backward else None,

@@ -2,34 +2,30 @@
 
 from pathlib import Path
 
-from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
+from finetune.engine.weights.exporters import exporter_of
 from finetune.runtime.logging import say
 from finetune.training.job import Job
 
 
 def say_usage(job: Job, folder: Path) -> None:
     """Print where the trained weights are and how to use them."""
-    what = "LoRA, verified by loading it back," if job.recipe.train.method == "lora" else "transformer"
-    say(f"\ndone. The {what} lies in {folder}\nUse it with diffusers:\n")
-    say("\n".join(f"    {line}" for line in _usage(job, folder)))
+    say(f"\ndone. The {exporter_of(job.recipe.train.method).title} lies in {folder}")
+    if lines := _usage(job, folder):
+        say("Use it with diffusers:\n")
+        say("\n".join(f"    {line}" for line in lines))
 
 
 def _usage(job: Job, folder: Path) -> list[str]:
-    """The lines of a script that generates a video with the trained weights."""
+    """The lines of a script that generates a video with the trained weights; none if their format has no such lines."""
     family, model, shape = job.state.family, job.recipe.model, job.recipe.data.buckets[0]
     dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
     source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
     helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"
     lines = ["import torch, diffusers", f"from diffusers.utils import {helpers}  # pip install imageio imageio-ffmpeg"]
-    if job.recipe.train.method == "lora":
-        lines.append(f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, torch_dtype={dtype})")
-        lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')
-    else:
-        component = family.trained_component
-        lines.append(f'model = diffusers.{family.transformer_class}.from_pretrained("{folder}", torch_dtype={dtype})')
-        lines.append(
-            f"pipe = diffusers.{family.pipeline_class}.from_pretrained({source}, {component}=model, torch_dtype={dtype})"
-        )
+    loading = exporter_of(job.recipe.train.method).usage(family, source, dtype, folder)
+    if not loading:
+        return []
+    lines += loading
     size = f"num_frames={shape.frames}, height={shape.height}, width={shape.width}"
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
     device = job.state.runtime.device.kind

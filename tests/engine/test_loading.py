@@ -18,7 +18,8 @@ from finetune.engine.gradients import local
 from finetune.engine.parallel import parallelize
 from finetune.engine.savers.lowbit import LowBitLinear, dequantize
 from finetune.engine.weights.loading import load_weights, whole_transformer
-from finetune.models import family_class, lora
+from finetune.models import family_class
+from finetune.models.adapters import lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.recipe.schema import Lora, Memory, Train

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from finetune.data.loader import Sample
 from finetune.engine.parallel import parallelize
-from finetune.models import lora
+from finetune.models.adapters import lora
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.recipe import Bucket

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from finetune.engine.weights.loading import whole_transformer
-from finetune.models import lora
+from finetune.models.adapters import lora
 from finetune.models.folder import ModelFolder
 from finetune.models.ltx import LTXVideo
 from finetune.recipe.schema import Lora

@@ -13,7 +13,7 @@ from processes import ROOT
 
 from finetune.checks.model import family_problems
 from finetune.checks.settings import check_recipe
-from finetune.models import lora
+from finetune.models.adapters import lora
 from finetune.models.family import Family
 from finetune.recipe import Recipe, load_recipe
 

@@ -8,8 +8,8 @@ from torch.distributed.tensor import DTensor
 
 from finetune.engine.savers.lowbit import LowBitLinear
 from finetune.engine.savers.streaming import Streamed
+from finetune.models.adapters import is_adapters
 from finetune.models.family import Family
-from finetune.models.lora import ADAPTER
 from finetune.models.weights import Weights
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "base_layer.")
@@ -57,7 +57,7 @@ def load_weights(transformer: nn.Module, weights: Weights, device: torch.device)
     with torch.no_grad():
         for prefix, module in transformer.named_modules():
             for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-                if _is_adapter(name) or (isinstance(module, LowBitLinear) and parameter is not module.bias):
+                if is_adapters(name) or (isinstance(module, LowBitLinear) and parameter is not module.bias):
                     continue
                 rows, start, stop = _local(destination(parameter))
                 if rows.numel():
@@ -85,10 +85,6 @@ def plain_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-def _is_adapter(name: str) -> bool:
-    return f".{ADAPTER}." in name
 
 
 def _local(tensor: Tensor) -> tuple[Tensor, int, int]:

@@ -10,8 +10,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from finetune.engine.weights.exporters.exporter import Exporter, gathered
+from finetune.models.adapters import ADAPTER, is_adapters
 from finetune.models.family import Family
-from finetune.models.lora import ADAPTER
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
@@ -27,7 +27,7 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
     with runtime.together():
         if runtime.is_main:
             # By peft's file names; a persistent buffer (CogVideoX-I2V's learned positions) is no part of the adapter.
-            adapter = {name: value for name, value in whole.items() if f".{ADAPTER}." in name}
+            adapter = {name: value for name, value in whole.items() if is_adapters(name)}
             layers = {name.replace(f".{ADAPTER}.", "."): value for name, value in adapter.items()}
             config: LoraConfig = cast(Any, transformer).peft_config[ADAPTER]
             pipeline = getattr(diffusers, family.pipeline_class)
@@ -69,4 +69,12 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
         )
 
 
-EXPORTER = Exporter("lora", lambda family: "lora", export_lora)
+def usage(family: Family, base: str, dtype: str, folder: Path) -> list[str]:
+    """See `Exporter.usage`."""
+    return [
+        f"pipe = diffusers.{family.pipeline_class}.from_pretrained({base}, torch_dtype={dtype})",
+        f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")',
+    ]
+
+
+EXPORTER = Exporter("lora", lambda family: "lora", export_lora, usage, "LoRA, verified by loading it back,")

@@ -26,4 +26,13 @@ def export_transformer(transformer: nn.Module, family: Family, folder: Path, run
                 raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(folder))
 
 
-EXPORTER = Exporter("full", lambda family: family.trained_component, export_transformer)
+def usage(family: Family, base: str, dtype: str, folder: Path) -> list[str]:
+    """See `Exporter.usage`."""
+    component = family.trained_component
+    return [
+        f'model = diffusers.{family.transformer_class}.from_pretrained("{folder}", torch_dtype={dtype})',
+        f"pipe = diffusers.{family.pipeline_class}.from_pretrained({base}, {component}=model, torch_dtype={dtype})",
+    ]
+
+
+EXPORTER = Exporter("full", lambda family: family.trained_component, export_transformer, usage, "transformer")

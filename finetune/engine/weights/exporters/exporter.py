@@ -21,11 +21,16 @@ class Exporter:
         folder: the name of its folder in the run's output, of a family.
         write: given (transformer, family, folder, runtime), writes and verifies. All ranks take part; raises UserError if
             what was written differs from what was trained.
+        usage: given (family, base, dtype, folder), the lines of Python that make `pipe` of the base model, as arguments of
+            `from_pretrained`, and of the folder; none if no line is known.
+        title: what it writes, as the end of a run says it.
     """
 
     method: str
     folder: Callable[[Family], str]
     write: Callable[[nn.Module, Family, Path, Runtime], None]
+    usage: Callable[[Family, str, str, Path], list[str]] = lambda family, base, dtype, folder: []
+    title: str = "adapter"
 
 
 def gathered(transformer: nn.Module, trained_only: bool) -> dict[str, Tensor]:

@@ -39,6 +39,11 @@ def check_targets(transformer: nn.Module, family: Family, targets: list[str]) ->
             )
 
 
+def check(transformer: nn.Module, family: Family, settings: Lora) -> None:
+    """Raise UserError for settings that the model cannot have."""
+    check_targets(transformer, family, settings.targets)
+
+
 def add(transformer: ModelMixin, family: Family, settings: Lora, seed: int) -> None:
     """Add a LoRA adapter in place. Its initial weights depend only on the seed.
 
