@@ -106,7 +106,8 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
             raise out_of_memory(error, step + 1, job.order.plan(step).bucket, plan, recipe, runtime) from error
         report.step(step + 1, result)
         if not result.updated:
-            raise _not_finite(job, step, result)
+            kept = job.save(step) if step and not job.state.in_backward else None
+            raise _not_finite(job, step, result, kept)
         is_last = step + 1 == recipe.train.steps
         if is_last or _due(validation.every, step + 1):
             report.heldout(step + 1, job.heldout_loss())
@@ -132,12 +133,16 @@ def export(job: Job) -> Path:
     return folder
 
 
-def _not_finite(job: Job, step: int, result: StepResult) -> UserError:
-    """The parameters are as they were before the step: keep them, and say what was in it. Not so with updates in the backward
-    pass: the newest checkpoint holds the last good ones.
+def _not_finite(job: Job, step: int, result: StepResult, kept: Path | None) -> UserError:
+    """The error for a step whose loss or norm is not finite, with the clips that were in it.
+
+    With in_backward, parameters have already changed; the newest checkpoint is the last good state.
+
+    Args:
+        kept: the checkpoint of the weights before the step, if one was written.
     """
     made = "no update was made"
-    saved = f"; the weights before it are kept in {job.save(step)}" if step and not job.state.in_backward else ""
+    saved = f"; the weights before it are kept in {kept}" if kept else ""
     if job.state.in_backward:
         made = "it was part of the update (optimizer.in_backward); the run goes on from its newest checkpoint"
     clips: list[Path] = [job.prepared.train[index].path for index in job.order.plan(step).items]
