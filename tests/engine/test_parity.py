@@ -63,7 +63,7 @@ def test_the_batches_are_bit_for_bit_those_of_one_process(
             ],
         )
         assert torch.equal(torch.cat([part.only.target for part in parts]), whole.only.target)
-        assert torch.equal(torch.cat([part.weight for part in parts]), whole.weight)
+        assert torch.equal(torch.cat([part.only.weight for part in parts]), whole.only.weight)
         for name, value in whole.inputs.items():
             if isinstance(value, Tensor):
                 assert torch.equal(torch.cat([part.inputs[name] for part in parts]), value), name
