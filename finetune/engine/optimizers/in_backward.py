@@ -1,7 +1,6 @@
 """Updates in the backward pass (Lv et al. 2023, LOMO), with any optimizer that updates one parameter as it does all."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +19,17 @@ class InBackward:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.norms: list[Tensor] = []  # of this step's gradients, on this rank
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(partial(self._update, group))
+                parameter.register_post_accumulate_grad_hook(partial(self._update, index))
 
-    def _update(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
+    def _update(self, index: int, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # it is what the hook is called for
         norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
         self.norms.append(norm / replicas(parameter) ** 0.5)
-        groups, whole = self.optimizer.param_groups, group["params"]
+        groups = self.optimizer.param_groups  # load_state_dict puts other dictionaries in their place
+        group = groups[index]
+        whole = group["params"]
         self.optimizer.param_groups, group["params"] = [group], [parameter]
         try:
             self.optimizer.step()
