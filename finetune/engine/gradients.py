@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def grad_norm(parameters: Sequence[nn.Parameter], limit: float | None, world_size: int) -> Tensor:
+def grad_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
     """Global L2 norm of the gradients over all ranks, in float32, also of bf16 ones; gradients are scaled in place to
     `limit` if it is exceeded.
     """
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
-    norm = global_norm(norms / replicas(parameters[0]) ** 0.5, world_size)
+    norm = global_norm(norms / replicas(parameters[0]) ** 0.5)
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
@@ -37,10 +37,10 @@ def replicas(tensor: Tensor) -> int:
     return dist.get_world_size() // parts
 
 
-def global_norm(norms: Tensor, world_size: int) -> Tensor:
+def global_norm(norms: Tensor) -> Tensor:
     """The L2 norm of everything, of norms of parts: those of this rank, 1-D float32, each over the root of its replicas."""
     norm = torch.linalg.vector_norm(norms)
-    if world_size == 1:
+    if dist.get_world_size() == 1:
         return norm
     squares = norm.square()
     dist.all_reduce(squares)

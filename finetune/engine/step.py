@@ -95,9 +95,9 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
             totals[name] += loss.detach()
 
     if state.in_backward:
-        norm = state.in_backward.norm(state.runtime.world_size)
+        norm = state.in_backward.norm()
     else:
-        norm = grad_norm(state.parameters, state.max_grad_norm, state.runtime.world_size)
+        norm = grad_norm(state.parameters, state.max_grad_norm)
     # All ranks of a context hold the same loss, so the mean over all ranks is the mean over the data ranks.
     means = [total / state.runtime.world_size for total in totals.values()]
     report = torch.stack([*means, torch.full((), float(stop), device=device.torch_device)])

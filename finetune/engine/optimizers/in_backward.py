@@ -37,7 +37,7 @@ class InBackward:
             self.optimizer.param_groups, group["params"] = groups, whole
         parameter.grad = None
 
-    def norm(self, world_size: int) -> Tensor:
+    def norm(self) -> Tensor:
         """Global L2 norm of the gradients since it was last asked for, over all ranks."""
         norms, self.norms = self.norms, []
-        return global_norm(torch.stack(norms), world_size)
+        return global_norm(torch.stack(norms))
