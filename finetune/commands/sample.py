@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not (recipe.validation.prompts or recipe.validation.prompts_file):
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
     from finetune.checks.model import open_family
-    from finetune.training.exported import sample
+    from finetune.training.exported_videos import sample
 
     def body(runtime: Runtime) -> int:
         if runtime.world_size > 1:

@@ -8,6 +8,7 @@ from torch import nn
 from finetune.recipe.rules import streams
 from finetune.recipe.schema import Memory
 from finetune.runtime.distributed import Runtime
+from finetune.runtime.units import GIB
 
 _STATE_SHARE = 0.4  # of device memory, for weights, gradients and optimizer state; the rest is for activations
 
@@ -64,7 +65,7 @@ def _automatic(transformer: nn.Module, runtime: Runtime) -> tuple[str, str]:
         return "shard", "how much memory a device has is not known"
     state = sum(p.numel() * 16 if p.requires_grad else p.nbytes for p in transformer.parameters())
     room = _STATE_SHARE * runtime.device.total_memory
-    have = f"{state / 2**30:.1f} GiB of weights and state"
+    have = f"{state / GIB:.1f} GiB of weights and state"
     if state <= room:
         return "replicate", f"{have} fit on every device"
     if ranks // on_host > 1 and state <= room * on_host:

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from finetune.engine import precision
 from finetune.engine.layout import Layout, choose_layout
-from finetune.engine.savers import activation, lowbit
+from finetune.engine.savers import activation, compiled, lowbit
 from finetune.engine.savers.streaming import stream_blocks
 from finetune.engine.weights.loading import materialise, move_real, plain_name
 from finetune.models.adapters import ADAPTERS
@@ -50,7 +50,7 @@ def parallelize(
 
     # 4. Compile blocks in place, which keeps parameter names; after checkpointing, so that the graph includes recomputation.
     if memory.compile:
-        activation.compile_blocks(lists, runtime.device)
+        compiled.compile_blocks(lists, runtime.device)
 
     # 5. Stream or shard blocks outermost, so that copies and all-gathers stay outside of compiled graphs.
     layout = choose_layout(memory, train.method, transformer, runtime)

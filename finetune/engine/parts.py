@@ -4,9 +4,10 @@ Weights and optimizer are parts. A further one, such as an average of the weight
 run resumes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-class Part(Protocol):
+class Part(ABC):
     """What the engine asks of a part, on every rank. A subclass may leave out the last two methods.
 
     Attributes:
@@ -31,16 +32,16 @@ class Part(Protocol):
 
     name: str
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it: DTensors as they are sharded, or small values that can be pickled.
 
         Before loading, tensors of the same shapes: they are filled in place, and handed to `load_state_dict`.
         """
-        ...
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
-        ...
 
     def after_step(self, step: int) -> None:
         """Follow an update. It is called once a step, counted from 0, and not after a step that made no update."""

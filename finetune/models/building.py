@@ -1,11 +1,12 @@
 """Building a diffusers model from its config, without weights."""
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
@@ -36,3 +37,25 @@ def without_weights(cls: type[diffusers.ModelMixin], config: dict[str, Any], dty
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+
+def replace_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Replace each parameter and buffer of a module by what `change` makes of it, in place; tied parameters stay tied.
+
+    torch's own `.to`, `to_empty` and `_apply` change parameters in place, which works only between some kinds of devices. FSDP
+    takes up replaced parameters before its first forward pass.
+
+    Args:
+        change: returns a new tensor, or the one that it was given.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter not in made:
+                held = parameter.detach()
+                changed = change(held)
+                made[parameter] = parameter if changed is held else nn.Parameter(changed, parameter.requires_grad)
+            owner._parameters[name] = made[parameter]
+        for name, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[name] = change(buffer)
+    return module

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-GB, GIB = 10**9, 2**30
+from finetune.runtime.units import GIB
+
+GB = 10**9
 CONTEXT = GIB // 2  # bytes that a CUDA context takes, about
 
 

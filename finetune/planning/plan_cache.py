@@ -10,7 +10,7 @@ import finetune
 from finetune.data.cache import content_hash, digest
 from finetune.models.family import Family
 from finetune.models.folder import INDEX
-from finetune.planning.report import Plan
+from finetune.planning.plan import Plan
 from finetune.recipe import Recipe, recipe_values
 from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.files import atomic

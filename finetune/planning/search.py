@@ -14,11 +14,12 @@ from finetune.checks.settings import check_recipe
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.planning.gpus import Hardware
-from finetune.planning.report import GIB, Phase, Plan
+from finetune.planning.plan import Phase, Plan
 from finetune.planning.simulate import Simulation, largest, simulate, simulate_all
 from finetune.recipe import Bucket, Recipe, recipe_values
 from finetune.recipe.rules import saver_problems, streams
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.units import GIB
 
 Changes = dict[str, Any]
 """Keys of a recipe, as `table.key` -> value."""

@@ -26,7 +26,7 @@ from finetune.planning.accelerator import Accelerator
 from finetune.planning.device import simulated_runtime, works_with_this_torch
 from finetune.planning.gpus import Hardware
 from finetune.planning.kernels import HOPPER_WORKSPACE, WORKSPACE
-from finetune.planning.report import Phase, PhaseKind, Plan
+from finetune.planning.plan import Phase, PhaseKind, Plan
 from finetune.planning.timeline import Timeline, plot_timelines
 from finetune.planning.trace import Trace
 from finetune.planning.weightless import WeightlessFolder, ZeroWeights

@@ -3,9 +3,9 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from finetune.planning.report import GIB
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import writing
+from finetune.runtime.units import GIB
 
 Timeline = list[tuple[int, dict[str, int]]]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finetune.models.building import replace_tensors
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.weights import Weights
@@ -54,21 +53,8 @@ class WeightlessFolder(ModelFolder):
             wanted = dtype if tensor.is_floating_point() else tensor.dtype
             return torch.empty_like(tensor.to(wanted), device="cpu")
 
-        _replace(module, on_host)
+        replace_tensors(module, on_host)
         # `.to` calls `_apply`; torch's own cannot replace the data of fake tensors.
-        module._apply = partial(_replace, module)
+        module._apply = lambda change, *_: replace_tensors(module, change)
         self._accelerator.name((*module.parameters(), *module.buffers()), category)
         return module.eval()
-
-
-def _replace(module: nn.Module, change: Callable[[Tensor], Tensor], *_: Any) -> nn.Module:
-    """Replace each parameter and buffer by what `change` makes of it; tied parameters stay tied."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter not in made:
-                made[parameter] = nn.Parameter(change(parameter.detach()), requires_grad=False)
-            owner._parameters[name] = made[parameter]
-        for name, buffer in owner.named_buffers(recurse=False):
-            owner._buffers[name] = change(buffer)
-    return module

@@ -19,8 +19,8 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
+from finetune.runtime.units import GIB
 
-GIB = 2**30
 MEMORY_FILE = "memory.json"
 VIEWER = "https://docs.pytorch.org/memory_viz"
 

@@ -9,12 +9,11 @@ from finetune.recipe.load import recipe_values
 from finetune.runtime.device import PeakMemory
 from finetune.runtime.files import writing
 from finetune.runtime.logging import say
+from finetune.runtime.units import GIB
 from finetune.tracking.progress import ProgressLine
 from finetune.tracking.trackers import Tracker, open_trackers
 from finetune.training.job import Job
 from finetune.training.samples import Samples
-
-GIB = 2**30
 
 
 class Report:

@@ -8,7 +8,7 @@ import pytest
 from finetune.checks.model import open_family
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.errors import UserError
-from finetune.training.exported import sample
+from finetune.training.exported_videos import sample
 from finetune.training.job import Job, export_weights
 
 PROMPTS = 'validation.prompts=[{text = "a red ball", steps = 2, guidance = 1.0, count = 2}]'

@@ -19,6 +19,7 @@ from finetune.engine.step import StepResult, run_step
 from finetune.models.batch import Batch
 from finetune.recipe.optimizers import AdamW
 from finetune.recipe.schema import Schedule
+from finetune.runtime.distributed import Runtime
 from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
@@ -46,24 +47,24 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1.0, 1e3])
-def test_gradients_are_clipped_as_torch_clips_them(limit: float) -> None:
+def test_gradients_are_clipped_as_torch_clips_them(runtime: Runtime, limit: float) -> None:
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
     model(torch.randn(4, 7)).square().sum().backward()
     theirs = copy.deepcopy(model)
     for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
         other.grad = ours.grad.clone()
-    norm = grad_norm(list(model.parameters()), limit, world_size=1)
+    norm = grad_norm(list(model.parameters()), limit)
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit)
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
     for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
         assert_close_to_scale(ours.grad, other.grad)
 
 
-def test_without_a_limit_gradients_are_left_alone() -> None:
+def test_without_a_limit_gradients_are_left_alone(runtime: Runtime) -> None:
     model = nn.Linear(7, 5)
     (1e6 * model(torch.randn(4, 7))).sum().backward()
     before = [parameter.grad.clone() for parameter in model.parameters()]
-    grad_norm(list(model.parameters()), None, world_size=1)
+    grad_norm(list(model.parameters()), None)
     assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), before, strict=True))
 
 

@@ -16,7 +16,7 @@ from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
-from finetune.training.exported import check_trained
+from finetune.training.exported_videos import check_trained
 from finetune.training.job import Job
 from finetune.training.run import export
 from finetune.training.samples import validation_samples

@@ -1,4 +1,4 @@
-"""What a block keeps for the backward pass: all, nothing (Chen et al. 2016), or what is chosen; and how it is compiled."""
+"""What a block keeps for the backward pass: all, nothing (Chen et al. 2016), or what is chosen."""
 
 import math
 from functools import partial
@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from finetune.recipe.schema import Memory
-from finetune.runtime.device import Device
+from finetune.runtime.units import GIB
 
 ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
@@ -21,7 +21,6 @@ ATTENTION = {
 }
 """Names of the operations that attention ends in. A device with an operation of its own adds its name."""
 
-_GRAPHS = 256
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
@@ -33,7 +32,7 @@ def checkpoint_blocks(lists: list[nn.ModuleList], memory: Memory) -> None:
     total = sum(map(len, lists))
     options: dict[str, Any] = {}
     if mode == "selective":
-        budget = math.inf if memory.keep_gib is None else memory.keep_gib * 2**30 / total
+        budget = math.inf if memory.keep_gib is None else memory.keep_gib * GIB / total
         options["context_fn"] = partial(_contexts, budget)
     wrap = partial(checkpoint_wrapper, checkpoint_fn=partial(_by_position, options))
     index = 0
@@ -42,19 +41,6 @@ def checkpoint_blocks(lists: list[nn.ModuleList], memory: Memory) -> None:
             if mode != "every_n" or index % memory.checkpoint_every == 0:
                 blocks[place] = wrap(block)
             index += 1
-
-
-def compile_blocks(lists: list[nn.ModuleList], device: Device) -> None:
-    """Compile blocks in place. Blocks of one kind share their graphs: one a bucket for training, one more for the first of
-    them, whose input needs no gradient, and one without gradients for validation.
-    """
-    # Past its limit, 8 by default, torch goes on without compiling, and does not say so.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
-    # inductor's kernels for CPUs get gradients through HunyuanVideo's attention wrong by some percent (torch 2.13).
-    backend = "aot_eager" if device.is_cpu else "inductor"
-    for blocks in lists:
-        for block in blocks:
-            block.compile(dynamic=False, backend=backend)  # graphs for any shape are slower, and not always right
 
 
 def _by_position(options: dict[str, Any], block: nn.Module, *arguments: Any, **keywords: Any) -> Any:

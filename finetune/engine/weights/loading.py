@@ -1,7 +1,5 @@
 """Loads the weights of a transformer that was built without any. Each rank reads only the rows that it holds."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -9,6 +7,7 @@ from torch.distributed.tensor import DTensor
 from finetune.engine.savers.lowbit import LowBitLinear
 from finetune.engine.savers.streaming import Streamed
 from finetune.models.adapters import is_adapters
+from finetune.models.building import replace_tensors
 from finetune.models.family import Family
 from finetune.models.weights import Weights
 
@@ -17,27 +16,12 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "base_layer.")
 
 def materialise(transformer: nn.Module, device: torch.device) -> None:
     """Allocate uninitialised memory on `device` for the parameters that are on meta. Shards stay shards."""
-    _replace(transformer, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    replace_tensors(transformer, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
 def move_real(transformer: nn.Module, device: torch.device) -> None:
     """Move parameters and buffers that are not on meta to `device`; these are the adapter and the buffers."""
-    _replace(transformer, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-
-
-def _replace(transformer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace parameters and buffers by changed ones.
-
-    torch's own `.to` and `to_empty` change them in place, which works only between some kinds of devices. FSDP takes up
-    replaced parameters before its first forward pass.
-    """
-    for module in transformer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            changed = change(parameter.detach())
-            if changed.device != parameter.device:
-                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = change(buffer)
+    replace_tensors(transformer, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def load_weights(transformer: nn.Module, weights: Weights, device: torch.device) -> None:

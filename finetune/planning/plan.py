@@ -9,11 +9,11 @@ from finetune.planning.gpus import Gpu, Hardware
 from finetune.planning.trace import Peak
 from finetune.recipe import Bucket
 from finetune.runtime.device import PeakMemory
+from finetune.runtime.units import GIB
 
 if TYPE_CHECKING:  # a training that reads a plan does not import the simulation
     from finetune.planning.cost import Cost
 
-GIB = 2**30
 _WIDTH, _BAR = 40, 24
 PhaseKind = Literal["encode text", "encode video", "load", "step", "validation", "export"]
 
@@ -159,13 +159,3 @@ class Plan:
         if self.fits:
             return f"fits: {each} needs {needs} of {hardware.capacity / GIB:.2f}, beside what its driver takes"
         return f"does not fit: {each} needs {needs}, {difference:.2f} GiB more than there are"
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "24GiB", "24 GB", "25769803776B" or "24" (GiB). Raises ValueError."""
-    units = {"": GIB, "gib": GIB, "g": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6, "b": 1}
-    number = text.strip().rstrip("GgIiBbMm ")
-    unit = text.strip()[len(number) :].strip().lower()
-    if unit not in units or not 0 < float(number) < 1e18:
-        raise ValueError(f"{text!r} is no amount of memory; write 24GiB, or 24GB")
-    return int(float(number) * units[unit])

@@ -1,0 +1,13 @@
+"""Amounts of memory as users write them. Imports no torch."""
+
+GIB = 2**30
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "24GiB", "24 GB", "25769803776B" or "24" (GiB). Raises ValueError."""
+    units = {"": GIB, "gib": GIB, "g": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6, "b": 1}
+    number = text.strip().rstrip("GgIiBbMm ")
+    unit = text.strip()[len(number) :].strip().lower()
+    if unit not in units or not 0 < float(number) < 1e18:
+        raise ValueError(f"{text!r} is no amount of memory; write 24GiB, or 24GB")
+    return int(float(number) * units[unit])
