@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache as cache_calls
@@ -15,6 +16,8 @@ from slowest import pytest_terminal_summary  # noqa: F401  pytest finds its hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell has it so in what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from finetune.runtime.logging import quiet_libraries
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.commands.common import add_recipe_arguments, number_of_gpus
+from finetune.planning import DOES_NOT_FIT
 from finetune.planning.gpus import CONTEXT, GPUS, Hardware
 from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
+from finetune.runtime.signals import end_with_parent
+from finetune.runtime.units import parse_bytes
 
 if TYPE_CHECKING:
     from finetune.models.family import Family
-
-DOES_NOT_FIT = 3  # exit status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="a picture of what lives on a GPU when")
     parser.add_argument("--all-buckets", action="store_true", help="not only the largest")
     parser.add_argument("--json", action="store_true", help="all figures, in bytes")
+    parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)  # beside a training
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status, `DOES_NOT_FIT` where the memory given is too small."""
+    if arguments.end_with_parent:
+        end_with_parent()
     recipe, gpus = load_recipe(arguments.recipe, arguments.set), arguments.gpus or 1
     _check_options(arguments, gpus)
     from finetune.checks.model import open_family
@@ -126,8 +130,6 @@ def _plain(name: str) -> str:
 
 
 def _bytes(text: str) -> int:
-    from finetune.planning.report import parse_bytes
-
     try:
         return parse_bytes(text)
     except ValueError:

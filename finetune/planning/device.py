@@ -24,6 +24,7 @@ from finetune.runtime.device import Copies, Device, PeakMemory
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
+VERSION: str = torch.__version__
 OLDEST, NEWEST = (2, 11), (2, 15)  # versions of torch that it is tested with; pyproject.toml says the same
 
 
@@ -107,8 +108,8 @@ def works_with_this_torch() -> Iterator[None]:
         UserError: this version is not among the tested ones, or calls what the device does not have.
     """
     cure = f"it is tested with torch {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-    if not OLDEST <= tuple(int(part) for part in torch.__version__.split(".")[:2]) <= NEWEST:
-        raise UserError(f"the simulated device does not know torch {torch.__version__}", cure)
+    if not OLDEST <= tuple(int(part) for part in VERSION.split(".")[:2]) <= NEWEST:
+        raise UserError(f"the simulated device does not know torch {VERSION}", cure)
     try:
         yield
     except (AttributeError, ImportError, NotImplementedError, TypeError) as error:
@@ -116,7 +117,7 @@ def works_with_this_torch() -> Iterator[None]:
         if not any(where.is_relative_to(Path(file).parent) for file in (torch.__file__, __file__)):
             raise
         line = str(error).partition("\n")[0]
-        what = f"the simulated device fails on torch {torch.__version__} ({type(error).__name__}: {line})"
+        what = f"the simulated device fails on torch {VERSION} ({type(error).__name__}: {line})"
         raise UserError(what, cure) from error
 
 

@@ -1,4 +1,4 @@
-"""The plan of a training that runs: made by `plan` in a process beside it, and told by rank 0 when it is there."""
+"""The memory plan of a running training: the `plan` command makes it in a process beside it, and rank 0 prints it when done."""
 
 import os
 import subprocess
@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 from finetune.models.family import Family
+from finetune.planning import DOES_NOT_FIT
 from finetune.planning.gpus import GPUS
+from finetune.planning.plan import Plan
 from finetune.planning.plan_cache import keep_plan, parse_plan, plan_file, read_plan
-from finetune.planning.report import Plan
 from finetune.recipe import Recipe, write_recipe
 from finetune.runtime.device import PeakMemory, has_expandable_segments
 from finetune.runtime.distributed import Runtime
@@ -17,15 +18,7 @@ from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 from finetune.training.memory import fit_command, gpu_arguments
 
-_FITS, _DOES_NOT_FIT = 0, 3  # exit statuses of `plan`; both come with its figures
-_COMMAND = """
-from finetune.runtime.signals import end_with_parent
-end_with_parent()
-import sys
-from finetune.cli import main
-from finetune.runtime.exit import leave
-leave(main(sys.argv[1:]))
-"""
+_PROGRAM = (sys.executable, "-m", "finetune")
 _LAUNCHER = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -125,11 +118,11 @@ class PlanProcess:
         file = self._folder / "recipe.toml"
         at_model = recipe.model.model_copy(update={"path": str(model.absolute())})
         write_recipe(recipe.model_copy(update={"model": at_model}), file)
-        command = ["plan", "--recipe", str(file), *arguments, "--all-buckets", "--json"]
+        command = ["plan", "--recipe", str(file), *arguments, "--all-buckets", "--json", "--end-with-parent"]
         alone = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
         with open(self._folder / "out", "w") as out, open(self._folder / "errors", "w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, *command],
+                [*_PROGRAM, *command],
                 env=alone | {"CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -142,7 +135,7 @@ class PlanProcess:
 
     def result(self) -> Plan:
         """The plan that the ended process has made. Raises ValueError if it has made none, with the reason, or OSError."""
-        if self.process.returncode in (_FITS, _DOES_NOT_FIT):
+        if self.process.returncode in (0, DOES_NOT_FIT):
             return parse_plan((self._folder / "out").read_text())
         lines = (self._folder / "errors").read_text().strip().splitlines()
         lines = lines or [f"exit status {self.process.returncode}"]

@@ -14,7 +14,7 @@ from finetune.engine.savers.lowbit import quantize_blocks
 from finetune.models.family import Family
 from finetune.planning import search
 from finetune.planning.gpus import GPUS, Hardware
-from finetune.planning.report import Plan
+from finetune.planning.plan import Plan
 from finetune.planning.simulate import simulate, simulate_all
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.exit import leave

@@ -19,9 +19,9 @@ from forecast_worker import Card
 from processes import ROOT, Finetune
 
 from finetune.checks.model import open_family
-from finetune.planning.forecast import _COMMAND, Forecast
+from finetune.planning.forecast import Forecast
+from finetune.planning.plan import Plan
 from finetune.planning.plan_cache import read_plan
-from finetune.planning.report import Plan
 from finetune.recipe import Bucket, load_recipe
 from finetune.runtime.device import Device
 from finetune.runtime.distributed import Runtime
@@ -330,8 +330,11 @@ def test_a_plan_that_fails_is_said_in_a_line(recipe: Path, runtime: Runtime, tmp
 def test_a_torch_that_the_simulated_device_does_not_know_is_said_in_a_line(
     recipe: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    newer = "import torch; torch.__version__ = type(torch.__version__)('2.16.0')"
-    monkeypatch.setattr("finetune.planning.forecast._COMMAND", newer + _COMMAND)
+    program = (
+        "from finetune.planning import device; device.VERSION = '2.16.0'; import sys; from finetune.cli import main; "
+    )
+    program += "sys.exit(main(sys.argv[1:]))"
+    monkeypatch.setattr("finetune.planning.forecast._PROGRAM", (sys.executable, "-c", program))
     with forecast(recipe, card(runtime), tmp_path) as plan:
         plan.process.process.wait(200)
         plan.poll()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune.planning.report import parse_bytes
 from finetune.recipe import load_recipe
+from finetune.runtime.units import parse_bytes
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from processes import ROOT
 
 from finetune.planning.device import NEWEST, OLDEST
 
-VERSION = "import torch; torch.__version__ = type(torch.__version__)('{}')"
+# Not torch's own number: other packages choose by it what they import of torch.
+VERSION = "from finetune.planning import device; device.VERSION = '{}'"
 UNKNOWN = {  # what is done to torch before the command is run -> how the error goes on
     VERSION.format("2.10.0"): "does not know torch 2.10.0",
     VERSION.format("2.16.0.dev20261201+cu130"): "does not know torch 2.16.0.dev20261201+cu130",
