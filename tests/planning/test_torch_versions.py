@@ -32,7 +32,7 @@ UNKNOWN = {  # what is done to torch before the command is run -> how the error 
 def test_a_plan_on_a_torch_that_is_not_known_is_an_error_of_one_line(
     family_recipe: Callable[..., Path], done: str, error: str
 ) -> None:
-    script = f"{done}\nimport sys\nfrom finetune.cli import main\nsys.exit(main(sys.argv[1:]))"
+    script = f"{done}\nimport runpy\nrunpy.run_module('finetune', run_name='__main__')"
     command = [sys.executable, "-c", script, "plan", "--recipe", family_recipe("ltx"), "--gpus", "1"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
