@@ -7,12 +7,11 @@ step n simply starts to read there.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from finetune.data.cache import Cache
 from finetune.data.sampler import Order
@@ -20,6 +19,9 @@ from finetune.recipe import Bucket
 from finetune.runtime import seeds
 from finetune.runtime.errors import UserError
 from finetune.runtime.signals import leave_group
+
+if TYPE_CHECKING:  # commands that load nothing need not wait for its import
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,10 @@ def _init_worker(worker: int) -> None:
 
 def open_loader(
     batches: MicroBatches, first_step: int, last_step: int, workers: int, pin_memory: bool
-) -> StatefulDataLoader:
+) -> "StatefulDataLoader":
     """Open a loader that yields the micro-batches of steps first_step .. last_step - 1, in order."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
     accumulation = batches.split.accumulation
     return StatefulDataLoader(
         batches,

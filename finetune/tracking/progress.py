@@ -2,8 +2,6 @@
 
 import time
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from finetune.runtime.logging import console, say
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -17,6 +15,8 @@ class ProgressLine:
         self.started, self.first, self.last_line = time.monotonic(), done, 0.0
         self.bar = None
         if enabled and console.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # not for a log file
+
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 TextColumn("{task.completed}/{task.total}"),
