@@ -172,7 +172,7 @@ class LiveTransformer(nn.Module):
     def config(self) -> Any:
         return self._live[0].config
 
-    def cache_context(self, name: str) -> Any:
+    def cache_context(self, name: str, **keywords: Any) -> Any:
         """No cache is used in training."""
         return nullcontext()
 

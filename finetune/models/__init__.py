@@ -7,9 +7,11 @@ directory's among them.
 
 import difflib
 import importlib
+import importlib.util
 import os
 import pkgutil
 import sys
+from contextlib import suppress
 from types import ModuleType
 from typing import NoReturn
 
@@ -41,7 +43,8 @@ def family_class(name: str) -> type[Family]:
         own = ' (one of your own is "package.module:Class")'
         cure = f"did you mean {near[0]!r}?" if near else f"families are: {', '.join(FAMILIES)}{own}"
         if "." in name:
-            cure = f'did you mean {":".join(name.rsplit(".", 1))!r}? A family of your own is "package.module:Class"'
+            likely = f"{name}:Class" if _is_module(name) else ":".join(name.rsplit(".", 1))
+            cure = f'did you mean {likely!r}? A family of your own is "package.module:Class"'
         raise UserError(f"unknown family {name!r}", cure, _KEY)
     module, _, attribute = FAMILIES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
@@ -52,8 +55,18 @@ def is_outside(name: str) -> bool:
     return ":" in name
 
 
+def _is_module(name: str) -> bool:
+    """Whether a dotted name is that of a module which can be found."""
+    with suppress(ImportError, ValueError):
+        return importlib.util.find_spec(name) is not None
+    return False
+
+
 def _outside_class(name: str) -> type[Family]:
     module_name, _, class_name = name.partition(":")
+    if module_name.endswith(".py") and class_name.isidentifier():
+        right = f"{module_name.removesuffix('.py').replace('/', '.')}:{class_name}"
+        raise UserError(f"{name!r} names a file", f"write {right!r}", _KEY)
     if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
         raise UserError(f"{name!r} does not name a class in a module", 'write "package.module:Class"', _KEY)
     module = _import(module_name)
@@ -92,7 +105,7 @@ def _contract_problems(cls: type[Family], name: str) -> list[Problem]:
 
 
 def _import(name: str) -> ModuleType:
-    """Import a module; what goes wrong inside of it is raised as it is, for whoever has written it."""
+    """Import a module; other errors inside of it than of its syntax are raised as they are, for whoever has written it."""
     here = os.getcwd()
     if not {here, ""} & set(sys.path):
         sys.path.insert(0, here)  # as `python -m` has it; a console script has not
@@ -102,6 +115,12 @@ def _import(name: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, and what it imports is not
         _not_found(name, error.name, here)
+    except SyntaxError as error:
+        what = f"{error.msg}: {(error.text or '').strip()}"
+        raise UserError(what, "mend the line", f"{error.filename}, line {error.lineno}") from None
+    except SystemExit as error:
+        what = f"{name} ends the process when it is imported ({error})"
+        raise UserError(what, "have it define the family only", _KEY) from None
 
 
 def _not_found(name: str, missing: str, here: str) -> NoReturn:

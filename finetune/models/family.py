@@ -107,6 +107,17 @@ class Family(ABC):
 
     # Shapes
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents, under either of the names that diffusers' VAEs have for it in their configs."""
+        config = self.folder.config("vae")
+        for key in ("latent_channels", "z_dim"):
+            if key in config:
+                return config[key]
+        raise UserError(
+            "the VAE's config does not say how many channels its latents have", "define `latent_channels`", self.name
+        )
+
     def vae_shape(self, bucket: Bucket) -> tuple[int, int, int]:
         """(frames, height, width) of the latents that the VAE makes of a bucket."""
         return (bucket.frames - 1) // self.temporal + 1, bucket.height // self.spatial, bucket.width // self.spatial
@@ -141,7 +152,8 @@ class Family(ABC):
         """The encoders of a clip, one for each kind of cached item, in the order in which they run.
 
         Every family has the kinds "text", of the caption alone, and "video"; "image" is the kind of prompts' images. The key of
-        a cached item has the code of an outside family's file in it, but not that of files which that imports.
+        a cached item has an outside family's name in it, and the code of its class's file and of those of its outside base
+        classes, but not that of files which these import.
 
         Args:
             dtype: compute precision of the encoders.
@@ -328,7 +340,7 @@ class Family(ABC):
 
     def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
         """Zeros in the shapes and dtypes of the tensors that are cached of a clip, by kind."""
-        channels, shape = self.folder.config("vae")["latent_channels"], self.vae_shape(bucket)
+        channels, shape = self.latent_channels, self.vae_shape(bucket)
         moments = {}
         for name in self.moments:
             frames = 1 if name.startswith("image_") else shape[0]

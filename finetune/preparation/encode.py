@@ -5,6 +5,7 @@ Ranks share the work, and nothing is encoded twice. A run that was killed contin
 
 import gc
 import inspect
+from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -150,10 +151,21 @@ def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtim
         hashed = {}
         if runtime.is_main:
             # Code of this project changes the format's number; anybody else's is part of what an encoding depends on.
-            outside = is_outside(recipe.model.family)
-            code = [cache.file_hash(Path(inspect.getfile(type(family))))] if outside else []
+            code = []
+            if is_outside(recipe.model.family):
+                code = [
+                    f"{type(family).__module__}:{type(family).__qualname__}",
+                    *map(cache.file_hash, code_of(family)),
+                ]
             hashed = {each.kind: digest(*each.fingerprint(cache.file_hash), precision, *code) for each in listed}
     return _Encoders({each.kind: each for each in listed}, runtime.from_main(hashed))
+
+
+def code_of(family: Family) -> list[Path]:
+    """The files of a family's class, and of those that it is derived from, without this project's."""
+    bases = [base for base in type(family).__mro__ if base.__module__ != "builtins"]
+    own = [base for base in bases if base.__module__.partition(".")[0] != "finetune"]
+    return list(dict.fromkeys(Path(inspect.getfile(base)) for base in own if base not in (ABC, object)))
 
 
 def encoders_of(family: Family, recipe: Recipe) -> tuple[Encoder, ...]:

@@ -22,6 +22,7 @@ from finetune.engine.step import StepResult, StepState, run_step
 from finetune.engine.weights.checkpoint import Checkpoints
 from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.loading import load_weights
+from finetune.models import is_outside
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.models.objective import Objective
@@ -92,7 +93,8 @@ class Job:
         return {"clips": digest(clips), "base": digest(base)}
 
     def _check_identity(self, facts: dict) -> None:
-        for key, what in (("clips", "clips or captions"), ("base", "weights in model.path")):
+        outside = ", or the code of the family" if is_outside(self.recipe.model.family) else ""
+        for key, what in (("clips", f"clips or captions{outside}"), ("base", "weights in model.path")):
             if facts[key] != self.identity()[key]:
                 raise UserError(
                     f"the {what} are not those that the checkpoint of step {facts['step']} was trained with",

@@ -57,6 +57,9 @@ def test_a_name_of_the_project_is_found_as_ever() -> None:
         ("lxt", "did you mean 'ltx'?"),
         ("wan", 'one of your own is "package.module:Class"'),
         ("mine.Mine", "did you mean 'mine:Mine'?"),
+        ("concurrent.futures", "did you mean 'concurrent.futures:Class'?"),
+        ("mine.py:Mine", "write 'mine:Mine'"),
+        ("package/mine.py:Mine", "write 'package.mine:Mine'"),
         ("mine:", 'write "package.module:Class"'),
         (":Mine", 'write "package.module:Class"'),
         ("mine.py:Mine.Other", 'write "package.module:Class"'),
@@ -93,6 +96,20 @@ def test_an_error_inside_the_module_is_its_authors(module, text: str, error: typ
     module("mine.py", text)
     with pytest.raises(error):
         family_class("mine:Mine")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("class Mine(:\n", "mine.py, line 1: invalid syntax: class Mine(:"),
+        ("import sys\nsys.exit(3)\n", "mine ends the process when it is imported (3)"),
+    ],
+)
+def test_a_file_that_is_no_module_is_told_in_a_line(module, text: str, words: str) -> None:
+    module("mine.py", text)
+    with pytest.raises(UserError) as error:
+        family_class("mine:Mine")
+    assert words in str(error.value)
 
 
 def test_a_class_that_is_not_there_names_the_nearest(module, tmp_path: Path) -> None:

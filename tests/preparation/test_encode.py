@@ -78,6 +78,30 @@ def test_captions_are_encoded_anew_for_another_pipeline(
     assert not keys[0] & keys[1]
 
 
+def test_families_of_the_users_own_share_no_encodings_by_name_or_by_code(
+    recipe_file: Path, runtime, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two classes of one file, and one whose base class is in another file that changes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "base_family.py").write_text(
+        "from finetune.models.ltx import LTXVideo\nclass Base(LTXVideo):\n    name = 'own'\n"
+    )
+    (tmp_path / "two_families.py").write_text(
+        "from base_family import Base\nclass One(Base):\n    pass\nclass Two(Base):\n    pass\n"
+    )
+
+    def keys(name: str) -> set[str]:
+        recipe = load_recipe(recipe_file, [f"model.family=two_families:{name}", f"data.cache={tmp_path / 'cache'}"])
+        return {key for item in prepare(recipe, open_family(recipe), runtime).train for key in item.keys.values()}
+
+    one, two = keys("One"), keys("Two")
+    assert not one & two
+    assert keys("One") == one
+    with (tmp_path / "base_family.py").open("a") as file:
+        file.write("# changed\n")
+    assert not keys("One") & one
+
+
 def test_a_condition_image_is_cached_at_the_prompts_shape(
     recipe_file: Path, runtime, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
