@@ -11,8 +11,8 @@ from finetune.runtime.logging import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--family", default="ltx")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--family", default="ltx", help="see `families`; or package.module:Class (ltx)")
     parser.add_argument("--variant", help="which checkpoint of the family; see `families`")
 
 

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
     parser.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--format", help="another form than the run's own, such as diffusers_lora")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,12 +28,14 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
     from finetune.checks.model import open_family
     from finetune.checks.output import check_output
-    from finetune.training.job import build_state, export_weights, open_checkpoints
+    from finetune.engine.weights.exporters import exporter_of
+    from finetune.training.job import build_state, open_checkpoints
 
     def body(runtime: Runtime) -> int:
         with runtime.together():
             check_output(recipe)
             family = open_family(recipe)
+        exporter = exporter_of(recipe.train.method, arguments.format)
         checkpoints = open_checkpoints(recipe, runtime)
         step = checkpoints.latest() if arguments.step is None else arguments.step
         if step is None or step not in checkpoints.steps():
@@ -40,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"no checkpoint of step {step}", f"steps are: {known}", str(checkpoints.folder))
         state = build_state(recipe, runtime, family, family.transformer_weights())
         checkpoints.load(step, state.parts)
-        export_weights(state, recipe.train.method, arguments.out)
+        exporter.write(state.transformer, family, arguments.out, runtime)
         say(f"exported step {step} to {arguments.out}")
         return 0
 

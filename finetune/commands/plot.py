@@ -8,7 +8,7 @@ from finetune.runtime.logging import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
 
 
 def run(arguments: argparse.Namespace) -> int:

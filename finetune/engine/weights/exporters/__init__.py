@@ -2,6 +2,7 @@
 
 from finetune.engine.weights.exporters import diffusers_lora, diffusers_transformer
 from finetune.engine.weights.exporters.exporter import Exporter
+from finetune.runtime.errors import UserError
 
 EXPORTERS: dict[str, Exporter] = {
     "diffusers_lora": diffusers_lora.EXPORTER,
@@ -9,6 +10,19 @@ EXPORTERS: dict[str, Exporter] = {
 }
 
 
-def exporter_of(method: str) -> Exporter:
-    """The form that a run of a `train.method` is written in: the first that is for it."""
-    return next(exporter for exporter in EXPORTERS.values() if exporter.method == method)
+def exporter_of(method: str, name: str | None = None) -> Exporter:
+    """The form that a run of a `train.method` is written in.
+
+    Args:
+        name: in `EXPORTERS`; the first that is for the method if None.
+    Raises:
+        UserError: there is no form of this name for the method.
+    """
+    fitting = {each: exporter for each, exporter in EXPORTERS.items() if exporter.method == method}
+    if name is None:
+        return next(iter(fitting.values()))
+    if name not in fitting:
+        raise UserError(
+            f"weights of {method!r} are not written as {name!r}", f"formats are: {', '.join(fitting)}", "--format"
+        )
+    return fitting[name]
