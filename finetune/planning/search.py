@@ -17,6 +17,7 @@ from finetune.planning.gpus import Hardware
 from finetune.planning.plan import Phase, Plan
 from finetune.planning.simulate import Simulation, largest, simulate, simulate_all
 from finetune.recipe import Bucket, Recipe, recipe_values
+from finetune.recipe.optimizers import Adam
 from finetune.recipe.rules import saver_problems, streams
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.units import GIB
@@ -109,7 +110,7 @@ def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str],
     bucket, capacity = largest(family, recipe.data.buckets), hardware.known_capacity
     for_encoding, hopeless = _for_encoding(recipe, family, hardware)
     smallest: Candidate | None = None
-    extras = [{}, *_INEXACT["full" if recipe.train.method == "full" else "lora"]]
+    extras = [{}, *inexact_settings(recipe)]
     if hopeless:  # look for the settings that take least
         extras = [next((extra for extra in reversed(extras) if any(_settings(recipe, hardware.gpus, extra))), {})]
     for extra in extras:
@@ -135,6 +136,14 @@ def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str],
         raise UserError.of(problems)
     least = smallest.changes | {"memory.expandable_segments": True} | for_encoding
     return replace(_whole(recipe, least, family, hardware), fits=False)
+
+
+def inexact_settings(recipe: Recipe) -> list[Changes]:
+    """Settings that change a training's results, the least first; none puts another algorithm in the optimizer's place."""
+    found = _INEXACT["full" if recipe.train.method == "full" else "lora"]
+    if isinstance(recipe.optimizer, Adam):
+        return found
+    return [changes for changes in found if "optimizer.name" not in changes]
 
 
 def _ranked(candidates: list[Candidate]) -> Iterator[Candidate]:

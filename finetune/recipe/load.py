@@ -138,9 +138,13 @@ def _problem(detail: Any, values: dict, file: str, lines: dict[Key, int], origin
         )
         return Problem(what, where, cure)
     message = re.sub(r"^(Value error, |Input )", "", detail["msg"]).replace("Input should", "should")
-    message = {"is_instance_of": "should be a path, in quotes", "model_type": "should be a table"}.get(
-        detail["type"], message
-    )
+    plain = {
+        "is_instance_of": "should be a path, in quotes",
+        "model_type": "should be a table",
+        "bool_parsing": "should be true or false",
+        "bool_type": "should be true or false",
+    }
+    message = plain.get(detail["type"], message)
     value = detail["input"]
     shown = f"{dotted} = {value!r}" if not isinstance(value, dict) else dotted
     return Problem(f"{shown}: {message}", where, _description(key, values))

@@ -13,8 +13,9 @@ from processes import ROOT
 from search_worker import block_bytes
 
 from finetune.checks.model import open_family
-from finetune.planning.search import Candidate, _attempts, _block_bytes, _ranked, _settings
+from finetune.planning.search import Candidate, _attempts, _block_bytes, _ranked, _settings, inexact_settings
 from finetune.recipe import load_recipe, write_recipe
+from finetune.recipe.optimizers import Optimizer
 
 GIB = 2**30
 
@@ -139,3 +140,15 @@ def test_resident_blocks_make_room_for_samples(figures: dict[str, Any]) -> None:
     assert found["reserved"]["validation"] <= found["capacity"]
     assert found["changes"].get("memory.resident_blocks", 0) < 2
     assert found["notes"] == []
+
+
+@pytest.mark.parametrize(
+    "method, left", [("lora", [{"memory.low_bit": "int8"}]), ("full", [{"train.weights": "bf16"}])]
+)
+def test_an_optimizer_of_another_algorithm_is_not_replaced_by_adamw(
+    recipe_file: Path, method: str, left: list[dict[str, str]]
+) -> None:
+    recipe = load_recipe(recipe_file, [f"train.method={method}"])
+    other = recipe.model_copy(update={"optimizer": Optimizer(name="lion")})
+    assert {"optimizer.name": "adamw_8bit"}.items() <= inexact_settings(recipe)[-1].items()
+    assert inexact_settings(other) == left

@@ -109,7 +109,7 @@ def test_unknown_key_names_the_nearest_that_exists(written, text: str, line: int
         ("[optimizer]\nlr = 0", "optimizer.lr = 0: should be greater than 0"),
         ("[optimizer]\nbetas = [0.9, 1.5]", "optimizer.betas[1] = 1.5: should be less than 1"),
         ("[lora]\ntargets = 'to_q'", "lora.targets = 'to_q': should be a valid list"),
-        ("[vae]\ntiling = 1", "vae.tiling = 1: should be a valid boolean"),
+        ("[vae]\ntiling = 1", "vae.tiling = 1: should be true or false"),
         ("id_token = 7", "data.id_token = 7: should be a valid string"),
         ("caption_dropout = 1.5", "data.caption_dropout = 1.5: should be less than or equal to 1"),
     ],
