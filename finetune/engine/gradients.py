@@ -37,8 +37,18 @@ def replicas(tensor: Tensor) -> int:
     return dist.get_world_size() // parts
 
 
+def part_of(tensor: Tensor) -> tuple[int, ...]:
+    """Which part of a tensor this rank holds: its coordinates in the dimensions of the mesh that divide it. Equal for replicas."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    coordinates = tensor.device_mesh.get_coordinate()
+    assert coordinates is not None  # a rank is in the mesh of its own parameters
+    placed = zip(coordinates, tensor.placements, strict=True)
+    return tuple(coordinate for coordinate, placement in placed if not placement.is_replicate())
+
+
 def global_norm(norms: Tensor) -> Tensor:
-    """The L2 norm of everything, of norms of parts: those of this rank, 1-D float32, each over the root of its replicas."""
+    """Global L2 norm from those of this rank's shards, 1-D float32, each divided by the square root of its number of replicas."""
     norm = torch.linalg.vector_norm(norms)
     if dist.get_world_size() == 1:
         return norm

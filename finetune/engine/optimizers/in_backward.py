@@ -12,13 +12,13 @@ class InBackward:
     """Updates each parameter as soon as its gradient is whole, and drops the gradient. FSDP2 calls a sharded parameter's hooks
     after its reduction.
 
-    There is one optimizer, with its schedule and its checkpoints as ever: for the time of an update, a parameter is its
-    only one.
+    One optimizer is kept, so schedule and checkpoints work as usual; during an update its groups are reduced to one parameter.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.norms: list[Tensor] = []  # of this step's gradients, on this rank
+        self.before_first = lambda: None  # called before the first update of a step
         for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 parameter.register_post_accumulate_grad_hook(partial(self._update, index))
@@ -27,6 +27,8 @@ class InBackward:
         assert parameter.grad is not None  # it is what the hook is called for
         norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
         self.norms.append(norm / replicas(parameter) ** 0.5)
+        if len(self.norms) == 1:
+            self.before_first()
         groups = self.optimizer.param_groups  # load_state_dict puts other dictionaries in their place
         group = groups[index]
         whole = group["params"]
