@@ -40,7 +40,8 @@ def parallelize(
     # 2. Store frozen weights in few bits, after the adapter, since peft looks for ordinary linear layers. Or multiply trained
     #    weights in float8.
     lists = [getattr(transformer, name) for name in family.block_lists]
-    lowbit.quantize_blocks(lists, memory.low_bit, family.high_precision, precision.DTYPES[train.precision])
+    device, storage = runtime.device.torch_device, precision.DTYPES[train.precision]
+    lowbit.quantize_blocks(lists, memory.low_bit, family.high_precision, storage, device)
     if train.float8:
         precision.compute_in_float8(lists, family.high_precision, runtime.device)
 

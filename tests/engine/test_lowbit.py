@@ -8,6 +8,7 @@ import torch
 from closeness import assert_close_to_scale
 from every_family import Model, every_transformer_with
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from finetune.engine.savers.lowbit import LowBitLinear, dequantize, quantize
 from finetune.engine.weights.loading import plain_name, whole_transformer
@@ -16,6 +17,11 @@ from finetune.training.job import Job, export_weights
 
 KINDS = ["int8", "float8", "nf4"]
 BITS = {"int8": 8, "float8": 8, "nf4": 4}
+TABLE = {
+    "int8": 0,
+    "float8": 0,
+    "nf4": 256 * 2 * 4,
+}  # bytes of what codes are looked up in, which the layer has in any case
 STORAGES = [torch.bfloat16, torch.float32]
 
 
@@ -80,7 +86,7 @@ def test_nothing_dequantised_waits_for_the_backward_pass(kind: str, storage: tor
     low, saved = LowBitLinear(nn.Linear(128, 128), kind, storage), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         low(torch.randn(1, 128, requires_grad=True))
-    assert sum(tensor.nbytes for tensor in saved) <= 128 * 128 * BITS[kind] // 8 + 4 * 128 * 2
+    assert sum(tensor.nbytes for tensor in saved) <= 128 * 128 * BITS[kind] // 8 + 4 * 128 * 2 + TABLE[kind]
 
 
 @pytest.mark.full
@@ -94,7 +100,7 @@ def test_nor_does_it_when_compiled(kind: str, storage: torch.dtype) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         out = low(torch.randn(1, 128, requires_grad=True))
     out.sum().backward()
-    assert sum(tensor.nbytes for tensor in saved) <= 128 * 128 * BITS[kind] // 8 + 4 * 128 * 2
+    assert sum(tensor.nbytes for tensor in saved) <= 128 * 128 * BITS[kind] // 8 + 4 * 128 * 2 + TABLE[kind]
 
 
 # In training
@@ -137,7 +143,8 @@ def test_losses_are_those_on_the_rounded_weights(
 
 
 def weight_of_sharded(linear: LowBitLinear) -> Tensor:
-    codes, scale = linear.weight.full_tensor(), linear.weight_scale.full_tensor()
+    whole = (each.full_tensor() if isinstance(each, DTensor) else each for each in (linear.weight, linear.weight_scale))
+    codes, scale = whole
     return dequantize(codes, scale, linear.kind, torch.float32)
 
 
@@ -175,3 +182,16 @@ def test_rounding_moves_the_loss_by_little(
     )
     assert low != plain
     assert low == pytest.approx(plain, rel=most)
+
+
+def test_nf4_is_looked_up_by_pairs_and_the_table_is_on_the_layers_device() -> None:
+    """Against the table of single values, with the indices that torch makes int64."""
+    from finetune.engine.savers.lowbit import _NF4
+
+    low = LowBitLinear(nn.Linear(128, 64), "nf4", torch.float32)
+    codes, scale = low.weight.view(torch.uint8), low.weight_scale
+    index = torch.stack([codes >> 4, codes & 15], 2).flatten(1).long()
+    expected = (torch.tensor(_NF4)[index].view(64, -1, 64) * scale[..., None]).flatten(1)
+    assert torch.equal(dequantize(low.weight, scale, "nf4", torch.float32, low.table), expected)
+    assert LowBitLinear(nn.Linear(128, 64), "nf4", torch.float32, torch.device("meta")).table.is_meta
+    assert "table" not in low.state_dict()

@@ -2,8 +2,8 @@
 
 Usage: accounting_worker.py OUT RECIPE CASES      CASES: overrides by name, as JSON. Figures go to OUT as JSON.
 
-Real and simulated steps run the same code but for what depends on the device: AdamW's kernel, and attention's, which is
-given the simulated kernel's storages for both. A batch is on the CPU already where a GPU would get a copy: it is cloned.
+Real and simulated steps run the same code but for what depends on the device: attention's kernel, which is given the
+simulated kernel's storages for both. A batch is on the CPU already where a GPU would get a copy: it is cloned.
 """
 
 import json
@@ -96,15 +96,16 @@ def real(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     batch = example_batch(recipe, family, recipe.data.buckets[0])
     with Recorder() as recorder, torch.autograd.set_multithreading_enabled(False):
         state = build_state(recipe, runtime, family, family.transformer_weights())
-        if type(state.optimizer) is torch.optim.AdamW:
-            for group in state.optimizer.param_groups:
-                group["fused"], group["foreach"] = None, True
         recorder.trace.begin()
         for step in range(len(STEPS)):
             assert run_step(state, step, [batch._map(torch.clone)]).updated
         peak = recorder.trace.peak()
-    values = (value for each in state.optimizer.state.values() for value in each.values())
-    counters = sum(value.nbytes for value in values if value.dim() == 0)  # steps taken, on the host beside a GPU, too
+    counters = 0
+    if (
+        type(state.optimizer) is not torch.optim.AdamW
+    ):  # whose counts of steps are on the GPU; torchao's are on the host
+        values = (value for each in state.optimizer.state.values() for value in each.values())
+        counters = sum(value.nbytes for value in values if value.dim() == 0)
     weights = {
         name: storage_bytes(each for each in state.transformer.parameters() if each.requires_grad == trained)
         for name, trained in (("trained weights", True), ("frozen weights", False))

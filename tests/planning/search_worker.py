@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune.checks.model import open_family
 from finetune.engine.precision import DTYPES
 from finetune.engine.savers.lowbit import quantize_blocks
@@ -29,7 +31,7 @@ def block_bytes(recipe: Recipe, family: Family) -> int:
     storage = DTYPES[recipe.train.precision]
     transformer = family.build_transformer(storage).requires_grad_(False)
     lists = [getattr(transformer, name) for name in family.block_lists]
-    quantize_blocks(lists, recipe.memory.low_bit, family.high_precision, storage)
+    quantize_blocks(lists, recipe.memory.low_bit, family.high_precision, storage, torch.device("cpu"))
     return max(sum(p.nbytes for p in block.parameters()) for blocks in lists for block in blocks)
 
 

@@ -13,9 +13,8 @@ def build(parameters: Mapping[str, nn.Parameter], settings: AdamW, weights: str)
     """See `finetune.engine.optimizers.build_optimizer`."""
     trained = list(parameters.values())
     if weights == "float32":
-        # On a CPU foreach is a loop; the fused kernel uses all cores. On GPUs foreach is torch's own choice.
-        fused = on_cpu(trained)
-        return torch.optim.AdamW(trained, **adam_arguments(settings), fused=fused or None, foreach=not fused or None)
+        # One kernel for all parameters, without temporaries; on a CPU it uses all cores, where foreach is a loop.
+        return torch.optim.AdamW(trained, **adam_arguments(settings), fused=True)
     from torchao.optim.adam import _AdamW
 
     return adapted(_AdamW, on_cpu(trained))(trained, **adam_arguments(settings), bf16_stochastic_round=True)

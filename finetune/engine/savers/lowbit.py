@@ -23,13 +23,16 @@ _NF4 = (
 )  # fmt: skip
 
 
-def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str, storage: torch.dtype) -> None:
+def quantize_blocks(
+    lists: list[nn.ModuleList], kind: str, high_precision: str, storage: torch.dtype, device: torch.device
+) -> None:
     """Replace the blocks' frozen linear layers in place.
 
     Args:
         kind: "none", "int8", "float8" (e4m3) or "nf4".
         high_precision: regular expression of layers that stay as they are, searched in names within a block.
         storage: FSDP's `param_dtype`, bf16 or float32.
+        device: that the blocks compute on.
     """
     if kind == "none":
         return
@@ -38,7 +41,7 @@ def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str, 
             for name, module in list(block.named_modules()):
                 if isinstance(module, nn.Linear) and not _is_kept(name, module, kind, high_precision):
                     parent, _, child = name.rpartition(".")
-                    setattr(block.get_submodule(parent), child, LowBitLinear(module, kind, storage))
+                    setattr(block.get_submodule(parent), child, LowBitLinear(module, kind, storage, device))
 
 
 def _is_kept(name: str, linear: nn.Linear, kind: str, high_precision: str) -> bool:
@@ -52,7 +55,8 @@ class LowBitLinear(nn.Module):
     `storage`: as numbers they mean nothing, and may be NaN.
     """
 
-    def __init__(self, linear: nn.Linear, kind: str, storage: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, kind: str, storage: torch.dtype, device: torch.device | None = None) -> None:
+        """`device`: that it computes on; the CPU if None."""
         super().__init__()
         self.kind, self.dtype = kind, linear.weight.dtype
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -60,6 +64,8 @@ class LowBitLinear(nn.Module):
         self.weight = nn.Parameter(codes.view(storage), requires_grad=False)
         self.weight_scale = nn.Parameter(scale.view(storage), requires_grad=False)
         self.bias = linear.bias
+        # A table on the device: a new one in each product would make the host wait for its copy.
+        self.register_buffer("table", pairs_table().to(device) if kind == "nf4" else None, persistent=False)
 
     def fill(self, codes: Tensor, scale: Tensor, weight: Tensor) -> None:
         """Quantise rows of a weight, rounded to the layer's own dtype first, and write them to `codes` and `scale`.
@@ -73,7 +79,7 @@ class LowBitLinear(nn.Module):
         scale.copy_(new_scale.view(scale.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.weight, self.weight_scale, self.bias, self.kind)
+        return _Product.apply(x, self.weight, self.weight_scale, self.table, self.bias, self.kind)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, in_features={self.in_features}, out_features={self.out_features}"
@@ -83,27 +89,29 @@ class _Product(torch.autograd.Function):
     """Saves codes and scales for the backward pass instead of the dequantised weight."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        context.save_for_backward(codes, scale)
+    def forward(
+        context: Any, x: Tensor, codes: Tensor, scale: Tensor, table: Tensor | None, bias: Tensor | None, kind: str
+    ) -> Tensor:
+        context.save_for_backward(codes, scale, table)
         context.kind = kind
-        return nn.functional.linear(x, dequantize(codes, scale, kind, x.dtype), bias)
+        return nn.functional.linear(x, dequantize(codes, scale, kind, x.dtype, table), bias)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale = context.saved_tensors
+        codes, scale, table = context.saved_tensors
         if torch.compiler.is_compiling():
-            return _input_gradient(gradient, codes, scale, context.kind), None, None, None, None
-        return gradient @ dequantize(codes, scale, context.kind, gradient.dtype), None, None, None, None
+            return _input_gradient(gradient, codes, scale, table, context.kind), None, None, None, None, None
+        return gradient @ dequantize(codes, scale, context.kind, gradient.dtype, table), None, None, None, None, None
 
 
 @torch.library.custom_op("finetune::low_bit_input_gradient", mutates_args=())
-def _input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+def _input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor, table: Tensor | None, kind: str) -> Tensor:
     """A custom operation, because torch.compile would otherwise save the dequantised weight of the forward pass for it."""
-    return gradient @ dequantize(codes, scale, kind, gradient.dtype)
+    return gradient @ dequantize(codes, scale, kind, gradient.dtype, table)
 
 
 @_input_gradient.register_fake
-def _(gradient: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+def _(gradient: Tensor, codes: Tensor, scale: Tensor, table: Tensor | None, kind: str) -> Tensor:
     return gradient.new_empty(*gradient.shape[:-1], codes.shape[1] * codes.itemsize * (2 if kind == "nf4" else 1))
 
 
@@ -124,13 +132,22 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def dequantize(codes: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) in `dtype`, from the bits of codes and scales; multiplied in float32, rounded once."""
+def pairs_table() -> Tensor:
+    """The two values of each byte of NF4 codes, float32 (256, 2)."""
+    values = torch.tensor(_NF4)
+    return torch.cartesian_prod(values, values)
+
+
+def dequantize(codes: Tensor, scale: Tensor, kind: str, dtype: torch.dtype, table: Tensor | None = None) -> Tensor:
+    """The weight (out, in) in `dtype`, from the bits of codes and scales; multiplied in float32, rounded once.
+
+    Args:
+        table: from `pairs_table`, on the device of the codes, for "nf4".
+    """
     scale = scale.view(torch.float32)
     if kind == "nf4":
-        codes = codes.view(torch.uint8)
-        index = torch.stack([codes >> 4, codes & 15], 2).flatten(1).int()
-        values = torch.tensor(_NF4, device=codes.device)[index].view(len(codes), -1, BLOCK)
-        return (values * scale[..., None]).flatten(1).to(dtype)
+        table = pairs_table().to(codes.device) if table is None else table
+        pairs = nn.functional.embedding(codes.view(torch.uint8).int(), table)  # indexing would make the indices int64
+        return (pairs.view(len(codes), -1, BLOCK) * scale[..., None]).flatten(1).to(dtype)
     values = codes.view(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
     return (values.float() * scale).to(dtype)
