@@ -43,7 +43,7 @@ def choose_layout(memory: Memory, method: str, transformer: nn.Module, runtime: 
     if streams(memory, method, runtime.data.size):
         return Layout(None, False, True, "streamed", _streaming(memory))
     if name == "auto":
-        name, why = ("shard", "weights are offloaded") if memory.offload else _automatic(transformer, runtime)
+        name, why = ("shard", "weights are offloaded") if memory.offload else _automatic(transformer, method, runtime)
     offload: Literal["sharded", "none"] = "sharded" if memory.offload else "none"
     if name == "replicate" and method == "full":
         return Layout(1, False, False, offload, f"replicate: {why}")  # groups of one rank, which reduce gradients
@@ -56,11 +56,11 @@ def _streaming(memory: Memory) -> str:
     return f"replicate: frozen blocks are streamed from host memory{stay}"
 
 
-def _automatic(transformer: nn.Module, runtime: Runtime) -> tuple[str, str]:
+def _automatic(transformer: nn.Module, method: str, runtime: Runtime) -> tuple[str, str]:
     """(layout, reason). A trained parameter takes 16 bytes (weight, gradient and two moments, all float32)."""
     ranks, on_host = runtime.data.size, runtime.local_data_size
-    if ranks == 1:
-        return "shard", "one process"
+    if ranks == 1:  # FSDP copies each frozen block twice a step even to where it is
+        return "shard" if method == "full" else "replicate", "one process"
     if runtime.device.total_memory is None:
         return "shard", "how much memory a device has is not known"
     state = sum(p.numel() * 16 if p.requires_grad else p.nbytes for p in transformer.parameters())

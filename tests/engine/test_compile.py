@@ -23,7 +23,7 @@ def inputs_of(block: nn.Module, job: Job) -> tuple[tuple, dict]:
 
 @every_transformer
 def test_a_block_is_one_graph(build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model) -> None:
-    job = build_job("memory.activation_checkpointing=none", recipe_file=family_recipe(*model))
+    job = build_job("memory.activation_checkpointing=none", "memory.layout=shard", recipe_file=family_recipe(*model))
     for name in job.state.family.block_lists:
         for block in getattr(job.state.transformer, name):
             arguments, keywords = inputs_of(block, job)

@@ -52,6 +52,8 @@ def runtime(world_size: int, hosts: int = 1, gib: int = 80) -> Runtime:
         (0, 5600, 16, 8, 80, "shard"),  # two devices a host do not hold it
         (0, 1700, 8, 1, 80, "replicate"),  # CogVideoX-2b: 25 GiB
         (0, 5600, 1, 1, 80, "shard"),
+        (11, 130, 1, 1, 24, "replicate"),  # FSDP2 copies what it shards over one rank, too
+        (24, 160, 1, 1, 8, "replicate"),
     ],
 )
 def test_auto_takes_what_fits(
