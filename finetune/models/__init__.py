@@ -8,10 +8,12 @@ directory's among them.
 import difflib
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
 import sys
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -53,6 +55,13 @@ def family_class(name: str) -> type[Family]:
 def is_outside(name: str) -> bool:
     """Whether a family's name says where it is defined, outside of this project."""
     return ":" in name
+
+
+def code_of(family: Family) -> list[Path]:
+    """The files of a family's class, and of those that it is derived from, without this project's."""
+    bases = [base for base in type(family).__mro__ if base.__module__ != "builtins"]
+    own = [base for base in bases if base.__module__.partition(".")[0] not in ("finetune", "abc")]
+    return list(dict.fromkeys(Path(inspect.getfile(base)) for base in own))
 
 
 def _is_module(name: str) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finetune.models import text_mask
 from finetune.models.batch import Batch, Tensors, Term
 from finetune.models.building import without_weights
 from finetune.models.encoder import Encoder, FileHash
@@ -74,6 +75,7 @@ class Family(ABC):
     }
     read_when_opened: ClassVar[tuple[str, ...]] = ()  # patterns of files that the constructor needs besides configs
     variants: ClassVar[tuple[str, ...]] = ()  # checkpoints that differ in more than size; `tiny` builds the first
+    columns: ClassVar[tuple[str, ...]] = ()  # the manifest's columns that batches are made of, besides what is encoded
     takes_image: ClassVar[bool] = False  # whether the pipeline takes a condition image
     takes_true_guidance: ClassVar[bool] = False  # whether it takes classifier-free besides embedded guidance
     moments: ClassVar[tuple[str, ...]] = ("mean", "logvar")  # names of the tensors cached of a video
@@ -88,6 +90,9 @@ class Family(ABC):
 
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
+        self.keeps_text_length = (
+            False  # whether batches have padded text at its full length: compiled graphs are for one length
+        )
 
     @property
     def pipeline_class(self) -> str:
@@ -152,8 +157,7 @@ class Family(ABC):
         """The encoders of a clip, one for each kind of cached item, in the order in which they run.
 
         Every family has the kinds "text", of the caption alone, and "video"; "image" is the kind of prompts' images. The key of
-        a cached item has an outside family's name in it, and the code of its class's file and of those of its outside base
-        classes, but not that of files which these import.
+        a cached item has an outside family's name and the code of `code_of` in it, but not of what that imports.
 
         Args:
             dtype: compute precision of the encoders.
@@ -311,7 +315,7 @@ class Family(ABC):
 
     def predict(self, transformer: nn.Module, inputs: dict[str, Any]) -> Tensors:
         """The transformer's outputs for `Batch.inputs`, by the names of the batch's loss terms."""
-        return {MAIN: transformer(**inputs, return_dict=False)[0]}
+        return {MAIN: text_mask.call(transformer, inputs)}
 
     def batch(self, samples: Sequence[SampleLike], objective: Objective, u: Tensor | None = None) -> Batch:
         """Make a batch of samples of one bucket: draw latents, noise and a noise level for each, and assemble the inputs.

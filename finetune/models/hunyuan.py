@@ -18,6 +18,8 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from finetune.models import tiny
 from finetune.models.batch import Tensors
 from finetune.models.family import Family, SampleLike
 from finetune.models.folder import ModelFolder
+from finetune.models.text_mask import MARK, TextMask, cut
 from finetune.recipe.schema import ObjectiveSettings, Prompt
 
 
@@ -76,6 +79,12 @@ class HunyuanVideo(Family):
     def normalise(self, z: Tensor) -> Tensor:
         return z * self.scaling_factor
 
+    def adapt_transformer(self, transformer: HunyuanVideoTransformer3DModel) -> HunyuanVideoTransformer3DModel:
+        transformer.text_mask = TextMask(transformer)
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block.attn.processor = JointAttention(transformer.text_mask)
+        return transformer
+
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         return {"guidance": torch.tensor(settings.guidance)}
 
@@ -83,11 +92,13 @@ class HunyuanVideo(Family):
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
     ) -> dict[str, Any]:
         dtype = text["encoder_hidden_states"].dtype
+        text, needs_mask = cut(text, self.keeps_text_length)
         return {
             "hidden_states": noisy.to(dtype),
             "timestep": level * 1000,
             "guidance": condition["guidance"].to(dtype) * 1000.0,  # rounded before the product, as in the pipeline
             **text,
+            MARK: not needs_mask,
         }
 
     def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
@@ -133,3 +144,22 @@ class HunyuanVideo(Family):
             text_encoder_2=tiny.clip_encoder(tokenizer_2, width=32),
             tokenizer_2=tokenizer_2,
         ).save_pretrained(path)
+
+
+class JointAttention(HunyuanVideoAttnProcessor2_0):
+    """diffusers' attention, which is given a mask in every call, without it where no text token is masked."""
+
+    def __init__(self, text_mask: TextMask) -> None:
+        super().__init__()
+        self.text_mask = text_mask
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        mask = attention_mask if self.text_mask.is_needed else None
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)

@@ -17,6 +17,7 @@ from finetune.models import tiny
 from finetune.models.batch import Tensors
 from finetune.models.family import Family, SampleLike
 from finetune.models.folder import ModelFolder
+from finetune.models.text_mask import MARK, TextMask, cut
 
 
 class Mochi(Family):
@@ -43,15 +44,18 @@ class Mochi(Family):
         return {"encoder_hidden_states": torch.zeros(256, width, dtype=dtype), "encoder_attention_mask": mask}
 
     def adapt_transformer(self, transformer: MochiTransformer3DModel) -> MochiTransformer3DModel:
+        transformer.text_mask = TextMask(transformer)
         for block in transformer.transformer_blocks:
-            block.attn1.processor = MaskedAttention()
+            block.attn1.processor = MaskedAttention(transformer.text_mask)
         return transformer
 
     def inputs(
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
     ) -> dict[str, Any]:
         dtype = text["encoder_hidden_states"].dtype
-        return {"hidden_states": noisy.to(dtype), "timestep": ((1 - level) * 1000).to(dtype), **text}
+        text, needs_mask = cut(text, self.keeps_text_length)
+        timestep = ((1 - level) * 1000).to(dtype)
+        return {"hidden_states": noisy.to(dtype), "timestep": timestep, **text, MARK: not needs_mask}
 
     def target(self, target: Tensor) -> Tensor:
         return -target
@@ -88,12 +92,16 @@ class Mochi(Family):
 
 
 class MaskedAttention:
-    """Mochi's joint attention with padded text tokens masked out, for the whole batch at once.
+    """Mochi's joint attention with padded text tokens masked out, if there are any, for the whole batch at once.
 
     diffusers' own processor selects each sample's valid tokens with `nonzero`. That synchronises with the device for every
     sample and block, and its shapes depend on the data. The values here are the same: masked keys get no attention, and
     the attention output of padded tokens is zero.
     """
+
+    def __init__(self, text_mask: TextMask | None = None) -> None:
+        """`text_mask`: says whether there are padded tokens; they are looked for in each mask if None."""
+        self.text_mask = text_mask
 
     def __call__(
         self,
@@ -117,9 +125,12 @@ class MaskedAttention:
         value = heads(value).transpose(1, 2)
 
         count = hidden_states.shape[1]
-        seen = nn.functional.pad(attention_mask.bool(), (count, 0), value=True)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None, None])
-        mixed = mixed.transpose(1, 2).flatten(2) * seen[..., None]
+        if self.text_mask is None or self.text_mask.is_needed:
+            seen = nn.functional.pad(attention_mask.bool(), (count, 0), value=True)
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None, None])
+            mixed = mixed.transpose(1, 2).flatten(2) * seen[..., None]
+        else:
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         video, text = mixed[:, :count], mixed[:, count:]
         video = attn.to_out[1](attn.to_out[0](video))
         return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
