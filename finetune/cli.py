@@ -3,23 +3,19 @@
 import argparse
 import gc
 import importlib
-import json
-import os
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from finetune.runtime.errors import LostPeer, UserError
-from finetune.runtime.logging import console, quiet_libraries
+from finetune.runtime.logging import print_error, quiet_libraries
 
 USAGE = """\
-torchrun ... -m finetune --recipe R          train, or resume (encodes the dataset first if it must)
+torchrun ... -m finetune --recipe R [--resume-step N] [--cpu]   train, or resume (encodes the dataset first if it must)
 python -m finetune check    --recipe R       recipe, model folder and clips: every problem at once
 python -m finetune plan     --recipe R [--gpus N] [--gpu NAME] [--device-memory 24GiB] [--fit] ...   peak memory, without a GPU
 torchrun ... -m finetune prepare --recipe R  encode clips and captions into the cache
 python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEXT [--shape FxHxW] [--image FILE] ...]
-python -m finetune export   --recipe R [--step N] --out DIR
+python -m finetune export   --recipe R [--step N] [--format NAME] --out DIR
 python -m finetune plot     --run DIR        loss curve of a run, as loss.png in it
 python -m finetune demo     --out DIR        a tiny random pipeline and real clips to try things on
 python -m finetune schema                    JSON Schema of recipes, for editors
@@ -27,8 +23,6 @@ python -m finetune families                  model families
 """
 
 COMMANDS = ("train", "check", "plan", "prepare", "sample", "export", "plot", "demo", "schema", "families")
-
-_LET_RANK_0_SPEAK = 1.0  # seconds; torchrun ends all processes of a node as soon as one has ended
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         command.add_arguments(parser)
         return command.run(parser.parse_args(arguments if is_train else arguments[1:]))
     except UserError as error:
-        _print_error(error)
+        print_error(error)
         return 1 if isinstance(error, LostPeer) else 2
     except KeyboardInterrupt:
         return 130
@@ -62,13 +56,3 @@ def _parse_command(arguments: Sequence[str]) -> str:
     parser = _Parser("python -m finetune", usage=USAGE)
     parser.add_argument("command", choices=COMMANDS)
     return parser.parse_args(arguments).command
-
-
-def _print_error(error: UserError) -> None:
-    """Every rank ends with the error; one process a node prints it, and torchrun's closing summary repeats it."""
-    if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(summary).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        console.print(f"error: {error}", markup=False, style="red")
-    else:
-        time.sleep(_LET_RANK_0_SPEAK)

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 Finetune = Callable[..., subprocess.CompletedProcess]
 
 
-def command(arguments: Sequence[object], processes: int) -> list[str]:
-    """The command line of `python -m finetune`, under torchrun if `processes` is not 0."""
+def command(arguments: Sequence[object], processes: int, torchrun: Sequence[str] = ()) -> list[str]:
+    """The command line of `python -m finetune`, under torchrun if `processes` is not 0; alone on its host if it has no options."""
     head = [sys.executable, "-m"]
     if processes:
-        head += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+        head += ["torch.distributed.run", *(torchrun or ["--standalone"]), "--nproc_per_node", str(processes), "-m"]
     return [*head, "finetune", *map(str, arguments)]
 
 

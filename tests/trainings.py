@@ -18,11 +18,17 @@ RUNS: list["Run"] = []
 class Run:
     """A training process that can be watched and killed; its folder and what it has said.
 
-    `starter` is a program that starts it, such as nohup.
+    `starter` is a program that starts it, such as nohup; `torchrun` are further options of torchrun.
     """
 
     def __init__(
-        self, recipe: Path, output: Path, processes: int, overrides: Sequence[str] = (), starter: Sequence[str] = ()
+        self,
+        recipe: Path,
+        output: Path,
+        processes: int,
+        overrides: Sequence[str] = (),
+        starter: Sequence[str] = (),
+        torchrun: Sequence[str] = (),
     ) -> None:
         self.output = output
         self.log = output.with_name(f"{output.name}-{time.monotonic_ns()}.log")
@@ -30,7 +36,11 @@ class Run:
         arguments = ["--recipe", recipe, *(part for setting in settings for part in ("--set", setting))]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*starter, *command(arguments, processes)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+                [*starter, *command(arguments, processes, torchrun)],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         RUNS.append(self)
 
@@ -49,6 +59,14 @@ class Run:
             assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.said}"
             assert time.monotonic() < deadline, self.said
             time.sleep(0.002)
+
+    def rank(self, rank: int) -> int:
+        """The process id of a rank on this torchrun."""
+        for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            if b"RANK=%d" % rank in variables:
+                return int(child)
+        raise LookupError(f"there is no rank {rank} (yet)")
 
     def kill_all(self) -> None:
         """SIGKILL to torchrun, its ranks and theirs at once: torchrun puts each rank into a session of its own."""

@@ -14,7 +14,9 @@ from finetune.runtime.errors import LostPeer
 if TYPE_CHECKING:  # torch is imported once the recipe is known to be sound
     from finetune.runtime.distributed import Runtime
 
-_LOST = ("Connection closed by peer", "Connection reset", "Timed out", "timed out")  # how gloo says it
+# How gloo says it, and NCCL.
+_LOST = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe")
+_LOST_NCCL = ("NCCL", "remote process exited", "ncclRemoteError", "ncclSystemError", "watchdog")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +32,11 @@ def number_of_gpus(text: str) -> int:
     return int(text)
 
 
-def with_runtime(recipe: Recipe, body: Callable[[Runtime], int]) -> int:
+def with_runtime(recipe: Recipe, body: Callable[[Runtime], int], on_cpu: bool = False) -> int:
     """Join the process group, run `body` in it, and leave it; returns the exit status of `body`.
 
+    Args:
+        on_cpu: leave GPUs alone.
     Raises:
         LostPeer: another process of the run ended or stopped answering.
     """
@@ -43,16 +47,29 @@ def with_runtime(recipe: Recipe, body: Callable[[Runtime], int]) -> int:
         use_expandable_segments()
     gc.freeze()  # later collections do not look through what imports have made
     gc.enable()
-    runtime = distributed.start(recipe.distributed.timeout_seconds)
+    runtime = distributed.start(recipe.distributed.timeout_seconds, on_cpu)
     try:
         return body(runtime)
     except RuntimeError as error:
-        if any(sign in str(error) for sign in _LOST):
-            raise LostPeer(
-                f"rank {runtime.rank} lost the others ({str(error).splitlines()[0]})",
-                "see the first error above; the same command resumes from the newest checkpoint",
-            ) from error
+        if any(sign in str(error) for sign in (*_LOST, *_LOST_NCCL)):
+            raise _lost_peer(runtime, error) from error
         raise
     finally:
         if sys.exc_info()[0] is None:
             distributed.stop()
+
+
+def _lost_peer(runtime: Runtime, error: RuntimeError) -> LostPeer:
+    """What a collective's failure means: which ranks are lost, where, and what they did."""
+    from finetune.runtime.watch import describe_lost
+
+    who, is_main_lost = describe_lost(runtime.watch) if runtime.watch else ("", False)
+    reason = str(error).splitlines()[0]
+    found = LostPeer(
+        f"rank {runtime.rank} lost its peers: {who} ({reason})"
+        if who
+        else f"rank {runtime.rank} lost the others ({reason})",
+        "see the first error above, if there is one; the same command resumes from the newest checkpoint",
+    )
+    found.is_main_lost = is_main_lost
+    return found

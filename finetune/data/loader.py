@@ -4,8 +4,10 @@ Micro-batch k of a rank is a pure function of k, so the number of workers change
 step n simply starts to read there.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from finetune.data.sampler import Order
 from finetune.recipe import Bucket
 from finetune.runtime import seeds
 from finetune.runtime.errors import UserError
-from finetune.runtime.signals import leave_group
+from finetune.runtime.signals import end_with_parent, leave_group
 
 if TYPE_CHECKING:  # commands that load nothing need not wait for its import
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -170,7 +172,11 @@ class _Range(torch.utils.data.Sampler):
         return self.stop - self.start
 
 
-def _init_worker(worker: int) -> None:
+def _init_worker(parent: int | None, _: int) -> None:
+    """For a new loader process: a killed parent takes it along. Blocked in a full pipe, it would else hold the run's lock and the
+    connections to other ranks for ever.
+    """
+    end_with_parent(parent)
     leave_group()
     torch.set_num_threads(1)
 
@@ -182,12 +188,13 @@ def open_loader(
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     accumulation = batches.split.accumulation
+    parent = os.getpid() if torch.multiprocessing.get_start_method() == "fork" else None
     return StatefulDataLoader(
         batches,
         batch_size=None,
         sampler=_Range(first_step * accumulation, last_step * accumulation),
         num_workers=workers,
-        worker_init_fn=_init_worker,
+        worker_init_fn=partial(_init_worker, parent),
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
     )

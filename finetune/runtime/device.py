@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_DRIVERS = {"NVIDIA GPUs": ("/proc/driver/nvidia/version", "/dev/dxg"), "AMD GPUs": ("/dev/kfd",)}
 _RECORDED_EVENTS = 100_000  # allocations and frees; each takes a few hundred bytes
 
 
@@ -26,6 +27,20 @@ def has_expandable_segments() -> bool:
     """Whether expandable segments were turned on in CUDA's caching allocator, by `use_expandable_segments` or by the user."""
     said = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     return any("expandable_segments:true" in each.replace(" ", "").lower() for each in said)
+
+
+def why_no_accelerator() -> str:
+    """Why torch has only the CPU here, in its own words, where it has any."""
+    gpus = [name for name, files in _DRIVERS.items() if any(Path(file).exists() for file in files)]
+    builds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": torch.version.xpu}
+    if not any(builds.values()):
+        there = f", though there is a driver for {gpus[0]}" if gpus else ""
+        return f"torch {torch.__version__} is a build without GPUs{there}"
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return str(error).partition("\n")[0]
+    return "torch finds no GPU"
 
 
 @dataclass(frozen=True)
@@ -135,14 +150,16 @@ class Device:
         if not self.is_cpu:
             torch.accelerator.reset_peak_memory_stats(self.torch_device)
 
-    def record_memory(self) -> None:
-        """Start to record allocations for `snapshot`: the newest events, and the Python stacks of live memory.
+    def record_memory(self, wanted: bool = True) -> None:
+        """Record allocations for `snapshot` from here on, or no longer: the newest events, and the Python stacks of live memory.
 
         This takes about 2 microseconds per allocation (torch.cuda.memory._record_memory_history). Devices other than CUDA
         record nothing.
         """
         if self.kind == "cuda":  # "all": all events; "state": stacks of live memory only
-            torch.cuda.memory._record_memory_history("all", "state", stacks="python", max_entries=_RECORDED_EVENTS)
+            torch.cuda.memory._record_memory_history(
+                "all" if wanted else None, "state", stacks="python", max_entries=_RECORDED_EVENTS
+            )
 
     def snapshot(self, path: Path) -> bool:
         """Write what `record_memory` has recorded, as a pickle for torch's memory viewer. Returns False if nothing is recorded.

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from finetune.runtime.device import Device
 from finetune.runtime.errors import LostPeer, Problem, UserError
+from finetune.runtime.watch import Watch
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ class Runtime:
     control: dist.ProcessGroup | None  # gloo, for host objects; None is the default group
     local_world_size: int = 1  # processes on this host
     context_size: int = 1  # ranks that share each sample
+    watch: Watch | None = None  # what the ranks do, if this process has peers
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +68,11 @@ class Runtime:
         """This rank's place among those that share its samples."""
         return Place(self.rank % self.context_size, self.context_size)
 
+    def doing(self, what: str, is_limited: bool = False) -> None:
+        """Note what this rank does from here on, for a message if it is waited for in vain; see `Watch.doing`."""
+        if self.watch:
+            self.watch.doing(what, is_limited)
+
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, in rank order, on every rank. Objects are pickled; keep them small."""
         if self.world_size == 1:
@@ -75,7 +82,7 @@ class Runtime:
         return values
 
     def gather_data(self, value: T) -> list[T]:
-        """`value` of every share of the data, by data rank, on every rank: of a context its first rank's."""
+        """One value for each data rank, taken from the first rank of its context, on every rank."""
         return self.gather(value)[:: self.context_size]
 
     def from_main(self, value: T) -> T:
@@ -125,24 +132,59 @@ class Runtime:
             raise UserError.of(problems)
 
 
-def start(timeout_seconds: float) -> Runtime:
+@contextmanager
+def host_threads(runtime: Runtime, used: bool = True) -> Iterator[None]:
+    """Compute on the CPU, beside GPUs, with this process's share of the node's cores: torchrun gives each of several processes one
+    thread. A training on CPUs, and a number of threads that the user has set, stay as they are.
+
+    Args:
+        used: whether anything is computed on the CPU inside the block.
+    """
+    before = torch.get_num_threads()
+    share = len(os.sched_getaffinity(0)) // runtime.local_world_size
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if not used or runtime.device.is_cpu or not by_torchrun or share <= before:
+        yield
+        return
+    torch.set_num_threads(share)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def start(timeout_seconds: float, on_cpu: bool = False) -> Runtime:
     """Join the process group that torchrun describes in the environment, or make one of a single process.
 
     Args:
         timeout_seconds: how long a collective may wait for a peer before the run ends with an error.
+        on_cpu: leave GPUs alone.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = _pick_device(local_rank)
+    device = Device(torch.device("cpu")) if on_cpu else _pick_device(local_rank)
     backend = "gloo" if device.is_cpu else f"cpu:gloo,{device.kind}:{dist.get_default_backend_for_device(device.kind)}"
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" not in os.environ:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        # torchrun's store outlives a restart (--max_restarts), with the addresses of processes that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"finetune_{attempt}_{world_size}", store)
+        bound = None if device.is_cpu else device.torch_device
+        dist.init_process_group(
+            backend, rank=rank, world_size=world_size, store=store, timeout=timeout, device_id=bound
+        )
     control = dist.group.WORLD if device.is_cpu else dist.new_group(backend="gloo", timeout=timeout)
+    if (
+        not device.is_cpu and world_size > 1
+    ):  # NCCL takes its memory with the first collective, before what is free is read
+        dist.all_reduce(torch.zeros((), device=device.torch_device))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return Runtime(rank, local_rank, world_size, device, control, local_world_size)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    watch = Watch(rank, world_size, attempt, timeout_seconds) if world_size > 1 else None
+    return Runtime(rank, local_rank, world_size, device, control, local_world_size, watch=watch)
 
 
 def stop() -> None:

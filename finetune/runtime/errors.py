@@ -38,3 +38,5 @@ class UserError(Exception):
 
 class LostPeer(UserError):
     """Another process of the run ended or stopped answering; what is on disk stays valid."""
+
+    is_main_lost = False  # whether rank 0 is one of them, which says what happens otherwise

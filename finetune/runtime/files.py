@@ -3,9 +3,12 @@
 import errno
 import fcntl
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 
 from finetune.runtime.errors import UserError
@@ -13,6 +16,8 @@ from finetune.runtime.logging import say
 
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock(2) and NFS say of a lock that another process has
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, NFS without its lock service
+
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # file systems that sync no folders: some of FUSE, SMB
 
 
 @contextmanager
@@ -26,6 +31,7 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        give_usual_mode(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -57,8 +63,43 @@ def disk_error(error: BaseException, path: Path) -> UserError | None:
     return None
 
 
+def give_usual_mode(file: Path) -> None:
+    """Give a file the permissions that a new one gets here; libraries that write by way of a temporary file leave it 0600."""
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".mode-") as folder:
+        new = Path(folder) / "new"
+        new.touch()
+        os.chmod(file, new.stat().st_mode)
+
+
+def sync_folder(folder: Path, deep: bool = True) -> None:
+    """Wait until a folder's entries are on disk, and with `deep` all that is in it. Raises OSError."""
+    for path in [*(folder.rglob("*") if deep else ()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if not (path.is_dir() and error.errno in NO_FOLDER_SYNC):
+                raise
+        finally:
+            os.close(handle)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it; what cannot be removed is left there, with a warning."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        say(f"warning: {folder} cannot be removed ({error}): remove it by hand")
+
+
+def free_name(path: Path) -> Path:
+    """The path, or if there is something, the first that is free with -2, -3 and so on behind its name."""
+    names = chain([path.name], (f"{path.name}-{number}" for number in count(2)))
+    return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
+
+
 class FolderLock:
-    """Holds a folder for this process until it ends; two runs in one folder would delete each other's files."""
+    """Holds a folder until its `with` block or the process ends; two runs in one folder would delete each other's files."""
 
     def __init__(self, folder: Path) -> None:
         """Lock the folder. On a file system without locks, warn and go on without one.
@@ -84,6 +125,14 @@ class FolderLock:
         self.file.truncate(0)
         self.file.write(f"{os.getpid()} on {socket.gethostname()}")
         self.file.flush()
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):  # on a file system without locks
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # closing would leave it to processes that have inherited the file
+        self.file.close()
 
     def _held(self, folder: Path) -> UserError:
         self.file.seek(0)

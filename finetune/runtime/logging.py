@@ -1,14 +1,21 @@
 """One console per run: only rank 0 prints, and libraries are quiet."""
 
+import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
+from finetune.runtime.errors import LostPeer, UserError
+
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+_LET_THE_OTHER_SPEAK = 1.0  # seconds
 
 LIBRARIES = (
     "diffusers",
@@ -60,3 +67,17 @@ def say(message: str) -> None:
     """Print one line on rank 0; other ranks stay silent."""
     if int(os.environ.get("RANK", 0)) == 0:
         console.print(message, markup=False)
+
+
+def print_error(error: UserError) -> None:
+    """Print an error on one process of each node, and leave it for torchrun's closing summary. Every rank ends with it.
+
+    Other processes wait a moment, since torchrun ends all of a node as soon as one has ended.
+    """
+    if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(summary).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank == (1 if isinstance(error, LostPeer) and error.is_main_lost else 0):
+        console.print(f"error: {error}", markup=False, style="red")
+    else:
+        time.sleep(_LET_THE_OTHER_SPEAK)

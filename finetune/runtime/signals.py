@@ -55,7 +55,13 @@ def leave_group() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def end_with_parent() -> None:
-    """For a program that runs beside another that has started it: it ends with that, however that ends. On Linux only."""
+def end_with_parent(parent: int | None = None) -> None:
+    """For a program that runs beside another that has started it: it ends with that, however that ends. On Linux only.
+
+    Args:
+        parent: the other's process id; it may have ended already.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)

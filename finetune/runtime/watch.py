@@ -1,0 +1,146 @@
+"""What each rank is doing, noted where the others can read it, so that a rank which is lost or stuck can be named.
+
+A thread of each rank writes a line a second to the store that torchrun has made for the process group. If a rank waits in vain,
+it compares two readings of all lines: one that has not changed is of a rank that has ended, is stopped, or whose host is gone.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from finetune.runtime.errors import LostPeer
+from finetune.runtime.logging import print_error
+
+BEAT = 1.0  # seconds between the lines of a rank
+_ANSWER = timedelta(seconds=5)  # in which the store must answer
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a rank has noted: how many lines before, its host, what it does and for how many seconds."""
+
+    beat: int
+    host: str
+    doing: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"on {self.host}, {self.doing}"
+
+
+class Watch:
+    """Notes what this rank does, and tells of the others. Without peers it does neither."""
+
+    def __init__(self, rank: int, world_size: int, attempt: str, longest: float) -> None:
+        """
+        Args:
+            attempt: distinguishes restarts under one torchrun.
+            longest: seconds that what is limited may take; see `doing`.
+        """
+        self.rank, self.world_size, self.longest = rank, world_size, longest
+        self._doing, self._since, self._is_limited, self._beat = "starting", time.monotonic(), False, 0
+        self._ended = threading.Event()
+        self._store: dist.Store | None = None
+        if world_size > 1 and "MASTER_ADDR" in os.environ:
+            # A connection of its own: the process group's is blocked while a rank waits for another in it.
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_ANSWER
+            )
+            self._store = dist.PrefixStore(f"watch_{attempt}_{world_size}", store)
+            threading.Thread(target=self._write_lines, name="watch", daemon=True).start()
+
+    def doing(self, what: str, is_limited: bool = False) -> None:
+        """Note what this rank does from here on, such as "in step 12".
+
+        Args:
+            is_limited: whether it takes a rank `longest` seconds only if it waits for others in vain. Then the process ends with
+                an error that names them; NCCL would end it with one that does not.
+        """
+        self._is_limited = False
+        self._doing, self._since = what, time.monotonic()
+        self._is_limited = is_limited
+
+    def end(self) -> None:
+        """Note no more."""
+        self._ended.set()
+
+    def lost(self) -> dict[int, Line | None]:
+        """The ranks that note nothing any more, with their last lines; None of a rank that never noted any. Takes some seconds."""
+        if self._store is None:
+            return {}
+        try:
+            before = self._read()
+            time.sleep(2.5 * BEAT)
+            after = self._read()
+        except (RuntimeError, OSError):  # the store is rank 0's, where torchrun does not keep it
+            return {0: None} if self.rank else {}
+        return {
+            rank: line
+            for rank, line in after.items()
+            if rank != self.rank and (line is None or line.beat == getattr(before[rank], "beat", None))
+        }
+
+    def behind(self) -> dict[int, Line]:
+        """The ranks that do something else than this one, as they last noted."""
+        if self._store is None:
+            return {}
+        try:
+            lines = self._read()
+        except (RuntimeError, OSError):
+            return {}
+        return {
+            rank: line
+            for rank, line in lines.items()
+            if line is not None and rank != self.rank and line.doing != self._doing
+        }
+
+    def _write_lines(self) -> None:
+        host, key = socket.gethostname(), str(self.rank)
+        while self._store is not None and not self._ended.is_set():
+            self._beat += 1
+            line = Line(self._beat, host, self._doing, round(time.monotonic() - self._since, 1))
+            try:
+                self._store.set(key, json.dumps(vars(line)))
+            except (RuntimeError, OSError):
+                return  # the store has ended, and with it the run
+            if self._is_limited and line.seconds > self.longest:
+                self._leave(line)
+            self._ended.wait(BEAT)
+
+    def _leave(self, line: Line) -> None:
+        """End this process, whose main thread is stuck."""
+        who, is_main_lost = describe_lost(self)
+        what = f"rank {self.rank} is {line.doing} for {line.seconds:.0f} s"
+        error = LostPeer(
+            f"{what}: {who}" if who else what,
+            "the same command resumes from the newest checkpoint; distributed.timeout_seconds says how long ranks wait",
+        )
+        error.is_main_lost = is_main_lost
+        print_error(error)
+        os._exit(1)
+
+    def _read(self) -> dict[int, Line | None]:
+        assert self._store is not None
+        found: dict[int, Line | None] = {}
+        for rank in range(self.world_size):
+            key = str(rank)
+            found[rank] = Line(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+        return found
+
+
+def describe_lost(watch: Watch, limit: int = 4) -> tuple[str, bool]:
+    """(which ranks are lost, or behind, in words; whether rank 0 is one of them). Empty if nothing is known."""
+    lost = watch.lost()
+    if lost:
+        texts = [f"rank {rank} ({line})" if line else f"rank {rank}" for rank, line in sorted(lost.items())]
+        more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+        return f"{', '.join(texts[:limit])}{more} ended, or answers no more", 0 in lost
+    behind = watch.behind()
+    texts = [f"rank {rank} is {line} for {line.seconds:.0f} s" for rank, line in sorted(behind.items())]
+    return "; ".join(texts[:limit]), False

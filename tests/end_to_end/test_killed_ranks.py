@@ -1,0 +1,210 @@
+"""One rank is killed: all processes end soon, and the same command goes on as if nothing had been. Real processes and signals."""
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from trainings import Run, checkpoints, descendants, resumed_after, rows, steps_done
+
+from finetune.runtime.watch import Watch, describe_lost
+
+STEPS, SOON = 12, 10.0  # seconds
+SETTINGS = ("checkpoint.every=2", f"train.steps={STEPS}")
+PROMPT = 'validation.prompts=[{text = "a ball", shape = "17x64x96", steps = 60}]'
+SLOW = ["train.global_batch_size=64", "train.micro_batch_size=1"]
+AT: dict[str, tuple[list[str], Callable[[Path], bool]]] = {  # when -> (further settings, whether it is now)
+    "training": ([], lambda output: steps_done(output) >= 5),
+    "saving": (["checkpoint.every=1"], lambda output: any(output.glob("checkpoints/.partial-*/state/*"))),
+    "sampling": ([PROMPT, "validation.samples_every=4"], lambda output: steps_done(output) == 4),
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_ltx: Path, clips: Path, cache: Path) -> Path:
+    path = tmp_path_factory.mktemp("killed") / "recipe.toml"
+    path.write_text(
+        f"""
+[model]
+family = "ltx"
+path = "{tiny_ltx}"
+[data]
+path = "{clips}"
+buckets = ["17x64x96"]
+cache = "{cache}"
+workers = 1
+[train]
+global_batch_size = 4
+precision = "float32"
+[lora]
+rank = 4
+alpha = 8
+[optimizer]
+lr = 1e-2
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(recipe: Path) -> Run:
+    run = Run(recipe, recipe.with_name("straight"), 2, SETTINGS)
+    assert run.wait() == 0, run.said
+    return run
+
+
+def adapter(output: Path) -> dict[str, Tensor]:
+    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def assert_equal_ends(run: Run, straight: Run) -> None:
+    ours, theirs = adapter(run.output), adapter(straight.output)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert [row["loss"] for row in rows(run.output)] == [row["loss"] for row in rows(straight.output)]
+
+
+def assert_ends_soon(runs: list[Run], started: list[int]) -> None:
+    """All processes of some runs end, also those that were started by their ranks."""
+    deadline = time.monotonic() + SOON
+    for run in runs:
+        run.process.wait(max(0.1, deadline - time.monotonic()))
+        assert run.process.returncode != 0
+    while left := [pid for pid in started if is_alive(pid)]:
+        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "when, workers, rank",
+    [
+        ("training", 1, 1),
+        ("saving", 2, 0),
+        ("sampling", 1, 1),
+        pytest.param("training", 2, 0, marks=pytest.mark.full),
+        pytest.param("training", 0, 1, marks=pytest.mark.full),
+        pytest.param("saving", 1, 1, marks=pytest.mark.full),
+        pytest.param("sampling", 2, 0, marks=pytest.mark.full),
+    ],
+)
+def test_after_one_rank_is_killed_all_end_and_the_same_command_goes_on(
+    recipe: Path, straight: Run, when: str, workers: int, rank: int
+) -> None:
+    more, is_now = AT[when]
+    output = recipe.with_name(f"{when}-{workers}-{rank}")
+    settings = [*SETTINGS, *more, f"data.workers={workers}"]
+    run = Run(recipe, output, 2, settings)
+    run.wait_until(lambda: is_now(output))
+    started = descendants(run.process.pid)
+    os.kill(run.rank(rank), signal.SIGKILL)
+    assert_ends_soon([run], started)
+    assert "the same command resumes" in run.said or "Signal 9" in run.said
+    again = Run(recipe, output, 2, settings)
+    assert again.wait() == 0, again.said
+    assert resumed_after(again.said) > 0 or when == "saving"
+    assert_equal_ends(again, straight)
+
+
+def test_a_rank_that_is_killed_while_clips_are_encoded_leaves_what_was_encoded(recipe: Path, straight: Run) -> None:
+    output, cache = recipe.with_name("encoding"), recipe.with_name("own_cache")
+    settings = [*SETTINGS, f"data.cache={cache}"]
+    run = Run(recipe, output, 2, settings)
+    run.wait_until(lambda: any((cache / "text").rglob("*.safetensors")))
+    started = descendants(run.process.pid)
+    os.kill(run.rank(1), signal.SIGKILL)
+    assert_ends_soon([run], started)
+    again = Run(recipe, output, 2, settings)
+    assert again.wait() == 0, again.said
+    assert_equal_ends(again, straight)
+
+
+def test_max_restarts_goes_on_by_itself(recipe: Path, straight: Run) -> None:
+    output = recipe.with_name("restarts")
+    run = Run(recipe, output, 2, SETTINGS, torchrun=["--standalone", "--max_restarts", "2"])
+    for saved, rank in ((2, 1), (6, 0)):
+        run.wait_until(lambda saved=saved: max(checkpoints(output), default=0) >= saved)
+        os.kill(run.rank(rank), signal.SIGKILL)
+    assert run.wait() == 0, run.said
+    assert run.said.count("resuming after step") == 2
+    assert_equal_ends(run, straight)
+
+
+def test_with_two_torchruns_the_other_node_ends_too(recipe: Path, straight: Run) -> None:
+    output = recipe.with_name("nodes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        ["--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        for node in (0, 1)
+    ]
+    settings = [*SETTINGS, "train.micro_batch_size=2"]
+    runs = [Run(recipe, output, 1, settings, torchrun=options) for options in nodes]
+    runs[0].wait_until(lambda: steps_done(output) >= 5)
+    started = [pid for run in runs for pid in descendants(run.process.pid)]
+    os.kill(runs[1].rank(1), signal.SIGKILL)
+    assert_ends_soon(runs, started)
+    assert re.search(
+        r"rank 0 lost its peers: rank 1 \(on \S+, (in step|waiting for the clips of step) \d+\) ended", runs[0].said
+    )
+    again = Run(recipe, output, 2, SETTINGS)
+    assert again.wait() == 0, again.said
+    assert_equal_ends(again, straight)
+    assert checkpoints(output)[-1] == STEPS
+
+
+# A rank that is stopped, and not killed
+
+
+@pytest.mark.parametrize("stopped, tells", [(1, 0), (0, 1)])
+def test_a_rank_that_is_stopped_is_named_within_the_timeout(recipe: Path, stopped: int, tells: int) -> None:
+    """By another one, also if it is rank 0, which says everything else."""
+    timeout = 6.0
+    output = recipe.with_name(f"stopped-{stopped}")
+    run = Run(recipe, output, 2, ["train.steps=100000", f"distributed.timeout_seconds={timeout}"])
+    run.wait_until(lambda: steps_done(output) >= 5)
+    os.kill(run.rank(stopped), signal.SIGSTOP)
+    began = time.monotonic()
+    expected = re.compile(
+        rf"error: rank {tells} (is|lost its peers).*: rank {stopped} \(on {socket.gethostname()}, "
+        r"(in|waiting for the clips of) step \d+\) ended, or answers no more"
+    )
+    run.wait_until(lambda: expected.search(" ".join(run.said.split())) is not None)
+    assert time.monotonic() - began < timeout + SOON
+    assert "the same command resumes from the newest checkpoint" in run.said
+    run.kill_all()
+
+
+def test_a_rank_that_waits_for_its_clips_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
+    """Two ranks that answer: one is in a step, the other reads clips."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    with patch.dict(os.environ, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}):
+        ranks = [Watch(rank, 3, "0", longest=60) for rank in range(3)]
+    for rank in (0, 1):
+        ranks[rank].doing("in step 7")
+    ranks[2].doing("waiting for the clips of step 7")
+    time.sleep(1.5)
+    assert ranks[0].lost() == {}
+    who, is_main_lost = describe_lost(ranks[0])
+    assert re.fullmatch(rf"rank 2 is on {socket.gethostname()}, waiting for the clips of step 7 for \d s", who)
+    assert not is_main_lost
+    ranks[2].end()
+    time.sleep(1.5)
+    assert describe_lost(ranks[1])[0].startswith("rank 2 (on ")
+    for rank in ranks:
+        rank.end()
