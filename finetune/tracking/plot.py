@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import writing
-from finetune.tracking.trackers import read_metrics
+from finetune.tracking.trackers import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ def plot_losses(run: Path) -> Path:
     Raises:
         UserError: there are no metrics, no losses in them, or something else; or the figure cannot be written.
     """
-    metrics = run / "metrics.jsonl"
+    metrics = run / METRICS_FILE
     if not metrics.is_file():
         raise UserError("there are no metrics of a run", "give the run's output folder", str(metrics))
     rows = read_metrics(metrics)

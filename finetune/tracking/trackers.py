@@ -1,17 +1,31 @@
 """Trackers of metrics and videos behind one small interface: `log`, `log_videos` and `close`."""
 
+import importlib
 import json
+import netrc
+import os
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from finetune.recipe.schema import Tracking
-from finetune.runtime.errors import UserError
+from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.files import writing
+from finetune.runtime.logging import say
+
+METRICS_FILE = "metrics.jsonl"
+_PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+_PATIENCE = 60.0  # seconds after which a tracker that has failed is tried again
+_MOST_WAITING = 100_000  # entries that are kept for it
 
 
 class Tracker(Protocol):
@@ -22,7 +36,50 @@ class Tracker(Protocol):
     def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
         """Log generated videos as (label, mp4 file), and a PNG that shows all of them."""
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None:
+        """End the record of a run, which has failed or is done."""
+
+
+class Patient:
+    """A tracker of a service that may fail. Its failures never reach the training: they are said once, what could not be logged is
+    kept, and tried again after a while. `metrics.jsonl` has everything in any case.
+    """
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self.tracker, self.name = tracker, name
+        self._waiting: deque[Callable[[], None]] = deque(maxlen=_MOST_WAITING)
+        self._try_again = 0.0
+        self._is_said = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._do(partial(self.tracker.log, step, dict(values)))
+
+    def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
+        self._do(partial(self.tracker.log_videos, step, list(videos), sheet))
+
+    def close(self, failed: bool) -> None:
+        self._try_again = 0.0
+        self._do(partial(self.tracker.close, failed))
+        if self._waiting:
+            say(f"warning: {self.name} lacks {len(self._waiting)} entries of this run; metrics.jsonl has them")
+
+    def _do(self, call: Callable[[], None]) -> None:
+        self._waiting.append(call)
+        if time.monotonic() < self._try_again:
+            return
+        try:
+            while self._waiting:
+                self._waiting[0]()
+                self._waiting.popleft()
+        except Exception as error:  # whatever a service, a network or a full disk makes of it
+            self._try_again = time.monotonic() + _PATIENCE
+            if not self._is_said:
+                self._is_said = True
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                say(
+                    f"warning: {self.name} fails ({reason}); the training goes on, and what is missing there is tried again: "
+                    "metrics.jsonl has everything"
+                )
 
 
 class JsonLines:
@@ -43,7 +100,7 @@ class JsonLines:
     def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
         self.log(step, {"samples": str(sheet.parent)})
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.file.close()
 
 
@@ -53,8 +110,8 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
+        except ImportError as error:
+            raise _import_error("tensorboard", error) from None
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -64,18 +121,20 @@ class TensorBoard:
     def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
         self.writer.add_image("samples", np.asarray(Image.open(sheet)), step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
 
 class WandB:
-    """Weights & Biases; WANDB_MODE=offline works without a network. A resumed run continues under the same id."""
+    """Weights & Biases; WANDB_MODE=offline works without a network. A resumed run continues under the same id, and one that
+    fails ends as crashed there.
+    """
 
     def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
         try:
             import wandb
-        except ImportError:
-            raise _missing("wandb") from None
+        except ImportError as error:
+            raise _import_error("wandb", error) from None
         marker = folder / "wandb_id"
         run_id = marker.read_text().strip() if marker.exists() else uuid.uuid4().hex[:8]
         try:
@@ -95,6 +154,8 @@ class WandB:
                 "tracking.trackers",
             ) from error
         marker.write_text(run_id)
+        if self.run.url:
+            say(f"W&B: {self.run.url}")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -105,8 +166,8 @@ class WandB:
         files = [wandb.Video(str(path), caption=label, format="mp4") for label, path in videos]
         self.run.log({"samples": files, "contact_sheet": wandb.Image(str(sheet))}, step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=1 if failed else 0)
 
 
 def open_trackers(settings: Tracking, folder: Path, config: Mapping[str, Any], first_step: int) -> list[Tracker]:
@@ -121,11 +182,11 @@ def open_trackers(settings: Tracking, folder: Path, config: Mapping[str, Any], f
     """
     trackers: list[Tracker] = []
     with writing(folder):
-        trackers.append(JsonLines(folder / "metrics.jsonl", first_step))
+        trackers.append(JsonLines(folder / METRICS_FILE, first_step))
     if "tensorboard" in settings.trackers:
-        trackers.append(TensorBoard(folder / "tensorboard", first_step))
+        trackers.append(Patient(TensorBoard(folder / "tensorboard", first_step), "TensorBoard"))
     if "wandb" in settings.trackers:
-        trackers.append(WandB(folder, settings.project, settings.name or folder.name, config))
+        trackers.append(Patient(WandB(folder, settings.project, settings.name or folder.name, config), "W&B"))
     return trackers
 
 
@@ -154,7 +215,38 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _missing(package: str) -> UserError:
-    return UserError(
-        f"{package} is not installed", f'in the checkout: pip install -e ".[{package}]"', "tracking.trackers"
-    )
+def tracker_problems(names: Sequence[str]) -> Iterator[Problem]:
+    """Why a run with these trackers could not start: packages that cannot be imported, and W&B without a key to log in with."""
+    for name in names:
+        try:
+            importlib.import_module(_PACKAGES[name])
+        except ImportError as error:
+            yield from _import_error(name, error).problems
+        else:
+            if name == "wandb" and _lacks_login():
+                yield Problem(
+                    "W&B has no key to log in with", "tracking.trackers", "run `wandb login`, or set WANDB_MODE=offline"
+                )
+
+
+def _import_error(package: str, error: ImportError) -> UserError:
+    """The package is not there, or one that it needs is not, or is too old."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
+        what = f"{package} is not installed"
+    else:
+        what = f"{package} is installed, but cannot be imported ({error})"
+    return UserError(what, f'in the checkout: pip install -e ".[{package}]"', "tracking.trackers")
+
+
+def _lacks_login() -> bool:
+    """Whether W&B would ask for a login: it is to be online, and has no key in the environment or the netrc file."""
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return False
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return False
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for file in map(Path, filter(None, [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"])):
+        with suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(str(file.expanduser())).authenticators(host):
+                return False
+    return True
