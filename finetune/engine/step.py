@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import cast
 
@@ -14,14 +14,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 
-from finetune.engine.gradients import grad_norm
+from finetune.engine.gradients import grad_norm, local, part_of
 from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.parts import Part
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.runtime import seeds
-from finetune.runtime.distributed import Runtime
+from finetune.runtime.distributed import Runtime, host_threads
 
 
 @dataclass
@@ -75,13 +75,17 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     The host waits for the device once, for loss, norm and stop votes together.
 
     Args:
-        step: number of the step from 0; seeds what is drawn on the device (dropout).
+        step: number of the step from 0; seeds what is drawn on the device: dropout by the share of the data, the rounding of
+            bf16 weights by the part of the weights, so that replicas stay equal.
         micro_batches: this rank's share of the global batch, on the CPU.
         stop: this rank's wish to end the run after this step.
     """
     device = state.runtime.device
-    device.reseed(seeds.derive(state.seed, "device", step, state.runtime.data.rank))
+    device.reseed(seeds.derive(state.seed, "device", step, state.runtime.data.rank))  # dropout
     lr = float(state.schedule.get_last_lr()[0])  # torchao's optimizers have it in a tensor on the CPU
+    update_seed = seeds.derive(state.seed, "update", step, *part_of(state.parameters[0]))
+    if state.in_backward:
+        state.in_backward.before_first = partial(device.reseed, update_seed)
     totals = {name: torch.zeros((), device=device.torch_device) for name in micro_batches[0].terms}
     for index, batch in enumerate(micro_batches):
         if state.defer_reduction and len(micro_batches) > 1:
@@ -108,7 +112,9 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     finite = all(map(math.isfinite, (*mean_losses, host_norm)))
     if finite:
         if not state.in_backward:
-            state.optimizer.step()
+            device.reseed(update_seed)
+            with host_threads(state.runtime, used=local(state.parameters[0]).is_cpu):
+                state.optimizer.step()
         state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     if finite:  # once the gradients' memory is free

@@ -1,13 +1,13 @@
 """Plans of earlier starts, kept beside the cache: the same training on the same GPUs is simulated once."""
 
 import importlib.metadata
-import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import finetune
 from finetune.data.cache import content_hash, digest
+from finetune.models import code_of
 from finetune.models.family import Family
 from finetune.models.folder import INDEX
 from finetune.planning.plan import Plan
@@ -53,7 +53,7 @@ def plan_file(recipe: Recipe, family: Family, arguments: list[str], device: str)
     prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])  # also those of validation.prompts_file
     folder, package = family.folder.path, Path(finetune.__file__).parent
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
-    sources = sorted({*package.rglob("*.py"), Path(inspect.getfile(type(family)))})
+    sources = sorted({*package.rglob("*.py"), *code_of(family)})
     key = digest(
         [values, [prompt.model_dump(mode="json") for prompt in prompts]],
         {str(file.relative_to(folder)): content_hash(file) for file in configs},

@@ -20,6 +20,7 @@ from finetune.engine.precision import DTYPES
 from finetune.engine.step import StepState, run_step
 from finetune.engine.weights.exporters.exporter import gathered
 from finetune.engine.weights.loading import plain_name
+from finetune.engine.weights.staging import staged_bytes
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.planning.accelerator import Accelerator
@@ -34,7 +35,7 @@ from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.recipe.rules import streams
 from finetune.runtime.logging import quietly
-from finetune.training.job import build_state
+from finetune.training.job import build_state, is_background
 
 STEPS = (
     1,
@@ -79,6 +80,7 @@ class Simulation:
         self.host = Trace(locked=self._locked() if temporaries else frozenset())
         workspace = HOPPER_WORKSPACE if hardware.gpu and hardware.gpu.is_hopper else WORKSPACE
         self.accelerator = Accelerator(self.device, self.host, temporaries, workspace)
+        self._checkpoint: Tensor | None = None  # host memory that checkpoints are copied to
         self.phases: list[Phase] = []
         self.notes: list[str] = []
         self.timelines: dict[str, Timeline] = {}
@@ -123,6 +125,10 @@ class Simulation:
                     run_step(state, step, [batch] * min(count, most))
                     self._name_state(state)
                     costs.append(self.accelerator.cost)
+                if self._checkpoint is None and is_background(self.recipe):  # from the first checkpoint on
+                    values = (each.values() for each in state.optimizer.state.values())
+                    size = staged_bytes([state.parameters, *map(list, values)])
+                    self._checkpoint = torch.empty(size, dtype=torch.uint8, device="cpu")
             one, two = costs
             cost = two.repeated(one, count) if count > 1 else two
             # Streamed blocks are copied ahead, and FSDP prefetches offloaded shards, but only with two ranks and more.

@@ -16,6 +16,7 @@ from finetune.recipe.schema import Recipe, free_keys
 from finetune.recipe.table import tables_of
 from finetune.runtime.errors import Problem, UserError
 
+RECIPE_FILE = "recipe.toml"  # in a run's folder: the effective recipe
 Key = tuple[str | int, ...]
 _BRANCHES = ("bool", "float", "int", "str")  # what pydantic calls branches of a union, besides what is no key's name
 

@@ -182,6 +182,12 @@ class Checkpoint(Table):
     """Save each this many optimizer steps; a run's last step and a polite stop (SIGTERM) save too."""
     keep_last: Annotated[int, Field(ge=1)] | Literal["all"] = Free(2)
     """Keep this many checkpoints, or "all"."""
+    background: bool = Free(True)
+    """Write checkpoints while the training goes on, from a copy in host memory of what is trained and of the optimizer's state.
+    Without effect where these are in host memory anyway (full finetuning with memory.offload)."""
+    verify: bool = Free(True)
+    """Compare each file's digest with the one that was noted when it was written, before a checkpoint is taken up. A damaged
+    one is named, and the one before is taken."""
 
 
 class Prompt(Table):

@@ -24,7 +24,7 @@ from finetune.recipe.table import Table
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.training.job import Job, build
-from finetune.training.run import export
+from finetune.training.output import Results
 from finetune.training.usage import say_usage
 
 
@@ -144,7 +144,7 @@ def test_a_new_adapter_is_exported_under_its_name(
 ) -> None:
     job = make_job()
     train(job, 0, 1)
-    folder = export(job)
+    folder = Results(job).export()
     assert folder == (tmp_path / "run" / "scales").absolute()
     written, trained = load_file(folder / "scales.safetensors"), scales_of(job)
     assert all(torch.equal(written[name], scale) for name, scale in trained.items())

@@ -1,17 +1,22 @@
 """What a run leaves behind is what it trained: in every tensor, and in diffusers' own forward pass."""
 
+import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from average import Average
 from diffusers import LTXPipeline, LTXVideoTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from finetune.engine.gradients import local
 from finetune.engine.precision import DTYPES
 from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE, verify_lora
 from finetune.runtime.errors import UserError
@@ -38,6 +43,31 @@ def all_weights(job: Job) -> dict[str, Tensor]:
 def prediction(job: Job, transformer: torch.nn.Module) -> Tensor:
     """The transformer's output for a batch that was not trained on."""
     return job.state.family.predict(transformer.eval(), job.micro_batches()[17].inputs)["video"]
+
+
+# Files
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_same_weights_are_the_same_bytes_with_the_usual_permissions(
+    build_job: BuildJob, tmp_path: Path, method: str
+) -> None:
+    """safetensors alone gave six files for six saves, of mode 0600."""
+    job = trained(build_job, f"train.method={method}", steps=1)
+    before = os.umask(0o027)
+    try:
+        for number in range(6):
+            export_weights(job.state, method, tmp_path / str(number))
+    finally:
+        os.umask(before)
+    exported = [{file.name: file for file in (tmp_path / str(number)).iterdir()} for number in range(6)]
+    for name, file in exported[0].items():
+        assert {other[name].read_bytes() for other in exported} == {file.read_bytes()}
+        assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    (weights,) = tmp_path.glob("0/*.safetensors")
+    with weights.open("rb") as file:
+        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    assert list(metadata) == sorted(metadata)
 
 
 # LoRA
@@ -196,3 +226,25 @@ def test_an_exported_transformer_keeps_the_config_of_the_original(
     original = LTXPipeline.from_pretrained(tiny_ltx).transformer.config
     exported = LTXPipeline.from_pretrained(tmp_path / "model").transformer.config
     assert {k: v for k, v in original.items() if k[0] != "_"} == {k: v for k, v in exported.items() if k[0] != "_"}
+
+
+# What is evaluated
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_average_that_is_evaluated_is_what_is_exported(build_job: BuildJob, tmp_path: Path, method: str) -> None:
+    job = build_job("optimizer.lr=1e-2", f"train.method={method}")
+    average = Average(job.state.transformer)
+    job.state.parts.append(average)
+    batches = job.micro_batches()
+    for step in range(2):
+        job.step(step, [batches[2 * step + index] for index in range(job.split.accumulation)])
+    export_weights(job.state, method, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    names = {
+        name: "transformer." + name.replace(".default.", ".") if method == "lora" else name for name in average.values
+    }
+    exported = load_file(file)
+    for name, value in average.values.items():
+        assert torch.equal(exported[names[name]], local(value))
+        assert not torch.equal(exported[names[name]], local(average.parameters[name].detach()))

@@ -13,7 +13,7 @@ from finetune.engine.weights.exporters.exporter import Exporter, gathered
 from finetune.models.family import Family
 from finetune.runtime.distributed import Runtime
 from finetune.training.job import Job, export_weights
-from finetune.training.run import export
+from finetune.training.output import Results
 
 
 def test_a_form_from_outside_is_what_a_run_writes(
@@ -27,7 +27,7 @@ def test_a_form_from_outside_is_what_a_run_writes(
     own = {"shapes": Exporter("lora", lambda family: f"shapes_of_{family.name}", write)}
     monkeypatch.setattr(exporters, "EXPORTERS", own | EXPORTERS)
     job = build_job()
-    folder = export(job)
+    folder = Results(job).export()
     assert folder == (job.recipe.output / "shapes_of_ltx").absolute()
     written = json.loads((folder / "shapes.json").read_text())
     trained = {name: list(each.shape) for name, each in job.state.transformer.named_parameters() if each.requires_grad}

@@ -214,3 +214,17 @@ def test_kinds_that_a_family_may_not_list_are_refused(
 
     with pytest.raises(UserError, match=r"Odd\.encoders lists the kinds"):
         prepare(load_recipe(recipe_file), Odd(ModelFolder(tiny_ltx)), runtime)
+
+
+def test_columns_that_a_family_reads_are_part_of_what_a_checkpoint_continues(
+    prepared_with: Callable[[], tuple[Prepared, Job]], sounding_clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = prepared_with()[1].identity()
+    manifest = sounding_clips / "metadata.jsonl"
+    manifest.write_text(manifest.read_text().replace("CC0", "CC-BY"))
+    assert prepared_with()[1].identity() == before
+    monkeypatch.setattr(SoundingLTX, "columns", ("licence",))
+    after = prepared_with()[1].identity()
+    assert after != before
+    manifest.write_text(manifest.read_text().replace("CC-BY", "CC0"))
+    assert prepared_with()[1].identity() != after

@@ -1,116 +1,293 @@
-"""Checkpoints that are whole or absent: sharded with DCP, written beside, renamed when complete."""
+"""Checkpoints that are whole or absent: sharded with DCP, written beside, noted with their digests, renamed when complete.
+
+A checkpoint is begun and finished. In between, with `background`, it is written from a copy in host memory by a thread of each
+rank, over a process group of its own, while the training goes on.
+"""
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.engine.parts import Part
+from finetune.engine.weights.integrity import Digests, damage, digests, missing_bytes
+from finetune.engine.weights.safe_reading import SafePlanner, SafeReader
+from finetune.engine.weights.staging import HostCopy
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
-from finetune.runtime.files import disk_error
+from finetune.runtime.files import disk_error, free_name, remove_folder, sync_folder
+from finetune.runtime.logging import say
 
-_STATE, _FACTS, _PARTIAL = "state", "trainer.json", ".partial-"
+_STATE, _FACTS, _PARTIAL, _ASIDE = "state", "trainer.json", ".partial-", "set_aside"
+_NAME = re.compile(r"step_(\d{8,})")
 _FAILURE = (Exception, CheckpointException)  # DCP's own is a BaseException
 _FIRST_PARTS = ("model", "optimizer")  # of checkpoints that were written before they named their parts
+_LONGEST_WRITE = timedelta(days=1)  # a rank with a slow disk may keep the others waiting
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A checkpoint that was begun. `facts` will be noted with it; they are None if the step was saved before."""
+    """A checkpoint that was begun: its step, the folder that it will be, and this rank's writing of it.
+
+    `writing` gives the seconds that it took; it is None if the step had been saved before.
+    """
 
     step: int
-    facts: dict[str, Any] | None
+    folder: Path
+    writing: Future[float] | None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has ended its writing, well or not. On rank 0, all ranks have."""
+        return self.writing is None or self.writing.done()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank could not write."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    @property
+    def seconds(self) -> float:
+        """How long the writing took, once it has ended well; 0 if there was none."""
+        return self.writing.result() if self.writing else 0.0
 
 
 class Checkpoints:
     """The checkpoints of one run, `step_00000100` and so on, in one folder that all ranks see."""
 
-    def __init__(self, folder: Path, keep_last: int | None, runtime: Runtime) -> None:
-        """`keep_last` is None to keep all."""
-        self.folder, self.keep_last, self.runtime = folder, keep_last, runtime
+    def __init__(
+        self, folder: Path, keep_last: int | None, runtime: Runtime, background: bool = False, verify: bool = True
+    ) -> None:
+        """Collective.
+
+        Args:
+            keep_last: None keeps all.
+            background: write while the training goes on, from a copy in host memory.
+            verify: compare the digests of all files before a checkpoint is taken up.
+        """
+        self.folder, self.keep_last, self.runtime, self.verify = folder, keep_last, runtime, verify
+        self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+        self._host = HostCopy(runtime.device) if background else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in self.folder.glob(f"step_*/{_FACTS}"))
-
-    def latest(self) -> int | None:
-        """The newest complete checkpoint's step, as rank 0 sees it."""
-        steps = self.steps() if self.runtime.is_main else []
-        return self.runtime.from_main(steps[-1] if steps else None)
+        """Steps of the complete checkpoints, ascending. What has another name is passed over."""
+        names = (_NAME.fullmatch(path.parent.name) for path in self.folder.glob(f"step_*/{_FACTS}"))
+        return sorted(int(name[1]) for name in names if name)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def begin(self, step: int, parts: Sequence[Part], facts: dict[str, Any], export: Callable[[Path], None]) -> Pending:
-        """Write the state of all parts to a folder that is no checkpoint until `finish`. A step that is saved is left alone.
+    # Writing
 
-        The state is that of now, whatever is trained before `finish`: so a writer may go on behind the next steps, though
-        today's has written all when this returns. One checkpoint is pending at a time; the next `begin` clears an
-        unfinished one away.
+    def begin(
+        self,
+        step: int,
+        parts: Sequence[Part],
+        facts: dict[str, Any],
+        export: Callable[[Path], None],
+        aside: bool = False,
+    ) -> Pending:
+        """Write the state of all parts to a folder that is no checkpoint until all of it is there. Collective.
+
+        The state is that of now, whatever is trained before `finish`. One checkpoint is pending at a time: finish it before the
+        next is begun. A step that is saved is left alone.
 
         Args:
             facts: small JSON values, returned by `facts`.
             export: called on every rank with the unfinished folder, to add files of its own; fails on all ranks or on none.
+            aside: write it among those that are set aside, from which no run resumes.
         Raises:
             UserError: on every rank, if any could not write; older checkpoints stay.
         """
-        final, partial = self.path(step), self._partial(step)
-        if self.runtime.from_main((final / _FACTS).exists() if self.runtime.is_main else None):
-            return Pending(step, None)
-        state = {part.name: part.state_dict() for part in parts}
-        with self._whole_or_absent(step):
-            with self.runtime.together():
-                if self.runtime.is_main:
-                    self._clear(self.folder)
-                    shutil.rmtree(final, ignore_errors=True)  # half copied: it has no facts
-                    partial.mkdir(parents=True)
-            dcp.save(state, checkpoint_id=partial / _STATE, process_group=self.runtime.control)
-            export(partial)
+        final, partial = self._places(step, aside)
+        if partial is None:
+            return Pending(step, final, None)
         names = [part.name for part in parts]
-        return Pending(step, {"step": step, "processes": self.runtime.world_size, "parts": names, **facts})
+        facts = {"step": step, "processes": self.runtime.world_size, "parts": names, **facts}
+        state = {part.name: part.state_dict() for part in parts}
+        try:
+            with self.runtime.together():
+                if self._host:
+                    state = self._host.of(state)
+            export(partial)
+        except Exception as error:
+            self._give_up(step, partial, error)
+        if self._thread:
+            return Pending(step, final, self._thread.submit(self._write, step, partial, final, state, facts))
+        written: Future[float] = Future()
+        try:
+            written.set_result(self._write(step, partial, final, state, facts))
+        except Exception as error:
+            written.set_exception(error)
+        return Pending(step, final, written)
 
     def finish(self, pending: Pending) -> Path:
-        """Make a begun checkpoint one that a run resumes from, and remove the oldest; returns its folder. Raises as `begin`."""
-        final, partial = self.path(pending.step), self._partial(pending.step)
-        if pending.facts is None:
-            return final
-        with self._whole_or_absent(pending.step), self.runtime.together():
+        """Wait until a begun checkpoint is one that a run resumes from; returns its folder. Collective; raises as `begin`."""
+        with self.runtime.together():
+            if pending.writing:
+                pending.writing.result()
+        return pending.folder
+
+    def _places(self, step: int, aside: bool) -> tuple[Path, Path | None]:
+        """(the folder of a checkpoint, where it lies while it is written, or None if it is there). Collective."""
+        final, partial = self.path(step), None
+        with self.runtime.together():
             if self.runtime.is_main:
-                (partial / _FACTS).write_text(json.dumps(pending.facts, indent=1))
-                partial.rename(final)
-                self._prune()
-        return final
+                for leftover in self.folder.glob(f"{_PARTIAL}*"):
+                    remove_folder(leftover)
+                if aside:
+                    final = free_name(self.folder / _ASIDE / final.name)
+                if not (final / _FACTS).exists():
+                    if final.exists():  # half copied: it has no facts
+                        self._set_aside(final, "it has no trainer.json")
+                    partial = free_name(self.folder / f"{_PARTIAL}{final.name}")
+                    try:
+                        partial.mkdir(parents=True)
+                    except OSError as error:
+                        raise disk_error(error, self.folder) or error from None
+        return self.runtime.from_main((final, partial))
 
-    def _partial(self, step: int) -> Path:
-        """Where a checkpoint lies while it is written or removed."""
-        return self.folder / f"{_PARTIAL}{self.path(step).name}"
-
-    @contextmanager
-    def _whole_or_absent(self, step: int) -> Iterator[None]:
-        """If the block fails, what was written of the checkpoint is removed, and a full disk is explained."""
+    def _write(self, step: int, partial: Path, final: Path, state: dict[str, Any], facts: dict[str, Any]) -> float:
+        """Write a state, and give its folder its name once all ranks have. Returns the seconds. Collective over `group`."""
+        start = time.monotonic()
         try:
-            yield
-        except _FAILURE as error:
+            dcp.save(state, checkpoint_id=partial / _STATE, process_group=self.group)
+            found = self._digests(partial)
             if self.runtime.is_main:
-                shutil.rmtree(self._partial(step), ignore_errors=True)
-            raise self._explain(error, step) from error
+                (partial / _FACTS).write_text(json.dumps({**facts, "files": found}, indent=1))
+                sync_folder(partial)
+                final.parent.mkdir(exist_ok=True)
+                partial.rename(final)
+                sync_folder(final.parent, deep=False)
+                self._prune()
+        except _FAILURE as error:
+            self._give_up(step, partial, error)
+        return time.monotonic() - start
+
+    def _digests(self, partial: Path) -> Digests:
+        """The digests of all files, on rank 0: each rank reads those that it has written. Collective over `group`."""
+        rank, found, failed = self.runtime.rank, {}, ""
+        try:
+            files = [file for file in partial.rglob("*") if file.is_file()]
+            writer = [re.match(r"__(\d+)_", file.name) for file in files]  # DCP names its files by ranks
+            own = [file for file, by in zip(files, writer, strict=True) if (int(by[1]) if by else 0) == rank]
+            found = digests(partial, own)
+        except OSError as error:
+            failed = str(error)
+        gathered: list[Any] = [None] * self.runtime.world_size if rank == 0 else []
+        dist.gather_object((found, failed), gathered or None, dst=0, group=self.group)
+        if failures := sorted({failure for _, failure in gathered if failure}):
+            raise OSError("; ".join(failures))
+        return {name: digest for share, _ in gathered for name, digest in share.items()}
+
+    def _give_up(self, step: int, partial: Path, error: BaseException) -> None:
+        """Remove what was written of a checkpoint, and raise what its failure means for the user."""
+        if self.runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise error
+        reason = _reason(error)
+        cause = disk_error(error if isinstance(error, OSError) else RuntimeError(reason), self.folder)
+        known = self.steps()
+        safe = f"step {known[-1]} is safe" if known else "no earlier checkpoint exists"
+        if cause is not None and "full" in str(cause):
+            free = shutil.disk_usage(self.folder).free / 2**20
+            raise UserError(
+                f"the disk is full ({free:.0f} MiB free): the checkpoint of step {step} was not written; {safe}",
+                "free some space or lower checkpoint.keep_last, then run the same command: it goes on from there",
+                str(self.folder),
+            ) from error
+        if cause is not None or isinstance(error, CheckpointException):
+            raise UserError(
+                f"the checkpoint of step {step} was not written ({reason}); {safe}",
+                "check the disk and the folder's permissions, then run the same command: it goes on from there",
+                str(self.folder),
+            ) from error
+        raise error
+
+    def _prune(self) -> None:
+        """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""
+        for step in self.steps()[: -self.keep_last] if self.keep_last else []:
+            doomed = free_name(self.folder / f"{_PARTIAL}{self.path(step).name}")
+            try:
+                self.path(step).rename(doomed)
+            except OSError as error:
+                say(f"warning: an old checkpoint cannot be removed ({error})")
+                continue
+            remove_folder(doomed)
+
+    # Taking up
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that is as it was written; what is passed over is said. None without any. Collective.
+
+        Raises:
+            UserError: there are checkpoints, and each is damaged.
+        """
+        self._say_strange_names()
+        found = []
+        for step in reversed(self.runtime.from_main(self.steps() if self.runtime.is_main else [])):
+            wrong = self.damage(step)
+            if not wrong:
+                return step
+            found.append(f"step {step}: {'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}")
+            say(f"warning: the checkpoint of step {step} is damaged, and passed over ({found[-1]})")
+        if found:
+            raise UserError(
+                f"all checkpoints are damaged ({'; '.join(found)})",
+                "put one back from a copy, or move the folder away to start anew",
+                str(self.folder),
+            )
+        return None
+
+    def damage(self, step: int) -> list[str]:
+        """What is wrong with a checkpoint, in words; empty if it is as it was written. One rank reads each file. Collective."""
+        start = time.monotonic()
+        wrong: list[str] = []
+        files: dict[str, tuple[int, str]] = {}
+        if self.runtime.is_main:
+            wrong, files = self._look_at(step)
+        wrong, files = self.runtime.from_main((wrong, files))
+        if wrong or not self.verify:
+            return wrong
+        data = self.runtime.rank, self.runtime.world_size
+        shares = self.runtime.gather(damage(self.path(step), files, *data))
+        seconds, size = time.monotonic() - start, sum(size for size, _ in files.values())
+        if seconds > 1:
+            say(f"verified the checkpoint of step {step}: {size / 2**30:.1f} GiB in {seconds:.1f} s")
+        return [line for share in shares for line in share]
+
+    def _look_at(self, step: int) -> tuple[list[str], dict[str, tuple[int, str]]]:
+        """(what is wrong with a checkpoint's small files and the sizes of the others, the noted digests)."""
+        state, looked_at = self.path(step) / _STATE, _FACTS
+        try:
+            facts = self.facts(step)
+            files = {name: (int(size), str(digest)) for name, (size, digest) in facts.get("files", {}).items()}
+            looked_at = f"{_STATE}/.metadata"
+            return missing_bytes(state, SafeReader(state).read_metadata()), files
+        except Exception as error:  # whatever a damaged file's bytes make of it
+            return [f"{looked_at}: {_reason(error)}"], {}
 
     def facts(self, step: int) -> dict[str, Any]:
-        """What was noted with a checkpoint."""
-        try:
-            return json.loads((self.path(step) / _FACTS).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise self._unreadable(step, error) from error
+        """What was noted with a checkpoint. Raises OSError or ValueError if it cannot be read."""
+        facts = json.loads((self.path(step) / _FACTS).read_text())
+        if not isinstance(facts, dict) or facts.get("step") != step:
+            raise ValueError(f"{_FACTS} does not belong to step {step}")
+        return facts
 
     def load(self, step: int, parts: Sequence[Part]) -> None:
-        """Restore all parts in place, on any number of ranks. Other state that the checkpoint holds is left there.
+        """Restore all parts in place, on any number of ranks. Other state that the checkpoint holds is left there. Collective.
 
         Raises:
             UserError: the checkpoint cannot be read, or does not hold one of the parts. A part is not started anew in the
@@ -119,15 +296,19 @@ class Checkpoints:
         with self.runtime.together():
             self._check_parts(step, parts)
         state = {part.name: part.state_dict() for part in parts}
+        reader = SafeReader(self.path(step) / _STATE)
         try:
-            dcp.load(state, checkpoint_id=self.path(step) / _STATE, process_group=self.runtime.control)
+            dcp.load(state, storage_reader=reader, planner=SafePlanner(), process_group=self.runtime.control)
         except _FAILURE as error:
             raise self._unreadable(step, error) from error
         for part in parts:
             part.load_state_dict(state[part.name])
 
     def _check_parts(self, step: int, parts: Sequence[Part]) -> None:
-        saved = self.facts(step).get("parts", _FIRST_PARTS)
+        try:
+            saved = self.facts(step).get("parts", _FIRST_PARTS)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(step, error) from error
         if missing := [part.name for part in parts if part.name not in saved]:
             raise UserError(
                 f"the checkpoint has no state of {', '.join(missing)}: the run that saved it had no such part",
@@ -138,37 +319,46 @@ class Checkpoints:
     def _unreadable(self, step: int, error: BaseException) -> UserError:
         older = [known for known in self.steps() if known < step]
         then = f"the run then goes on from step {older[-1]}" if older else "the run then starts anew"
-        what, cure = f"the checkpoint cannot be read ({_reason(error)})", f"remove this folder; {then}"
+        what, cure = f"the checkpoint cannot be read ({_reason(error)})", f"move this folder away; {then}"
         if "block_size" in str(error) + _reason(error):  # torchao: a part that cuts through a block of moments
             processes = self.facts(step)["processes"]
             what = f"moments in few bits, saved by {processes} process(es), cannot be divided for {self.runtime.world_size}"
             cure = f"resume it with {processes}"
         return UserError(what, cure, str(self.path(step)))
 
-    def _prune(self) -> None:
-        """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""
-        for step in self.steps()[: -self.keep_last] if self.keep_last else []:
-            doomed = self._partial(step)
-            self.path(step).rename(doomed)
-            shutil.rmtree(doomed)
+    # Setting aside
 
-    @staticmethod
-    def _clear(folder: Path) -> None:
-        for leftover in folder.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(leftover)
+    def set_aside_after(self, step: int) -> None:
+        """Move all checkpoints after a step out of the way, since the run will write these steps anew. Collective."""
+        with self.runtime.together():
+            if self.runtime.is_main:
+                for newer in self.steps():
+                    if newer > step:
+                        self._set_aside(self.path(newer), f"the run goes on from step {step}")
 
-    def _explain(self, error: BaseException, step: int) -> BaseException:
-        cause = disk_error(RuntimeError(_reason(error)), self.folder)
-        if cause is None or "full" not in str(cause):
-            return error
-        free = shutil.disk_usage(self.folder).free / 2**20
-        known = self.steps()
-        safe = f"step {known[-1]} is safe" if known else "no earlier checkpoint exists"
-        return UserError(
-            f"the disk is full ({free:.0f} MiB free): the checkpoint of step {step} was not written; {safe}",
-            "free some space or lower checkpoint.keep_last, then run the same command: it goes on from there",
-            str(self.folder),
-        )
+    def _set_aside(self, folder: Path, why: str) -> None:
+        """Move a checkpoint's folder among those from which no run resumes, and say so.
+
+        Raises:
+            UserError: it cannot be moved.
+        """
+        target = free_name(self.folder / _ASIDE / folder.name)
+        try:
+            target.parent.mkdir(exist_ok=True)
+            folder.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"{folder.name} cannot be moved out of the way ({error})", "move it away by hand", str(folder)
+            ) from error
+        say(f"moved {folder.name} to {target}: {why}")
+
+    def _say_strange_names(self) -> None:
+        if not self.runtime.is_main or not self.folder.is_dir():
+            return
+        known = {self.path(step).name for step in self.steps()} | {_ASIDE}
+        names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        if strange := [name for name in names if name not in known]:
+            say(f"passed over in {self.folder}, which are no whole checkpoints: {', '.join(strange)}")
 
 
 def _reason(error: BaseException) -> str:

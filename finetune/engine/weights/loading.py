@@ -32,11 +32,10 @@ def load_weights(transformer: nn.Module, weights: Weights, device: torch.device)
     Raises:
         UserError: a file cannot be read. Names and shapes are not checked here; the command `check` does that.
     """
-    streamed = [module for module in transformer.modules() if isinstance(module, Streamed)]
-    host_copies = {parameter: copy for module in streamed for parameter, copy in module.host_copies()}
+    on_host = host_copies(transformer)
 
     def destination(parameter: nn.Parameter) -> Tensor:
-        return host_copies.get(parameter, parameter.detach())
+        return on_host.get(parameter, parameter.detach())
 
     with torch.no_grad():
         for prefix, module in transformer.named_modules():
@@ -54,6 +53,12 @@ def load_weights(transformer: nn.Module, weights: Weights, device: torch.device)
         for name, buffer in transformer.named_buffers():
             if plain_name(name) in weights.names():
                 buffer.copy_(weights.rows(plain_name(name), 0, len(buffer) if buffer.dim() else 0))
+
+
+def host_copies(transformer: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """The host memory of each parameter that is streamed from there."""
+    streamed = [module for module in transformer.modules() if isinstance(module, Streamed)]
+    return {parameter: copy for module in streamed for parameter, copy in module.host_copies()}
 
 
 def whole_transformer(family: Family, dtype: torch.dtype) -> nn.Module:

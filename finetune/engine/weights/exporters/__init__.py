@@ -19,9 +19,9 @@ def exporter_of(method: str, name: str | None = None) -> Exporter:
         UserError: there is no form of this name for the method.
     """
     fitting = {each: exporter for each, exporter in EXPORTERS.items() if exporter.method == method}
-    if name is None:
+    if name is None and fitting:
         return next(iter(fitting.values()))
-    if name not in fitting:
+    if name is None or name not in fitting:
         raise UserError(
             f"weights of {method!r} are not written as {name!r}", f"formats are: {', '.join(fitting)}", "--format"
         )

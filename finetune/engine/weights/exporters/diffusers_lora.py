@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from finetune.engine.weights.exporters.exporter import Exporter, gathered
+from finetune.engine.weights.exporters.exporter import Exporter, gathered, tidy
 from finetune.models.adapters import ADAPTER, is_adapters
 from finetune.models.family import Family
 from finetune.runtime.distributed import Runtime
@@ -37,6 +37,7 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
                 transformer_lora_adapter_metadata=config.to_dict(),
                 weight_name=LORA_FILE,
             )
+            tidy(folder)
             verify_lora(folder, layers, config.lora_alpha / config.r, family)
 
 

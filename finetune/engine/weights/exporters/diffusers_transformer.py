@@ -7,7 +7,7 @@ import diffusers
 import torch
 from torch import nn
 
-from finetune.engine.weights.exporters.exporter import Exporter, gathered
+from finetune.engine.weights.exporters.exporter import Exporter, gathered, tidy
 from finetune.models.family import Family
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
@@ -21,6 +21,7 @@ def export_transformer(transformer: nn.Module, family: Family, folder: Path, run
             skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
             skeleton.load_state_dict(whole, assign=True)
             skeleton.save_pretrained(folder)
+            tidy(folder)
             saved = type(skeleton).from_pretrained(folder).state_dict()
             if wrong := [name for name, value in whole.items() if not torch.equal(saved[name], value)]:
                 raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(folder))
@@ -35,4 +36,4 @@ def usage(family: Family, base: str, dtype: str, folder: Path) -> list[str]:
     ]
 
 
-EXPORTER = Exporter("full", lambda family: family.trained_component, export_transformer, usage, "transformer")
+EXPORTER = Exporter("full", lambda family: family.trained_component, export_transformer, usage, "transformer", False)

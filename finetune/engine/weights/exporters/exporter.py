@@ -1,5 +1,6 @@
 """What a form of exported weights has to say, and the gathering of sharded weights that all forms begin with."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from finetune.models.family import Family
 from finetune.runtime.distributed import Runtime
+from finetune.runtime.files import give_usual_mode
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Exporter:
         usage: given (family, base, dtype, folder), the lines of Python that make `pipe` of the base model, as arguments of
             `from_pretrained`, and of the folder; none if no line is known.
         title: what it writes, as the end of a run says it.
+        is_small: whether each checkpoint has it, too, so that it can be used before the run's end.
     """
 
     method: str
@@ -31,6 +34,32 @@ class Exporter:
     write: Callable[[nn.Module, Family, Path, Runtime], None]
     usage: Callable[[Family, str, str, Path], list[str]] = lambda family, base, dtype, folder: []
     title: str = "adapter"
+    is_small: bool = True
+
+
+def tidy(folder: Path) -> None:
+    """Give exported files the permissions that new files get, and the metadata of safetensors files a fixed order.
+
+    safetensors writes metadata in an order that varies from save to save: the same weights would be other bytes each time.
+    """
+    for file in folder.iterdir():
+        give_usual_mode(file)
+        if file.suffix == ".safetensors":
+            _sort_metadata(file)
+
+
+def _sort_metadata(file: Path) -> None:
+    """In place, since sorted it is as long. The format: 8 bytes of the header's length, the header as JSON, tensors."""
+    with file.open("rb+") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        metadata = header.pop("__metadata__", {})
+        ordered = {"__metadata__": dict(sorted(metadata.items())), **header} if metadata else header
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ValueError(f"{file}: the sorted header is longer than the one that was written")
+        opened.seek(8)
+        opened.write(text.ljust(length))
 
 
 def gathered(transformer: nn.Module, trained_only: bool) -> dict[str, Tensor]:
