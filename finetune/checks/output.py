@@ -2,7 +2,7 @@
 
 import shutil
 
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import RECIPE_FILE, Recipe, load_recipe
 from finetune.recipe.load import differences
 from finetune.runtime.errors import UserError
 
@@ -13,8 +13,9 @@ def check_output(recipe: Recipe) -> None:
     Raises:
         UserError: names the keys that differ.
     """
-    saved = recipe.output / "recipe.toml"
-    if saved.exists():
+    saved = recipe.output / RECIPE_FILE
+    trained = any((recipe.output / "checkpoints").glob("step_*/trainer.json"))  # else there is nothing to go on from
+    if saved.exists() and trained:
         changed = differences(recipe, load_recipe(saved))
         if changed:
             raise UserError(

@@ -1,14 +1,22 @@
 """Settings of a recipe that contradict each other, or that the machine cannot do."""
 
+import os
+import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
+
+import torch
 
 from finetune.models.adapters import ADAPTERS
+from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.recipe.rules import saver_problems
 from finetune.recipe.schema import is_set
-from finetune.runtime.device import Device
-from finetune.runtime.errors import Problem
+from finetune.runtime.device import Device, why_no_accelerator
+from finetune.runtime.errors import Problem, UserError
+from finetune.tracking.trackers import tracker_problems
+
+_LARGEST_ON_CPU = 100_000_000  # parameters
+_FLOAT8_EVERYWHERE = (2, 13)  # torch whose Triton has float8 e4m3 below compute capability 8.9
 
 
 def check_recipe(recipe: Recipe, data_ranks: int) -> list[Problem]:
@@ -21,8 +29,45 @@ def check_recipe(recipe: Recipe, data_ranks: int) -> list[Problem]:
 
 
 def check_device(recipe: Recipe, device: Device) -> list[Problem]:
-    """What the device cannot do."""
-    return [] if device.is_cpu else check_gpu(recipe, device.name, device.has_float8)
+    """What the device, or the machine around it, cannot do."""
+    if device.is_cpu:
+        return []
+    return [*check_gpu(recipe, device.name, device.has_float8), *_kernel_problems(recipe, device)]
+
+
+def _kernel_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
+    """What is compiled for the GPU: the blocks with memory.compile, and the updates of torchao's optimizers."""
+    compiled = [] if not recipe.memory.compile else [("memory.compile", "set it to false")]
+    if recipe.optimizer.name != "adamw":
+        compiled.append(("optimizer.name", 'set it to "adamw"'))
+    elif recipe.train.weights == "bf16":
+        compiled.append(("train.weights", 'set it to "float32"'))
+    if compiled and not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        key, instead = compiled[0]
+        yield Problem("kernels are compiled for this, and there is no C compiler", key, f"install gcc, or {instead}")
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if device.has_float8 or version >= _FLOAT8_EVERYWHERE:
+        return
+    for key, wanted in (
+        ("optimizer.name", recipe.optimizer.name == "adamw_fp8"),
+        ("memory.low_bit", recipe.memory.low_bit == "float8" and recipe.memory.compile),
+    ):
+        if wanted:
+            yield Problem(
+                f"kernels with float8 on {device.name} need torch 2.13, and this is {torch.__version__}",
+                key,
+                "install a newer torch, or choose 8 bits: " + ('"adamw_8bit"' if key[0] == "o" else '"int8"'),
+            )
+
+
+def refuse_large_model(family: Family) -> None:
+    """Raise UserError if a model is too large for a CPU: where a GPU was meant, an hour would show it, not an error."""
+    size = sum(parameter.numel() for parameter in family.empty_transformer().parameters())
+    if size > _LARGEST_ON_CPU:
+        raise UserError(
+            f"no GPU: {why_no_accelerator()}; {family.title} has {size / 1e6:,.0f} million parameters",
+            "mend the installation of torch or of the driver, or train on the CPU all the same with --cpu",
+        )
 
 
 def check_gpu(recipe: Recipe, name: str, has_float8: bool) -> list[Problem]:
@@ -75,11 +120,7 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
     for key, effective, cure in _needs(recipe):
         if is_set(recipe, key) and not effective:
             yield Problem("this key has no effect here", key, f"remove it, or {cure}")
-    for package in recipe.tracking.trackers:
-        if find_spec(package) is None:
-            yield Problem(
-                f"{package} is not installed", "tracking.trackers", f'in the checkout: pip install -e ".[{package}]"'
-            )
+    yield from tracker_problems(recipe.tracking.trackers)
 
 
 def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:

@@ -29,7 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     from finetune.checks.model import open_family
     from finetune.checks.output import check_output
     from finetune.engine.weights.exporters import exporter_of
-    from finetune.training.job import build_state, open_checkpoints
+    from finetune.runtime.files import writing
+    from finetune.training.job import build_state, open_checkpoints, sound_checkpoint, write_weights
 
     def body(runtime: Runtime) -> int:
         with runtime.together():
@@ -37,13 +38,15 @@ def run(arguments: argparse.Namespace) -> int:
             family = open_family(recipe)
         exporter = exporter_of(recipe.train.method, arguments.format)
         checkpoints = open_checkpoints(recipe, runtime)
-        step = checkpoints.latest() if arguments.step is None else arguments.step
-        if step is None or step not in checkpoints.steps():
-            known = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise UserError(f"no checkpoint of step {step}", f"steps are: {known}", str(checkpoints.folder))
+        step = sound_checkpoint(checkpoints, arguments.step)
+        if step is None:
+            raise UserError("there is no checkpoint yet", "train first", str(checkpoints.folder))
         state = build_state(recipe, runtime, family, family.transformer_weights())
-        checkpoints.load(step, state.parts)
-        exporter.write(state.transformer, family, arguments.out, runtime)
+        checkpoints.load(
+            step, state.parts[:1]
+        )  # the weights: moments would need memory, and the ranks that they were saved by
+        with writing(arguments.out):
+            write_weights(state, exporter, arguments.out)
         say(f"exported step {step} to {arguments.out}")
         return 0
 

@@ -15,20 +15,22 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU, whatever the model's size")
+    parser.add_argument("--resume-step", type=int, metavar="N", help="go back to the checkpoint of step N")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     recipe = load_recipe(arguments.recipe, arguments.set)
-    return with_runtime(recipe, lambda runtime: _train(recipe, runtime))
+    return with_runtime(recipe, lambda runtime: _train(recipe, runtime, arguments), on_cpu=arguments.cpu)
 
 
-def _train(recipe: Recipe, runtime: Runtime) -> int:
+def _train(recipe: Recipe, runtime: Runtime, arguments: argparse.Namespace) -> int:
     """Train with a memory plan made beside it, if the recipe wants one and the device knows its memory."""
     from finetune.training.run import train
 
     if not recipe.memory.plan or runtime.device.total_memory is None:
-        return train(recipe, runtime)
+        return train(recipe, runtime, resume_step=arguments.resume_step, any_size_on_cpu=arguments.cpu)
     from finetune.planning.forecast import Forecast
 
-    return train(recipe, runtime, Forecast)
+    return train(recipe, runtime, Forecast, arguments.resume_step)

@@ -4,8 +4,6 @@ Ranks share the work, and nothing is encoded twice. A run that was killed contin
 """
 
 import gc
-import inspect
-from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +19,13 @@ from finetune.data.images import is_address, missing_image
 from finetune.data.loader import Item
 from finetune.data.sources import Source, caption_source, file_source, image_source, video_source
 from finetune.engine.precision import DTYPES
-from finetune.models import is_outside
+from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encode, Encoder
 from finetune.models.family import Family
 from finetune.preparation.inspect import InspectedClip, inspect_clips, refuse_or_skip, require, split_heldout
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
-from finetune.runtime.distributed import Runtime
+from finetune.runtime.distributed import Runtime, host_threads
 from finetune.runtime.errors import Problem, UserError
 from finetune.tracking.progress import ProgressLine
 
@@ -135,7 +133,8 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     for kind, encoder in encoders.by_kind.items():
         on_cpu = kind == "text" and recipe.memory.text_encoder == "cpu"
         device = torch.device("cpu") if on_cpu else runtime.device.torch_device
-        failed |= _encode(work, kind, partial(encoder.load, device), cache, runtime)
+        with host_threads(runtime, used=on_cpu):
+            failed |= _encode(work, kind, partial(encoder.load, device), cache, runtime)
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
     train, heldout = ([item for item in items if not failed.keys() & item.keys.values()] for items in datasets)
     require(train, recipe.data.path)
@@ -159,13 +158,6 @@ def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtim
                 ]
             hashed = {each.kind: digest(*each.fingerprint(cache.file_hash), precision, *code) for each in listed}
     return _Encoders({each.kind: each for each in listed}, runtime.from_main(hashed))
-
-
-def code_of(family: Family) -> list[Path]:
-    """The files of a family's class, and of those that it is derived from, without this project's."""
-    bases = [base for base in type(family).__mro__ if base.__module__ != "builtins"]
-    own = [base for base in bases if base.__module__.partition(".")[0] != "finetune"]
-    return list(dict.fromkeys(Path(inspect.getfile(base)) for base in own if base not in (ABC, object)))
 
 
 def encoders_of(family: Family, recipe: Recipe) -> tuple[Encoder, ...]:
@@ -229,6 +221,14 @@ def _refuse_shared(train: Sequence[Item], heldout: Sequence[Item]) -> None:
         raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
 
 
+def _not_finite(work: _Encoding) -> Problem:
+    return Problem(
+        f"what is encoded of it as {work.kind} holds NaN or infinities",
+        work.note,
+        'set train.precision = "float32" if it was encoded in bf16, else look at the clip and the encoder\'s weights',
+    )
+
+
 def _encode(
     work: Sequence[_Encoding], kind: str, load: Callable[[], Encode], cache: Cache, runtime: Runtime
 ) -> dict[str, list[Problem]]:
@@ -253,6 +253,9 @@ def _encode(
                         tensors = encode(*(source.read() for source in wanted[key].sources))
                     except UserError as error:
                         found[key] = list(error.problems)
+                        continue
+                    if any(not bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+                        found[key] = [_not_finite(wanted[key])]
                         continue
                     cache.write(kind, key, tensors, wanted[key].note)
             for share in runtime.gather(found):

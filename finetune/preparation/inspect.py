@@ -56,17 +56,14 @@ def inspect_clips(
         if runtime.is_main:
             cache.files.save()
 
-    hashes = {file: entry["hash"] for file, entry in facts.items() if isinstance(entry, dict)}
     usable: list[InspectedClip] = []
     problems: list[Problem] = []
     for clip in clips:
         try:
-            entry = facts[clip.path]
-            if isinstance(entry, UserError):
-                raise entry
+            entry = _known(facts, clip.path)
             info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
             fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
-            files = {column: hashes[clip.file(column)] for column in columns}
+            files = {column: _known(facts, clip.file(column))["hash"] for column in columns}
             usable.append(InspectedClip(clip, entry["hash"], info, fit, files))
         except UserError as error:
             problems += error.problems
@@ -74,6 +71,14 @@ def inspect_clips(
     require(usable, path)
     _report(path, usable)
     return usable
+
+
+def _known(facts: Mapping[Path, dict | UserError], file: Path) -> dict:
+    """What is known of a file. Raises the UserError that its inspection has ended with."""
+    found = facts[file]
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list[InspectedClip], list[InspectedClip]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,13 +15,14 @@ from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizers import build_optimizer
 from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.parallel import parallelize, trained_parameters
-from finetune.engine.parts import OptimizerState, TrainedWeights
+from finetune.engine.parts import OptimizerState, TrainedWeights, evaluating
 from finetune.engine.precision import storage_dtype
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.engine.schedule import build_schedule, set_schedule_step
 from finetune.engine.step import StepResult, StepState, run_step
-from finetune.engine.weights.checkpoint import Checkpoints
+from finetune.engine.weights.checkpoint import Checkpoints, Pending
 from finetune.engine.weights.exporters import exporter_of
+from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.engine.weights.loading import load_weights
 from finetune.models import is_outside
 from finetune.models.batch import Batch
@@ -70,16 +72,22 @@ class Job:
             Dropout(self.recipe.data.caption_dropout, self.recipe.data.image_dropout, self.prepared.unconditional_key),
         )
 
-    def resume(self) -> int:
-        """Restore the newest complete checkpoint, if there is one; returns the number of steps done."""
-        latest = self.checkpoints.latest()
-        if latest is None:
+    def resume(self, step: int | None = None) -> int:
+        """Restore the newest checkpoint that is as it was written, if there is one. Collective; returns the number of steps done.
+
+        Args:
+            step: go back to this checkpoint instead.
+        Raises:
+            UserError: it is damaged, or of another training.
+        """
+        taken = sound_checkpoint(self.checkpoints, step)
+        if taken is None:
             return 0
         with self.state.runtime.together():
-            self._check_identity(self.checkpoints.facts(latest))
-        self.checkpoints.load(latest, self.state.parts)
-        set_schedule_step(self.state.schedule, latest)
-        return latest
+            self._check_identity(self.checkpoints.facts(taken))
+        self.checkpoints.load(taken, self.state.parts)
+        set_schedule_step(self.state.schedule, taken)
+        return taken
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint continues besides its recipe: the clips and captions in their order, and the base weights."""
@@ -89,7 +97,9 @@ class Job:
         )
         # Video and text come first, as checkpoints have them that know no other kind.
         kinds = ["video", "text", *(kind for kind in self.prepared.train[0].keys if kind not in ("video", "text"))]
-        clips = [[item.keys[kind] for kind in kinds] for item in self.prepared.train]
+        clips: list[Any] = [[item.keys[kind] for kind in kinds] for item in self.prepared.train]
+        if read := family.columns:  # which reach the batch without being encoded
+            clips += [[item.columns.get(name, "") for name in read] for item in self.prepared.train]
         return {"clips": digest(clips), "base": digest(base)}
 
     def _check_identity(self, facts: dict) -> None:
@@ -102,16 +112,23 @@ class Job:
                     str(self.recipe.output),
                 )
 
-    def save(self, step: int) -> Path:
-        """Checkpoint after `step` optimizer steps, with the adapter as diffusers loads it. Collective."""
-        method = self.recipe.train.method
+    def begin_save(self, step: int, aside: bool = False) -> Pending:
+        """Begin the checkpoint after `step` optimizer steps, with the adapter as diffusers loads it. Collective.
+
+        Args:
+            aside: see `Checkpoints.begin`.
+        """
+        exporter = exporter_of(self.recipe.train.method)
 
         def write(folder: Path) -> None:
-            if method != "full":
-                export_weights(self.state, method, folder / exporter_of(method).folder(self.state.family))
+            if exporter.is_small:
+                write_weights(self.state, exporter, folder / exporter.folder(self.state.family))
 
-        pending = self.checkpoints.begin(step, self.state.parts, self.identity(), write)
-        return self.checkpoints.finish(pending)
+        return self.checkpoints.begin(step, self.state.parts, self.identity(), write, aside)
+
+    def save(self, step: int, aside: bool = False) -> Path:
+        """Begin and finish it."""
+        return self.checkpoints.finish(self.begin_save(step, aside))
 
     def idle_batch(self) -> Batch:
         """The training clip that costs least, for calls that only keep ranks in step."""
@@ -125,6 +142,7 @@ class Job:
         if not self.prepared.heldout:
             return None
         quantiles = self.recipe.validation.sigmas
+        self.state.runtime.doing("measuring the held-out loss")
         return heldout_loss(self.state, self.objective, self.prepared.heldout, self.prepared.cache, quantiles)
 
 
@@ -135,6 +153,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
         weights: the pretrained transformer's; each rank reads the rows that it holds.
     """
     train, memory = recipe.train, recipe.memory
+    family.keeps_text_length = memory.compile
     transformer = family.build_transformer(storage_dtype(train))
     transformer = parallelize(transformer, family, train, recipe.adapter, memory, runtime)
     with runtime.together():
@@ -174,11 +193,46 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
 
 
 def open_checkpoints(recipe: Recipe, runtime: Runtime) -> Checkpoints:
-    """The checkpoints of a recipe's run."""
-    keep = None if recipe.checkpoint.keep_last == "all" else recipe.checkpoint.keep_last
-    return Checkpoints(recipe.output / "checkpoints", keep, runtime)
+    """The checkpoints of a recipe's run. Collective."""
+    settings = recipe.checkpoint
+    keep = None if settings.keep_last == "all" else settings.keep_last
+    return Checkpoints(recipe.output / "checkpoints", keep, runtime, is_background(recipe), settings.verify)
+
+
+def is_background(recipe: Recipe) -> bool:
+    """Whether checkpoints are written from a copy in host memory. What is trained and offloaded is there already, and there may be
+    no room for it twice.
+    """
+    return recipe.checkpoint.background and not (recipe.memory.offload and recipe.train.method == "full")
+
+
+def sound_checkpoint(checkpoints: Checkpoints, step: int | None = None) -> int | None:
+    """The step of the newest checkpoint that is as it was written; None if there are no checkpoints. Collective.
+
+    Args:
+        step: take this one.
+    Raises:
+        UserError: it is damaged, or there is none of that step; or all are damaged.
+    """
+    if step is None:
+        return checkpoints.newest()
+    known = checkpoints.runtime.from_main(checkpoints.steps())
+    if step not in known:
+        steps = ", ".join(map(str, known)) or "none"
+        raise UserError(f"there is no checkpoint of step {step}", f"steps are: {steps}", str(checkpoints.folder))
+    if wrong := checkpoints.damage(step):
+        raise UserError(
+            f"the checkpoint is damaged ({'; '.join(wrong[:3])})", "name another step", str(checkpoints.path(step))
+        )
+    return step
 
 
 def export_weights(state: StepState, method: str, folder: Path) -> None:
-    """Write the trained weights for diffusers, and verify them. Collective."""
-    exporter_of(method).write(state.transformer, state.family, folder, state.runtime)
+    """Write the trained weights in the run's own form, and verify them. Collective."""
+    write_weights(state, exporter_of(method), folder)
+
+
+def write_weights(state: StepState, exporter: Exporter, folder: Path) -> None:
+    """Write the weights as they are evaluated, an average say, in any form, and verify them. Collective."""
+    with evaluating(state.parts):
+        exporter.write(state.transformer, state.family, folder, state.runtime)

@@ -6,6 +6,7 @@ imported by the train command alone, so that a training without a plan runs with
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import Protocol
 
 from finetune.models.family import Family
-from finetune.recipe import Bucket, Recipe
-from finetune.runtime.device import PeakMemory
+from finetune.recipe import RECIPE_FILE, Bucket, Recipe
+from finetune.runtime.device import Device, PeakMemory
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
 
+_RECORDED_STEPS = 2  # of each bucket: in the second there are moments of the optimizer
 MEMORY_FILE = "memory.json"
 VIEWER = "https://docs.pytorch.org/memory_viz"
 
@@ -70,6 +72,23 @@ def start_no_plan(recipe: Recipe, _: Family, runtime: Runtime) -> AbstractContex
     return nullcontext(NoPlan(recipe, runtime))
 
 
+class MemoryHistory:
+    """Has allocations recorded in the first steps of each bucket, in which memory runs out if it does, and in no others: a record
+    takes host time.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device, self._steps, self._is_on = device, Counter[Bucket](), False
+
+    def before_step(self, bucket: Bucket) -> None:
+        """Begin or end the recording before a step of a bucket."""
+        wanted = self._steps[bucket] < _RECORDED_STEPS
+        if wanted != self._is_on:
+            self.device.record_memory(wanted)
+        self._is_on = wanted
+        self._steps[bucket] += 1
+
+
 def gpu_arguments(runtime: Runtime, memory: int | None) -> list[str]:
     """Arguments of `plan` that name the GPUs of this run.
 
@@ -88,7 +107,7 @@ def fit_command(recipe: Recipe, runtime: Runtime, *more: str) -> str:
     Args:
         more: further arguments of `plan`.
     """
-    named = ["--recipe", str(recipe.output / "recipe.toml")]
+    named = ["--recipe", str(recipe.output / RECIPE_FILE)]
     arguments = [*named, *gpu_arguments(runtime, runtime.device.available_memory), *more]
     return f"python -m finetune plan {shlex.join(arguments)} --fit"
 

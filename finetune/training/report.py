@@ -1,10 +1,10 @@
 """Reports a training while it runs, on rank 0: progress line, trackers, held-out loss, samples."""
 
 import time
-from pathlib import Path
 
 from finetune.engine.heldout import HeldOut
 from finetune.engine.step import StepResult
+from finetune.engine.weights.checkpoint import Pending
 from finetune.recipe.load import recipe_values
 from finetune.runtime.device import PeakMemory
 from finetune.runtime.files import writing
@@ -49,10 +49,10 @@ class Report:
         self.restart_clock()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.progress.close()
         for tracker in self.trackers:
-            tracker.close()
+            tracker.close(failed=kind is not None)
 
     def restart_clock(self) -> None:
         """Restart the timer, so that other work is not counted in the next step."""
@@ -107,11 +107,17 @@ class Report:
                     tracker.log_videos(step, samples.videos, samples.sheet)
         self.restart_clock()
 
-    def saved(self, path: Path) -> None:
-        """Report that a checkpoint was written."""
+    def waited_to_save(self, step: int, seconds: float) -> None:
+        """Report how long the training waited for the checkpoint of `step` to be begun."""
         if self.enabled:
-            say(f"saved {path}")
+            self._log(step, {"checkpoint_wait_seconds": seconds})
         self.restart_clock()
+
+    def saved(self, checkpoint: Pending) -> None:
+        """Report that a checkpoint is written."""
+        if self.enabled:
+            took = f" (in {checkpoint.seconds:.1f} s)" if checkpoint.seconds else ""
+            say(f"saved {checkpoint.folder}{took}")
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         with writing(self.job.recipe.output):

@@ -38,6 +38,7 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
     if not wanted:
         return None
     recipe, runtime = job.recipe, job.state.runtime
+    runtime.doing(f"generating the samples of step {step}")
     folder = samples_folder(job, step)
     mine = wanted[runtime.data.rank :: runtime.data.size]
     made: list[tuple[str, Path, np.ndarray]] = []
@@ -65,6 +66,11 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
         if runtime.is_main:
             contact_sheet([(label, frames) for label, _, frames in in_order], sheet)
     return Samples([(label, path) for label, path, _ in in_order], sheet)
+
+
+def has_prompts(job: Job) -> bool:
+    """Whether a recipe has any to generate."""
+    return any(prompt.prompt.seeds for prompt in job.prepared.prompts)
 
 
 def samples_folder(job: Job, step: int) -> Path:

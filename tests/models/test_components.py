@@ -18,7 +18,7 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.training.exported_videos import check_trained
 from finetune.training.job import Job
-from finetune.training.run import export
+from finetune.training.output import Results
 from finetune.training.samples import validation_samples
 
 PROMPT = 'validation.prompts=[{text = "a red ball", steps = 2}]'
@@ -100,7 +100,7 @@ def test_it_makes_the_samples(make_job: Callable[..., Job]) -> None:
 def test_its_adapter_is_exported_and_verified(make_job: Callable[..., Job], tmp_path: Path) -> None:
     job = make_job()
     train(job, 0, 1)
-    folder = export(job)
+    folder = Results(job).export()
     assert folder == (tmp_path / "run" / "lora").absolute()
     check_trained(folder, job.state.family)
     weights = load_file(folder / "pytorch_lora_weights.safetensors")
@@ -110,7 +110,7 @@ def test_its_adapter_is_exported_and_verified(make_job: Callable[..., Job], tmp_
 def test_all_of_its_weights_are_exported_under_its_name(make_job: Callable[..., Job], tmp_path: Path) -> None:
     job = make_job("train.method=full")
     train(job, 0, 1)
-    folder = export(job)
+    folder = Results(job).export()
     assert folder == (tmp_path / "run" / "transformer_2").absolute()
     loaded = LTXVideoTransformer3DModel.from_pretrained(folder).state_dict()
     trained = job.state.transformer.state_dict()

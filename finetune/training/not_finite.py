@@ -1,0 +1,159 @@
+"""What a NaN or an infinity in a step comes from, and what the user can do about it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.engine.gradients import local
+from finetune.engine.savers.lowbit import LowBitLinear
+from finetune.engine.step import StepResult
+from finetune.engine.weights.loading import host_copies, plain_name
+from finetune.models.batch import Batch
+from finetune.runtime.errors import UserError
+from finetune.tracking.trackers import METRICS_FILE, read_metrics
+from finetune.training.job import Job
+
+WINDOW = 20  # steps that a mean loss is taken over
+SOUND = (
+    1.5  # a checkpoint's mean loss over the lowest of the run, at most, for the training to be as it should be there
+)
+
+
+def not_finite(job: Job, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> UserError:
+    """The error for a step whose loss or gradient norm is not finite. Collective; the same on every rank.
+
+    Args:
+        step: counted from 0.
+        micro_batches: this rank's, on the CPU.
+    """
+    runtime, figures = job.state.runtime, f"loss {result.loss}, gradient norm {result.grad_norm} in step {step + 1}"
+    if clips := list(
+        dict.fromkeys(clip for share in runtime.gather(_bad_clips(job, step, micro_batches)) for clip in share)
+    ):
+        return UserError(
+            f"{figures}: what is encoded of {len(clips)} clip(s) holds NaN or infinities: {', '.join(map(str, clips))}",
+            f"remove the clips from the dataset, or their items from {job.recipe.data.cache} to have them encoded anew; "
+            "then run the same command",
+        )
+    if name := _first(job, trained=False):
+        return UserError(
+            f"{figures}: the pretrained weights hold NaN or infinities ({name})",
+            "fetch or save the model anew, and compare its files' sizes with their source",
+            job.recipe.model.path,
+        )
+    if not _updated_in_backward(job) and (name := _first(job, trained=True)):
+        return bad_update(job, step, name)
+    aside = (
+        ""
+        if _updated_in_backward(job) or not step
+        else f"; the weights before it are kept in {job.save(step, aside=True)}"
+    )
+    what = "the loss" if not math.isfinite(result.loss) else "a gradient"
+    items = job.order.plan(step).items
+    used: list[Path] = sorted({job.prepared.train[index].path for index in items})
+    return UserError(
+        f"{figures}: {what} is not finite, though weights, clips and captions are{aside}",
+        f"{go_back(job, step)}, with a lower optimizer.lr or train.max_grad_norm"
+        f"{_or_float32(job)}; if it comes back, look at the step's clips: {', '.join(map(str, used))}",
+    )
+
+
+def bad_update(job: Job, steps: int, name: str) -> UserError:
+    """The error for trained weights that are not finite after `steps` steps, found before they are used or saved. Collective."""
+    return UserError(
+        f"the update of step {steps} has put NaN or infinities into the trained weights ({name}); they are not saved",
+        f"{go_back(job, steps)}, with a lower optimizer.lr",
+        str(job.recipe.output),
+    )
+
+
+def first_bad_weight(job: Job) -> str | None:
+    """The name of a trained parameter that is not finite on some rank; None if all are finite. Collective."""
+    return _first(job, trained=True)
+
+
+def go_back(job: Job, before: int) -> str:
+    """How to go on from the newest checkpoint at which the training was as it should be. Collective."""
+    return job.state.runtime.from_main(_go_back(job, before) if job.state.runtime.is_main else "")
+
+
+def _go_back(job: Job, before: int) -> str:
+    steps = [step for step in job.checkpoints.steps() if step <= before]
+    if not steps:
+        return "there is no checkpoint yet: run the same command"
+    sound = sound_step(steps, _losses(job.recipe.output / METRICS_FILE))
+    if sound == steps[-1]:
+        return f"run the same command, which goes on from step {sound}"
+    return f"run the same command with --resume-step {sound}, the last checkpoint before the loss rose"
+
+
+def sound_step(steps: Sequence[int], losses: dict[int, float]) -> int:
+    """The newest of some checkpoints whose mean loss over the 20 steps before it is at most 1.5 times the lowest such mean.
+
+    Args:
+        steps: of the checkpoints, ascending.
+        losses: by step, counted from 1. Without any, the newest checkpoint is taken.
+    """
+    means = {step: mean for step in losses if (mean := _mean_before(step, losses)) is not None}
+    lowest = min(means.values(), default=None)
+    if lowest is None:
+        return steps[-1]
+    return next((step for step in reversed(steps) if means.get(step, lowest) <= SOUND * lowest), steps[0])
+
+
+def _mean_before(step: int, losses: dict[int, float]) -> float | None:
+    """Infinite if one of the losses is not finite; None if there are fewer steps than the window, or not all are known."""
+    window = [losses.get(each) for each in range(step - WINDOW + 1, step + 1)]
+    known = [loss if math.isfinite(loss) else math.inf for loss in window if loss is not None]
+    return sum(known) / WINDOW if len(known) == WINDOW else None
+
+
+def _losses(path: Path) -> dict[int, float]:
+    try:
+        rows = read_metrics(path)
+    except (OSError, UserError):  # the message goes without
+        return {}
+    return {row["step"]: float(row["loss"]) for row in rows if isinstance(row.get("loss"), float)}
+
+
+def _bad_clips(job: Job, step: int, micro_batches: Sequence[Batch]) -> list[Path]:
+    """The clips whose tensors in this rank's batches are not finite."""
+    items, found = job.order.plan(step).items, []
+    for index, batch in enumerate(micro_batches):
+        for place, position in enumerate(job.split.positions(index)):
+            tensors = [each for each in _tensors(batch) if each.dim() and len(each) == job.split.micro]
+            if not all(bool(torch.isfinite(each[place]).all()) for each in tensors):
+                found.append(job.prepared.train[items[position]].path)
+    return found
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    values = [*batch.inputs.values(), *(each for term in batch.terms.values() for each in (term.target, term.weight))]
+    yield from (value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+
+
+def _first(job: Job, trained: bool) -> str | None:
+    """The name of the first parameter that is not finite on the first rank that has one. Collective."""
+    transformer = job.state.transformer
+    low_bit = [module for module in transformer.modules() if isinstance(module, LowBitLinear)]
+    bits = {id(parameter) for module in low_bit for parameter in (module.weight, module.weight_scale)}
+    on_host = host_copies(transformer)
+    mine = None
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad == trained and id(parameter) not in bits:
+            held = on_host.get(parameter, parameter.detach())
+            if not bool(torch.isfinite(local(held)).all()):
+                mine = plain_name(name)
+                break
+    return next((name for name in job.state.runtime.gather(mine) if name), None)
+
+
+def _updated_in_backward(job: Job) -> bool:
+    return job.state.in_backward is not None
+
+
+def _or_float32(job: Job) -> str:
+    return ', or train.precision = "float32"' if job.recipe.train.precision == "bf16" else ""

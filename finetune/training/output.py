@@ -1,0 +1,86 @@
+"""The run's folder: who holds it, the recipes that it was started with, and the results that are in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.checks.output import check_output
+from finetune.engine.weights.exporters import exporter_of
+from finetune.recipe import RECIPE_FILE, Recipe, load_recipe, write_recipe
+from finetune.recipe.load import changes
+from finetune.runtime.files import FolderLock, atomic, free_name, writing
+from finetune.runtime.logging import say
+from finetune.training.job import Job, export_weights
+from finetune.training.samples import has_prompts, has_samples
+
+STARTS, RESULTS = "starts", "results.json"
+
+
+def claim_output(recipe: Recipe) -> FolderLock:
+    """Lock the output folder; say what has changed since its last start.
+
+    Raises:
+        UserError: another process holds it, or has begun another training in it in the meantime.
+    """
+    saved = recipe.output / RECIPE_FILE
+    with writing(recipe.output):
+        recipe.output.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(recipe.output)
+    check_output(recipe)
+    if saved.exists():
+        for change in changes(recipe, load_recipe(saved)):
+            say(f"changed since the last start: {change}")
+    return lock
+
+
+def keep_recipe(recipe: Recipe, done: int) -> None:
+    """Write the effective recipe of a start that goes ahead: as recipe.toml, and for good among the run's starts.
+
+    Args:
+        done: the step after which it starts.
+    """
+    starts = recipe.output / STARTS
+    with writing(starts):
+        starts.mkdir(exist_ok=True)
+    for path in (free_name(starts / f"after_step_{done:08d}.toml"), recipe.output / RECIPE_FILE):
+        with atomic(path) as partial:
+            write_recipe(recipe, partial, f"The effective recipe of a start of this run, after step {done}.")
+
+
+class Results:
+    """What is left of a run that has made all its steps: the exported weights, and samples of its prompts.
+
+    The weights' step is noted beside them, since the folder of an earlier end, of fewer steps, has the same name.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        exporter = exporter_of(job.recipe.train.method)
+        self.folder = (job.recipe.output / exporter.folder(job.state.family)).absolute()
+        self._note = job.recipe.output / RESULTS
+
+    def are_complete(self) -> bool:
+        """Whether all are there, after the recipe's last step. Collective."""
+        steps = self.job.recipe.train.steps
+        sampled = not has_prompts(self.job) or has_samples(self.job, steps)
+        return self.job.state.runtime.from_main(self._noted() == {"step": steps} and self.folder.is_dir()) and sampled
+
+    def export(self) -> Path:
+        """Write the trained weights; returns their folder. Collective."""
+        steps, runtime = self.job.recipe.train.steps, self.job.state.runtime
+        if runtime.from_main(self._noted() == {"step": steps} and self.folder.is_dir()):
+            return self.folder
+        with writing(self.folder):
+            export_weights(self.job.state, self.job.recipe.train.method, self.folder)
+        with runtime.together():
+            if runtime.is_main:
+                with atomic(self._note) as partial:
+                    partial.write_text(json.dumps({"step": steps}))
+        return self.folder
+
+    def _noted(self) -> dict[str, Any]:
+        try:
+            noted = json.loads(self._note.read_text())
+        except (OSError, ValueError):
+            return {}
+        return noted if isinstance(noted, dict) else {}
