@@ -18,8 +18,12 @@ from finetune.runtime.errors import Problem, UserError
 
 
 def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
-    """Everything that is wrong with recipe, output folder, model folder and clips, for training on `gpus`. Collective."""
-    problems = check_recipe(recipe, gpus) + check_device(recipe, runtime.device)
+    """Everything that is wrong with recipe, output folder, model folder and clips. Collective.
+
+    Args:
+        gpus: how many the training is for; `runtime.context_size` of them share each sample.
+    """
+    problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
     cache, columns = Cache(recipe.data.cache), []
     with _collected(problems):
         check_output(recipe)

@@ -5,18 +5,21 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.checks.everything import check_all
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe, write_recipe
 from finetune.runtime.device import Device
+from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
 
@@ -58,6 +61,14 @@ def test_groups_that_do_not_divide_the_ranks_are_refused(recipe_file: Path) -> N
     pairs = [*hybrid, "memory.shard_size=2", "train.global_batch_size=3"]
     (problem,) = check_recipe(load_recipe(recipe_file, pairs), 3)
     assert problem.cure == 'remove it, and set memory.layout = "shard"'  # groups of one are none
+
+
+def test_a_batch_is_divided_by_data_ranks_not_by_gpus(recipe_file: Path, runtime: Runtime) -> None:
+    """Four samples, two at a time, are too few for four ranks that each take their own, and enough for two pairs."""
+    recipe = load_recipe(recipe_file)
+    (problem,) = check_all(recipe, runtime, gpus=4)
+    assert problem.where == "train.global_batch_size"
+    assert check_all(recipe, replace(runtime, context_size=2), gpus=4) == []
 
 
 ONE_EACH = ["train.global_batch_size=2", "train.micro_batch_size=1"]  # for two ranks
