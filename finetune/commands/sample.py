@@ -22,7 +22,7 @@ _OF_PROMPT = ("shape", "steps", "seed", "image")  # options that describe --prom
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
-    parser.add_argument("--adapter", type=Path, help="folder of an exported LoRA or transformer")
+    parser.add_argument("--adapter", type=Path, help="folder of an exported LoRA, or of all weights")
     parser.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
     parser.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
     parser.add_argument("--image", help="condition image of --prompt, for image-to-video")

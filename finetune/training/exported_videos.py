@@ -9,7 +9,7 @@ from safetensors import safe_open
 from finetune.data.images import load_image
 from finetune.engine.generate import call_arguments, checked
 from finetune.engine.precision import DTYPES
-from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
+from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE, PREFIX, load_lora
 from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts
@@ -30,7 +30,7 @@ def sample(
     """Generate the recipe's validation prompts. Writes one mp4 per video and `out/contact_sheet.png`.
 
     Args:
-        trained: folder of an exported LoRA, or the file in it, or of a transformer; None for the base model.
+        trained: folder of an exported LoRA, or the file in it, or of all weights; None for the base model.
         compare: also generate with the base model, from the same noise, and say how much the training changes.
     Raises:
         UserError: there are no weights in `trained`, they are of another model, or they change nothing.
@@ -83,19 +83,19 @@ def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers
 
 
 def check_trained(path: Path, family: Family) -> None:
-    """Raise UserError unless `path` has exported weights of this family's transformer."""
+    """Raise UserError unless `path` has exported weights of the component that this family trains."""
     if (path / "config.json").is_file():
         return
     file = path if path.name == LORA_FILE else path / LORA_FILE
     if not file.is_file():
         raise UserError(
-            f"there is neither {LORA_FILE} nor a transformer in it",
+            f"there is neither {LORA_FILE} nor a {family.trained_component} in it",
             "give the folder that training named at its end",
             str(path),
         )
     layers = {name for name, _ in family.empty_transformer().named_modules()}
     with safe_open(file, "pt") as weights:
-        adapted = {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in weights.keys()}  # noqa: SIM118
+        adapted = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in weights.keys()}  # noqa: SIM118
     if strange := sorted(adapted - layers):
         raise UserError(
             f"this LoRA is of another model: there is no {strange[0]} in {family.title}",
@@ -107,11 +107,10 @@ def check_trained(path: Path, family: Family) -> None:
 def load_trained(
     pipeline: diffusers.DiffusionPipeline, path: Path, family: Family, recipe: Recipe, runtime: Runtime
 ) -> None:
-    """Load an exported LoRA into the pipeline's transformer, or replace the transformer by an exported one."""
+    """Load an exported LoRA into the pipeline's trained component, or replace the component by an exported one."""
     if (path / "config.json").is_file():
         cls = getattr(diffusers, family.transformer_class)
         transformer = cls.from_pretrained(path, dtype=DTYPES[recipe.train.precision])
         pipeline.register_modules(**{family.trained_component: transformer.to(runtime.device.torch_device)})
         return
-    folder = path.parent if path.name == LORA_FILE else path
-    pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+    load_lora(pipeline, family, path.parent if path.name == LORA_FILE else path)

@@ -9,7 +9,7 @@ from finetune.training.job import Job
 
 def say_usage(job: Job, folder: Path) -> None:
     """Print where the trained weights are and how to use them."""
-    say(f"\ndone. The {exporter_of(job.recipe.train.method).title} lies in {folder}")
+    say(f"\ndone. The {exporter_of(job.recipe.train.method).title(job.state.family)} lies in {folder}")
     if lines := _usage(job, folder):
         say("Use it with diffusers:\n")
         say("\n".join(f"    {line}" for line in lines))

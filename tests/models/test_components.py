@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LTXVideoTransformer3DModel
+from closeness import assert_close_to_scale
+from diffusers import LTXVideoTransformer3DModel, WanPipeline
 from outside_family import Clay, LaterSteps
 from safetensors.torch import load_file, save_file
 
 from finetune.checks.model import open_family
+from finetune.engine.weights.loading import whole_transformer
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
-from finetune.training.exported_videos import check_trained
+from finetune.training.exported_videos import check_trained, load_trained
 from finetune.training.job import Job
 from finetune.training.output import Results
 from finetune.training.samples import validation_samples
+from finetune.training.usage import say_usage
 
 PROMPT = 'validation.prompts=[{text = "a red ball", steps = 2}]'
 
@@ -116,6 +119,43 @@ def test_all_of_its_weights_are_exported_under_its_name(make_job: Callable[..., 
     trained = job.state.transformer.state_dict()
     assert loaded.keys() == trained.keys()
     assert not torch.equal(loaded["proj_out.weight"], original(tmp_path)["proj_out.weight"])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_is_exported_is_loaded_into_it(make_job: Callable[..., Job], method: str) -> None:
+    job = make_job(f"train.method={method}", "train.precision=float32")
+    train(job, 0, 2)
+    folder, family, inputs = Results(job).export(), job.state.family, job.micro_batches()[0].inputs
+    base = whole_transformer(family, torch.float32)
+    pipeline = WanPipeline(None, None, None, None, transformer_2=base)
+    with torch.no_grad():
+        (before,) = family.predict(base, inputs).values()
+        load_trained(pipeline, folder, family, job.recipe, job.state.runtime)
+        (loaded,) = family.predict(pipeline.transformer_2, inputs).values()
+        (trained,) = family.predict(job.state.transformer.eval(), inputs).values()
+    assert_close_to_scale(loaded, trained)
+    assert (before - trained).abs().max() > 1e-3 * trained.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("method", "title", "line"),
+    [
+        ("lora", "LoRA, verified", 'pipe.transformer_2.load_lora_adapter("{}", weight_name="pytorch_lora_weights'),
+        ("full", "transformer_2 lies", 'from_pretrained("{}", torch_dtype='),
+    ],
+)
+def test_the_end_of_a_run_names_it(
+    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str], tmp_path: Path, method: str, title: str, line: str
+) -> None:
+    say_usage(make_job(f"train.method={method}"), tmp_path)
+    said = capsys.readouterr().err
+    assert f"done. The {title}" in said
+    assert line.format(tmp_path) in said
+
+
+def test_a_folder_without_its_weights_is_said_to_have_none_of_it(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nor a transformer_2 in it"):
+        check_trained(tmp_path, make_job().state.family)
 
 
 def original(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
-"""A LoRA as diffusers' `load_lora_weights` takes it, verified by loading it back."""
+"""A LoRA as diffusers' pipelines save and load it, verified by loading it back."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PREFIX = "transformer."  # of all names in the file: diffusers has one form, also for a component of another name
 
 
 def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
@@ -52,7 +54,7 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
     """
     pipeline = getattr(diffusers, family.pipeline_class)
     loaded, metadata = pipeline.lora_state_dict(folder, weight_name=LORA_FILE, return_lora_metadata=True)
-    found = {name.removeprefix("transformer."): value for name, value in loaded.items()}
+    found = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
     wrong = sorted(layers.keys() ^ found.keys()) or [
         n for n, value in layers.items() if not torch.equal(found[n], value)
     ]
@@ -70,12 +72,23 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
         )
 
 
+def load_lora(pipeline: diffusers.DiffusionPipeline, family: Family, folder: Path) -> None:
+    """Load an exported adapter into the pipeline's component that was trained."""
+    attrgetter(_loader(family))(pipeline)(folder, weight_name=LORA_FILE)
+
+
 def usage(family: Family, base: str, dtype: str, folder: Path) -> list[str]:
     """See `Exporter.usage`."""
     return [
         f"pipe = diffusers.{family.pipeline_class}.from_pretrained({base}, torch_dtype={dtype})",
-        f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")',
+        f'pipe.{_loader(family)}("{folder}", weight_name="{LORA_FILE}")',
     ]
 
 
-EXPORTER = Exporter("lora", lambda family: "lora", export_lora, usage, "LoRA, verified by loading it back,")
+def _loader(family: Family) -> str:
+    """The method of a pipeline that loads an adapter. The pipeline's own loads into the component "transformer" only."""
+    component = family.trained_component
+    return "load_lora_weights" if component == "transformer" else f"{component}.load_lora_adapter"
+
+
+EXPORTER = Exporter("lora", lambda _: "lora", export_lora, usage, lambda _: "LoRA, verified by loading it back,")

@@ -1,4 +1,4 @@
-"""All weights as a diffusers transformer folder, verified by reading it back."""
+"""All weights of the trained component as the folder that diffusers saves of it, verified by reading it back."""
 
 from pathlib import Path
 from typing import cast
@@ -14,7 +14,7 @@ from finetune.runtime.errors import UserError
 
 
 def export_transformer(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
-    """Write all weights as a diffusers transformer folder, exactly as trained, and verify its tensors. All ranks take part."""
+    """Write all weights as a diffusers model folder, exactly as trained, and verify its tensors. All ranks take part."""
     whole = gathered(transformer, trained_only=False)
     with runtime.together():
         if runtime.is_main:
@@ -36,4 +36,8 @@ def usage(family: Family, base: str, dtype: str, folder: Path) -> list[str]:
     ]
 
 
-EXPORTER = Exporter("full", lambda family: family.trained_component, export_transformer, usage, "transformer", False)
+def _component(family: Family) -> str:
+    return family.trained_component
+
+
+EXPORTER = Exporter("full", _component, export_transformer, usage, _component, False)

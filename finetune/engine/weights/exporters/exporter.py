@@ -25,7 +25,7 @@ class Exporter:
             what was written differs from what was trained.
         usage: given (family, base, dtype, folder), the lines of Python that make `pipe` of the base model, as arguments of
             `from_pretrained`, and of the folder; none if no line is known.
-        title: what it writes, as the end of a run says it.
+        title: what it writes of a family, as the end of a run says it.
         is_small: whether each checkpoint has it, too, so that it can be used before the run's end.
     """
 
@@ -33,7 +33,7 @@ class Exporter:
     folder: Callable[[Family], str]
     write: Callable[[nn.Module, Family, Path, Runtime], None]
     usage: Callable[[Family, str, str, Path], list[str]] = lambda family, base, dtype, folder: []
-    title: str = "adapter"
+    title: Callable[[Family], str] = lambda family: "adapter"
     is_small: bool = True
 
 
