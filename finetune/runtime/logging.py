@@ -75,7 +75,8 @@ def print_error(error: UserError) -> None:
     Other processes wait a moment, since torchrun ends all of a node as soon as one has ended.
     """
     if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(summary).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+        extra = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
+        Path(summary).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank == (1 if isinstance(error, LostPeer) and error.is_main_lost else 0):
         console.print(f"error: {error}", markup=False, style="red")

@@ -1,7 +1,8 @@
 """What each rank is doing, noted where the others can read it, so that a rank which is lost or stuck can be named.
 
-A thread of each rank writes a line a second to the store that torchrun has made for the process group. If a rank waits in vain,
-it compares two readings of all lines: one that has not changed is of a rank that has ended, is stopped, or whose host is gone.
+A thread of each rank writes a line a second, and when what it says changes, to the store that torchrun has made for the
+process group. If a rank waits in vain, it compares two readings of all lines: one that has not changed is of a rank that has
+ended, is stopped, or whose host is gone.
 """
 
 import json
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from finetune.runtime.errors import LostPeer
 from finetune.runtime.logging import print_error
 
-BEAT = 1.0  # seconds between the lines of a rank
+BEAT = 1.0  # seconds between the lines of a rank, at the most
+_REST = 0.1  # seconds between them, at the least
 _ANSWER = timedelta(seconds=5)  # in which the store must answer
 
 
@@ -45,7 +47,7 @@ class Watch:
         """
         self.rank, self.world_size, self.longest = rank, world_size, longest
         self._doing, self._since, self._is_limited, self._beat = "starting", time.monotonic(), False, 0
-        self._ended = threading.Event()
+        self._ended, self._changed = threading.Event(), threading.Event()
         self._store: dist.Store | None = None
         if world_size > 1 and "MASTER_ADDR" in os.environ:
             # A connection of its own: the process group's is blocked while a rank waits for another in it.
@@ -65,6 +67,7 @@ class Watch:
         self._is_limited = False
         self._doing, self._since = what, time.monotonic()
         self._is_limited = is_limited
+        self._changed.set()
 
     def end(self) -> None:
         """Note no more."""
@@ -111,7 +114,9 @@ class Watch:
                 return  # the store has ended, and with it the run
             if self._is_limited and line.seconds > self.longest:
                 self._leave(line)
-            self._ended.wait(BEAT)
+            self._ended.wait(_REST)
+            self._changed.wait(BEAT - _REST)
+            self._changed.clear()
 
     def _leave(self, line: Line) -> None:
         """End this process, whose main thread is stuck."""

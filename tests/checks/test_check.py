@@ -203,6 +203,9 @@ def test_a_folder_of_another_training_is_refused_and_free_keys_may_change(recipe
     recipe = load_recipe(recipe_file)
     recipe.output.mkdir()
     write_recipe(recipe, recipe.output / "recipe.toml")
+    check_output(load_recipe(recipe_file, ["lora.rank=8"]))  # nothing was trained in it
+    (recipe.output / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (recipe.output / "checkpoints" / "step_00000001" / "trainer.json").touch()
     check_output(load_recipe(recipe_file, ["optimizer.lr=0.5", "train.steps=20"]))
     with pytest.raises(UserError, match=r"lora.rank = 4 there, 8 here"):
         check_output(load_recipe(recipe_file, ["lora.rank=8"]))

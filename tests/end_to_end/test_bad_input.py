@@ -187,6 +187,8 @@ def first_check(finetune, tiny_ltx: Path, tmp_path_factory: pytest.TempPathFacto
     shutil.copy(recipe, folder / "run")
     with open(folder / "run" / "recipe.toml", "a") as saved:
         saved.write("[lora]\nrank = 8\n")
+    (folder / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (folder / "run" / "checkpoints" / "step_00000001" / "trainer.json").touch()
     return folder, finetune("check", "--recipe", recipe, "--set", "train.micro_batch_size=3")
 
 

@@ -1,11 +1,13 @@
 """One rank is killed: all processes end soon, and the same command goes on as if nothing had been. Real processes and signals."""
 
 import os
+import random
 import re
 import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,11 +23,14 @@ from finetune.runtime.watch import Watch, describe_lost
 STEPS, SOON = 12, 10.0  # seconds
 SETTINGS = ("checkpoint.every=2", f"train.steps={STEPS}")
 PROMPT = 'validation.prompts=[{text = "a ball", shape = "17x64x96", steps = 60}]'
-SLOW = ["train.global_batch_size=64", "train.micro_batch_size=1"]
+DOING = "(in|waiting for the clips of|saving the checkpoint of)"  # as it was noted a second before at the most
 AT: dict[str, tuple[list[str], Callable[[Path], bool]]] = {  # when -> (further settings, whether it is now)
     "training": ([], lambda output: steps_done(output) >= 5),
     "saving": (["checkpoint.every=1"], lambda output: any(output.glob("checkpoints/.partial-*/state/*"))),
-    "sampling": ([PROMPT, "validation.samples_every=4"], lambda output: steps_done(output) == 4),
+    "sampling": (
+        [PROMPT, "validation.samples_every=4"],
+        lambda output: steps_done(output) == 4 and bool(checkpoints(output)),
+    ),
 }
 
 
@@ -72,12 +77,12 @@ def assert_equal_ends(run: Run, straight: Run) -> None:
     assert [row["loss"] for row in rows(run.output)] == [row["loss"] for row in rows(straight.output)]
 
 
-def assert_ends_soon(runs: list[Run], started: list[int]) -> None:
-    """All processes of some runs end, also those that were started by their ranks."""
+def assert_ends_soon(runs: list[Run], started: list[int], may_be_done: bool = False) -> None:
+    """All processes of some runs end, also those that were started by their ranks; with an error, unless they were done before."""
     deadline = time.monotonic() + SOON
     for run in runs:
         run.process.wait(max(0.1, deadline - time.monotonic()))
-        assert run.process.returncode != 0
+        assert run.process.returncode != 0 or may_be_done
     while left := [pid for pid in started if is_alive(pid)]:
         assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
         time.sleep(0.05)
@@ -160,12 +165,59 @@ def test_with_two_torchruns_the_other_node_ends_too(recipe: Path, straight: Run)
     os.kill(runs[1].rank(1), signal.SIGKILL)
     assert_ends_soon(runs, started)
     assert re.search(
-        r"rank 0 lost its peers: rank 1 \(on \S+, (in step|waiting for the clips of step) \d+\) ended", runs[0].said
+        rf"rank 0 lost its peers: rank 1 \(on {socket.gethostname()}, {DOING} step \d+\) ended", runs[0].said
     )
     again = Run(recipe, output, 2, SETTINGS)
     assert again.wait() == 0, again.said
     assert_equal_ends(again, straight)
     assert checkpoints(output)[-1] == STEPS
+
+
+# At any moment
+
+
+@pytest.mark.parametrize("moments", [3, pytest.param(20, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize(
+    "what", ["one rank is killed", "all are killed", "SIGTERM", "one rank is stopped for a second"]
+)
+def test_disturbed_at_random_moments_a_run_ends_as_if_nothing_had_been(
+    recipe: Path, straight: Run, what: str, moments: int
+) -> None:
+    drawn = random.Random(f"{what} {moments}")
+    output = recipe.with_name(f"{what.replace(' ', '_')}-{moments}")
+    settings = [*SETTINGS, "checkpoint.every=1"]
+    for _ in range(moments):
+        run = Run(recipe, output, 2, settings)
+        time.sleep(drawn.uniform(2, 8))
+        started = descendants(run.process.pid)
+        disturb(run, what, drawn.randrange(2))
+        if what == "one rank is stopped for a second":
+            assert run.wait() == 0, run.said
+        else:
+            assert_ends_soon([run], started, may_be_done=True)
+    last = Run(recipe, output, 2, settings)
+    assert last.wait() == 0, last.said
+    assert_equal_ends(last, straight)
+
+
+def disturb(run: Run, what: str, rank: int) -> None:
+    """Send a signal to a run, or to one of its ranks if it has begun them; nothing to one that has ended."""
+    if run.process.poll() is not None:
+        return
+    if what == "all are killed":
+        run.kill_all()
+    elif what == "SIGTERM":
+        run.process.send_signal(signal.SIGTERM)
+    else:
+        with suppress(LookupError, ProcessLookupError, FileNotFoundError):
+            process = run.rank(rank)
+            os.kill(process, signal.SIGKILL if what == "one rank is killed" else signal.SIGSTOP)
+            if what == "one rank is stopped for a second":
+                time.sleep(1)
+                os.kill(process, signal.SIGCONT)
+            return
+        if what == "one rank is killed":  # the ranks have not begun
+            run.process.terminate()
 
 
 # A rank that is stopped, and not killed
@@ -182,7 +234,7 @@ def test_a_rank_that_is_stopped_is_named_within_the_timeout(recipe: Path, stoppe
     began = time.monotonic()
     expected = re.compile(
         rf"error: rank {tells} (is|lost its peers).*: rank {stopped} \(on {socket.gethostname()}, "
-        r"(in|waiting for the clips of) step \d+\) ended, or answers no more"
+        rf"{DOING} step \d+\) ended, or answers no more"
     )
     run.wait_until(lambda: expected.search(" ".join(run.said.split())) is not None)
     assert time.monotonic() - began < timeout + SOON
