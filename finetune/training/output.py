@@ -65,8 +65,15 @@ class Results:
         sampled = not has_prompts(self.job) or has_samples(self.job, steps)
         return self.job.state.runtime.from_main(self._noted() == {"step": steps} and self.folder.is_dir()) and sampled
 
+    def forget(self) -> None:
+        """No longer take what is there for results: steps are made, perhaps anew after going back. Collective."""
+        runtime = self.job.state.runtime
+        with runtime.together(), writing(self._note):
+            if runtime.is_main:
+                self._note.unlink(missing_ok=True)
+
     def export(self) -> Path:
-        """Write the trained weights; returns their folder. Collective."""
+        """Write the trained weights, unless they are there; returns their folder. Collective."""
         steps, runtime = self.job.recipe.train.steps, self.job.state.runtime
         if runtime.from_main(self._noted() == {"step": steps} and self.folder.is_dir()):
             return self.folder

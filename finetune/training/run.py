@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import torch
 
@@ -54,7 +53,7 @@ def train(
             refuse_large_model(family)
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     if runtime.device.is_cpu:
-        say(f"training on the CPU: {why_no_accelerator()}")
+        say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
     runtime.device.record_memory()
     with start_plan(recipe, family, runtime) as plan:
         return _train(recipe, runtime, family, plan, resume_step)
@@ -91,6 +90,8 @@ def _go_on(job: Job, done: int, plan: MemoryPlan) -> int:
     if done == steps and results.are_complete():
         say(f"this run is finished: {steps} steps, and all results are in {recipe.output}; raise train.steps to go on")
         return 0
+    if done < steps:
+        results.forget()
     with StopRequest() as stop, Report(job, done) as report:
         stopped = run(job, done, report, stop, plan)
         if not stopped:
@@ -133,6 +134,7 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
             saving.finish()
             raise not_finite(job, step, result, micro_batches)
         is_last = step + 1 == recipe.train.steps
+        is_stopped = result.stop and not is_last
         with _saved_if_it_fails(saving, job, step + 1):
             if is_last or _due(validation.every, step + 1):
                 report.heldout(step + 1, job.heldout_loss())
@@ -140,14 +142,14 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
             compare(plan, report.memory, recipe, runtime)
         if is_last or result.stop or _due(recipe.checkpoint.every, step + 1):
             _save(saving, job, step + 1)
-        if not is_last and not result.stop and _due(validation.samples_every, step + 1):
+        if not is_last and not is_stopped and _due(validation.samples_every, step + 1):
             with _saved_if_it_fails(saving, job, step + 1):
                 samples = validation_samples(job, step + 1, lambda: stop.requested)
                 report.samples(step + 1, samples)
             if samples is None and has_prompts(job):  # a stop: the next start makes them
                 _save(saving, job, step + 1)
-                result = replace(result, stop=True)
-        if result.stop and not is_last:
+                is_stopped = True
+        if is_stopped:
             saving.finish()
             return True
     saving.finish()

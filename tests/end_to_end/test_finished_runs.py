@@ -93,11 +93,8 @@ def test_a_stop_between_the_last_step_and_the_export_leaves_the_rest_to_the_next
     shutil.copy(output.with_name("copy") / "results.json", output / "results.json")
     shutil.rmtree(output / "samples" / "step_00000006")
     start("train.steps=6")
-    adapter, checkpoint = (
-        load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-        for folder in (output, output / "checkpoints" / "step_00000006")
-    )
-    assert all(torch.equal(adapter[name], checkpoint[name]) for name in checkpoint)
+    exported, saved = adapter(output / "lora"), adapter(output / "checkpoints" / "step_00000006" / "lora")
+    assert all(torch.equal(exported[name], saved[name]) for name in saved)
     assert (output / "samples" / "step_00000006" / "contact_sheet.png").is_file()
 
 
@@ -105,6 +102,19 @@ def test_more_steps_go_on(start: Callable[..., str], output: Path) -> None:
     assert f"resuming after step {STEPS}: " in start("train.steps=6")
     assert [row["step"] for row in rows(output)] == [1, 2, 3, 4, 5, 6]
     assert checkpoints(output) == [2, 4, 6]
+
+
+def test_going_back_and_on_again_exports_what_was_trained_then(start: Callable[..., str], output: Path) -> None:
+    """At the same last step: the adapter of the first time must not be taken for this one's."""
+    before = adapter(output / "lora")
+    start("optimizer.lr=1e-2", resume_step=2)
+    after, saved = adapter(output / "lora"), adapter(output / "checkpoints" / f"step_{STEPS:08d}" / "lora")
+    assert all(torch.equal(after[name], saved[name]) for name in saved)
+    assert not all(torch.equal(after[name], before[name]) for name in before)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
 # The recipes of its starts
