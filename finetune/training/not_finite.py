@@ -17,9 +17,7 @@ from finetune.tracking.trackers import METRICS_FILE, read_metrics
 from finetune.training.job import Job
 
 WINDOW = 20  # steps that a mean loss is taken over
-SOUND = (
-    1.5  # a checkpoint's mean loss over the lowest of the run, at most, for the training to be as it should be there
-)
+SOUND = 1.5  # a checkpoint's mean loss over the lowest of the run, at most, if the training was as it should be
 
 
 def not_finite(job: Job, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> UserError:
@@ -30,32 +28,33 @@ def not_finite(job: Job, step: int, result: StepResult, micro_batches: Sequence[
         micro_batches: this rank's, on the CPU.
     """
     runtime, figures = job.state.runtime, f"loss {result.loss}, gradient norm {result.grad_norm} in step {step + 1}"
-    if clips := list(
-        dict.fromkeys(clip for share in runtime.gather(_bad_clips(job, step, micro_batches)) for clip in share)
-    ):
+    found = runtime.gather(_bad_clips(job, step, micro_batches))
+    if clips := list(dict.fromkeys(clip for share in found for clip in share)):
         return UserError(
             f"{figures}: what is encoded of {len(clips)} clip(s) holds NaN or infinities: {', '.join(map(str, clips))}",
             f"remove the clips from the dataset, or their items from {job.recipe.data.cache} to have them encoded anew; "
             "then run the same command",
         )
-    if name := _first(job, trained=False):
+    in_backward = job.state.in_backward is not None
+    spoilt = None if in_backward else _first(job, trained=True)
+    if name := _first(job, trained=False) or (spoilt if step == 0 else None):
         return UserError(
             f"{figures}: the pretrained weights hold NaN or infinities ({name})",
             "fetch or save the model anew, and compare its files' sizes with their source",
             job.recipe.model.path,
         )
-    if not _updated_in_backward(job) and (name := _first(job, trained=True)):
-        return bad_update(job, step, name)
-    aside = (
-        ""
-        if _updated_in_backward(job) or not step
-        else f"; the weights before it are kept in {job.save(step, aside=True)}"
-    )
+    if spoilt:
+        return bad_update(job, step, spoilt)
     what = "the loss" if not math.isfinite(result.loss) else "a gradient"
+    where = f"{what} is not finite, though weights, clips and captions are"
+    if in_backward:  # the weights before it are gone
+        where = f"{what} is not finite, and was part of the update (optimizer.in_backward)"
+    elif step:
+        where += f"; the weights before it are kept in {job.save(step, aside=True)}"
     items = job.order.plan(step).items
     used: list[Path] = sorted({job.prepared.train[index].path for index in items})
     return UserError(
-        f"{figures}: {what} is not finite, though weights, clips and captions are{aside}",
+        f"{figures}: {where}",
         f"{go_back(job, step)}, with a lower optimizer.lr or train.max_grad_norm"
         f"{_or_float32(job)}; if it comes back, look at the step's clips: {', '.join(map(str, used))}",
     )
@@ -149,10 +148,6 @@ def _first(job: Job, trained: bool) -> str | None:
                 mine = plain_name(name)
                 break
     return next((name for name in job.state.runtime.gather(mine) if name), None)
-
-
-def _updated_in_backward(job: Job) -> bool:
-    return job.state.in_backward is not None
 
 
 def _or_float32(job: Job) -> str:

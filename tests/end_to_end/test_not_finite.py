@@ -21,6 +21,7 @@ from finetune.training.not_finite import sound_step
 from finetune.training.run import train
 
 Train = Callable[..., str]
+FULL = ["train.method=full", "lora.rank=64", "lora.alpha=64"]
 
 
 @pytest.fixture
@@ -56,16 +57,23 @@ def output_of_step(step: int, change: Callable[[Tensor], Tensor], micro_batches:
 # What it came from
 
 
-def test_nan_in_the_pretrained_weights_is_told_with_the_tensors_name(
-    fails: Train, tiny_ltx: Path, tmp_path: Path
-) -> None:
-    model = Path(shutil.copytree(tiny_ltx, tmp_path / "model"))
-    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+def spoilt_model(model: Path, folder: Path, component: str, name: str, value: float = math.nan) -> Path:
+    """A copy of a model with one number of a tensor changed."""
+    copy = Path(shutil.copytree(model, folder / "model"))
+    file = copy / component / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
-    name = "transformer_blocks.1.ff.net.2.weight"
-    weights[name][3, 5] = math.nan
+    weights[name].view(-1)[3] = value
     save_file(weights, file, metadata={"format": "pt"})
-    said = fails(f"model.path={model}", "memory.offload=true")
+    return copy
+
+
+@pytest.mark.parametrize("settings", [["memory.offload=true"], [], FULL], ids=["streamed", "resident", "full"])
+def test_nan_in_the_pretrained_weights_is_told_with_the_tensors_name(
+    fails: Train, tiny_ltx: Path, tmp_path: Path, settings: list[str]
+) -> None:
+    """Streamed and resident, and where all weights are trained, before the first update."""
+    name = "transformer_blocks.1.ff.net.2.weight"
+    said = fails(f"model.path={spoilt_model(tiny_ltx, tmp_path, 'transformer', name)}", *settings)
     assert f"the pretrained weights hold NaN or infinities ({name})" in said
     assert "fetch or save the model anew" in said
 
@@ -90,11 +98,7 @@ def test_nan_in_what_is_encoded_is_told_with_the_clip(
 def test_an_encoder_that_makes_nan_is_told_before_anything_is_trained(
     fails: Train, tiny_ltx: Path, tmp_path: Path
 ) -> None:
-    model = Path(shutil.copytree(tiny_ltx, tmp_path / "model"))
-    file = model / "vae" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    weights["encoder.conv_in.conv.bias"].fill_(math.nan)
-    save_file(weights, file, metadata={"format": "pt"})
+    model = spoilt_model(tiny_ltx, tmp_path, "vae", "encoder.conv_in.conv.bias")
     said = fails(f"model.path={model}", f"data.cache={tmp_path / 'own_cache'}")
     assert "what is encoded of it as video holds NaN or infinities" in said
     assert 'train.precision = "float32"' in said
@@ -120,6 +124,16 @@ def test_a_loss_and_a_gradient_are_told_apart(fails: Train, factor: float, what:
     with output_of_step(2, lambda output: output * factor):
         said = fails()
     assert f"in step 2: {what} is not finite, though weights, clips and captions are" in said
+
+
+def test_with_updates_in_the_backward_pass_it_is_said_to_be_part_of_the_update(fails: Train, tmp_path: Path) -> None:
+    settings = [*FULL, "optimizer.in_backward=true", "train.max_grad_norm=none", "checkpoint.every=2"]
+    with output_of_step(4, lambda output: output * math.inf, micro_batches=1):
+        said = fails(*settings, "train.micro_batch_size=4")
+    assert "in step 4: the loss is not finite, and was part of the update (optimizer.in_backward)" in said
+    assert "run the same command, which goes on from step 2" in said
+    assert checkpoints(tmp_path / "run") == [2]
+    assert not (tmp_path / "run" / "checkpoints" / "set_aside").exists()
 
 
 # The way back
