@@ -16,7 +16,12 @@ if TYPE_CHECKING:  # torch is imported once the recipe is known to be sound
 
 # How gloo says it, and NCCL.
 _LOST = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe")
-_LOST_NCCL = ("NCCL", "remote process exited", "ncclRemoteError", "ncclSystemError", "watchdog")
+_LOST_NCCL = (
+    "remote process exited",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+    "collective operation timeout",
+)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:

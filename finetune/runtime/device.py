@@ -36,10 +36,11 @@ def why_no_accelerator() -> str:
     if not any(builds.values()):
         there = f", though there is a driver for {gpus[0]}" if gpus else ""
         return f"torch {torch.__version__} is a build without GPUs{there}"
-    try:
-        torch.cuda.init()
-    except Exception as error:
-        return str(error).partition("\n")[0]
+    if torch.version.xpu is None:
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:  # no driver, or too old a one
+            return str(error).partition("\n")[0]
     return "torch finds no GPU"
 
 

@@ -77,8 +77,10 @@ def print_error(error: UserError) -> None:
     if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
         Path(summary).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank == (1 if isinstance(error, LostPeer) and error.is_main_lost else 0):
+    is_speaker = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if isinstance(error, LostPeer) and error.is_main_lost:  # rank 1 may be on the same node
+        is_speaker = is_speaker or int(os.environ.get("RANK", 0)) == 1
+    if is_speaker:
         console.print(f"error: {error}", markup=False, style="red")
     else:
         time.sleep(_LET_THE_OTHER_SPEAK)

@@ -46,7 +46,7 @@ class Watch:
             longest: seconds that what is limited may take; see `doing`.
         """
         self.rank, self.world_size, self.longest = rank, world_size, longest
-        self._doing, self._since, self._is_limited, self._beat = "starting", time.monotonic(), False, 0
+        self._now, self._beat = ("starting", time.monotonic(), False), 0  # what, since when, whether it is limited
         self._ended, self._changed = threading.Event(), threading.Event()
         self._store: dist.Store | None = None
         if world_size > 1 and "MASTER_ADDR" in os.environ:
@@ -64,9 +64,7 @@ class Watch:
             is_limited: whether it takes a rank `longest` seconds only if it waits for others in vain. Then the process ends with
                 an error that names them; NCCL would end it with one that does not.
         """
-        self._is_limited = False
-        self._doing, self._since = what, time.monotonic()
-        self._is_limited = is_limited
+        self._now = (what, time.monotonic(), is_limited)  # at once: the thread must not take one's time for another's
         self._changed.set()
 
     def end(self) -> None:
@@ -100,19 +98,20 @@ class Watch:
         return {
             rank: line
             for rank, line in lines.items()
-            if line is not None and rank != self.rank and line.doing != self._doing
+            if line is not None and rank != self.rank and line.doing != self._now[0]
         }
 
     def _write_lines(self) -> None:
         host, key = socket.gethostname(), str(self.rank)
         while self._store is not None and not self._ended.is_set():
             self._beat += 1
-            line = Line(self._beat, host, self._doing, round(time.monotonic() - self._since, 1))
+            what, since, is_limited = self._now
+            line = Line(self._beat, host, what, round(time.monotonic() - since, 1))
             try:
                 self._store.set(key, json.dumps(vars(line)))
             except (RuntimeError, OSError):
                 return  # the store has ended, and with it the run
-            if self._is_limited and line.seconds > self.longest:
+            if is_limited and line.seconds > self.longest and self._now[1] == since:
                 self._leave(line)
             self._ended.wait(_REST)
             self._changed.wait(BEAT - _REST)

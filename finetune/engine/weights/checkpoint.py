@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -191,7 +191,7 @@ class Checkpoints:
             raise OSError("; ".join(failures))
         return {name: digest for share, _ in gathered for name, digest in share.items()}
 
-    def _give_up(self, step: int, partial: Path, error: BaseException) -> None:
+    def _give_up(self, step: int, partial: Path, error: BaseException) -> NoReturn:
         """Remove what was written of a checkpoint, and raise what its failure means for the user."""
         if self.runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
