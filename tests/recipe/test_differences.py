@@ -1,0 +1,142 @@
+"""Writing recipes, and comparing them: which keys may change when a run is resumed."""
+
+from pathlib import Path
+
+import pytest
+from minimal import MINIMAL
+
+from finetune.recipe import Recipe, load_recipe, write_recipe
+from finetune.recipe.load import differences, recipe_values
+from finetune.recipe.schema import Data, free_keys
+
+EVERYTHING = (
+    MINIMAL
+    + """\
+fps = 23.976
+id_token = "say \\"hi\\" \\\\ ünï"
+[train]
+max_grad_norm = "none"
+[lora]
+targets = ["to_q", "to_out.0"]
+[objective]
+shift = 3
+[checkpoint]
+keep_last = "all"
+[validation]
+every = 7
+heldout = "held out"
+[[validation.prompts]]
+text = "first"
+shape = "17x64x96"
+guidance = 0.0
+[[validation.prompts]]
+text = "second"
+"""
+)
+
+
+@pytest.mark.parametrize("text", [MINIMAL, EVERYTHING], ids=["minimal", "everything"])
+def test_a_written_recipe_reads_back_equal(written, tmp_path: Path, text: str) -> None:
+    recipe = load_recipe(written(text))
+    write_recipe(recipe, tmp_path / "effective.toml")
+    assert load_recipe(tmp_path / "effective.toml") == recipe
+
+
+def test_a_written_recipe_spells_defaults_out(written, tmp_path: Path) -> None:
+    write_recipe(load_recipe(written(MINIMAL)), tmp_path / "effective.toml")
+    assert "weight_decay = 0.0001" in (tmp_path / "effective.toml").read_text()
+
+
+FREE = [
+    "output=elsewhere",
+    "data.cache=elsewhere",
+    "data.workers=0",
+    "train.steps=9",
+    "train.micro_batch_size=2",
+    "memory.activation_checkpointing=none",
+    "memory.layout=zero2",
+    "memory.shard_size=2",
+    "memory.checkpoint_every=3",
+    "memory.offload=true",
+    "memory.resident_blocks=2",
+    "memory.expandable_segments=true",
+    "memory.text_encoder=cpu",
+    "optimizer.in_backward=true",
+    "memory.offload_activations=true",
+    "memory.keep_gib=2",
+    "memory.compile=true",
+    "memory.plan=false",
+    "checkpoint.every=1",
+    "checkpoint.keep_last=all",
+    "checkpoint.background=false",
+    "checkpoint.verify=false",
+    "validation.every=3",
+    "validation.heldout=held",
+    "validation.sigmas=2",
+    "validation.samples_every=2",
+    "validation.tiling=false",
+    "validation.prompts=a cat@@@9x64x64:::a dog",
+    "validation.prompts_file=prompts.txt",
+    "tracking.trackers=wandb",
+    "tracking.project=p",
+    "tracking.name=n",
+    "distributed.timeout_seconds=5",
+    "data.bad_clips=skip",
+    "train.max_grad_norm=none",
+    "optimizer.lr=1e-3",
+    "schedule.warmup_steps=3",
+]
+
+
+@pytest.mark.parametrize("override", FREE)
+def test_a_free_key_may_change_on_resume(written, override: str) -> None:
+    path = written(MINIMAL)
+    assert differences(load_recipe(path, [override]), load_recipe(path)) == []
+
+
+def test_prompts_may_change_on_resume(written, tmp_path: Path) -> None:
+    write_recipe(load_recipe(written(MINIMAL)), tmp_path / "before.toml")
+    after = load_recipe(written(MINIMAL + '[[validation.prompts]]\ntext = "a"\n'))
+    assert differences(after, load_recipe(tmp_path / "before.toml")) == []
+
+
+class LaterData(Data):
+    cache_format: int = 1
+
+
+class LaterRecipe(Recipe):
+    """A recipe with a key that begins as a free one does: data.cache may change when a run is resumed."""
+
+    data: LaterData
+
+
+def test_a_key_that_only_begins_like_a_free_one_is_not_free(written) -> None:
+    values = recipe_values(load_recipe(written(MINIMAL)))
+    before = LaterRecipe.model_validate(values)
+    after = LaterRecipe.model_validate(values | {"data": values["data"] | {"cache_format": 2}})
+    assert differences(after, before) == ["data.cache_format = 1 there, 2 here"]
+
+
+def test_no_other_key_is_free() -> None:
+    assert free_keys() == {override.partition("=")[0] for override in FREE} | {"validation.prompts"}
+
+
+@pytest.mark.parametrize(
+    "override, shown",
+    [
+        ("train.seed=1", "train.seed = 42 there, 1 here"),
+        ("train.global_batch_size=8", "train.global_batch_size = 1 there, 8 here"),
+        ("lora.targets=to_q", "lora.targets = [] there, ['to_q'] here"),
+        ("data.buckets=25x64x96", "data.buckets = ['17x64x96'] there, ['25x64x96'] here"),
+        ("data.fps=24", "data.fps = 'unset' there, 24.0 here"),
+        ("model.path=other", "model.path = 'models/ltx' there, 'other' here"),
+    ],
+)
+def test_any_other_change_is_named_with_both_values(written, override: str, shown: str) -> None:
+    path = written(MINIMAL)
+    assert differences(load_recipe(path, [override]), load_recipe(path)) == [shown]
+
+
+def test_a_key_that_is_set_to_its_default_is_no_difference(written, tmp_path: Path) -> None:
+    before = load_recipe(written(MINIMAL))
+    assert differences(load_recipe(written(MINIMAL + "[lora]\nrank = 64\n")), before) == []
