@@ -10,12 +10,6 @@ from PIL import Image
 from finetune.recipe import load_recipe
 from finetune.runtime.units import parse_bytes
 
-
-@pytest.fixture(scope="module")
-def recipe(family_recipe: Callable[..., Path]) -> Path:
-    return family_recipe("ltx")
-
-
 BUCKET = "17x64x96"
 ONE_EACH = ["--set", "train.global_batch_size=2", "--set", "train.micro_batch_size=1"]
 
