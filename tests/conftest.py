@@ -76,13 +76,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path, tiny_ltx: Path, clips: Path, cache: Path) -> Path:
-    """A small LoRA recipe in float32, two samples a step; override what a test is about with --set."""
-    path = tmp_path / "recipe.toml"
-    path.write_text(
-        f"""
-output = "{tmp_path / "run"}"
+@pytest.fixture(scope="session")
+def small_recipe(tiny_ltx: Path, clips: Path, cache: Path) -> Callable[[Path], Path]:
+    """Write a small LoRA recipe in float32, two samples a step, into a folder; override what a test is about with --set."""
+
+    def write(folder: Path) -> Path:
+        path = folder / "recipe.toml"
+        path.write_text(
+            f"""
+output = "{folder / "run"}"
 [model]
 family = "ltx"
 path = "{tiny_ltx}"
@@ -102,8 +104,16 @@ alpha = 8
 [optimizer]
 lr = 1e-3
 """
-    )
-    return path
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, small_recipe: Callable[[Path], Path]) -> Path:
+    """The small recipe, in a folder of the test's own."""
+    return small_recipe(tmp_path)
 
 
 @pytest.fixture(scope="module")

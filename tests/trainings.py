@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from processes import ROOT, command
+from safetensors.torch import load_file
+from torch import Tensor
 
 DEADLINE = 100.0  # seconds that any one wait may take
 RUNS: list["Run"] = []
@@ -102,3 +104,8 @@ def resumed_after(said: str) -> int:
     match = re.search(r"resuming after step (\d+):", said)
     assert match or "starting:" in said, said
     return int(match[1]) if match else 0
+
+
+def adapter(output: Path) -> dict[str, Tensor]:
+    """The tensors of a run's exported adapter."""
+    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")

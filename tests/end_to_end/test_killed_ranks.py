@@ -14,14 +14,12 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import Tensor
-from trainings import Run, checkpoints, descendants, resumed_after, rows, steps_done
+from trainings import Run, adapter, checkpoints, descendants, resumed_after, rows, steps_done
 
 from finetune.runtime.watch import Watch, describe_lost
 
 STEPS, SOON = 12, 10.0  # seconds
-SETTINGS = ("checkpoint.every=2", f"train.steps={STEPS}")
+SETTINGS = ("checkpoint.every=2", f"train.steps={STEPS}", "data.workers=1", "optimizer.lr=1e-2")
 PROMPT = 'validation.prompts=[{text = "a ball", shape = "17x64x96", steps = 60}]'
 DOING = "(in|waiting for the clips of|saving the checkpoint of)"  # as it was noted a second before at the most
 AT: dict[str, tuple[list[str], Callable[[Path], bool]]] = {  # when -> (further settings, whether it is now)
@@ -35,29 +33,8 @@ AT: dict[str, tuple[list[str], Callable[[Path], bool]]] = {  # when -> (further 
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_ltx: Path, clips: Path, cache: Path) -> Path:
-    path = tmp_path_factory.mktemp("killed") / "recipe.toml"
-    path.write_text(
-        f"""
-[model]
-family = "ltx"
-path = "{tiny_ltx}"
-[data]
-path = "{clips}"
-buckets = ["17x64x96"]
-cache = "{cache}"
-workers = 1
-[train]
-global_batch_size = 4
-precision = "float32"
-[lora]
-rank = 4
-alpha = 8
-[optimizer]
-lr = 1e-2
-"""
-    )
-    return path
+def recipe(tmp_path_factory: pytest.TempPathFactory, small_recipe: Callable[[Path], Path]) -> Path:
+    return small_recipe(tmp_path_factory.mktemp("killed"))
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +42,6 @@ def straight(recipe: Path) -> Run:
     run = Run(recipe, recipe.with_name("straight"), 2, SETTINGS)
     assert run.wait() == 0, run.said
     return run
-
-
-def adapter(output: Path) -> dict[str, Tensor]:
-    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
 
 
 def assert_equal_ends(run: Run, straight: Run) -> None:

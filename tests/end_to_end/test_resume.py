@@ -10,15 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Finetune
-from safetensors.torch import load_file
-from torch import Tensor
-from trainings import Run, checkpoints, resumed_after, rows, steps_done
+from trainings import Run, adapter, checkpoints, resumed_after, rows, steps_done
 
 STEPS = 20
-
-
-def adapter(output: Path) -> dict[str, Tensor]:
-    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
 
 
 @pytest.fixture(scope="module")
