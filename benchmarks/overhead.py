@@ -1,6 +1,6 @@
-"""The time per step that the training loop takes more than a bare torch loop, on a tiny model.
+"""The time per step that the training loop takes more than a bare torch loop, on a tiny model, or on one whose steps take seconds.
 
-`python -m benchmarks.overhead [--workers N]`. `finetune.training.run.run` runs as in a training, with its loader,
+`python -m benchmarks.overhead [--large] [--workers N]`. `finetune.training.run.run` runs as in a training, with its loader,
 metrics.jsonl and progress line. After each block of its steps, each bare loop runs a block of as many steps, on batches in
 memory: forward, loss, backward, clipping, AdamW, loss to the host. One bare loop uses the run's own parallelised model,
 the other the same model without FSDP. Both have the run's optimizer settings.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import LTXVideoTransformer3DModel
 from torch import nn
 
 from benchmarks.paired import print_table
@@ -39,7 +40,7 @@ from finetune.training.run import run
 MAX_NORM = 1.0
 
 
-def recipe_in(folder: Path, steps: int, workers: int) -> Recipe:
+def recipe_in(folder: Path, steps: int, workers: int, bucket: str) -> Recipe:
     """A recipe for a LoRA of the demo's model on the demo's clips."""
     return Recipe.model_validate(
         {
@@ -47,7 +48,7 @@ def recipe_in(folder: Path, steps: int, workers: int) -> Recipe:
             "model": {"family": "ltx", "path": str(folder / "model")},
             "data": {
                 "path": str(folder / "clips"),
-                "buckets": ["17x64x96"],
+                "buckets": [bucket],
                 "cache": str(folder / "cache"),
                 "workers": workers,
             },
@@ -57,6 +58,15 @@ def recipe_in(folder: Path, steps: int, workers: int) -> Recipe:
             "checkpoint": {"every": steps},
         }
     )
+
+
+def enlarge(model: Path) -> None:
+    """Replace the demo's transformer by one whose step takes a second and more on one thread."""
+    folder = model / "transformer"
+    config = LTXVideoTransformer3DModel.load_config(folder)
+    wide = {"num_attention_heads": 8, "attention_head_dim": 64, "cross_attention_dim": 512, "num_layers": 16}
+    torch.manual_seed(0)
+    LTXVideoTransformer3DModel.from_config({**config, **wide}).save_pretrained(folder)
 
 
 def plain_model(recipe: Recipe, family: Family) -> nn.Module:
@@ -121,15 +131,20 @@ def clocks() -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--blocks", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=20, help="of a block")
+    parser.add_argument("--steps", type=int, help="of a block; 20, with --large 2")
+    parser.add_argument("--large", action="store_true", help="a wider model on larger clips, in blocks of 2 steps")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
     arguments = parser.parse_args()
+    arguments.steps = arguments.steps or (2 if arguments.large else 20)
     torch.set_num_threads(1)  # as under torchrun
     runtime = distributed.start(600)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_demo(folder, "ltx")
-        recipe = recipe_in(folder, (arguments.blocks + 1) * arguments.steps, arguments.workers)
+        if arguments.large:
+            enlarge(folder / "model")
+        bucket = "17x256x384" if arguments.large else "17x64x96"
+        recipe = recipe_in(folder, (arguments.blocks + 1) * arguments.steps, arguments.workers, bucket)
         recipe.output.mkdir()
         family = open_family(recipe)
         job = build(recipe, runtime, family, prepare(recipe, family, runtime))
@@ -146,11 +161,13 @@ def main() -> None:
     for name, blocks in report.milliseconds.items():
         row = [name, *(f"{value:.2f}" for value in np.median(blocks, 0))]
         over = [f"{value:+.2f}" for value in np.median(ours - blocks, 0)]
-        rows.append([*row, *over] if name in others else [*row, "", ""])
+        over += [f"{value:.3f}" for value in np.median(ours / blocks, 0)]
+        rows.append([*row, *over] if name in others else [*row, *[""] * 4])
     workers = f"{arguments.workers} loader processes"
     print(f"\n{arguments.blocks} blocks of {arguments.steps} steps, in turn, one process of one thread, {workers};")
     print("milliseconds a step, and how many more finetune takes: medians over blocks\n")
-    print_table(["loop", "wall", "processor", "finetune - it, wall", "processor"], rows)
+    heads = ["loop", "wall", "processor", "finetune - it, wall", "processor", "finetune / it, wall", "processor"]
+    print_table(heads, rows)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,27 @@ def part_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(coordinate for coordinate, placement in placed if not placement.is_replicate())
 
 
+class Norms:
+    """Collects the norms of gradients that are dropped before the last one is there."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._norms: dict[Tensor, Tensor] = {}
+
+    def add(self, parameter: Tensor) -> bool:
+        """Note the norm of a parameter's gradient. Returns whether it is the first of this step."""
+        assert parameter.grad is not None  # it is called from a hook on the gradient
+        norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+        self._norms[parameter] = norm / replicas(parameter) ** 0.5
+        return len(self._norms) == 1
+
+    def take(self) -> Tensor:
+        """Global L2 norm of the gradients since it was last asked for, over all ranks."""
+        norms, self._norms = self._norms, {}
+        in_order = [norms[parameter] for parameter in self._parameters if parameter in norms]
+        return global_norm(torch.stack(in_order))  # summed in the order in which `grad_norm` does
+
+
 def global_norm(norms: Tensor) -> Tensor:
     """Global L2 norm from those of this rank's shards, 1-D float32, each divided by the square root of its number of replicas."""
     norm = torch.linalg.vector_norm(norms)

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.engine.gradients import grad_norm, local, part_of
 from finetune.engine.optimizers.in_backward import InBackward
+from finetune.engine.optimizers.offloaded import HostGradients, OffloadedOptimizer
 from finetune.engine.parts import Part
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.models.batch import Batch
@@ -30,7 +31,7 @@ class StepState:
 
     `parts` are what is saved, follows the updates, and is swapped for evaluation: the weights first, then the optimizer.
     `activations` sends what the forward pass saves to host memory, if it is there. `in_backward` updates while the backward
-    pass runs, if it is there.
+    pass runs, if it is there. `host_gradients` has the gradients, if they do not stay on the device.
     `defer_reduction` keeps gradients whole until the last accumulation step: less traffic, but memory for one whole
     gradient a rank, so it is for adapters.
     """
@@ -47,6 +48,7 @@ class StepState:
     seed: int
     activations: ActivationOffload | None = None
     in_backward: InBackward | None = None
+    host_gradients: HostGradients | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
 
     if state.in_backward:
         norm = state.in_backward.norm()
+    elif state.host_gradients:
+        norm = state.host_gradients.norm()
     else:
         norm = grad_norm(state.parameters, state.max_grad_norm)
     # All ranks of a context hold the same loss, so the mean over all ranks is the mean over the data ranks.
@@ -113,7 +117,10 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     if finite:
         if not state.in_backward:
             device.reseed(update_seed)
-            with host_threads(state.runtime, used=local(state.parameters[0]).is_cpu):
+            if state.host_gradients:
+                state.host_gradients.clip(host_norm, state.max_grad_norm)
+            on_cpu = isinstance(state.optimizer, OffloadedOptimizer) or local(state.parameters[0]).is_cpu
+            with host_threads(state.runtime, used=on_cpu):
                 state.optimizer.step()
         state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)

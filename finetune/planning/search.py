@@ -168,7 +168,9 @@ def _attempts(candidate: Candidate, capacity: int) -> Iterator[Changes]:
 
 def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
     """Combinations of savers that are allowed with the recipe."""
-    weights: list[Changes] = [{"memory.offload": False}, {"memory.offload": True}]
+    kept = ("none", "state", "state_and_gradients") if recipe.train.method == "full" else ("none",)
+    weights: list[Changes] = [{"memory.offload": False, "optimizer.offload": what} for what in kept]
+    weights += [{"memory.offload": True, "optimizer.offload": "none"}]
     if gpus == 1:
         weights = [{"memory.layout": "auto", **each} for each in weights]
     else:

@@ -2,8 +2,10 @@
 
 import contextlib
 import gc
+import math
 import sys
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from finetune.data.loader import Sample
 from finetune.engine.generate import Request, generate
+from finetune.engine.optimizers.low_bit import host_seconds
 from finetune.engine.precision import DTYPES
 from finetune.engine.step import StepState, run_step
 from finetune.engine.weights.exporters.exporter import gathered
@@ -42,6 +45,7 @@ STEPS = (
     2,
 )  # micro-batches of each step; the first allocates the optimizer's state, later steps behave like the second
 _DENOISING_STEPS = 2  # later steps behave like the second
+_NOTICEABLE = 0.1  # share of a step from which host time is told
 _MOMENTS = 600  # of a phase in the picture
 _RUNNING: dict[PhaseKind, str] = {  # what is running when a phase begins
     "encode text": "encoding",
@@ -132,9 +136,25 @@ class Simulation:
             one, two = costs
             cost = two.repeated(one, count) if count > 1 else two
             # Streamed blocks are copied ahead, and FSDP prefetches offloaded shards, but only with two ranks and more.
+            # An offloaded optimizer's copies come after the backward pass.
             overlaps = self.hardware.gpus > 1 or self.streams or not self.recipe.memory.offload
+            overlaps = overlaps and self.recipe.optimizer.offload == "none"
             self.phases[-1] = self.phases[-1].with_cost(cost, self.hardware.gpu, overlaps)
+        self._note_host_time(len(state.parameters))
         return state
+
+    def _note_host_time(self, parameters: int) -> None:
+        """Say so if torchao's updates would take more than a tenth of a step: of the bucket with the shortest one."""
+        seconds, phase = min(
+            ((phase.seconds or math.inf, phase) for phase in self.phases if phase.kind == "step"), key=itemgetter(0)
+        )
+        updates = host_seconds(self.recipe.optimizer, self.recipe.train.weights, parameters)
+        if updates > _NOTICEABLE * seconds:
+            self.notes.append(
+                f"updates of {parameters} parameters, one by one, take about {updates:.1f} s of host time beside the "
+                f'{seconds:.2f} s of {phase.name}; a larger batch shares them, and optimizer.name = "adamw" with '
+                'train.weights = "float32" makes them at once'
+            )
 
     def validation(self, state: StepState, prompts: Sequence[ResolvedPrompt]) -> None:
         """Generate the largest prompt, with guidance if any of that size has it, by the family's pipeline around the transformer
@@ -200,6 +220,8 @@ class Simulation:
         parameters = list(state.transformer.parameters())
         accelerator.name((p for p in parameters if not p.requires_grad), "frozen weights")
         accelerator.name((p for p in parameters if p.requires_grad), "trained weights")
+        if state.host_gradients:
+            accelerator.name(state.host_gradients.held.values(), "gradients")
 
         def before_update(*_: object) -> None:
             accelerator.name((p.grad for p in state.parameters if p.grad is not None), "gradients")

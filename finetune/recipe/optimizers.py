@@ -18,6 +18,9 @@ class Optimizer(Table):
     """Which optimizer."""
     lr: Annotated[float, Field(gt=0)] = Free(1e-4)
     """Peak learning rate."""
+    offload: Literal["none", "state", "state_and_gradients"] = Free("none")
+    """Keep the optimizer's state in host memory, and make updates on the CPU, while weights stay on the GPU. "state_and_gradients":
+    gradients, too, leave the GPU as soon as they are whole; they cannot be accumulated."""
     in_backward: bool = Free(False)
     """Full finetuning: update each block as soon as its gradients are there, and drop them. A step's gradients are then never in
     memory together, and cannot be clipped: train.max_grad_norm = "none"."""

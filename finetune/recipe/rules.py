@@ -77,8 +77,12 @@ def _nearest_group(recipe: Recipe, ranks: int) -> str:
     return f"set it to {near}" if near > 1 else 'remove it, and set memory.layout = "shard"'
 
 
+def _accumulates(recipe: Recipe, ranks: int) -> bool:
+    return recipe.train.global_batch_size > ranks * recipe.train.micro_batch_size
+
+
 def _whole_share(recipe: Recipe, ranks: int) -> str:
-    return f"set train.micro_batch_size = {recipe.train.global_batch_size // ranks}, or remove it"
+    return f"set train.micro_batch_size = {recipe.train.global_batch_size // ranks}"
 
 
 _NO_EFFECT = "this key has no effect here"
@@ -149,17 +153,36 @@ RULES = (
     ),
     Rule(
         "optimizer.in_backward",
-        lambda recipe, ranks: (
-            recipe.optimizer.in_backward and recipe.train.global_batch_size > ranks * recipe.train.micro_batch_size
-        ),
+        lambda recipe, ranks: recipe.optimizer.in_backward and _accumulates(recipe, ranks),
         "gradients cannot be accumulated",
-        _whole_share,
+        lambda recipe, ranks: f"{_whole_share(recipe, ranks)}, or remove it",
     ),
     Rule(
         "optimizer.in_backward",
         lambda recipe, ranks: recipe.optimizer.in_backward and recipe.memory.offload,
         "offloaded gradients are in host memory already, and the update is made there",
         "remove it",
+    ),
+    # Where the optimizer's state is
+    Rule(
+        "optimizer.offload",
+        lambda recipe, ranks: (
+            recipe.optimizer.offload != "none" and recipe.memory.offload and not _streams(recipe, ranks)
+        ),
+        f"{_NO_EFFECT}: what is trained is offloaded with the weights, and its optimizer's state is in host memory",
+        "remove it, or set memory.offload = false",
+    ),
+    Rule(
+        "optimizer.offload",
+        lambda recipe, ranks: recipe.optimizer.offload != "none" and recipe.optimizer.in_backward,
+        "updates in the backward pass are made on the GPU",
+        'remove it, or set optimizer.in_backward = false; "state_and_gradients" drops gradients as early',
+    ),
+    Rule(
+        "optimizer.offload",
+        lambda recipe, ranks: recipe.optimizer.offload == "state_and_gradients" and _accumulates(recipe, ranks),
+        "gradients that have left the GPU cannot be accumulated",
+        lambda recipe, ranks: f'set it to "state", or {_whole_share(recipe, ranks)}',
     ),
 )
 
@@ -175,6 +198,7 @@ SWITCHES: dict[str, tuple[Settings, ...]] = {
     "offload_activations": ({"memory.offload_activations": True},),
     "low_bit": tuple({"memory.low_bit": bits} for bits in ("int8", "float8", "nf4")),
     "8- and 4-bit optimizers": tuple({"optimizer.name": f"adamw_{bits}"} for bits in ("8bit", "4bit", "fp8")),
+    "optimizer.offload": tuple({"optimizer.offload": what} for what in ("state", "state_and_gradients")),
     "bf16 weights": ({"train.weights": "bf16"},),
     "in_backward": ({"optimizer.in_backward": True, "train.max_grad_norm": "none"},),
     "float8": ({"train.float8": True},),

@@ -81,6 +81,11 @@ class Copies:
         if arrival is not None and self.stream is not None:
             torch.accelerator.current_stream(self.stream.device).wait_event(arrival)
 
+    def finish(self, arrival: Arrival) -> None:
+        """Make the host wait for a copy, whose target it reads or whose source it writes next."""
+        if arrival is not None:
+            arrival.synchronize()
+
 
 @dataclass(frozen=True)
 class Device:

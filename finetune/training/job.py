@@ -14,6 +14,7 @@ from finetune.data.sampler import Order
 from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizers import build_optimizer
 from finetune.engine.optimizers.in_backward import InBackward
+from finetune.engine.optimizers.offloaded import HostGradients, OffloadedOptimizer
 from finetune.engine.parallel import parallelize, trained_parameters
 from finetune.engine.parts import OptimizerState, TrainedWeights, evaluating
 from finetune.engine.precision import storage_dtype
@@ -159,7 +160,11 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
     with runtime.together():
         load_weights(transformer, weights, runtime.device.torch_device)
     parameters = trained_parameters(transformer)
-    optimizer = build_optimizer(parameters, recipe.optimizer, train.weights)
+    optimizer, host_gradients = build_optimizer(parameters, recipe.optimizer, train.weights), None
+    if recipe.optimizer.offload == "state_and_gradients":
+        host_gradients = HostGradients(list(parameters.values()), runtime.device)
+    if recipe.optimizer.offload != "none":
+        optimizer = OffloadedOptimizer(optimizer, runtime.device, host_gradients)
     return StepState(
         family=family,
         transformer=transformer,
@@ -173,6 +178,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
         seed=train.seed,
         activations=ActivationOffload(runtime.device) if recipe.memory.offload_activations else None,
         in_backward=InBackward(optimizer) if recipe.optimizer.in_backward else None,
+        host_gradients=host_gradients,
     )
 
 
@@ -203,7 +209,8 @@ def is_background(recipe: Recipe) -> bool:
     """Whether checkpoints are written from a copy in host memory. What is trained and offloaded is there already, and there may be
     no room for it twice.
     """
-    return recipe.checkpoint.background and not (recipe.memory.offload and recipe.train.method == "full")
+    is_offloaded = recipe.memory.offload or recipe.optimizer.offload != "none"
+    return recipe.checkpoint.background and not (is_offloaded and recipe.train.method == "full")
 
 
 def sound_checkpoint(checkpoints: Checkpoints, step: int | None = None) -> int | None:

@@ -46,6 +46,8 @@ SAVERS = {
     "offload": Saver(("memory.offload=true",)),
     "activations offloaded": Saver(("memory.offload_activations=true",)),
     "one block resident": Saver(("memory.offload=true", "memory.resident_blocks=1")),
+    "state offloaded": Saver(("optimizer.offload=state",)),
+    "gradients offloaded": Saver(("optimizer.offload=state_and_gradients",)),
     "compile": Saver(("memory.compile=true",)),
     "updates in backward": Saver(("optimizer.in_backward=true", *CHANGES["unclipped"]), "unclipped"),
     **{name: Saver(tuple(CHANGES[name]), name) for name in CHANGES if name != "unclipped"},

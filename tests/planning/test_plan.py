@@ -158,6 +158,21 @@ def test_moments_in_8_bits_lie_on_the_host_with_the_weights(finetune, recipe: Pa
     assert step["host"]["parts"]["optimizer state"] > 0
 
 
+@pytest.mark.parametrize(
+    "offload, gone", [("state", {"optimizer state"}), ("state_and_gradients", {"optimizer state", "gradients"})]
+)
+def test_an_offloaded_optimizer_has_its_state_on_the_host(finetune, recipe: Path, offload: str, gone: set[str]) -> None:
+    full = ["--set", "train.method=full", "--set", "train.micro_batch_size=2", "--set", "train.global_batch_size=2"]
+    there, away = (
+        planned(finetune, recipe, *full, *further)["phases"][3]
+        for further in ([], ["--set", f"optimizer.offload={offload}"])
+    )
+    whole = {name: there["device"]["parts"].get(name, 0) for name in ("optimizer state", "gradients")}
+    assert gone & away["device"]["parts"].keys() == set()
+    assert away["host"]["parts"]["optimizer state"] == pytest.approx(whole["optimizer state"], rel=0.01)
+    assert away["device"]["allocated"] <= there["device"]["allocated"] - whole["optimizer state"]
+
+
 def test_a_bad_recipe_is_refused_as_check_refuses_it(finetune, recipe: Path) -> None:
     done = finetune("plan", "--recipe", recipe, "--set", "train.float8=true")
     assert done.returncode == 2

@@ -26,7 +26,7 @@ BUILDERS: dict[type[Optimizer], Builder] = {
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter], settings: Optimizer, weights: str = "float32"
 ) -> torch.optim.Optimizer:
-    """The optimizer of a recipe's [optimizer].
+    """The optimizer of a recipe's [optimizer], before its state is offloaded.
 
     Args:
         parameters: what is trained, name -> parameter, collected after sharding.

@@ -17,4 +17,4 @@ def build(parameters: Mapping[str, nn.Parameter], settings: AdamW, weights: str)
         return torch.optim.AdamW(trained, **adam_arguments(settings), fused=True)
     from torchao.optim.adam import _AdamW
 
-    return adapted(_AdamW, on_cpu(trained))(trained, **adam_arguments(settings), bf16_stochastic_round=True)
+    return adapted(_AdamW, on_cpu(trained, settings))(trained, **adam_arguments(settings), bf16_stochastic_round=True)

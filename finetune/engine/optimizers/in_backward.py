@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from finetune.engine.gradients import global_norm, local, replicas
+from finetune.engine.gradients import Norms
 
 
 class InBackward:
@@ -17,17 +17,14 @@ class InBackward:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self.norms: list[Tensor] = []  # of this step's gradients, on this rank
+        self.norms = Norms([parameter for group in optimizer.param_groups for parameter in group["params"]])
         self.before_first = lambda: None  # called before the first update of a step
         for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 parameter.register_post_accumulate_grad_hook(partial(self._update, index))
 
     def _update(self, index: int, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None  # it is what the hook is called for
-        norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
-        self.norms.append(norm / replicas(parameter) ** 0.5)
-        if len(self.norms) == 1:
+        if self.norms.add(parameter):
             self.before_first()
         groups = self.optimizer.param_groups  # load_state_dict puts other dictionaries in their place
         group = groups[index]
@@ -41,5 +38,4 @@ class InBackward:
 
     def norm(self) -> Tensor:
         """Global L2 norm of the gradients since it was last asked for, over all ranks."""
-        norms, self.norms = self.norms, []
-        return global_norm(torch.stack(norms))
+        return self.norms.take()
