@@ -2,7 +2,8 @@
 
 import sys
 
-from finetune.cli import main
+from finetune.cli import LOST, main
 from finetune.runtime.exit import leave
 
-leave(main(sys.argv[1:]))
+status = main(sys.argv[1:])
+leave(status, is_lost=status == LOST)

@@ -22,6 +22,7 @@ python -m finetune schema                    JSON Schema of recipes, for editors
 python -m finetune families                  model families
 """
 
+LOST = 1  # exit status if another process is lost
 COMMANDS = ("train", "check", "plan", "prepare", "sample", "export", "plot", "demo", "schema", "families")
 
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         return command.run(parser.parse_args(arguments if is_train else arguments[1:]))
     except UserError as error:
         print_error(error)
-        return 1 if isinstance(error, LostPeer) else 2
+        return LOST if isinstance(error, LostPeer) else 2
     except KeyboardInterrupt:
         return 130
     finally:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.recipe import Recipe
-from finetune.runtime.errors import LostPeer
 
 if TYPE_CHECKING:  # torch is imported once the recipe is known to be sound
     from finetune.runtime.distributed import Runtime
@@ -47,6 +46,7 @@ def with_runtime(recipe: Recipe, body: Callable[[Runtime], int], on_cpu: bool = 
     """
     from finetune.runtime import distributed
     from finetune.runtime.device import use_expandable_segments
+    from finetune.runtime.watch import lost_peer
 
     if recipe.memory.expandable_segments:
         use_expandable_segments()
@@ -57,24 +57,13 @@ def with_runtime(recipe: Recipe, body: Callable[[Runtime], int], on_cpu: bool = 
         return body(runtime)
     except RuntimeError as error:
         if any(sign in str(error) for sign in (*_LOST, *_LOST_NCCL)):
-            raise _lost_peer(runtime, error) from error
+            raise lost_peer(
+                runtime.watch,
+                f"rank {runtime.rank} lost its peers",
+                "see the first error above, if there is one; the same command resumes from the newest checkpoint",
+                str(error).splitlines()[0],
+            ) from error
         raise
     finally:
         if sys.exc_info()[0] is None:
             distributed.stop()
-
-
-def _lost_peer(runtime: Runtime, error: RuntimeError) -> LostPeer:
-    """What a collective's failure means: which ranks are lost, where, and what they did."""
-    from finetune.runtime.watch import describe_lost
-
-    who, is_main_lost = describe_lost(runtime.watch) if runtime.watch else ("", False)
-    reason = str(error).splitlines()[0]
-    found = LostPeer(
-        f"rank {runtime.rank} lost its peers: {who} ({reason})"
-        if who
-        else f"rank {runtime.rank} lost the others ({reason})",
-        "see the first error above, if there is one; the same command resumes from the newest checkpoint",
-    )
-    found.is_main_lost = is_main_lost
-    return found

@@ -27,10 +27,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(recipe: Recipe, runtime: Runtime, arguments: argparse.Namespace) -> int:
     """Train with a memory plan made beside it, if the recipe wants one and the device knows its memory."""
+    from finetune.runtime.distributed import restarts
+    from finetune.training.memory import StartPlan, start_no_plan
     from finetune.training.run import train
 
-    if not recipe.memory.plan or runtime.device.total_memory is None:
-        return train(recipe, runtime, resume_step=arguments.resume_step, any_size_on_cpu=arguments.cpu)
-    from finetune.planning.forecast import Forecast
+    start_plan: StartPlan = start_no_plan
+    if recipe.memory.plan and runtime.device.total_memory is not None:
+        from finetune.planning.forecast import Forecast
 
-    return train(recipe, runtime, Forecast, arguments.resume_step)
+        start_plan = Forecast
+    # torchrun starts the same command again after a failure, which must not go back a second time.
+    resume_step = None if restarts() else arguments.resume_step
+    return train(recipe, runtime, start_plan, resume_step, any_size_on_cpu=arguments.cpu)

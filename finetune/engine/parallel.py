@@ -35,13 +35,12 @@ def parallelize(
     if train.method != "full":
         ADAPTERS[train.method].add(transformer, family, adapter, train.seed)
     precision.cast_trained_weights(transformer, train.weights)
-    move_real(transformer, runtime.device.torch_device)
 
     # 2. Store frozen weights in few bits, after the adapter, since peft looks for ordinary linear layers. Or multiply trained
-    #    weights in float8.
+    #    weights in float8. Then all tensors that are real already go to the device.
     lists = [getattr(transformer, name) for name in family.block_lists]
-    device, storage = runtime.device.torch_device, precision.DTYPES[train.precision]
-    lowbit.quantize_blocks(lists, memory.low_bit, family.high_precision, storage, device)
+    lowbit.quantize_blocks(lists, memory.low_bit, family.high_precision, precision.DTYPES[train.precision])
+    move_real(transformer, runtime.device.torch_device)
     if train.float8:
         precision.compute_in_float8(lists, family.high_precision, runtime.device)
 

@@ -33,7 +33,6 @@ from finetune.planning.trace import Trace
 _SMALL = 4096  # elements up to which a tensor keeps its values
 _VALUES = "known_values"  # our attribute of fake tensors
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
-_LARGE = 2**20  # bytes from which a buffer in host memory is fake
 
 
 class Accelerator(TorchDispatchMode):
@@ -261,11 +260,9 @@ def _set_values(tensor: FakeTensor, values: Tensor | None) -> None:
 
 
 def _is_fake_host_memory(function: Any, arguments: tuple, keywords: dict) -> bool:
-    """Whether host memory is allocated for weights that are on meta, or as a large buffer of bytes."""
-    if function is torch.ops.aten.empty_like.default:
-        return keywords.get("device") is not None and arguments[0].is_meta
-    is_bytes = function is torch.ops.aten.empty.memory_format and keywords.get("dtype") is torch.uint8
-    return is_bytes and _size(arguments) >= _LARGE
+    """Whether host memory is allocated like something on meta: offloaded weights, and what the simulated device pins."""
+    is_like = function is torch.ops.aten.empty_like.default
+    return is_like and keywords.get("device") is not None and arguments[0].is_meta
 
 
 def _size(arguments: tuple) -> int:

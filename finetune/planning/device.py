@@ -168,7 +168,9 @@ class SimulatedDevice(Device):
         return Copies(None)
 
     def pinned(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty_like(
+            torch.empty(size, dtype=torch.uint8, device="meta"), device="cpu"
+        )  # fake: see `Accelerator`
 
     def reseed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)

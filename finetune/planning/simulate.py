@@ -132,7 +132,7 @@ class Simulation:
                 if self._checkpoint is None and is_background(self.recipe):  # from the first checkpoint on
                     values = (each.values() for each in state.optimizer.state.values())
                     size = staged_bytes([state.parameters, *map(list, values)])
-                    self._checkpoint = torch.empty(size, dtype=torch.uint8, device="cpu")
+                    self._checkpoint = self.runtime.device.pinned(size)
             one, two = costs
             cost = two.repeated(one, count) if count > 1 else two
             # Streamed blocks are copied ahead, and FSDP prefetches offloaded shards, but only with two ranks and more.

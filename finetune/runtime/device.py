@@ -202,6 +202,11 @@ class Device:
         weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
         return memory
 
+    def make_current(self) -> None:
+        """Make it the device of this thread, which begins with the first of the machine."""
+        if not self.is_cpu:
+            torch.accelerator.set_device_index(self.torch_device)
+
     def reseed(self, seed: int) -> None:
         """Seed the generators that operations on this device draw from (dropout, stochastic rounding)."""
         # Not torch.manual_seed: it queries every accelerator that torch knows, which costs time in each step.

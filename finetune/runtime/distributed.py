@@ -169,22 +169,24 @@ def start(timeout_seconds: float, on_cpu: bool = False) -> Runtime:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     else:
         # torchrun's store outlives a restart (--max_restarts), with the addresses of processes that are gone.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"finetune_{attempt}_{world_size}", store)
+        store = dist.PrefixStore(f"finetune_{restarts()}_{world_size}", store)
         bound = None if device.is_cpu else device.torch_device
         dist.init_process_group(
             backend, rank=rank, world_size=world_size, store=store, timeout=timeout, device_id=bound
         )
     control = dist.group.WORLD if device.is_cpu else dist.new_group(backend="gloo", timeout=timeout)
-    if (
-        not device.is_cpu and world_size > 1
-    ):  # NCCL takes its memory with the first collective, before what is free is read
+    if not device.is_cpu and world_size > 1:
+        # NCCL takes its memory with the first collective: before what is free is read.
         dist.all_reduce(torch.zeros((), device=device.torch_device))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    watch = Watch(rank, world_size, attempt, timeout_seconds) if world_size > 1 else None
+    watch = Watch(rank, world_size, str(restarts()), timeout_seconds) if world_size > 1 else None
     return Runtime(rank, local_rank, world_size, device, control, local_world_size, watch=watch)
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the run's processes (--max_restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def stop() -> None:

@@ -37,6 +37,11 @@ class UserError(Exception):
 
 
 class LostPeer(UserError):
-    """Another process of the run ended or stopped answering; what is on disk stays valid."""
+    """Another process of the run ended or stopped answering; what is on disk stays valid.
 
-    is_main_lost = False  # whether rank 0 is one of them, which says what happens otherwise
+    `is_main_lost`: whether rank 0 is one of them, which otherwise says what happens.
+    """
+
+    def __init__(self, what: str, cure: str = "", where: str = "", is_main_lost: bool = False) -> None:
+        super().__init__(what, cure, where)
+        self.is_main_lost = is_main_lost

@@ -54,13 +54,20 @@ def writing(path: Path) -> Iterator[None]:
 def disk_error(error: BaseException, path: Path) -> UserError | None:
     """What a failed write means for the user; None if the error is about something else."""
     reason = str(error)
-    if "No space left" in reason or "os error 28" in reason:
+    if is_full(error):
         return UserError(
             "the disk is full", "free some space, then run the same command: it goes on where it stopped", str(path)
         )
     if isinstance(error, OSError) or "I/O error" in reason:
         return UserError(f"cannot be written ({reason})", "check the folder and its permissions", str(path))
     return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed because the disk, or the user's share of it, is full; by its text, if another error has wrapped it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(sign in str(error) for sign in ("No space left", "os error 28", "Disk quota exceeded"))
 
 
 def give_usual_mode(file: Path) -> None:

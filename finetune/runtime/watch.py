@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from finetune.runtime.errors import LostPeer
-from finetune.runtime.logging import print_error
+from finetune.runtime.logging import print_error, say
 
 BEAT = 1.0  # seconds between the lines of a rank, at the most
 _REST = 0.1  # seconds between them, at the least
@@ -39,21 +39,25 @@ class Line:
 class Watch:
     """Notes what this rank does, and tells of the others. Without peers it does neither."""
 
-    def __init__(self, rank: int, world_size: int, attempt: str, longest: float) -> None:
+    def __init__(self, rank: int, world_size: int, attempt: str, limit_seconds: float) -> None:
         """
         Args:
             attempt: distinguishes restarts under one torchrun.
-            longest: seconds that what is limited may take; see `doing`.
+            limit_seconds: that what is limited may take; see `doing`.
         """
-        self.rank, self.world_size, self.longest = rank, world_size, longest
+        self.rank, self.world_size, self.limit_seconds = rank, world_size, limit_seconds
         self._now, self._beat = ("starting", time.monotonic(), False), 0  # what, since when, whether it is limited
         self._ended, self._changed = threading.Event(), threading.Event()
         self._store: dist.Store | None = None
         if world_size > 1 and "MASTER_ADDR" in os.environ:
             # A connection of its own: the process group's is blocked while a rank waits for another in it.
-            store = dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_ANSWER
-            )
+            try:
+                store = dist.TCPStore(
+                    os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_ANSWER
+                )
+            except RuntimeError as error:
+                say(f"warning: a rank that is lost will not be named ({str(error).partition(chr(10))[0]})")
+                return
             self._store = dist.PrefixStore(f"watch_{attempt}_{world_size}", store)
             threading.Thread(target=self._write_lines, name="watch", daemon=True).start()
 
@@ -61,7 +65,7 @@ class Watch:
         """Note what this rank does from here on, such as "in step 12".
 
         Args:
-            is_limited: whether it takes a rank `longest` seconds only if it waits for others in vain. Then the process ends with
+            is_limited: whether it takes a rank `limit_seconds` only if it waits for others in vain. Then the process ends with
                 an error that names them; NCCL would end it with one that does not.
         """
         self._now = (what, time.monotonic(), is_limited)  # at once: the thread must not take one's time for another's
@@ -102,7 +106,7 @@ class Watch:
         }
 
     def _write_lines(self) -> None:
-        host, key = socket.gethostname(), str(self.rank)
+        host, key, told = socket.gethostname(), str(self.rank), 0.0
         while self._store is not None and not self._ended.is_set():
             self._beat += 1
             what, since, is_limited = self._now
@@ -111,23 +115,23 @@ class Watch:
                 self._store.set(key, json.dumps(vars(line)))
             except (RuntimeError, OSError):
                 return  # the store has ended, and with it the run
-            if is_limited and line.seconds > self.longest and self._now[1] == since:
-                self._leave(line)
+            if is_limited and line.seconds > self.limit_seconds and self._now[1] == since and since != told:
+                told = since  # in a thread of its own: a rank that writes no lines is taken for lost
+                threading.Thread(target=self._leave, args=(line, since), name="watch-leave", daemon=True).start()
             self._ended.wait(_REST)
             self._changed.wait(BEAT - _REST)
             self._changed.clear()
 
-    def _leave(self, line: Line) -> None:
-        """End this process, whose main thread is stuck."""
-        who, is_main_lost = describe_lost(self)
-        what = f"rank {self.rank} is {line.doing} for {line.seconds:.0f} s"
-        error = LostPeer(
-            f"{what}: {who}" if who else what,
+    def _leave(self, line: Line, since: float) -> None:
+        """End this process, whose main thread is stuck in what it has done since then."""
+        error = lost_peer(
+            self,
+            f"rank {self.rank} is {line.doing} for {line.seconds:.0f} s",
             "the same command resumes from the newest checkpoint; distributed.timeout_seconds says how long ranks wait",
         )
-        error.is_main_lost = is_main_lost
-        print_error(error)
-        os._exit(1)
+        if self._now[1] == since:  # still: to look at the others has taken seconds
+            print_error(error)
+            os._exit(1)
 
     def _read(self) -> dict[int, Line | None]:
         assert self._store is not None
@@ -138,7 +142,18 @@ class Watch:
         return found
 
 
-def describe_lost(watch: Watch, limit: int = 4) -> tuple[str, bool]:
+def lost_peer(watch: Watch | None, what: str, cure: str, reason: str = "") -> LostPeer:
+    """The error of a rank that waits in vain: what it does, and which others are lost. Takes some seconds.
+
+    Args:
+        reason: of the collective that has failed, in its own words.
+    """
+    who, is_main_lost = _describe_lost(watch) if watch else ("", False)
+    text = f"{what}: {who}" if who else what
+    return LostPeer(f"{text} ({reason})" if reason else text, cure, is_main_lost=is_main_lost)
+
+
+def _describe_lost(watch: Watch, limit: int = 4) -> tuple[str, bool]:
     """(which ranks are lost, or behind, in words; whether rank 0 is one of them). Empty if nothing is known."""
     lost = watch.lost()
     if lost:

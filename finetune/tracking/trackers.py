@@ -40,15 +40,17 @@ class Tracker(Protocol):
         """End the record of a run, which has failed or is done."""
 
 
-class Patient:
-    """A tracker of a service that may fail. Its failures never reach the training: they are said once, what could not be logged is
-    kept, and tried again after a while. `metrics.jsonl` has everything in any case.
+class Retrying:
+    """A tracker of a service that may fail. Its failures never reach the training: they are said once, and what could not be logged
+    is kept and tried again after a while, and at the end. `metrics.jsonl` has everything in any case.
     """
 
     def __init__(self, tracker: Tracker, name: str) -> None:
         self.tracker, self.name = tracker, name
-        self._waiting: deque[Callable[[], None]] = deque(maxlen=_MOST_WAITING)
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._failed_before: Callable[[], None] | None = None
         self._try_again = 0.0
+        self._lost = 0  # entries that are not tried any more
         self._is_said = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -58,21 +60,41 @@ class Patient:
         self._do(partial(self.tracker.log_videos, step, list(videos), sheet))
 
     def close(self, failed: bool) -> None:
-        self._try_again = 0.0
-        self._do(partial(self.tracker.close, failed))
-        if self._waiting:
-            say(f"warning: {self.name} lacks {len(self._waiting)} entries of this run; metrics.jsonl has them")
+        in_vain = 0
+        while self._waiting and in_vain < 2:
+            count = len(self._waiting)
+            self._send()
+            in_vain = in_vain + 1 if len(self._waiting) == count else 0
+        if lost := self._lost + len(self._waiting):
+            say(f"warning: {self.name} lacks {lost} entries of this run; metrics.jsonl has them")
+        self._has_worked(partial(self.tracker.close, failed))
 
     def _do(self, call: Callable[[], None]) -> None:
         self._waiting.append(call)
-        if time.monotonic() < self._try_again:
-            return
-        try:
-            while self._waiting:
-                self._waiting[0]()
+        if len(self._waiting) > _MOST_WAITING:
+            self._lost += 1
+            self._waiting.popleft()
+        if time.monotonic() >= self._try_again:
+            self._send()
+
+    def _send(self) -> None:
+        """Log what waits, up to the first entry that fails. One that fails again, where the next one does not, is left out."""
+        while self._waiting:
+            entry = self._waiting[0]
+            if self._has_worked(entry):
                 self._waiting.popleft()
+            elif entry is self._failed_before and len(self._waiting) > 1 and self._has_worked(self._waiting[1]):
+                self._lost += 1
+                self._waiting.popleft()
+                self._waiting.popleft()
+            else:
+                self._failed_before, self._try_again = entry, time.monotonic() + _PATIENCE
+                return
+
+    def _has_worked(self, call: Callable[[], None]) -> bool:
+        try:
+            call()
         except Exception as error:  # whatever a service, a network or a full disk makes of it
-            self._try_again = time.monotonic() + _PATIENCE
             if not self._is_said:
                 self._is_said = True
                 reason = str(error).partition("\n")[0] or type(error).__name__
@@ -80,6 +102,8 @@ class Patient:
                     f"warning: {self.name} fails ({reason}); the training goes on, and what is missing there is tried again: "
                     "metrics.jsonl has everything"
                 )
+            return False
+        return True
 
 
 class JsonLines:
@@ -184,9 +208,9 @@ def open_trackers(settings: Tracking, folder: Path, config: Mapping[str, Any], f
     with writing(folder):
         trackers.append(JsonLines(folder / METRICS_FILE, first_step))
     if "tensorboard" in settings.trackers:
-        trackers.append(Patient(TensorBoard(folder / "tensorboard", first_step), "TensorBoard"))
+        trackers.append(Retrying(TensorBoard(folder / "tensorboard", first_step), "TensorBoard"))
     if "wandb" in settings.trackers:
-        trackers.append(Patient(WandB(folder, settings.project, settings.name or folder.name, config), "W&B"))
+        trackers.append(Retrying(WandB(folder, settings.project, settings.name or folder.name, config), "W&B"))
     return trackers
 
 
@@ -239,14 +263,18 @@ def _import_error(package: str, error: ImportError) -> UserError:
 
 
 def _lacks_login() -> bool:
-    """Whether W&B would ask for a login: it is to be online, and has no key in the environment or the netrc file."""
-    if os.environ.get("WANDB_MODE", "online") != "online":
+    """Whether W&B would ask for a login: by its settings it is to be online, and there is no key in them or in a netrc file."""
+    import wandb
+
+    settings = wandb.setup().settings  # of its files, too: `wandb offline` and `wandb login --host` write there
+    if settings.mode != "online" or settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return False
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return False
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    hosts = {urlsplit(settings.base_url).hostname}
+    if settings.base_url == wandb.Settings().base_url:
+        hosts.add("api.wandb.ai")  # the default's name in netrc, whatever it is called since
     for file in map(Path, filter(None, [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"])):
         with suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(str(file.expanduser())).authenticators(host):
+            entries = netrc.netrc(str(file.expanduser()))
+            if any(host and entries.authenticators(host) for host in hosts):
                 return False
     return True

@@ -36,8 +36,8 @@ def not_finite(job: Job, step: int, result: StepResult, micro_batches: Sequence[
             "then run the same command",
         )
     in_backward = job.state.in_backward is not None
-    spoilt = None if in_backward else _first(job, trained=True)
-    if name := _first(job, trained=False) or (spoilt if step == 0 else None):
+    spoilt = None if in_backward else first_bad_weight(job)
+    if name := first_bad_weight(job, trained=False) or (spoilt if step == 0 else None):
         return UserError(
             f"{figures}: the pretrained weights hold NaN or infinities ({name})",
             "fetch or save the model anew, and compare its files' sizes with their source",
@@ -69,9 +69,27 @@ def bad_update(job: Job, steps: int, name: str) -> UserError:
     )
 
 
-def first_bad_weight(job: Job) -> str | None:
-    """The name of a trained parameter that is not finite on some rank; None if all are finite. Collective."""
-    return _first(job, trained=True)
+def first_bad_weight(job: Job, trained: bool = True) -> str | None:
+    """The name of a parameter that is not finite, on the first rank that has one; None if all are finite. Collective.
+
+    Args:
+        trained: look at those that are trained, or at the frozen ones, but for weights in few bits.
+    """
+    transformer = job.state.transformer
+    low_bit = [module for module in transformer.modules() if isinstance(module, LowBitLinear)]
+    bits = {id(parameter) for module in low_bit for parameter in (module.weight, module.weight_scale)}
+    on_host = host_copies(transformer)
+    held = {
+        plain_name(name): local(on_host.get(parameter, parameter.detach()))
+        for name, parameter in transformer.named_parameters()
+        if parameter.requires_grad == trained and id(parameter) not in bits
+    }
+    parts = {name: part for name, part in held.items() if part.numel()}
+    norms = torch._foreach_norm(list(parts.values()), dtype=torch.float32) if parts else []
+    device = job.state.runtime.device
+    values = device.read(torch.stack([norm.to(device.torch_device) for norm in norms])) if parts else []
+    mine = next((name for name, norm in zip(parts, values, strict=True) if not math.isfinite(norm)), None)
+    return next((name for name in job.state.runtime.gather(mine) if name), None)
 
 
 def go_back(job: Job, before: int) -> str:
@@ -132,22 +150,6 @@ def _bad_clips(job: Job, step: int, micro_batches: Sequence[Batch]) -> list[Path
 def _tensors(batch: Batch) -> Iterator[Tensor]:
     values = [*batch.inputs.values(), *(each for term in batch.terms.values() for each in (term.target, term.weight))]
     yield from (value for value in values if isinstance(value, Tensor) and value.is_floating_point())
-
-
-def _first(job: Job, trained: bool) -> str | None:
-    """The name of the first parameter that is not finite on the first rank that has one. Collective."""
-    transformer = job.state.transformer
-    low_bit = [module for module in transformer.modules() if isinstance(module, LowBitLinear)]
-    bits = {id(parameter) for module in low_bit for parameter in (module.weight, module.weight_scale)}
-    on_host = host_copies(transformer)
-    mine = None
-    for name, parameter in transformer.named_parameters():
-        if parameter.requires_grad == trained and id(parameter) not in bits:
-            held = on_host.get(parameter, parameter.detach())
-            if not bool(torch.isfinite(local(held)).all()):
-                mine = plain_name(name)
-                break
-    return next((name for name in job.state.runtime.gather(mine) if name), None)
 
 
 def _or_float32(job: Job) -> str:

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -65,9 +65,12 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan, r
     prepared = prepare(recipe, family, runtime)
     with runtime.together():
         lock = claim_output(recipe) if runtime.is_main else nullcontext()
-    with lock:
+    with lock, ExitStack() as stack:
         runtime.doing("loading the weights")
         job = build(recipe, runtime, family, prepared)
+        stack.enter_context(job.checkpoints)
+        if resume_step is not None:
+            say(f"going back to step {resume_step}; leave --resume-step out to go on from the newest checkpoint again")
         done = job.resume(resume_step)
         if done > recipe.train.steps:
             raise UserError(
@@ -113,7 +116,8 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
     batches, saving, history = job.batches(done), Saving(job, report), MemoryHistory(runtime.device)
     if done == 0:
         report.heldout(0, job.heldout_loss())
-    if done == 0 or (_due(validation.samples_every, done) and not has_samples(job, done)):  # a stop came before them
+    is_late = 0 < done < recipe.train.steps and _due(validation.samples_every, done) and not has_samples(job, done)
+    if done == 0 or is_late:  # a stop came before them
         samples = validation_samples(job, done, lambda: stop.requested)
         report.samples(done, samples)
         if samples is None and has_prompts(job):  # stopped again
@@ -129,6 +133,7 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
             result = job.step(step, micro_batches, stop=stop.requested or saving.has_failed)
         except torch.OutOfMemoryError as error:  # of one rank, amid collectives: the others end with its process
             raise out_of_memory(error, step + 1, job.order.plan(step).bucket, plan, recipe, runtime) from error
+        runtime.doing(f"after step {step + 1}")
         report.step(step + 1, result)
         if not result.updated:
             saving.finish()

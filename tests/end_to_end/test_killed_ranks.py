@@ -6,8 +6,8 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from trainings import Run, adapter, checkpoints, descendants, resumed_after, rows, steps_done
 
-from finetune.runtime.watch import Watch, describe_lost
+from finetune.runtime.watch import Watch, lost_peer
 
 STEPS, SOON = 12, 10.0  # seconds
 SETTINGS = ("checkpoint.every=2", f"train.steps={STEPS}", "data.workers=1", "optimizer.lr=1e-2")
@@ -215,21 +215,58 @@ def test_a_rank_that_is_stopped_is_named_within_the_timeout(recipe: Path, stoppe
     run.kill_all()
 
 
-def test_a_rank_that_waits_for_its_clips_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
-    """Two ranks that answer: one is in a step, the other reads clips."""
+@contextmanager
+def three_watches(limit_seconds: float) -> Iterator[list[Watch]]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)
     with patch.dict(os.environ, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}):
-        ranks = [Watch(rank, 3, "0", longest=60) for rank in range(3)]
-    for rank in (0, 1):
-        ranks[rank].doing("in step 7")
-    ranks[2].doing("waiting for the clips of step 7")
-    time.sleep(1.5)
-    assert ranks[0].lost() == {}
-    who, is_main_lost = describe_lost(ranks[0])
-    assert re.fullmatch(rf"rank 2 is on {socket.gethostname()}, waiting for the clips of step 7 for \d s", who)
-    assert not is_main_lost
-    ranks[2].end()
-    time.sleep(1.5)
-    assert describe_lost(ranks[1])[0].startswith("rank 2 (on ")
-    for rank in ranks:
-        rank.end()
+        watches = [Watch(rank, 3, "0", limit_seconds) for rank in range(3)]
+    yield watches
+    for watch in watches:
+        watch.end()
+
+
+def test_a_rank_that_waits_for_its_clips_is_told_from_those_that_wait_for_it() -> None:
+    """Two ranks that answer: one is in a step, the other reads clips."""
+    with three_watches(limit_seconds=60) as ranks:
+        for rank in (0, 1):
+            ranks[rank].doing("in step 7")
+        ranks[2].doing("waiting for the clips of step 7")
+        time.sleep(1.5)
+        assert ranks[0].lost() == {}
+        error = lost_peer(ranks[0], "rank 0 waits", "")
+        behind = rf"rank 0 waits: rank 2 is on {socket.gethostname()}, waiting for the clips of step 7 for \d s"
+        assert re.fullmatch(behind, str(error))
+        assert not error.is_main_lost
+        ranks[2].end()
+        time.sleep(1.5)
+        assert "rank 2 (on " in str(lost_peer(ranks[1], "rank 1 waits", ""))
+
+
+def test_ranks_that_wait_for_a_lost_one_do_not_take_each_other_for_lost() -> None:
+    said: list[str] = []
+    with (
+        patch("finetune.runtime.watch.print_error", lambda error: said.append(str(error))),
+        patch("finetune.runtime.watch.os._exit"),
+        three_watches(limit_seconds=1) as ranks,
+    ):
+        ranks[2].end()
+        ranks[0].doing("in step 7", is_limited=True)
+        time.sleep(0.5)
+        ranks[1].doing("in step 7", is_limited=True)
+        time.sleep(6)
+    assert len(said) == 2
+    for line in said:
+        assert re.search(r"rank 2( \(.*\))? ended, or answers no more", line)
+        assert "rank 0 (" not in line
+        assert "rank 1 (" not in line
+
+
+def test_a_step_that_ends_after_all_is_no_reason_to_leave() -> None:
+    """The rank looks at the others for seconds before it ends; by then it may be in the next step."""
+    said: list[str] = []
+    with patch("finetune.runtime.watch.print_error", said.append), three_watches(limit_seconds=1) as ranks:
+        ranks[0].doing("in step 7", is_limited=True)
+        time.sleep(2.2)
+        ranks[0].doing("in step 8", is_limited=False)
+        time.sleep(3.5)
+    assert said == []

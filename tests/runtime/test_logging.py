@@ -40,8 +40,7 @@ def test_one_process_of_a_node_prints_an_error_and_all_leave_it_for_torchrun(
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr("finetune.runtime.logging._LET_THE_OTHER_SPEAK", 0)
-    error = LostPeer("rank 0 answers no more")
-    error.is_main_lost = is_main_lost
+    error = LostPeer("rank 0 answers no more", is_main_lost=is_main_lost)
     print_error(error)
     assert ("error: rank 0 answers no more" in capsys.readouterr().err) == speaks
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == str(error)

@@ -16,7 +16,7 @@ from finetune.recipe.schema import Tracking
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.tracking.media import contact_sheet, strip, write_video
-from finetune.tracking.trackers import JsonLines, Patient, open_trackers, tracker_problems
+from finetune.tracking.trackers import JsonLines, Retrying, open_trackers, tracker_problems
 from finetune.training.run import train
 
 
@@ -151,7 +151,7 @@ def test_a_tracker_that_fails_is_said_once_and_gets_what_it_missed_later(
     now = 1000.0
     monkeypatch.setattr("finetune.tracking.trackers.time.monotonic", lambda: now)
     service = Service()
-    tracker = Patient(service, "W&B")
+    tracker = Retrying(service, "W&B")
     for step in range(1, 10):
         service.fails = 3 <= step < 6
         now += 30
@@ -166,12 +166,31 @@ def test_a_tracker_that_fails_is_said_once_and_gets_what_it_missed_later(
 
 def test_a_tracker_that_never_comes_back_is_said_to_lack_what_it_missed(capsys) -> None:
     service = Service()
-    tracker = Patient(service, "W&B")
+    tracker = Retrying(service, "W&B")
     service.fails = True
     for step in (1, 2):
         tracker.log(step, {"loss": 1.0})
     tracker.close(failed=True)
-    assert "W&B lacks 3 entries of this run; metrics.jsonl has them" in capsys.readouterr().err
+    assert "W&B lacks 2 entries of this run; metrics.jsonl has them" in capsys.readouterr().err
+
+
+def test_an_entry_that_fails_for_itself_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    now = 1000.0
+    monkeypatch.setattr("finetune.tracking.trackers.time.monotonic", lambda: now)
+    service = Service()
+    tracker = Retrying(service, "W&B")
+    missing = [("a ball", Path("gone.mp4"))]
+    monkeypatch.setattr(service, "log_videos", lambda *_: Path("gone.mp4").read_bytes())
+    tracker.log(1, {"loss": 1.0})
+    tracker.log_videos(1, missing, Path("gone.png"))
+    for step in range(2, 6):
+        now += 30
+        tracker.log(step, {"loss": float(step)})
+    tracker.log_videos(5, missing, Path("gone.png"))
+    tracker.close(failed=False)
+    assert service.got == [(step, float(step)) for step in range(1, 6)]
+    assert service.closed is False
+    assert "W&B lacks 2 entries of this run" in capsys.readouterr().err
 
 
 def test_a_full_disk_of_tensorboard_does_not_end_a_training(recipe_file: Path, runtime: Runtime, capsys) -> None:
@@ -215,6 +234,7 @@ def test_a_package_that_is_not_there_is_said_to_be_missing(monkeypatch: pytest.M
     "netrc, variables, lacks",
     [
         ("", {}, True),
+        ("", {"WANDB_CONFIG_DIR": "offline"}, False),
         ("machine api.wandb.ai login user password key\n", {}, False),
         ("machine elsewhere.example login user password key\n", {}, True),
         ("not a netrc", {}, True),
@@ -229,8 +249,15 @@ def test_a_key_is_looked_for_before_anything_is_encoded(
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "offline").mkdir()
+    (tmp_path / "offline" / "settings").write_text("[default]\nmode = offline\n")  # as `wandb offline` writes it
+    monkeypatch.chdir(tmp_path)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     (tmp_path / ".netrc").write_text(netrc)
     (tmp_path / ".netrc").chmod(0o600)
-    assert [problem.what for problem in tracker_problems(["wandb"])] == ["W&B has no key to log in with"] * lacks
+    wandb.teardown()  # it keeps the settings that it was first asked for
+    try:
+        assert [problem.what for problem in tracker_problems(["wandb"])] == ["W&B has no key to log in with"] * lacks
+    finally:
+        wandb.teardown()

@@ -23,16 +23,13 @@ _NF4 = (
 )  # fmt: skip
 
 
-def quantize_blocks(
-    lists: list[nn.ModuleList], kind: str, high_precision: str, storage: torch.dtype, device: torch.device
-) -> None:
+def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str, storage: torch.dtype) -> None:
     """Replace the blocks' frozen linear layers in place.
 
     Args:
         kind: "none", "int8", "float8" (e4m3) or "nf4".
         high_precision: regular expression of layers that stay as they are, searched in names within a block.
         storage: FSDP's `param_dtype`, bf16 or float32.
-        device: that the blocks compute on.
     """
     if kind == "none":
         return
@@ -41,7 +38,7 @@ def quantize_blocks(
             for name, module in list(block.named_modules()):
                 if isinstance(module, nn.Linear) and not _is_kept(name, module, kind, high_precision):
                     parent, _, child = name.rpartition(".")
-                    setattr(block.get_submodule(parent), child, LowBitLinear(module, kind, storage, device))
+                    setattr(block.get_submodule(parent), child, LowBitLinear(module, kind, storage))
 
 
 def _is_kept(name: str, linear: nn.Linear, kind: str, high_precision: str) -> bool:
@@ -55,8 +52,7 @@ class LowBitLinear(nn.Module):
     `storage`: as numbers they mean nothing, and may be NaN.
     """
 
-    def __init__(self, linear: nn.Linear, kind: str, storage: torch.dtype, device: torch.device | None = None) -> None:
-        """`device`: that it computes on; the CPU if None."""
+    def __init__(self, linear: nn.Linear, kind: str, storage: torch.dtype) -> None:
         super().__init__()
         self.kind, self.dtype = kind, linear.weight.dtype
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -64,8 +60,8 @@ class LowBitLinear(nn.Module):
         self.weight = nn.Parameter(codes.view(storage), requires_grad=False)
         self.weight_scale = nn.Parameter(scale.view(storage), requires_grad=False)
         self.bias = linear.bias
-        # A table on the device: a new one in each product would make the host wait for its copy.
-        self.register_buffer("table", pairs_table().to(device) if kind == "nf4" else None, persistent=False)
+        # A table that goes to the device with the layer: a new one in each product would make the host wait for its copy.
+        self.register_buffer("table", pairs_table() if kind == "nf4" else None, persistent=False)
 
     def fill(self, codes: Tensor, scale: Tensor, weight: Tensor) -> None:
         """Quantise rows of a weight, rounded to the layer's own dtype first, and write them to `codes` and `scale`.

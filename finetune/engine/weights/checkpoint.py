@@ -8,8 +8,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,22 +18,25 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import FileSystemWriter
 
 from finetune.engine.parts import Part
-from finetune.engine.weights.integrity import Digests, damage, digests, missing_bytes
+from finetune.engine.weights.failures import FAILURE, not_read, not_written, reason
+from finetune.engine.weights.integrity import damage, digests, missing_bytes
 from finetune.engine.weights.safe_reading import SafePlanner, SafeReader
 from finetune.engine.weights.staging import HostCopy
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import UserError
+from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import disk_error, free_name, remove_folder, sync_folder
 from finetune.runtime.logging import say
+from finetune.runtime.units import GIB
+from finetune.runtime.watch import lost_peer
 
 _STATE, _FACTS, _PARTIAL, _ASIDE = "state", "trainer.json", ".partial-", "set_aside"
 _NAME = re.compile(r"step_(\d{8,})")
-_FAILURE = (Exception, CheckpointException)  # DCP's own is a BaseException
 _FIRST_PARTS = ("model", "optimizer")  # of checkpoints that were written before they named their parts
 _LONGEST_WRITE = timedelta(days=1)  # a rank with a slow disk may keep the others waiting
+_LOOK = 5.0  # seconds of waiting after which a rank looks whether the others are still there
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Checkpoints:
         self.folder, self.keep_last, self.runtime, self.verify = folder, keep_last, runtime, verify
         self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
         self._host = HostCopy(runtime.device) if background else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", runtime.device.make_current)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending. What has another name is passed over."""
@@ -123,21 +127,35 @@ class Checkpoints:
             export(partial)
         except Exception as error:
             self._give_up(step, partial, error)
-        if self._thread:
-            return Pending(step, final, self._thread.submit(self._write, step, partial, final, state, facts))
-        written: Future[float] = Future()
-        try:
-            written.set_result(self._write(step, partial, final, state, facts))
-        except Exception as error:
-            written.set_exception(error)
-        return Pending(step, final, written)
+        pending = Pending(step, final, self._thread.submit(self._write, step, partial, final, state, facts))
+        if not self._host:
+            self._wait(pending)
+        return pending
 
     def finish(self, pending: Pending) -> Path:
-        """Wait until a begun checkpoint is one that a run resumes from; returns its folder. Collective; raises as `begin`."""
+        """Wait until a begun checkpoint is complete; returns its folder. Collective; raises as `begin`, and LostPeer."""
+        self._wait(pending)
         with self.runtime.together():
             if pending.writing:
                 pending.writing.result()
         return pending.folder
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the folder to another run once this rank's writing has ended; but do not wait for a rank that may be lost."""
+        self._thread.shutdown(wait=kind is None or (issubclass(kind, UserError) and not issubclass(kind, LostPeer)))
+
+    def _wait(self, pending: Pending) -> None:
+        """Wait for this rank's writing, which waits for all ranks'. Raises LostPeer if one of them has ended, or is stopped."""
+        while pending.writing and not wait([pending.writing], timeout=_LOOK).done:
+            if self.runtime.watch and self.runtime.watch.lost():
+                raise lost_peer(
+                    self.runtime.watch,
+                    f"rank {self.runtime.rank} waits for the checkpoint of step {pending.step}",
+                    "the same command resumes from the newest checkpoint",
+                )
 
     def _places(self, step: int, aside: bool) -> tuple[Path, Path | None]:
         """(the folder of a checkpoint, where it lies while it is written, or None if it is there). Collective."""
@@ -162,59 +180,47 @@ class Checkpoints:
         """Write a state, and give its folder its name once all ranks have. Returns the seconds. Collective over `group`."""
         start = time.monotonic()
         try:
-            dcp.save(state, checkpoint_id=partial / _STATE, process_group=self.group)
-            found = self._digests(partial)
-            if self.runtime.is_main:
-                (partial / _FACTS).write_text(json.dumps({**facts, "files": found}, indent=1))
-                sync_folder(partial)
-                final.parent.mkdir(exist_ok=True)
-                partial.rename(final)
-                sync_folder(final.parent, deep=False)
-                self._prune()
-        except _FAILURE as error:
+            # Without copies ahead, for which DCP would wait for the GPU's stream, though the state is in host memory.
+            writer = FileSystemWriter(partial / _STATE, per_thread_copy_ahead=0)
+            dcp.save(state, storage_writer=writer, process_group=self.group)
+            outcome = [self._complete(partial, final, facts)]
+            dist.broadcast_object_list(
+                outcome, src=0, group=self.group
+            )  # no rank waits elsewhere for rank 0's slow disk
+            if outcome[0]:
+                raise outcome[0]
+        except FAILURE as error:
             self._give_up(step, partial, error)
         return time.monotonic() - start
 
-    def _digests(self, partial: Path) -> Digests:
-        """The digests of all files, on rank 0: each rank reads those that it has written. Collective over `group`."""
-        rank, found, failed = self.runtime.rank, {}, ""
+    def _complete(self, partial: Path, final: Path, facts: dict[str, Any]) -> Exception | None:
+        """Note the digests and give the folder its name, on rank 0; returns why it cannot. Collective over `group`."""
+        shares: list[Any] = [None] * self.runtime.world_size if self.runtime.is_main else []
+        dist.gather_object(digests(partial, self.runtime.rank), shares or None, dst=0, group=self.group)
+        if not self.runtime.is_main:
+            return None
         try:
-            files = [file for file in partial.rglob("*") if file.is_file()]
-            writer = [re.match(r"__(\d+)_", file.name) for file in files]  # DCP names its files by ranks
-            own = [file for file, by in zip(files, writer, strict=True) if (int(by[1]) if by else 0) == rank]
-            found = digests(partial, own)
-        except OSError as error:
-            failed = str(error)
-        gathered: list[Any] = [None] * self.runtime.world_size if rank == 0 else []
-        dist.gather_object((found, failed), gathered or None, dst=0, group=self.group)
-        if failures := sorted({failure for _, failure in gathered if failure}):
-            raise OSError("; ".join(failures))
-        return {name: digest for share, _ in gathered for name, digest in share.items()}
+            if failures := sorted({str(share) for share in shares if isinstance(share, OSError)}):
+                raise OSError("; ".join(failures))
+            found = {name: digest for share in shares for name, digest in share.items()}
+            (partial / _FACTS).write_text(json.dumps({**facts, "files": found}, indent=1))
+            sync_folder(partial)
+            final.parent.mkdir(exist_ok=True)
+            partial.rename(final)
+            sync_folder(final.parent, deep=False)
+            self._prune()
+        except Exception as error:  # the others wait for it
+            return error
+        return None
 
     def _give_up(self, step: int, partial: Path, error: BaseException) -> NoReturn:
         """Remove what was written of a checkpoint, and raise what its failure means for the user."""
         if self.runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, UserError):
+        meaning = not_written(error, step, self.folder, self.steps())
+        if meaning is error:
             raise error
-        reason = _reason(error)
-        cause = disk_error(error if isinstance(error, OSError) else RuntimeError(reason), self.folder)
-        known = self.steps()
-        safe = f"step {known[-1]} is safe" if known else "no earlier checkpoint exists"
-        if cause is not None and "full" in str(cause):
-            free = shutil.disk_usage(self.folder).free / 2**20
-            raise UserError(
-                f"the disk is full ({free:.0f} MiB free): the checkpoint of step {step} was not written; {safe}",
-                "free some space or lower checkpoint.keep_last, then run the same command: it goes on from there",
-                str(self.folder),
-            ) from error
-        if cause is not None or isinstance(error, CheckpointException):
-            raise UserError(
-                f"the checkpoint of step {step} was not written ({reason}); {safe}",
-                "check the disk and the folder's permissions, then run the same command: it goes on from there",
-                str(self.folder),
-            ) from error
-        raise error
+        raise meaning from error
 
     def _prune(self) -> None:
         """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""
@@ -252,21 +258,40 @@ class Checkpoints:
         return None
 
     def damage(self, step: int) -> list[str]:
-        """What is wrong with a checkpoint, in words; empty if it is as it was written. One rank reads each file. Collective."""
+        """What is wrong with a checkpoint, in words; empty if it is as it was written. One rank reads each file. Collective.
+
+        Raises:
+            UserError: a file that is there cannot be read, which says nothing of what is in it.
+        """
         start = time.monotonic()
         wrong: list[str] = []
         files: dict[str, tuple[int, str]] = {}
-        if self.runtime.is_main:
-            wrong, files = self._look_at(step)
+        with self._reading(step):
+            if self.runtime.is_main:
+                wrong, files = self._look_at(step)
         wrong, files = self.runtime.from_main((wrong, files))
         if wrong or not self.verify:
             return wrong
-        data = self.runtime.rank, self.runtime.world_size
-        shares = self.runtime.gather(damage(self.path(step), files, *data))
+        with self._reading(step):
+            share = damage(self.path(step), files, self.runtime.rank, self.runtime.world_size)
+        shares = self.runtime.gather(share)
         seconds, size = time.monotonic() - start, sum(size for size, _ in files.values())
         if seconds > 1:
-            say(f"verified the checkpoint of step {step}: {size / 2**30:.1f} GiB in {seconds:.1f} s")
+            say(f"verified the checkpoint of step {step}: {size / GIB:.1f} GiB in {seconds:.1f} s")
         return [line for share in shares for line in share]
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """What cannot be read on one rank is an error on all."""
+        with self.runtime.together():
+            try:
+                yield
+            except OSError as error:
+                raise UserError(
+                    f"the checkpoint cannot be read ({error})",
+                    "run the same command again; if this comes back, move the folder away, and the run goes on from the one before",
+                    str(self.path(step)),
+                ) from error
 
     def _look_at(self, step: int) -> tuple[list[str], dict[str, tuple[int, str]]]:
         """(what is wrong with a checkpoint's small files and the sizes of the others, the noted digests)."""
@@ -276,8 +301,12 @@ class Checkpoints:
             files = {name: (int(size), str(digest)) for name, (size, digest) in facts.get("files", {}).items()}
             looked_at = f"{_STATE}/.metadata"
             return missing_bytes(state, SafeReader(state).read_metadata()), files
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                raise
+            return [f"{looked_at} is missing"], {}
         except Exception as error:  # whatever a damaged file's bytes make of it
-            return [f"{looked_at}: {_reason(error)}"], {}
+            return [f"{looked_at}: {reason(error)}"], {}
 
     def facts(self, step: int) -> dict[str, Any]:
         """What was noted with a checkpoint. Raises OSError or ValueError if it cannot be read."""
@@ -299,8 +328,8 @@ class Checkpoints:
         reader = SafeReader(self.path(step) / _STATE)
         try:
             dcp.load(state, storage_reader=reader, planner=SafePlanner(), process_group=self.runtime.control)
-        except _FAILURE as error:
-            raise self._unreadable(step, error) from error
+        except FAILURE as error:
+            raise self._not_read(step, error) from error
         for part in parts:
             part.load_state_dict(state[part.name])
 
@@ -308,7 +337,7 @@ class Checkpoints:
         try:
             saved = self.facts(step).get("parts", _FIRST_PARTS)
         except (OSError, ValueError) as error:
-            raise self._unreadable(step, error) from error
+            raise self._not_read(step, error) from error
         if missing := [part.name for part in parts if part.name not in saved]:
             raise UserError(
                 f"the checkpoint has no state of {', '.join(missing)}: the run that saved it had no such part",
@@ -316,15 +345,9 @@ class Checkpoints:
                 str(self.path(step)),
             )
 
-    def _unreadable(self, step: int, error: BaseException) -> UserError:
+    def _not_read(self, step: int, error: BaseException) -> UserError:
         older = [known for known in self.steps() if known < step]
-        then = f"the run then goes on from step {older[-1]}" if older else "the run then starts anew"
-        what, cure = f"the checkpoint cannot be read ({_reason(error)})", f"move this folder away; {then}"
-        if "block_size" in str(error) + _reason(error):  # torchao: a part that cuts through a block of moments
-            processes = self.facts(step)["processes"]
-            what = f"moments in few bits, saved by {processes} process(es), cannot be divided for {self.runtime.world_size}"
-            cure = f"resume it with {processes}"
-        return UserError(what, cure, str(self.path(step)))
+        return not_read(error, self.path(step), older, self.runtime.world_size, lambda: self.facts(step)["processes"])
 
     # Setting aside
 
@@ -359,11 +382,3 @@ class Checkpoints:
         names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
         if strange := [name for name in names if name not in known]:
             say(f"passed over in {self.folder}, which are no whole checkpoints: {', '.join(strange)}")
-
-
-def _reason(error: BaseException) -> str:
-    """The text of an error and of what DCP wrapped in it."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        return "; ".join(sorted({str(failure[0]) for failure in failures.values()}))
-    return str(error) or type(error).__name__

@@ -1,7 +1,8 @@
 """Whether the files of a checkpoint are those that were written: their sizes and SHA-256, noted then and compared before a load."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -10,17 +11,30 @@ Digests = dict[str, tuple[int, str]]
 """File, relative to the checkpoint's folder -> (bytes, SHA-256 in hexadecimal, as `sha256sum` prints it)."""
 
 
-def digests(folder: Path, files: Iterable[Path]) -> Digests:
-    """The digests of files in a folder. Raises OSError."""
-    return {file.relative_to(folder).as_posix(): _digest(file) for file in files}
+def digests(folder: Path, rank: int) -> Digests | OSError:
+    """The digests of the files in a checkpoint's folder that a rank has written, or why it cannot read them.
+
+    DCP names its files by ranks; all others are rank 0's.
+    """
+    try:
+        found = {}
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            writer = re.match(r"__(\d+)_", file.name)
+            if rank == (int(writer[1]) if writer else 0):
+                found[file.relative_to(folder).as_posix()] = _digest(file)
+    except OSError as error:
+        return error
+    return found
 
 
-def damage(folder: Path, expected: Mapping[str, tuple[int, str]], share: int = 0, shares: int = 1) -> list[str]:
+def damage(folder: Path, expected: Mapping[str, tuple[int, str]], share: int, shares: int) -> list[str]:
     """What is wrong with files, in words, a line each; empty if they are as they were written.
 
     Args:
         expected: from `digests`.
         share, shares: only this one of so many shares of the files is read, of about the same size each.
+    Raises:
+        OSError: a file that is there cannot be read just now.
     """
     by_size = sorted(expected, key=lambda name: (-expected[name][0], name))
     found = []
@@ -34,8 +48,6 @@ def damage(folder: Path, expected: Mapping[str, tuple[int, str]], share: int = 0
                 found.append(f"{name} has other contents than were written")
         except FileNotFoundError:
             found.append(f"{name} is missing")
-        except OSError as error:
-            found.append(f"{name} cannot be read ({error.strerror})")
     return found
 
 
