@@ -193,5 +193,5 @@ def test_nf4_is_looked_up_by_pairs_and_the_table_is_on_the_layers_device() -> No
     index = torch.stack([codes >> 4, codes & 15], 2).flatten(1).long()
     expected = (torch.tensor(_NF4)[index].view(64, -1, 64) * scale[..., None]).flatten(1)
     assert torch.equal(dequantize(low.weight, scale, "nf4", torch.float32, low.table), expected)
-    assert LowBitLinear(nn.Linear(128, 64), "nf4", torch.float32, torch.device("meta")).table.is_meta
+    assert LowBitLinear(nn.Linear(128, 64), "nf4", torch.float32).to("meta").table.is_meta
     assert "table" not in low.state_dict()

@@ -31,7 +31,7 @@ def block_bytes(recipe: Recipe, family: Family) -> int:
     storage = DTYPES[recipe.train.precision]
     transformer = family.build_transformer(storage).requires_grad_(False)
     lists = [getattr(transformer, name) for name in family.block_lists]
-    quantize_blocks(lists, recipe.memory.low_bit, family.high_precision, storage, torch.device("cpu"))
+    quantize_blocks(lists, recipe.memory.low_bit, family.high_precision, storage)
     return max(sum(p.nbytes for p in block.parameters()) for blocks in lists for block in blocks)
 
 
