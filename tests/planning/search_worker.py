@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from finetune.checks.model import open_family
 from finetune.engine.precision import DTYPES
 from finetune.engine.savers.lowbit import quantize_blocks
