@@ -61,7 +61,7 @@ def resident(row: Row) -> Ours:
     if row.gpus > 1:
         memory |= {"layout": "shard", "offload": True}
     elif row.optimizer == "adamw_cpu_offload":
-        memory["offload"] = True
+        optimizer["offload"] = "state_and_gradients"
     return _finished(row, train, memory, optimizer)
 
 
