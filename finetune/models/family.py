@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finetune.models import text_mask
 from finetune.models.batch import Batch, Tensors, Term
 from finetune.models.building import without_weights
 from finetune.models.encoder import Encoder, FileHash
@@ -314,7 +315,7 @@ class Family(ABC):
 
     def predict(self, transformer: nn.Module, inputs: dict[str, Any]) -> Tensors:
         """The transformer's outputs for `Batch.inputs`, by the names of the batch's loss terms."""
-        return {MAIN: transformer(**inputs, return_dict=False)[0]}
+        return {MAIN: text_mask.call(transformer, inputs)}
 
     def batch(self, samples: Sequence[SampleLike], objective: Objective, u: Tensor | None = None) -> Batch:
         """Make a batch of samples of one bucket: draw latents, noise and a noise level for each, and assemble the inputs.

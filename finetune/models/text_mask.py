@@ -9,33 +9,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.models.batch import Tensors
 
 MARK = "text_needs_no_mask"
-"""The name of the batch's input, a bool, that says so of a call of the transformer."""
+"""The name of the batch's input, a bool, that `call` takes out before the transformer is called."""
 
 
 class TextMask:
     """Whether the masks that a transformer makes of its text are of use in its present call, and in the call's backward pass.
 
-    They are, unless the call is given `MARK`, which is taken out before the transformer sees it. A pipeline gives none.
+    They are, unless the call was announced as one without masked tokens: a pipeline that calls the transformer announces nothing.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
         self.is_needed = True
-        transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._next_is_needed = True
+        transformer.register_forward_pre_hook(self._begin)
 
-    def _begin(
-        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        self.is_needed = not keywords.get(MARK, False)
-        return arguments, {name: value for name, value in keywords.items() if name != MARK}
+    def announce(self, is_needed: bool) -> None:
+        """Say it of the next call."""
+        self._next_is_needed = is_needed
+
+    def _begin(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.is_needed, self._next_is_needed = self._next_is_needed, True
 
 
 def cut(text: Tensors, keep_length: bool) -> tuple[Tensors, bool]:
-    """(the text of a batch, cut to its longest caption: (B, L, D) and (B, L); whether a mask is needed).
+    """(the text of a batch, cut to its longest caption, whether a mask is needed).
 
     Args:
         text: "encoder_hidden_states" (B, T, D) and "encoder_attention_mask" (B, T), whose valid tokens come first; others are left
@@ -50,3 +52,12 @@ def cut(text: Tensors, keep_length: bool) -> tuple[Tensors, bool]:
         return text, not bool(valid.all())
     names = ("encoder_hidden_states", "encoder_attention_mask")
     return {**text, **{name: text[name][:, :longest] for name in names}}, bool((lengths < longest).any())
+
+
+def call(transformer: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The transformer's output for a batch's inputs, without masks if it needs none and was adapted to go without."""
+    arguments = dict(inputs)
+    needs_none = arguments.pop(MARK, False)
+    if isinstance(text_mask := getattr(transformer, "text_mask", None), TextMask):
+        text_mask.announce(not needs_none)
+    return transformer(**arguments, return_dict=False)[0]

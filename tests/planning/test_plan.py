@@ -173,6 +173,21 @@ def test_an_offloaded_optimizer_has_its_state_on_the_host(finetune, recipe: Path
     assert away["device"]["allocated"] <= there["device"]["allocated"] - whole["optimizer state"]
 
 
+@pytest.mark.parametrize(
+    "settings, is_said",
+    [
+        (["optimizer.name=adamw_8bit"], True),
+        (["train.weights=bf16"], True),
+        (["optimizer.name=adamw"], False),
+    ],
+)
+def test_updates_that_take_host_time_are_said(finetune, recipe: Path, settings: list[str], is_said: bool) -> None:
+    """torchao updates one parameter at a time; the tiny model's step takes far less than its updates."""
+    overrides = [part for each in ["train.method=full", *settings] for part in ("--set", each)]
+    notes = planned(finetune, recipe, *overrides, "--gpu", "a100")["notes"]
+    assert any("one by one, take about" in note for note in notes) == is_said
+
+
 def test_a_bad_recipe_is_refused_as_check_refuses_it(finetune, recipe: Path) -> None:
     done = finetune("plan", "--recipe", recipe, "--set", "train.float8=true")
     assert done.returncode == 2

@@ -62,6 +62,7 @@ FREE = [
     "memory.expandable_segments=true",
     "memory.text_encoder=cpu",
     "optimizer.in_backward=true",
+    "optimizer.offload=state",
     "memory.offload_activations=true",
     "memory.keep_gib=2",
     "memory.compile=true",
