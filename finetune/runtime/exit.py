@@ -4,11 +4,13 @@ import atexit
 import os
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn
 
 
 def leave(status: int) -> NoReturn:
     """Exit with `status`: join non-daemon threads, run exit handlers and flush output, but do not finalize the interpreter.
+    The status is 1 instead of 0 if standard output cannot be written.
 
     Some of torch's threads run until the process ends. If such a thread takes the interpreter's lock during finalization,
     for example to free a tensor of the last collective, Python unwinds it through C++ frames that do not allow this
@@ -16,6 +18,10 @@ def leave(status: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]  # joins threads; typeshed omits private functions
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        status = status or 1
+    with suppress(OSError):  # a log alone
+        sys.stderr.flush()
     os._exit(status)
