@@ -25,7 +25,7 @@ from finetune.engine.weights.safe_reading import SafePlanner, SafeReader
 from finetune.engine.weights.staging import HostCopy
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
-from finetune.runtime.files import disk_error, free_name, remove_folder, sync_folder
+from finetune.runtime.files import MAKE_ROOM, disk_error, free_name, move_folder, no_room, remove_folder, sync_folder
 from finetune.runtime.logging import say
 
 _STATE, _FACTS, _PARTIAL, _ASIDE = "state", "trainer.json", ".partial-", "set_aside"
@@ -153,7 +153,8 @@ class Checkpoints:
                         self._set_aside(final, "it has no trainer.json")
                     partial = free_name(self.folder / f"{_PARTIAL}{final.name}")
                     try:
-                        partial.mkdir(parents=True)
+                        self.folder.mkdir(exist_ok=True)  # not the run's: it is gone if that was moved or deleted
+                        partial.mkdir()
                     except OSError as error:
                         raise disk_error(error, self.folder) or error from None
         return self.runtime.from_main((final, partial))
@@ -168,7 +169,7 @@ class Checkpoints:
                 (partial / _FACTS).write_text(json.dumps({**facts, "files": found}, indent=1))
                 sync_folder(partial)
                 final.parent.mkdir(exist_ok=True)
-                partial.rename(final)
+                move_folder(partial, final)
                 sync_folder(final.parent, deep=False)
                 self._prune()
         except _FAILURE as error:
@@ -201,17 +202,17 @@ class Checkpoints:
         cause = disk_error(error if isinstance(error, OSError) else RuntimeError(reason), self.folder)
         known = self.steps()
         safe = f"step {known[-1]} is safe" if known else "no earlier checkpoint exists"
-        if cause is not None and "full" in str(cause):
-            free = shutil.disk_usage(self.folder).free / 2**20
+        then = f"run the same command: it {'goes on from there' if known else 'starts anew'}"
+        if shortage := no_room(RuntimeError(reason)):  # in words that are the same on all ranks
             raise UserError(
-                f"the disk is full ({free:.0f} MiB free): the checkpoint of step {step} was not written; {safe}",
-                "free some space or lower checkpoint.keep_last, then run the same command: it goes on from there",
+                f"{shortage}: the checkpoint of step {step} was not written; {safe}",
+                f"{MAKE_ROOM}, or lower checkpoint.keep_last; then {then}",
                 str(self.folder),
             ) from error
         if cause is not None or isinstance(error, CheckpointException):
             raise UserError(
                 f"the checkpoint of step {step} was not written ({reason}); {safe}",
-                "check the disk and the folder's permissions, then run the same command: it goes on from there",
+                f"check the disk and the folder's permissions, then {then}",
                 str(self.folder),
             ) from error
         raise error
@@ -345,7 +346,7 @@ class Checkpoints:
         target = free_name(self.folder / _ASIDE / folder.name)
         try:
             target.parent.mkdir(exist_ok=True)
-            folder.rename(target)
+            move_folder(folder, target)
         except OSError as error:
             raise UserError(
                 f"{folder.name} cannot be moved out of the way ({error})", "move it away by hand", str(folder)
