@@ -204,9 +204,9 @@ def test_a_folder_that_is_moved_away_ends_both_ranks_and_goes_on_under_its_new_n
     run.wait_until(lambda: bool(checkpoints(output)))
     output.rename(moved)
     assert run.wait() != 0
-    assert re.search(
-        rf"{output}/checkpoints: the checkpoint of step \d+ was not written .*No such file", told(run.said)
-    )
+    error = told(run.said)
+    assert re.match(rf"{output}: the run's folder is gone: the checkpoint of step \d+ was not written\n", error)
+    assert "put it back, or set `output` to where it is now; then the same command goes on" in error
     assert not output.exists()
     again = Run(recipe, moved, 2, SETTINGS)
     assert again.wait() == 0, again.said

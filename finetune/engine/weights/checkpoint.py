@@ -153,10 +153,10 @@ class Checkpoints:
                         self._set_aside(final, "it has no trainer.json")
                     partial = free_name(self.folder / f"{_PARTIAL}{final.name}")
                     try:
-                        self.folder.mkdir(exist_ok=True)  # not the run's: it is gone if that was moved or deleted
+                        self.folder.mkdir(exist_ok=True)  # but not the run's, which may have been moved away
                         partial.mkdir()
                     except OSError as error:
-                        raise disk_error(error, self.folder) or error from None
+                        raise self._not_written(step, error) or error from None
         return self.runtime.from_main((final, partial))
 
     def _write(self, step: int, partial: Path, final: Path, state: dict[str, Any], facts: dict[str, Any]) -> float:
@@ -196,26 +196,31 @@ class Checkpoints:
         """Remove what was written of a checkpoint, and raise what its failure means for the user."""
         if self.runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
+        raise self._not_written(step, error) or error from None
+
+    def _not_written(self, step: int, error: BaseException) -> UserError | None:
+        """What it means for the user that a checkpoint was not written, in words that are the same on all ranks.
+
+        None if the error says so, or is about something else.
+        """
         if isinstance(error, UserError):
-            raise error
+            return None
+        what = f"the checkpoint of step {step} was not written"
+        if not self.folder.parent.is_dir():
+            there = "put it back, or set `output` to where it is now; then the same command goes on"
+            return UserError(f"the run's folder is gone: {what}", there, str(self.folder.parent))
         reason = _reason(error)
         cause = disk_error(error if isinstance(error, OSError) else RuntimeError(reason), self.folder)
         known = self.steps()
         safe = f"step {known[-1]} is safe" if known else "no earlier checkpoint exists"
         then = f"run the same command: it {'goes on from there' if known else 'starts anew'}"
-        if shortage := no_room(RuntimeError(reason)):  # in words that are the same on all ranks
-            raise UserError(
-                f"{shortage}: the checkpoint of step {step} was not written; {safe}",
-                f"{MAKE_ROOM}, or lower checkpoint.keep_last; then {then}",
-                str(self.folder),
-            ) from error
+        if shortage := no_room(RuntimeError(reason)):
+            cure = f"{MAKE_ROOM}, or lower checkpoint.keep_last; then {then}"
+            return UserError(f"{shortage}: {what}; {safe}", cure, str(self.folder))
         if cause is not None or isinstance(error, CheckpointException):
-            raise UserError(
-                f"the checkpoint of step {step} was not written ({reason}); {safe}",
-                f"check the disk and the folder's permissions, then {then}",
-                str(self.folder),
-            ) from error
-        raise error
+            cure = f"check the disk and the folder's permissions, then {then}"
+            return UserError(f"{what} ({reason}); {safe}", cure, str(self.folder))
+        return None
 
     def _prune(self) -> None:
         """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""
