@@ -3,10 +3,12 @@
 import argparse
 import gc
 import importlib
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from finetune.runtime.errors import LostPeer, UserError
+from finetune.runtime.files import MAKE_ROOM, no_room
 from finetune.runtime.logging import print_error, quiet_libraries
 
 USAGE = """\
@@ -36,10 +38,17 @@ def main(arguments: Sequence[str]) -> int:
         command = importlib.import_module(f"finetune.commands.{name}")  # the others' imports are not needed
         parser = _Parser(prog=f"python -m finetune {name}", description=command.__doc__)
         command.add_arguments(parser)
-        return command.run(parser.parse_args(arguments if is_train else arguments[1:]))
+        status = command.run(parser.parse_args(arguments if is_train else arguments[1:]))
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print_error(error)
         return LOST if isinstance(error, LostPeer) else 2
+    except OSError as error:  # what is printed names no file
+        if not (shortage := no_room(error)):
+            raise
+        print_error(UserError(shortage, f"{MAKE_ROOM}, then run the same command", error.filename or "standard output"))
+        return 2
     except KeyboardInterrupt:
         return 130
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache as cache_calls
 from pathlib import Path
@@ -289,3 +290,13 @@ def finetune() -> Finetune:
         )
 
     return run
+
+
+@pytest.fixture
+def another_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder that no file of `tmp_path` can be renamed into."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here: /dev/shm is missing, or has the temporary folder")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import writing
 from finetune.runtime.logging import say
 
 
@@ -43,6 +44,10 @@ def make_demo(out: Path, family: str, variant: str | None = None) -> None:
             continue
         partial = out / f".partial-{name}"
         shutil.rmtree(partial, ignore_errors=True)
-        make(partial)
-        partial.rename(out / name)
+        try:
+            with writing(out / name):
+                make(partial)
+                partial.rename(out / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     say(f"{out}: a tiny {family} pipeline in model/, {len(RECORDINGS)} clips in clips/, 3 in heldout/")

@@ -27,14 +27,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     recipe = load_recipe(arguments.recipe, arguments.set)
     from finetune.checks.model import open_family
-    from finetune.checks.output import check_output
+    from finetune.checks.output import check_same_run
     from finetune.engine.weights.exporters import exporter_of
     from finetune.runtime.files import writing
     from finetune.training.job import build_state, open_checkpoints, sound_checkpoint, write_weights
 
     def body(runtime: Runtime) -> int:
         with runtime.together():
-            check_output(recipe)
+            check_same_run(recipe)
             family = open_family(recipe)
         exporter = exporter_of(recipe.train.method, arguments.format)
         checkpoints = open_checkpoints(recipe, runtime)

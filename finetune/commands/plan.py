@@ -106,13 +106,13 @@ def _plan(recipe: Recipe, family: Family, hardware: Hardware, arguments: argpars
 
 def _fit(recipe: Recipe, family: Family, hardware: Hardware, arguments: argparse.Namespace) -> int:
     from finetune.planning.search import fit
-    from finetune.runtime.files import writing
+    from finetune.runtime.files import atomic
 
     found = fit(recipe, family, hardware, say)
     print("\n".join(found.lines()))
     if arguments.write and found.fits:
-        with writing(arguments.write):
-            write_recipe(found.recipe, arguments.write, "Found by plan --fit, with every default spelled out.")
+        with atomic(arguments.write) as partial:
+            write_recipe(found.recipe, partial, "Found by plan --fit, with every default spelled out.")
         print(f"\nwritten to {arguments.write}")
     elif arguments.write:
         print(f"\n{arguments.write} is not written")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
+from finetune.runtime.logging import say
 
 FORMAT = 1  # part of every key; a new number makes all older items invalid
 _STALE_SECONDS = 24 * 3600
@@ -47,13 +48,14 @@ class Cache:
     def has(self, kind: str, key: str) -> bool:
         """Whether the cache has a complete item. A damaged file (such as a truncated copy) is removed and counts as missing."""
         path = self.path(kind, key)
-        if not path.exists():
-            return False
         try:
             with safe_open(path, "pt") as item:
                 item.keys()
+        except FileNotFoundError:
+            return False
         except (SafetensorError, OSError):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # of a cache that is read-only; writing the item anew says so
+                path.unlink()
             return False
         return True
 
@@ -79,7 +81,7 @@ class Cache:
         for partial in self.folder.rglob(".partial-*"):
             owner, _, pid = partial.name.removeprefix(".partial-").split("~")[0].rpartition("-")
             dead = owner == host and not Path(f"/proc/{pid}").exists()
-            with suppress(FileNotFoundError):  # its writer has renamed it in the meantime
+            with suppress(OSError):  # its writer has renamed it in the meantime, or the cache is read-only
                 if dead or time.time() - partial.stat().st_mtime > _STALE_SECONDS:
                     partial.unlink()
 
@@ -90,11 +92,9 @@ class FileFacts:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, dict] = {}
-        if path.exists():
-            try:
-                self.entries = json.loads(path.read_text())
-            except (json.JSONDecodeError, OSError):
-                self.entries = {}  # no loss: all facts can be computed again
+        with suppress(ValueError, OSError):  # no loss: all facts can be computed again
+            self.entries = json.loads(path.read_text())
+        self._saved = dict(self.entries)
 
     def get(self, path: Path) -> dict | None:
         """The facts about a file, or None if there are none or the file has changed since."""
@@ -110,8 +110,15 @@ class FileFacts:
         return entry
 
     def save(self) -> None:
-        with atomic(self.path) as partial:
-            partial.write_text(json.dumps(self.entries))
+        """Keep what was found since the last time. If it cannot be written, a warning says so: the next start finds it again."""
+        if self.entries == self._saved:
+            return
+        try:
+            with atomic(self.path) as partial:
+                partial.write_text(json.dumps(self.entries))
+            self._saved = dict(self.entries)
+        except UserError as error:
+            say(f"warning: what was found of the files is not kept for the next start: {error}")
 
 
 def content_hash(path: Path) -> str:

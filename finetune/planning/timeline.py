@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from finetune.runtime.errors import UserError
-from finetune.runtime.files import writing
+from finetune.runtime.files import atomic
 from finetune.runtime.units import GIB
 
 Timeline = list[tuple[int, dict[str, int]]]
@@ -53,6 +53,6 @@ def plot_timelines(timelines: dict[str, Timeline], capacity: int | None, file: P
     figure.suptitle("What is in a GPU's memory, operation by operation", fontsize=10)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
-    with writing(file):
-        figure.savefig(file, dpi=110)
+    with atomic(file) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)

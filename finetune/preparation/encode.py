@@ -234,7 +234,8 @@ def _encode(
 ) -> dict[str, list[Problem]]:
     """Encode the items of one kind that the cache lacks. Returns the problems of those that cannot be, by key. Collective."""
     wanted = {entry.key: entry for entry in work if entry.kind == kind}
-    missing = [key for key in wanted if not cache.has(kind, key)] if runtime.is_main else None
+    with runtime.together():
+        missing = [key for key in wanted if not cache.has(kind, key)] if runtime.is_main else []
     missing = runtime.from_main(missing)
     if not missing:
         return {}

@@ -4,11 +4,13 @@ import atexit
 import os
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn
 
 
 def leave(status: int, is_lost: bool = False) -> NoReturn:
     """Exit with `status`: join non-daemon threads, run exit handlers and flush output, but do not finalize the interpreter.
+    The status is 1 instead of 0 if standard output cannot be written.
 
     If another process is lost (`is_lost`), no thread is joined: it may wait for that one.
 
@@ -19,6 +21,10 @@ def leave(status: int, is_lost: bool = False) -> NoReturn:
     if not is_lost:
         threading._shutdown()  # type: ignore[attr-defined]  # joins threads; typeshed omits private functions
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        status = status or 1
+    with suppress(OSError):  # a log alone
+        sys.stderr.flush()
     os._exit(status)

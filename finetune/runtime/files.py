@@ -17,7 +17,19 @@ from finetune.runtime.logging import say
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock(2) and NFS say of a lock that another process has
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, NFS without its lock service
 
+NO_MODES = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # vfat, some of SMB and FUSE: files have the mode of their mount
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # file systems that sync no folders: some of FUSE, SMB
+
+FULL = "the disk is full"
+MAKE_ROOM = "free some space (see df -h and df -i)"  # a disk with room may hold as many files as it can
+_REFUSALS = {
+    errno.EROFS: ("is on a file system that is read-only", "mount it for writing, or name another folder"),
+    errno.EFBIG: (
+        "has more bytes than a file may have here",
+        "name a folder on another file system, or look at `ulimit -f`",
+    ),
+}
+_KEPT_OF_NAME = 40  # characters of a file's name in the name of its partial file, which may have 255 bytes
 
 
 @contextmanager
@@ -27,7 +39,8 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    partial = path.parent / f".partial-{socket.gethostname()}-{os.getpid()}~{path.name}"
+    end = path.name[-_KEPT_OF_NAME:]  # with the suffix, by which libraries choose a format
+    partial = path.parent / f".partial-{socket.gethostname()}-{os.getpid()}~{end}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -38,7 +51,7 @@ def atomic(path: Path) -> Iterator[Path]:
     except Exception as error:
         raise disk_error(error, path) or error from None
     finally:
-        if partial.exists():
+        with suppress(OSError):
             partial.unlink()
 
 
@@ -54,20 +67,27 @@ def writing(path: Path) -> Iterator[None]:
 def disk_error(error: BaseException, path: Path) -> UserError | None:
     """What a failed write means for the user; None if the error is about something else."""
     reason = str(error)
-    if is_full(error):
-        return UserError(
-            "the disk is full", "free some space, then run the same command: it goes on where it stopped", str(path)
-        )
+    if shortage := no_room(error):
+        return UserError(shortage, f"{MAKE_ROOM}, then run the same command: it goes on where it stopped", str(path))
+    for number, (what, cure) in _REFUSALS.items():
+        if _is(number, error):
+            return UserError(what, cure, str(path))
     if isinstance(error, OSError) or "I/O error" in reason:
         return UserError(f"cannot be written ({reason})", "check the folder and its permissions", str(path))
     return None
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether a write failed because the disk, or the user's share of it, is full; by its text, if another error has wrapped it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(sign in str(error) for sign in ("No space left", "os error 28", "Disk quota exceeded"))
+def no_room(error: BaseException) -> str | None:
+    """Of what there is too little for a write, in words; None if it has failed for another reason."""
+    if _is(errno.EDQUOT, error):
+        return "your quota of this disk is used up"
+    return FULL if _is(errno.ENOSPC, error) else None
+
+
+def _is(number: int, error: BaseException) -> bool:
+    """Whether an error, or the text that a library has made of one, has a number of the system."""
+    told = str(error)
+    return getattr(error, "errno", None) == number or os.strerror(number) in told or f"os error {number})" in told
 
 
 def give_usual_mode(file: Path) -> None:
@@ -75,7 +95,11 @@ def give_usual_mode(file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".mode-") as folder:
         new = Path(folder) / "new"
         new.touch()
-        os.chmod(file, new.stat().st_mode)
+        try:
+            os.chmod(file, new.stat().st_mode)
+        except OSError as error:
+            if error.errno not in NO_MODES:
+                raise
 
 
 def sync_folder(folder: Path, deep: bool = True) -> None:
@@ -89,6 +113,27 @@ def sync_folder(folder: Path, deep: bool = True) -> None:
                 raise
         finally:
             os.close(handle)
+
+
+def move_folder(folder: Path, target: Path) -> None:
+    """Give a folder another name. Where the file system cannot (another disk, a lower layer of overlayfs) it is copied, and is
+    whole under the new name or not there. Raises OSError.
+    """
+    try:
+        folder.rename(target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    partial = free_name(target.with_name(f".partial-{target.name}"))
+    try:
+        shutil.copytree(folder, partial, symlinks=True)
+        sync_folder(partial)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    remove_folder(folder)
 
 
 def remove_folder(folder: Path) -> None:
@@ -116,7 +161,7 @@ class FolderLock:
         """
         path = folder / ".lock"
         with writing(path):
-            self.file = path.open("a+")
+            self.file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -129,9 +174,9 @@ class FolderLock:
                     str(path),
                 ) from error
             say(f"warning: {folder} is on a file system without locks ({error.strerror}): start no second run in it")
-        self.file.truncate(0)
-        self.file.write(f"{os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
+        with writing(path):
+            self.file.truncate(0)
+            self.file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
 
     def __enter__(self) -> "FolderLock":
         return self
@@ -143,7 +188,7 @@ class FolderLock:
 
     def _held(self, folder: Path) -> UserError:
         self.file.seek(0)
-        holder = self.file.read().strip() or "unknown"
+        holder = self.file.read().decode(errors="replace").strip() or "unknown"
         return UserError(
             f"another run is using this folder (process {holder})",
             "wait for it or end it, or set `output` to another folder",

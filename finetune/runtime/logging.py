@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -66,7 +66,13 @@ def quietly() -> Iterator[None]:
 def say(message: str) -> None:
     """Print one line on rank 0; other ranks stay silent."""
     if int(os.environ.get("RANK", 0)) == 0:
-        console.print(message, markup=False)
+        _show(message)
+
+
+def _show(message: str, style: str | None = None) -> None:
+    """Print a line. A log that cannot be written, on a full disk say, ends no training."""
+    with suppress(OSError):
+        console.print(message, markup=False, style=style)
 
 
 def print_error(error: UserError) -> None:
@@ -76,11 +82,12 @@ def print_error(error: UserError) -> None:
     """
     if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
-        Path(summary).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))
+        with suppress(OSError):  # a full disk may be what the error is about
+            Path(summary).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))
     is_speaker = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if isinstance(error, LostPeer) and error.is_main_lost:  # rank 1 may be on the same node
         is_speaker = is_speaker or int(os.environ.get("RANK", 0)) == 1
     if is_speaker:
-        console.print(f"error: {error}", markup=False, style="red")
+        _show(f"error: {error}", style="red")
     else:
         time.sleep(_LET_THE_OTHER_SPEAK)

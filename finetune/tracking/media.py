@@ -8,12 +8,16 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from finetune.runtime.files import atomic
+
 
 def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
-    """Encode uint8 RGB frames (F, H, W, 3) as H.264 in mp4. Odd sides lose their last row or column, as H.264 needs even ones."""
+    """Encode uint8 RGB frames (F, H, W, 3) as H.264 in mp4. Odd sides lose their last row or column, as H.264 needs even ones.
+
+    Raises UserError if the file cannot be written.
+    """
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with atomic(path) as partial, av.open(str(partial), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
@@ -29,7 +33,7 @@ def strip(frames: np.ndarray, columns: int = 6, height: int = 128) -> np.ndarray
 
 
 def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
-    """Write a PNG with one row for each video. `rows` has the label and the `strip` of each."""
+    """Write a PNG with one row for each video. `rows` has the label and the `strip` of each. Raises as `write_video`."""
     label_height, gap = 18, 4
     tiles = [(label, [Image.fromarray(tile) for tile in row]) for label, row in rows]
     tile_height = tiles[0][1][0].height
@@ -43,5 +47,5 @@ def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
         for tile in row:
             sheet.paste(tile, (left, top + label_height))
             left += tile.width + gap
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with atomic(path) as partial:
+        sheet.save(partial)

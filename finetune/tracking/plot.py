@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.runtime.errors import UserError
-from finetune.runtime.files import writing
+from finetune.runtime.files import atomic
 from finetune.tracking.trackers import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def plot_losses(run: Path) -> Path:
     axes.legend()
     axes.grid(alpha=0.3)
     path = run / "loss.png"
-    with writing(path):
-        figure.savefig(path, dpi=110)
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)
     return path
 

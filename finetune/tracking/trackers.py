@@ -19,7 +19,7 @@ from PIL import Image
 
 from finetune.recipe.schema import Tracking
 from finetune.runtime.errors import Problem, UserError
-from finetune.runtime.files import writing
+from finetune.runtime.files import atomic, writing
 from finetune.runtime.logging import say
 
 METRICS_FILE = "metrics.jsonl"
@@ -107,25 +107,63 @@ class Retrying:
 
 
 class JsonLines:
-    """metrics.jsonl: one object per line, with "step" and the values. A resumed run drops the lines after its checkpoint."""
+    """metrics.jsonl: one object per line, with "step" and the values. A resumed run drops the lines after its checkpoint.
+
+    While the file cannot be written the training goes on, and its lines are kept and written once they can be.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Raises UserError if the file of a resumed run holds anything but rows of metrics."""
+        """Raises UserError if the file of a resumed run holds anything but rows of metrics, or cannot be written."""
         # A run that does not resume from a checkpoint begins at step 0 and keeps no old lines.
         kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step and path.exists() else []
-        partial = path.with_name(f".partial-{path.name}")
-        partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-        partial.replace(path)
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        with atomic(path) as partial:
+            partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+        self.path = path
+        self._waiting: list[str] = []
+        self._is_said = False
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self._waiting.append(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self._write()
+        except UserError as error:
+            if not self._is_said:
+                self._is_said = True
+                say(f"warning: the training goes on, and its metrics are written once they can be: {error}")
+            return
+        if self._is_said:
+            self._is_said = False
+            say(f"{self.path} is complete again")
 
     def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
         self.log(step, {"samples": str(sheet.parent)})
 
     def close(self, failed: bool = False) -> None:
-        self.file.close()
+        """Raises UserError if lines of a run that has not failed are lost."""
+        if not self._waiting:
+            return
+        try:
+            self._write()
+        except UserError as error:
+            lost = f"{len(self._waiting)} rows of metrics are lost ({error.problems[0].what})"
+            if not failed:
+                cure = "nothing else is; --resume-step makes their steps again"
+                raise UserError(lost, cure, str(self.path)) from None
+            say(f"warning: {self.path}: {lost}")
+
+    def _write(self) -> None:
+        """Write all lines that wait, or none. Raises UserError."""
+        text = "".join(self._waiting).encode()
+        # Opened each time: the file may have been moved, and a buffer would keep what could not be written.
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while text:
+                    text = text[file.write(text) :]
+            except OSError:
+                file.truncate(end)
+                raise
+        self._waiting.clear()
 
 
 class TensorBoard:
@@ -136,7 +174,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _import_error("tensorboard", error) from None
-        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        with writing(folder):
+            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -177,7 +216,8 @@ class WandB:
                 "log in with `wandb login`, or set WANDB_MODE=offline",
                 "tracking.trackers",
             ) from error
-        marker.write_text(run_id)
+        with writing(marker):
+            marker.write_text(run_id)
         if self.run.url:
             say(f"W&B: {self.run.url}")
 
@@ -204,9 +244,7 @@ def open_trackers(settings: Tracking, folder: Path, config: Mapping[str, Any], f
     Raises:
         UserError: a tracker's package is missing, W&B cannot start, or an old metrics.jsonl cannot be read.
     """
-    trackers: list[Tracker] = []
-    with writing(folder):
-        trackers.append(JsonLines(folder / METRICS_FILE, first_step))
+    trackers: list[Tracker] = [JsonLines(folder / METRICS_FILE, first_step)]
     if "tensorboard" in settings.trackers:
         trackers.append(Retrying(TensorBoard(folder / "tensorboard", first_step), "TensorBoard"))
     if "wandb" in settings.trackers:

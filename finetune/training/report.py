@@ -7,7 +7,6 @@ from finetune.engine.step import StepResult
 from finetune.engine.weights.checkpoint import Pending
 from finetune.recipe.load import recipe_values
 from finetune.runtime.device import PeakMemory
-from finetune.runtime.files import writing
 from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
 from finetune.tracking.progress import ProgressLine
@@ -102,9 +101,8 @@ class Report:
         """Report videos of the validation prompts after `step` steps; step 0 is the base model."""
         if self.enabled and samples is not None:
             say(f"samples after step {step}: {len(samples.videos)} videos in {samples.sheet.parent}")
-            with writing(self.job.recipe.output):
-                for tracker in self.trackers:
-                    tracker.log_videos(step, samples.videos, samples.sheet)
+            for tracker in self.trackers:
+                tracker.log_videos(step, samples.videos, samples.sheet)
         self.restart_clock()
 
     def waited_to_save(self, step: int, seconds: float) -> None:
@@ -120,9 +118,8 @@ class Report:
             say(f"saved {checkpoint.folder}{took}")
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        with writing(self.job.recipe.output):
-            for tracker in self.trackers:
-                tracker.log(step, values)
+        for tracker in self.trackers:
+            tracker.log(step, values)
 
 
 def _by_term(name: str, figures: dict[str, float]) -> dict[str, float]:

@@ -9,7 +9,6 @@ import numpy as np
 from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
 from finetune.preparation.encode import PreparedPrompt
-from finetune.runtime.files import writing
 from finetune.tracking.media import contact_sheet, strip, write_video
 from finetune.training.job import Job
 
@@ -47,8 +46,7 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
         index, prompt, seed = mine[turn]
         path = folder / f"{index:02d}_seed{seed}.mp4"
         if runtime.context.rank == 0:  # all ranks of a context have the same frames
-            with writing(folder):
-                write_video(frames, path, prompt.prompt.fps)
+            write_video(frames, path, prompt.prompt.fps)
         made.append((f"{prompt.prompt.text}  (seed {seed})", path, strip(frames)))
 
     with runtime.together():
@@ -62,7 +60,7 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
     shares = runtime.gather_data(made)
     in_order = [shares[i % runtime.data.size][i // runtime.data.size] for i in range(len(wanted))]
     sheet = folder / SHEET
-    with runtime.together(), writing(folder):
+    with runtime.together():
         if runtime.is_main:
             contact_sheet([(label, frames) for label, _, frames in in_order], sheet)
     return Samples([(label, path) for label, path, _ in in_order], sheet)

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -318,27 +317,6 @@ def test_a_clip_that_only_another_rank_reads_ends_both_ranks(
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mount a file system of a given size; needs root."""
-    mounted = []
-
-    def mount(size: str) -> Path:
-        folder = tmp_path / f"disk_{size}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "finetune-test", str(folder)]
-        try:
-            subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"a small disk cannot be mounted here: {getattr(error, 'stderr', '') or error}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], timeout=30, check=True)
-
-
 FULL = "the disk is full"
 
 
@@ -357,7 +335,7 @@ def test_a_disk_that_the_cache_fills(finetune, tmp_path: Path, small_disk, tiny_
     ((problem, cure),) = found.items()
     assert problem.startswith(str(disk / "cache"))
     assert problem.endswith(FULL)
-    assert cure == "free some space, then run the same command: it goes on where it stopped"
+    assert cure == "free some space (see df -h and df -i), then run the same command: it goes on where it stopped"
     assert list(disk.rglob("*.safetensors"))
     assert list(disk.rglob(".partial-*")) == []
 
@@ -373,7 +351,7 @@ def test_a_disk_that_checkpoints_fill_ends_both_ranks_and_keeps_what_is_whole(
     saved = sorted(path.parent.name for path in output.glob("checkpoints/*/trainer.json"))
     assert problem.startswith(FULL)
     assert f"the checkpoint of step {len(saved) + 1} was not written; step {len(saved)} is safe" in problem
-    assert cure.startswith("free some space or lower checkpoint.keep_last, then run the same command")
+    assert cure.endswith("or lower checkpoint.keep_last; then run the same command: it goes on from there")
     assert saved == [f"step_{step:08d}" for step in range(1, len(saved) + 1)]
     assert sorted(path.name for path in output.glob("checkpoints/*")) == saved
     assert ended(tmp_path)

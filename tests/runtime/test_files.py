@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.runtime.errors import UserError
-from finetune.runtime.files import FolderLock, atomic, disk_error, writing
+from finetune.runtime.files import FolderLock, atomic, disk_error, move_folder, writing
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
@@ -89,3 +89,52 @@ def test_a_device_that_is_full_says_so() -> None:
 
 def test_other_errors_are_not_taken_for_the_disk() -> None:
     assert disk_error(ValueError("no such key"), Path("a")) is None
+
+
+@pytest.mark.parametrize(
+    "number, what",
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "your quota of this disk is used up"),
+        (errno.EROFS, "is on a file system that is read-only"),
+        (errno.EFBIG, "has more bytes than a file may have here"),
+    ],
+)
+def test_causes_are_told_apart_by_number_and_in_the_words_of_libraries(tmp_path: Path, number: int, what: str) -> None:
+    words = os.strerror(number)
+    for error in (
+        OSError(number, words),
+        RuntimeError(f"[Errno {number}] {words}: 'a'"),
+        RuntimeError(f"I/O error: {words} (os error {number})"),
+    ):
+        found = disk_error(error, tmp_path / "not" / "there")
+        assert found is not None
+        assert found.problems[0].what == what
+
+
+def test_a_file_may_have_the_longest_name_of_the_file_system(tmp_path: Path) -> None:
+    path = tmp_path / f"{'ö' * 125}.png"  # 254 of 255 bytes
+    with atomic(path) as partial:
+        partial.write_text("all")
+        assert partial.suffix == ".png"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_moved_whole_to_another_disk(tmp_path: Path, another_disk: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_text("all")
+    with pytest.raises(OSError, match="Invalid cross-device link"):
+        (tmp_path / "a").rename(another_disk / "a")
+    move_folder(tmp_path / "a", another_disk / "a")
+    assert (another_disk / "a" / "b" / "c").read_text() == "all"
+    assert list(another_disk.iterdir()) == [another_disk / "a"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_moved_stays(tmp_path: Path, another_disk: Path) -> None:
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "pipe")
+    with pytest.raises(OSError, match="named pipe"):
+        move_folder(tmp_path / "a", another_disk / "a")
+    assert (tmp_path / "a" / "pipe").exists()
+    assert list(another_disk.iterdir()) == []

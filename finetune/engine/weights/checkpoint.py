@@ -27,16 +27,14 @@ from finetune.engine.weights.safe_reading import SafePlanner, SafeReader
 from finetune.engine.weights.staging import HostCopy
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, UserError
-from finetune.runtime.files import disk_error, free_name, remove_folder, sync_folder
+from finetune.runtime.files import free_name, move_folder, remove_folder, sync_folder
 from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
-from finetune.runtime.watch import lost_peer
 
 _STATE, _FACTS, _PARTIAL, _ASIDE = "state", "trainer.json", ".partial-", "set_aside"
 _NAME = re.compile(r"step_(\d{8,})")
 _FIRST_PARTS = ("model", "optimizer")  # of checkpoints that were written before they named their parts
 _LONGEST_WRITE = timedelta(days=1)  # a rank with a slow disk may keep the others waiting
-_LOOK = 5.0  # seconds of waiting after which a rank looks whether the others are still there
 
 
 @dataclass(frozen=True)
@@ -127,14 +125,15 @@ class Checkpoints:
             export(partial)
         except Exception as error:
             self._give_up(step, partial, error)
-        pending = Pending(step, final, self._thread.submit(self._write, step, partial, final, state, facts))
+        writing = self._thread.submit(self._write, step, partial, final, state, facts)
         if not self._host:
-            self._wait(pending)
-        return pending
+            wait([writing])
+        return Pending(step, final, writing)
 
     def finish(self, pending: Pending) -> Path:
-        """Wait until a begun checkpoint is complete; returns its folder. Collective; raises as `begin`, and LostPeer."""
-        self._wait(pending)
+        """Wait until a begun checkpoint is complete; returns its folder. Collective; raises as `begin`."""
+        if pending.writing:
+            wait([pending.writing])  # all ranks end it together, so that none waits for a slow disk in what follows
         with self.runtime.together():
             if pending.writing:
                 pending.writing.result()
@@ -146,16 +145,6 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave the folder to another run once this rank's writing has ended; but do not wait for a rank that may be lost."""
         self._thread.shutdown(wait=kind is None or (issubclass(kind, UserError) and not issubclass(kind, LostPeer)))
-
-    def _wait(self, pending: Pending) -> None:
-        """Wait for this rank's writing, which waits for all ranks'. Raises LostPeer if one of them has ended, or is stopped."""
-        while pending.writing and not wait([pending.writing], timeout=_LOOK).done:
-            if self.runtime.watch and self.runtime.watch.lost():
-                raise lost_peer(
-                    self.runtime.watch,
-                    f"rank {self.runtime.rank} waits for the checkpoint of step {pending.step}",
-                    "the same command resumes from the newest checkpoint",
-                )
 
     def _places(self, step: int, aside: bool) -> tuple[Path, Path | None]:
         """(the folder of a checkpoint, where it lies while it is written, or None if it is there). Collective."""
@@ -171,9 +160,10 @@ class Checkpoints:
                         self._set_aside(final, "it has no trainer.json")
                     partial = free_name(self.folder / f"{_PARTIAL}{final.name}")
                     try:
-                        partial.mkdir(parents=True)
+                        self.folder.mkdir(exist_ok=True)  # but not the run's, which may have been moved away
+                        partial.mkdir()
                     except OSError as error:
-                        raise disk_error(error, self.folder) or error from None
+                        raise not_written(error, step, self.folder, self.steps()) from None
         return self.runtime.from_main((final, partial))
 
     def _write(self, step: int, partial: Path, final: Path, state: dict[str, Any], facts: dict[str, Any]) -> float:
@@ -184,9 +174,7 @@ class Checkpoints:
             writer = FileSystemWriter(partial / _STATE, per_thread_copy_ahead=0)
             dcp.save(state, storage_writer=writer, process_group=self.group)
             outcome = [self._complete(partial, final, facts)]
-            dist.broadcast_object_list(
-                outcome, src=0, group=self.group
-            )  # no rank waits elsewhere for rank 0's slow disk
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
             if outcome[0]:
                 raise outcome[0]
         except FAILURE as error:
@@ -206,7 +194,7 @@ class Checkpoints:
             (partial / _FACTS).write_text(json.dumps({**facts, "files": found}, indent=1))
             sync_folder(partial)
             final.parent.mkdir(exist_ok=True)
-            partial.rename(final)
+            move_folder(partial, final)
             sync_folder(final.parent, deep=False)
             self._prune()
         except Exception as error:  # the others wait for it
@@ -368,7 +356,7 @@ class Checkpoints:
         target = free_name(self.folder / _ASIDE / folder.name)
         try:
             target.parent.mkdir(exist_ok=True)
-            folder.rename(target)
+            move_folder(folder, target)
         except OSError as error:
             raise UserError(
                 f"{folder.name} cannot be moved out of the way ({error})", "move it away by hand", str(folder)

@@ -1,19 +1,19 @@
 """What a checkpoint that cannot be written or read means for the user."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.runtime.errors import UserError
-from finetune.runtime.files import disk_error, is_full
+from finetune.runtime.files import MAKE_ROOM, disk_error, no_room
 
 FAILURE = (Exception, CheckpointException)  # DCP's own is a BaseException
 
 
 def not_written(error: BaseException, step: int, folder: Path, steps: Sequence[int]) -> BaseException:
-    """The error to raise for a checkpoint that could not be written; the same one if it is not about files.
+    """The error to raise for a checkpoint that could not be written, in words that are the same on all ranks; the same error if it is
+    not about files.
 
     Args:
         folder: of all checkpoints.
@@ -21,21 +21,19 @@ def not_written(error: BaseException, step: int, folder: Path, steps: Sequence[i
     """
     if isinstance(error, UserError):
         return error
-    cause = error if isinstance(error, OSError) else RuntimeError(reason(error))
+    what = f"the checkpoint of step {step} was not written"
+    if not folder.parent.is_dir():
+        there = "put it back, or set `output` to where it is now; then the same command goes on"
+        return UserError(f"the run's folder is gone: {what}", there, str(folder.parent))
+    text = RuntimeError(reason(error))
     safe = f"step {steps[-1]} is safe" if steps else "no earlier checkpoint exists"
-    if is_full(cause):
-        free = shutil.disk_usage(folder).free / 2**20
-        return UserError(
-            f"the disk is full ({free:.0f} MiB free): the checkpoint of step {step} was not written; {safe}",
-            "free some space or lower checkpoint.keep_last, then run the same command: it goes on from there",
-            str(folder),
-        )
-    if disk_error(cause, folder) or isinstance(error, CheckpointException):
-        return UserError(
-            f"the checkpoint of step {step} was not written ({reason(error)}); {safe}",
-            "check the disk and the folder's permissions, then run the same command: it goes on from there",
-            str(folder),
-        )
+    then = f"run the same command: it {'goes on from there' if steps else 'starts anew'}"
+    if shortage := no_room(text):
+        cure = f"{MAKE_ROOM}, or lower checkpoint.keep_last; then {then}"
+        return UserError(f"{shortage}: {what}; {safe}", cure, str(folder))
+    if disk_error(error if isinstance(error, OSError) else text, folder) or isinstance(error, CheckpointException):
+        cure = f"check the disk and the folder's permissions, then {then}"
+        return UserError(f"{what} ({reason(error)}); {safe}", cure, str(folder))
     return error
 
 
