@@ -48,6 +48,7 @@ class Watch:
         self.rank, self.world_size, self.longest = rank, world_size, longest
         self._now, self._beat = ("starting", time.monotonic(), False), 0  # what, since when, whether it is limited
         self._ended, self._changed = threading.Event(), threading.Event()
+        self._reading: tuple[float, dict[int, Line | None]] = time.monotonic(), {}  # when, and of all ranks
         self._store: dist.Store | None = None
         if world_size > 1 and "MASTER_ADDR" in os.environ:
             # A connection of its own: the process group's is blocked while a rank waits for another in it.
@@ -111,11 +112,31 @@ class Watch:
                 self._store.set(key, json.dumps(vars(line)))
             except (RuntimeError, OSError):
                 return  # the store has ended, and with it the run
-            if is_limited and line.seconds > self.longest and self._now[1] == since:
+            if line.seconds > self.longest and self._now[1] == since and (is_limited or self._is_in_vain()):
                 self._leave(line)
             self._ended.wait(_REST)
             self._changed.wait(BEAT - _REST)
             self._changed.clear()
+
+    def _is_in_vain(self) -> bool:
+        """Whether a rank has noted nothing for a quarter of `longest`. Called with each line of a rank that may be waiting for it.
+
+        The peers are lost then, also in what has no limit of its own: a checkpoint on a slow disk, or the end of this process,
+        which joins the thread that writes one.
+        """
+        since, before = self._reading
+        if time.monotonic() - since < max(2.5 * BEAT, self.longest / 4):
+            return False
+        try:
+            after = self._read()
+        except (RuntimeError, OSError):
+            return False
+        self._reading = time.monotonic(), after
+        return any(
+            line and after.get(rank) and line.beat == after[rank].beat
+            for rank, line in before.items()
+            if rank != self.rank
+        )
 
     def _leave(self, line: Line) -> None:
         """End this process, whose main thread is stuck."""
