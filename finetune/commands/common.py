@@ -14,7 +14,14 @@ if TYPE_CHECKING:  # torch is imported once the recipe is known to be sound
     from finetune.runtime.distributed import Runtime
 
 # How gloo says it, and NCCL.
-_LOST = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe")
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Timed out",
+    "timed out",
+    "Broken pipe",
+    "Application timeout caused pair closure",  # a later call, after the one that has timed out
+)
 _LOST_NCCL = (
     "remote process exited",
     "ncclRemoteError",

@@ -48,6 +48,7 @@ class Watch:
         self.rank, self.world_size, self.limit_seconds = rank, world_size, limit_seconds
         self._now, self._beat = ("starting", time.monotonic(), False), 0  # what, since when, whether it is limited
         self._ended, self._changed = threading.Event(), threading.Event()
+        self._reading: tuple[float, dict[int, Line | None]] = time.monotonic(), {}  # when, and of all ranks
         self._store: dist.Store | None = None
         if world_size > 1 and "MASTER_ADDR" in os.environ:
             # A connection of its own: the process group's is blocked while a rank waits for another in it.
@@ -115,12 +116,32 @@ class Watch:
                 self._store.set(key, json.dumps(vars(line)))
             except (RuntimeError, OSError):
                 return  # the store has ended, and with it the run
-            if is_limited and line.seconds > self.limit_seconds and self._now[1] == since and since != told:
+            is_stuck = line.seconds > self.limit_seconds and self._now[1] == since and since != told
+            if is_stuck and (is_limited or self._is_in_vain()):
                 told = since  # in a thread of its own: a rank that writes no lines is taken for lost
                 threading.Thread(target=self._leave, args=(line, since), name="watch-leave", daemon=True).start()
             self._ended.wait(_REST)
             self._changed.wait(BEAT - _REST)
             self._changed.clear()
+
+    def _is_in_vain(self) -> bool:
+        """Whether a rank has noted nothing for a quarter of `limit_seconds`. Called with each line of a rank that may wait for it.
+
+        The peers are lost then, also in what has no limit of its own: a checkpoint on a slow disk, or the end of this process,
+        which joins the thread that writes one.
+        """
+        since, before = self._reading
+        if time.monotonic() - since < max(2.5 * BEAT, self.limit_seconds / 4):
+            return False
+        try:
+            after = self._read()
+        except (RuntimeError, OSError):
+            return False
+        self._reading = time.monotonic(), after
+        return any(
+            line is not None and rank != self.rank and line.beat == getattr(after[rank], "beat", None)
+            for rank, line in before.items()
+        )
 
     def _leave(self, line: Line, since: float) -> None:
         """End this process, whose main thread is stuck in what it has done since then."""

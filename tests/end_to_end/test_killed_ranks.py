@@ -215,6 +215,34 @@ def test_a_rank_that_is_stopped_is_named_within_the_timeout(recipe: Path, stoppe
     run.kill_all()
 
 
+@pytest.mark.parametrize(
+    "when, more",
+    [
+        ("the run waits for its last checkpoint", ["train.steps=2"]),
+        (
+            "videos are made while one is written",
+            ["train.steps=8", "checkpoint.every=2", "validation.samples_every=2", PROMPT],
+        ),
+    ],
+)
+def test_a_rank_that_is_stopped_amid_a_checkpoint_is_named_within_twice_the_timeout(
+    recipe: Path, when: str, more: list[str]
+) -> None:
+    """Ranks wait a day for one whose disk is slow, and processes that end for their own writing: not for a rank that is gone."""
+    timeout = 6.0
+    output = recipe.with_name(f"stopped-{len(more)}")
+    full = ["train.method=full", "lora.rank=64", "lora.alpha=64"]
+    run = Run(recipe, output, 2, [*full, *more, f"distributed.timeout_seconds={timeout}"])
+    run.wait_until(lambda: any(output.glob("checkpoints/.partial-*/state")))
+    os.kill(run.rank(1), signal.SIGSTOP)
+    began, rank = time.monotonic(), run.rank(0)
+    while is_alive(rank):
+        assert time.monotonic() - began < 2 * timeout + SOON, run.said
+        time.sleep(0.1)
+    assert re.search(r"error: rank 0 .*: rank 1 \(on [^)]*\) ended, or answers no more", " ".join(run.said.split()))
+    run.kill_all()
+
+
 @contextmanager
 def three_watches(limit_seconds: float) -> Iterator[list[Watch]]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)

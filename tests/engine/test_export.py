@@ -49,6 +49,19 @@ def prediction(job: Job, transformer: torch.nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_else_lies_in_the_folder_stays_as_it_is(build_job: BuildJob, tmp_path: Path, method: str) -> None:
+    """A user may export into a folder of models, scripts and keys."""
+    others = {"secret": 0o600, "run.sh": 0o755, "of_another_tool.safetensors": 0o640, "mine": 0o755}
+    (tmp_path / "mine").mkdir()
+    for name, mode in others.items():
+        if name != "mine":
+            (tmp_path / name).write_text("no safetensors")
+        (tmp_path / name).chmod(mode)
+    export_weights(trained(build_job, f"train.method={method}", steps=1).state, method, tmp_path)
+    assert {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in others} == others
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_same_weights_are_the_same_bytes_with_the_usual_permissions(
     build_job: BuildJob, tmp_path: Path, method: str
 ) -> None:

@@ -39,7 +39,7 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
                 transformer_lora_adapter_metadata=config.to_dict(),
                 weight_name=LORA_FILE,
             )
-            tidy(folder)
+            tidy([folder / LORA_FILE])
             verify_lora(folder, layers, config.lora_alpha / config.r, family)
 
 

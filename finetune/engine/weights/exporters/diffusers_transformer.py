@@ -21,7 +21,7 @@ def export_transformer(transformer: nn.Module, family: Family, folder: Path, run
             skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
             skeleton.load_state_dict(whole, assign=True)
             skeleton.save_pretrained(folder)
-            tidy(folder)
+            tidy([folder / "config.json", *folder.glob("diffusion_pytorch_model*.*")])
             saved = type(skeleton).from_pretrained(folder).state_dict()
             if wrong := [name for name, value in whole.items() if not torch.equal(saved[name], value)]:
                 raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(folder))

@@ -1,7 +1,7 @@
 """What a form of exported weights has to say, and the gathering of sharded weights that all forms begin with."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,15 @@ class Exporter:
     is_small: bool = True
 
 
-def tidy(folder: Path) -> None:
+def tidy(files: Iterable[Path]) -> None:
     """Give exported files the permissions that new files get, and the metadata of safetensors files a fixed order.
 
     safetensors writes metadata in an order that varies from save to save: the same weights would be other bytes each time.
+
+    Args:
+        files: those that were exported. A user may export into a folder with files of their own, which stay as they are.
     """
-    for file in folder.iterdir():
+    for file in files:
         give_usual_mode(file)
         if file.suffix == ".safetensors":
             _sort_metadata(file)
