@@ -12,8 +12,9 @@ FAILURE = (Exception, CheckpointException)  # DCP's own is a BaseException
 
 
 def not_written(error: BaseException, step: int, folder: Path, steps: Sequence[int]) -> BaseException:
-    """The error to raise for a checkpoint that could not be written, in words that are the same on all ranks. What is not about files
-    is returned as it is.
+    """The error to raise for a checkpoint that could not be written, in words that are the same on all ranks.
+
+    What is not about files is returned as it is.
 
     Args:
         folder: of all checkpoints.
