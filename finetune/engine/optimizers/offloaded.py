@@ -57,7 +57,7 @@ class HostGradients:
 
     def _free_oldest(self) -> None:
         """Drop the device memory of the gradient that came first, once it is copied."""
-        _, arrival = self._leaving.popleft()
+        _kept, arrival = self._leaving.popleft()  # freed on return, after the wait
         self._copies.wait(arrival)
 
     def norm(self) -> Tensor:
