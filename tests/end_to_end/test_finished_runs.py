@@ -83,6 +83,17 @@ def test_only_what_is_missing_is_made(start: Callable[..., str], output: Path, p
     assert not any("checkpoints" in str(file) for file in again)
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:100])])
+def test_an_exported_file_that_is_lost_or_cut_short_is_written_again(
+    start: Callable[..., str], output: Path, spoil: Callable[[Path], object]
+) -> None:
+    file = output / "lora" / "pytorch_lora_weights.safetensors"
+    before = file.read_bytes()
+    spoil(file)
+    start()
+    assert file.read_bytes() == before
+
+
 def test_a_stop_between_the_last_step_and_the_export_leaves_the_rest_to_the_next_start(
     start: Callable[..., str], output: Path
 ) -> None:
