@@ -98,7 +98,9 @@ def _go_on(job: Job, done: int, plan: MemoryPlan) -> int:
             job.state.runtime.doing("exporting")
             exported = results.export()
             if done < steps or not has_samples(job, steps):  # after the weights are safe: samples need the most memory
-                report.samples(steps, validation_samples(job, steps, lambda: stop.requested))
+                samples = validation_samples(job, steps, lambda: stop.requested)
+                report.samples(steps, samples)
+                stopped = samples is None and has_prompts(job)  # the next start makes them
     if stopped:
         signal_ = stop.signal or signal.SIGTERM  # another rank may have been asked first
         say(f"stopped by {signal_.name}; the same command goes on from the newest checkpoint")

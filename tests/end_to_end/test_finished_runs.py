@@ -217,6 +217,24 @@ def test_a_stop_while_samples_are_made_leaves_them_to_the_next_start(
     assert sheets == [f"step_{step:08d}" for step in (0, 3, 6)]
 
 
+def test_a_stop_while_the_last_samples_are_made_is_said(
+    recipe_file: Path, runtime: Runtime, tmp_path: Path, capsys
+) -> None:
+    """The weights are exported then, but the run has not made all its results."""
+    recipe = load_recipe(recipe_file, SETTINGS)
+
+    def stopped_at_the_end(job: Job, step: int, stop: Callable[[], bool]) -> object:
+        return validation_samples(job, step, lambda: step == STEPS or stop())
+
+    with patch("finetune.training.run.validation_samples", stopped_at_the_end):
+        assert train(recipe, runtime) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM" in said
+    assert "done." not in said
+    assert train(recipe, runtime) == 0
+    assert (recipe.output / "samples" / f"step_{STEPS:08d}" / "contact_sheet.png").is_file()
+
+
 def test_a_folder_in_which_no_step_was_made_takes_another_recipe(
     recipe_file: Path, runtime: Runtime, tmp_path: Path
 ) -> None:
