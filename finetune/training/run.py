@@ -17,6 +17,7 @@ from finetune.runtime.distributed import Runtime, describe
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
+from finetune.tracking.trackers import check_metrics
 from finetune.training.job import Job, build
 from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
@@ -76,6 +77,9 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan, r
                 f"({job.checkpoints.folder})",
                 str(recipe.output),
             )
+        with runtime.together():
+            if runtime.is_main:
+                check_metrics(recipe.output, done)
         job.checkpoints.set_aside_after(done)
         with runtime.together():
             if runtime.is_main:

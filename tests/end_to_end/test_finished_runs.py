@@ -174,6 +174,19 @@ def test_a_start_that_is_refused_for_other_clips_leaves_the_runs_recipe_as_it_wa
     assert (output / "recipe.toml").read_bytes() == before
 
 
+def test_a_start_that_cannot_read_the_metrics_changes_nothing(
+    recipe_file: Path, runtime: Runtime, output: Path
+) -> None:
+    """Neither the recipe, nor the checkpoints after the one that it was to go back to."""
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write("a line of something else\n")
+    before, kept = (output / "recipe.toml").read_bytes(), checkpoints(output)
+    with pytest.raises(UserError, match="not a row of metrics"):
+        train(load_recipe(recipe_file, [*SETTINGS, "train.steps=9"]), runtime, resume_step=2)
+    assert (output / "recipe.toml").read_bytes() == before
+    assert checkpoints(output) == kept
+
+
 # Evaluations that fail, or are stopped
 
 
