@@ -138,14 +138,16 @@ def _first(job: Job, trained: bool) -> str | None:
     """The name of the first parameter that is not finite on the first rank that has one. Collective."""
     transformer = job.state.transformer
     low_bit = [module for module in transformer.modules() if isinstance(module, LowBitLinear)]
-    bits = {id(parameter) for module in low_bit for parameter in (module.weight, module.weight_scale)}
+    codes = {id(module.weight) for module in low_bit}
+    scales = {id(module.weight_scale) for module in low_bit}  # NaN or infinite where a weight was, whatever its code is
     on_host = host_copies(transformer)
     mine = None
     for name, parameter in transformer.named_parameters():
-        if parameter.requires_grad == trained and id(parameter) not in bits:
-            held = on_host.get(parameter, parameter.detach())
-            if not bool(torch.isfinite(local(held)).all()):
-                mine = plain_name(name)
+        if parameter.requires_grad == trained and id(parameter) not in codes:
+            held = local(on_host.get(parameter, parameter.detach()))
+            is_scale = id(parameter) in scales
+            if not bool(torch.isfinite(held.view(torch.float32) if is_scale else held).all()):
+                mine = plain_name(name).removesuffix("_scale") if is_scale else plain_name(name)
                 break
     return next((name for name in job.state.runtime.gather(mine) if name), None)
 
