@@ -92,9 +92,10 @@ class FileFacts:
         self.entries: dict[str, dict] = {}
         if path.exists():
             try:
-                self.entries = json.loads(path.read_text())
-            except (json.JSONDecodeError, OSError):
-                self.entries = {}  # no loss: all facts can be computed again
+                known = json.loads(path.read_text())
+            except (ValueError, OSError):
+                known = {}  # no loss: all facts can be computed again
+            self.entries = known if isinstance(known, dict) else {}
 
     def get(self, path: Path) -> dict | None:
         """The facts about a file, or None if there are none or the file has changed since."""

@@ -175,10 +175,10 @@ def test_a_file_of_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
     assert content_hash(tmp_path / "model.safetensors") == "ab" * 32
 
 
-@pytest.mark.parametrize("text", ["", "{", "\x00"])
-def test_damaged_facts_are_learnt_again(store: Cache, text: str) -> None:
+@pytest.mark.parametrize("contents", [b"", b"{", b"\x00", b"\xa6\xff", b"[]"])
+def test_damaged_facts_are_learnt_again(store: Cache, contents: bytes) -> None:
     store.folder.mkdir()
-    (store.folder / "files.json").write_text(text)
+    (store.folder / "files.json").write_bytes(contents)
     assert Cache(store.folder).files.entries == {}
 
 
