@@ -70,8 +70,9 @@ class Cache:
     def write(self, kind: str, key: str, tensors: Mapping[str, Tensor], note: str) -> None:
         """Store an item. `note` says what it was made from, for people who inspect the file."""
         path = self.path(kind, key)
+        source = note.encode("utf-8", "backslashreplace").decode()  # the name of a clip may be other bytes
         with atomic(path) as partial:
-            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, {"source": note})
+            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, {"source": source})
 
     def sweep(self) -> None:
         """Remove partial files that killed runs left behind: those of dead processes on this host, or older than a day."""
