@@ -138,4 +138,5 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     prompts = bool(validation.prompts or validation.prompts_file)
     for key in ("validation.samples_every", "validation.tiling"):
         yield key, prompts, "add [[validation.prompts]]"
-    yield "tracking.project", "wandb" in recipe.tracking.trackers, 'add "wandb" to tracking.trackers'
+    for key in ("tracking.project", "tracking.name"):
+        yield key, "wandb" in recipe.tracking.trackers, 'add "wandb" to tracking.trackers'

@@ -72,8 +72,9 @@ class Cache:
     def write(self, kind: str, key: str, tensors: Mapping[str, Tensor], note: str) -> None:
         """Store an item. `note` says what it was made from, for people who inspect the file."""
         path = self.path(kind, key)
+        source = note.encode("utf-8", "backslashreplace").decode()  # the name of a clip may be other bytes
         with atomic(path) as partial:
-            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, {"source": note})
+            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, {"source": source})
 
     def sweep(self) -> None:
         """Remove partial files that killed runs left behind: those of dead processes on this host, or older than a day."""
@@ -93,7 +94,8 @@ class FileFacts:
         self.path = path
         self.entries: dict[str, dict] = {}
         with suppress(ValueError, OSError):  # no loss: all facts can be computed again
-            self.entries = json.loads(path.read_text())
+            known = json.loads(path.read_text())
+            self.entries = known if isinstance(known, dict) else {}
         self._saved = dict(self.entries)
 
     def get(self, path: Path) -> dict | None:

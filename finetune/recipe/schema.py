@@ -251,7 +251,7 @@ class Tracking(Table):
     project: str = Free("finetune")
     """W&B project."""
     name: str | None = Free(None)
-    """Name of the run; unset: the output folder's."""
+    """Name of the run in W&B; unset: the output folder's."""
 
 
 class Distributed(Table):

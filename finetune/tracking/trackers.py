@@ -277,6 +277,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_metrics(folder: Path, first_step: int) -> None:
+    """Raise UserError if a run cannot go on with the metrics.jsonl of its folder, before anything there is changed."""
+    if first_step and (folder / METRICS_FILE).exists():
+        read_metrics(folder / METRICS_FILE)
+
+
 def tracker_problems(names: Sequence[str]) -> Iterator[Problem]:
     """Why a run with these trackers could not start: packages that cannot be imported, and W&B without a key to log in with."""
     for name in names:

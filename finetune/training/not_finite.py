@@ -73,17 +73,19 @@ def first_bad_weight(job: Job, trained: bool = True) -> str | None:
     """The name of a parameter that is not finite, on the first rank that has one; None if all are finite. Collective.
 
     Args:
-        trained: look at those that are trained, or at the frozen ones, but for weights in few bits.
+        trained: look at those that are trained, or at the frozen ones; of weights in few bits, at their scales.
     """
     transformer = job.state.transformer
     low_bit = [module for module in transformer.modules() if isinstance(module, LowBitLinear)]
-    bits = {id(parameter) for module in low_bit for parameter in (module.weight, module.weight_scale)}
+    codes = {id(module.weight) for module in low_bit}
+    scales = {id(module.weight_scale) for module in low_bit}  # NaN or infinite where a weight was, whatever its code is
     on_host = host_copies(transformer)
-    held = {
-        plain_name(name): local(on_host.get(parameter, parameter.detach()))
-        for name, parameter in transformer.named_parameters()
-        if parameter.requires_grad == trained and id(parameter) not in bits
-    }
+    held = {}
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad == trained and id(parameter) not in codes:
+            part, name = local(on_host.get(parameter, parameter.detach())), plain_name(name)
+            is_scale = id(parameter) in scales
+            held[name.removesuffix("_scale") if is_scale else name] = part.view(torch.float32) if is_scale else part
     parts = {name: part for name, part in held.items() if part.numel()}
     norms = torch._foreach_norm(list(parts.values()), dtype=torch.float32) if parts else []
     device = job.state.runtime.device

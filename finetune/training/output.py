@@ -63,7 +63,7 @@ class Results:
         """Whether all are there, after the recipe's last step. Collective."""
         steps = self.job.recipe.train.steps
         sampled = not has_prompts(self.job) or has_samples(self.job, steps)
-        return self.job.state.runtime.from_main(self._noted() == {"step": steps} and self.folder.is_dir()) and sampled
+        return self.job.state.runtime.from_main(self._are_exported()) and sampled
 
     def forget(self) -> None:
         """No longer take what is there for results: steps are made, perhaps anew after going back. Collective."""
@@ -75,15 +75,26 @@ class Results:
     def export(self) -> Path:
         """Write the trained weights, unless they are there; returns their folder. Collective."""
         steps, runtime = self.job.recipe.train.steps, self.job.state.runtime
-        if runtime.from_main(self._noted() == {"step": steps} and self.folder.is_dir()):
+        if runtime.from_main(self._are_exported()):
             return self.folder
         with writing(self.folder):
             export_weights(self.job.state, self.job.recipe.train.method, self.folder)
         with runtime.together():
             if runtime.is_main:
                 with atomic(self._note) as partial:
-                    partial.write_text(json.dumps({"step": steps}))
+                    partial.write_text(json.dumps({"step": steps, "files": self._sizes()}))
         return self.folder
+
+    def _are_exported(self) -> bool:
+        """Whether the weights of the recipe's last step are there: every file that was noted, in its size."""
+        noted = self._noted()
+        if noted.get("step") != self.job.recipe.train.steps or not self.folder.is_dir():
+            return False
+        return dict(noted.get("files", {})).items() <= self._sizes().items()  # older runs have noted none
+
+    def _sizes(self) -> dict[str, int]:
+        """The bytes of each exported file, by name."""
+        return {file.name: file.stat().st_size for file in self.folder.iterdir() if file.is_file()}
 
     def _noted(self) -> dict[str, Any]:
         try:

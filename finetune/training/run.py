@@ -17,6 +17,7 @@ from finetune.runtime.distributed import Runtime, describe
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
+from finetune.tracking.trackers import check_metrics
 from finetune.training.job import Job, build
 from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
@@ -79,6 +80,9 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan, r
                 f"({job.checkpoints.folder})",
                 str(recipe.output),
             )
+        with runtime.together():
+            if runtime.is_main:
+                check_metrics(recipe.output, done)
         job.checkpoints.set_aside_after(done)
         with runtime.together():
             if runtime.is_main:
@@ -101,7 +105,9 @@ def _go_on(job: Job, done: int, plan: MemoryPlan) -> int:
             job.state.runtime.doing("exporting")
             exported = results.export()
             if done < steps or not has_samples(job, steps):  # after the weights are safe: samples need the most memory
-                report.samples(steps, validation_samples(job, steps, lambda: stop.requested))
+                samples = validation_samples(job, steps, lambda: stop.requested)
+                report.samples(steps, samples)
+                stopped = samples is None and has_prompts(job)  # the next start makes them
     if stopped:
         signal_ = stop.signal or signal.SIGTERM  # another rank may have been asked first
         say(f"stopped by {signal_.name}; the same command goes on from the newest checkpoint")

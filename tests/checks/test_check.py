@@ -38,6 +38,7 @@ def refused(recipe_file: Path, *overrides: str, world_size: int = 1) -> list[str
         ["validation.every=2"],
         ["validation.sigmas=8"],
         ["tracking.project=mine"],
+        ["tracking.name=mine"],
         ["memory.checkpoint_every=3"],
         ["memory.keep_gib=2"],
         ["memory.shard_size=2"],

@@ -15,6 +15,7 @@ import pytest
 import torch
 from closeness import assert_close_to_scale
 from safetensors import safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune.checks.model import open_family
@@ -175,10 +176,16 @@ def test_a_file_of_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
     assert content_hash(tmp_path / "model.safetensors") == "ab" * 32
 
 
-@pytest.mark.parametrize("text", ["", "{", "\x00"])
-def test_damaged_facts_are_learnt_again(store: Cache, text: str) -> None:
+def test_a_clip_whose_name_is_no_utf_8_has_an_item(store: Cache) -> None:
+    store.write("video", KEY, TENSORS, os.fsdecode(b"caf\xe9.mp4"))
+    with safe_open(store.path("video", KEY), "pt") as item:
+        assert item.metadata() == {"source": "caf\\udce9.mp4"}
+
+
+@pytest.mark.parametrize("contents", [b"", b"{", b"\x00", b"\xa6\xff", b"[]"])
+def test_damaged_facts_are_learnt_again(store: Cache, contents: bytes) -> None:
     store.folder.mkdir()
-    (store.folder / "files.json").write_text(text)
+    (store.folder / "files.json").write_bytes(contents)
     assert Cache(store.folder).files.entries == {}
 
 

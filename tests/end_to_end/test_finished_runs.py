@@ -83,6 +83,17 @@ def test_only_what_is_missing_is_made(start: Callable[..., str], output: Path, p
     assert not any("checkpoints" in str(file) for file in again)
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:100])])
+def test_an_exported_file_that_is_lost_or_cut_short_is_written_again(
+    start: Callable[..., str], output: Path, spoil: Callable[[Path], object]
+) -> None:
+    file = output / "lora" / "pytorch_lora_weights.safetensors"
+    before = file.read_bytes()
+    spoil(file)
+    start()
+    assert file.read_bytes() == before
+
+
 def test_a_stop_between_the_last_step_and_the_export_leaves_the_rest_to_the_next_start(
     start: Callable[..., str], output: Path
 ) -> None:
@@ -163,6 +174,19 @@ def test_a_start_that_is_refused_for_other_clips_leaves_the_runs_recipe_as_it_wa
     assert (output / "recipe.toml").read_bytes() == before
 
 
+def test_a_start_that_cannot_read_the_metrics_changes_nothing(
+    recipe_file: Path, runtime: Runtime, output: Path
+) -> None:
+    """Neither the recipe, nor the checkpoints after the one that it was to go back to."""
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write("a line of something else\n")
+    before, kept = (output / "recipe.toml").read_bytes(), checkpoints(output)
+    with pytest.raises(UserError, match="not a row of metrics"):
+        train(load_recipe(recipe_file, [*SETTINGS, "train.steps=9"]), runtime, resume_step=2)
+    assert (output / "recipe.toml").read_bytes() == before
+    assert checkpoints(output) == kept
+
+
 # Evaluations that fail, or are stopped
 
 
@@ -204,6 +228,24 @@ def test_a_stop_while_samples_are_made_leaves_them_to_the_next_start(
     assert train(recipe, runtime) == 0
     sheets = sorted(sheet.parent.name for sheet in (recipe.output / "samples").glob("*/contact_sheet.png"))
     assert sheets == [f"step_{step:08d}" for step in (0, 3, 6)]
+
+
+def test_a_stop_while_the_last_samples_are_made_is_said(
+    recipe_file: Path, runtime: Runtime, tmp_path: Path, capsys
+) -> None:
+    """The weights are exported then, but the run has not made all its results."""
+    recipe = load_recipe(recipe_file, SETTINGS)
+
+    def stopped_at_the_end(job: Job, step: int, stop: Callable[[], bool]) -> object:
+        return validation_samples(job, step, lambda: step == STEPS or stop())
+
+    with patch("finetune.training.run.validation_samples", stopped_at_the_end):
+        assert train(recipe, runtime) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM" in said
+    assert "done." not in said
+    assert train(recipe, runtime) == 0
+    assert (recipe.output / "samples" / f"step_{STEPS:08d}" / "contact_sheet.png").is_file()
 
 
 def test_a_folder_in_which_no_step_was_made_takes_another_recipe(

@@ -67,11 +67,18 @@ def spoilt_model(model: Path, folder: Path, component: str, name: str, value: fl
     return copy
 
 
-@pytest.mark.parametrize("settings", [["memory.offload=true"], [], FULL], ids=["streamed", "resident", "full"])
+LOW_BIT = [["memory.low_bit=int8"], ["memory.low_bit=float8"], ["memory.low_bit=nf4", "memory.offload=true"]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["memory.offload=true"], [], FULL, *LOW_BIT],
+    ids=["streamed", "resident", "full", "int8", "float8", "nf4 streamed"],
+)
 def test_nan_in_the_pretrained_weights_is_told_with_the_tensors_name(
     fails: Train, tiny_ltx: Path, tmp_path: Path, settings: list[str]
 ) -> None:
-    """Streamed and resident, and where all weights are trained, before the first update."""
+    """Streamed and resident, in few bits, and where all weights are trained, before the first update."""
     name = "transformer_blocks.1.ff.net.2.weight"
     said = fails(f"model.path={spoilt_model(tiny_ltx, tmp_path, 'transformer', name)}", *settings)
     assert f"the pretrained weights hold NaN or infinities ({name})" in said
