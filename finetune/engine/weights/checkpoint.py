@@ -78,6 +78,9 @@ class Checkpoints:
             verify: compare the digests of all files before a checkpoint is taken up.
         """
         self.folder, self.keep_last, self.runtime, self.verify = folder, keep_last, runtime, verify
+        self._makes_parents = (
+            not folder.parent.is_dir()
+        )  # a run's folder that was there has been moved away if it is not
         self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
         self._host = HostCopy(runtime.device) if background else None
         self._thread = ThreadPoolExecutor(1, "checkpoint", runtime.device.make_current)
@@ -160,7 +163,7 @@ class Checkpoints:
                         self._set_aside(final, "it has no trainer.json")
                     partial = free_name(self.folder / f"{_PARTIAL}{final.name}")
                     try:
-                        self.folder.mkdir(exist_ok=True)  # but not the run's, which may have been moved away
+                        self.folder.mkdir(parents=self._makes_parents, exist_ok=True)
                         partial.mkdir()
                     except OSError as error:
                         raise not_written(error, step, self.folder, self.steps()) from None
