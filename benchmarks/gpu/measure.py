@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
                 gc.collect()
                 device.empty_cache()
                 print(f"{name}, {title}: {rows[name, title]}", file=sys.stderr, flush=True)
-    asked = [Asked(name, title, bucket, precision, device.name, device.total_memory) for name, title in rows]
+    asked = [Asked(name, title, bucket, precision, device.name, device.available_memory) for name, title in rows]
     plans = {} if arguments.no_plan else planned(asked)  # afterwards: it takes the host's cores
     cells = []
     for each, (key, found) in zip(asked, rows.items(), strict=True):

@@ -26,7 +26,7 @@ class Asked:
         model: of `random_model.MODELS`.
         title: of `CASES`.
         gpu: the device's name.
-        capacity: bytes of its memory; None if it does not say.
+        capacity: bytes of its memory that torch can have; None if it does not say.
     """
 
     model: str

@@ -108,9 +108,11 @@ def random_batch(family: Family, recipe: Recipe, bucket: Bucket, dtype: torch.dt
 def _random_encoded(
     family: Family, bucket: Bucket, dtype: torch.dtype, generator: torch.Generator, place: int
 ) -> dict[str, Tensors]:
-    """What is cached of a clip, drawn at random: latents of about unit variance with a narrow posterior."""
+    """What is cached of a clip, drawn at random: latents that have unit variance when they are normalised, with a narrow
+    posterior.
+    """
 
-    def drawn(kind: str, name: str, zeros: Tensor) -> Tensor:
+    def drawn(name: str, zeros: Tensor) -> Tensor:
         if name.endswith("mask"):
             mask = torch.ones_like(zeros)
             mask[len(mask) // (1 + place % 2) :] = 0
@@ -118,9 +120,10 @@ def _random_encoded(
         if name.endswith("logvar"):
             return torch.full(zeros.shape, -10.0)
         values = torch.randn(zeros.shape, generator=generator)
-        return values.to(zeros.dtype) if kind == "text" else values
+        if name != "mean":
+            return values.to(zeros.dtype)
+        offset = family.normalise(torch.zeros_like(values))
+        return (values - offset) / (family.normalise(torch.ones_like(values)) - offset)
 
     example = family.example(bucket, dtype)
-    return {
-        kind: {name: drawn(kind, name, zeros) for name, zeros in tensors.items()} for kind, tensors in example.items()
-    }
+    return {kind: {name: drawn(name, zeros) for name, zeros in tensors.items()} for kind, tensors in example.items()}

@@ -1,6 +1,7 @@
 """Runs the checks, one after the other, and prints their table."""
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -132,6 +133,7 @@ class Row:
 def run(arguments: argparse.Namespace) -> int:
     """Run the checks that were chosen; returns the exit status, 1 if any failed."""
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # processes are ended, and what was found is told
     rows: list[Row] = []
     try:
         with tempfile.TemporaryDirectory(prefix="first-", ignore_cleanup_errors=True) as folder:

@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.gpu.first.bench import TAIL, Bench, Failed, Outcome, Skipped
 from finetune.runtime import distributed
 from finetune.runtime.exit import leave
+from finetune.runtime.signals import end_with_parent
 
 
 def outcome_of(call: str, bench: Bench) -> Outcome:
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
+    end_with_parent()
     outcome = outcome_of(arguments.call, Bench(arguments.folder, arguments.smoke))
     if int(os.environ.get("RANK", 0)) == 0:
         arguments.out.write_text(json.dumps(asdict(outcome)))
