@@ -48,7 +48,7 @@ def ranks(bench: Bench) -> str:
 
 def replicas(bench: Bench) -> str:
     """Replicated bf16 weights after three steps on different samples."""
-    family, runtime = tiny_family_of_all(bench, "ltx"), bench.runtime
+    family, runtime = tiny_family(bench, "ltx"), bench.runtime
     for name, settings in OPTIMIZERS.items():
         recipe = recipe_of(
             family,
@@ -66,14 +66,6 @@ def replicas(bench: Bench) -> str:
             raise Failed(f"{name}: replicas of {len(differing)} of {len(found)} weights differ, {differing[0]} first")
         bench.notes.append(f"{name}: {len(found)} weights, loss {result.loss:.5f}")
     return f"replicas of bf16 weights are equal bit for bit with {', '.join(OPTIMIZERS)}"
-
-
-def tiny_family_of_all(bench: Bench, name: str):
-    """`tiny_family`, made by one rank."""
-    with bench.runtime.together():
-        if bench.runtime.is_main:
-            tiny_family(bench, name)
-    return tiny_family(bench, name)
 
 
 def _digest(parameter: torch.Tensor) -> str:

@@ -25,12 +25,13 @@ Losses = list[tuple[float, float]]
 
 
 def tiny_family(bench: Bench, name: str) -> Family:
-    """A tiny pipeline on disk, made when it is first asked for."""
+    """A tiny pipeline on disk, made by rank 0 when it is first asked for. Collective."""
     folder = bench.folder / f"tiny-{name}"
-    if not folder.exists():
-        partial = folder.with_name(f"partial-{name}")
-        family_class(name).tiny(partial)
-        partial.rename(folder)
+    with bench.runtime.together():
+        if bench.runtime.is_main and not folder.exists():
+            partial = folder.with_name(f"partial-{name}")
+            family_class(name).tiny(partial)
+            partial.rename(folder)
     return family_class(name)(ModelFolder(folder))
 
 
