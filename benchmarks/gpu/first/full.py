@@ -6,12 +6,14 @@ import torch
 
 from benchmarks.gpu.first.bench import Bench, Failed
 from benchmarks.gpu.first.tiny import (
+    DETERMINISTIC,
     FULL,
     UNCLIPPED,
     Losses,
     apart,
     batches_of,
     build,
+    deterministic,
     losses_of,
     recipe_of,
     said,
@@ -56,11 +58,13 @@ def _losses(steps: Losses) -> Losses:
 def offload(bench: Bench) -> str:
     """Under torchrun, on as many GPUs as there are, two at most."""
     processes = min(2, bench.gpus) or 2
-    return bench.elsewhere("benchmarks.gpu.first.full:offloaded", {"OMP_NUM_THREADS": "1"}, processes=processes)
+    environment = DETERMINISTIC | {"OMP_NUM_THREADS": "1"}  # as torchrun sets it for several processes
+    return bench.elsewhere("benchmarks.gpu.first.full:offloaded", environment, processes=processes)
 
 
 def offloaded(bench: Bench) -> str:
     """Losses, norms and threads with weights, gradients and moments in host memory."""
+    deterministic()
     family, runtime = tiny_family(bench, FAMILY), bench.runtime
     settings = FULL | {"memory.layout": "shard"}
     plain = losses_of(bench, family, settings)

@@ -134,10 +134,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the checks that were chosen; returns the exit status, 1 if any failed."""
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # processes are ended, and what was found is told
-    rows: list[Row] = []
+    checks, rows = chosen(arguments.only), list[Row]()
+    status = 0
     try:
         with tempfile.TemporaryDirectory(prefix="first-", ignore_cleanup_errors=True) as folder:
-            for check in chosen(arguments.only):
+            for check in checks:
                 left = arguments.seconds - (time.monotonic() - began)
                 if left <= 0:
                     rows.append(Row(check, Outcome("not run", text="the time was over"), None))
@@ -149,12 +150,13 @@ def run(arguments: argparse.Namespace) -> int:
                 for line in outcome.trace:
                     print(f"        {line}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        print("interrupted; what was found until then:", file=sys.stderr)
+        rows += [Row(check, Outcome("not run", text="interrupted"), None) for check in checks[len(rows) :]]
+        status = 128 + signal.SIGINT
     text = report(rows, arguments.smoke, time.monotonic() - began)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")
-    return int(any(row.outcome.kind == "failed" for row in rows))
+    return 1 if any(row.outcome.kind == "failed" for row in rows) else status
 
 
 def chosen(names: list[str] | None) -> list[Check]:
