@@ -7,10 +7,10 @@ not overlap with computation. "planned" is what `plan` says of the same recipe, 
 by how much. Utilisation is the FLOPs of one forward and one backward pass, counted on the meta device without
 recomputation, divided by the step time and by the measured rate of a large bf16 matrix product.
 
-`--first [--only NAME ...] [--seconds 600] [--out FILE]` makes the checks of the first minutes with a GPU, each in a process
-of its own, and prints a table of verdicts; the exit status is 1 if any failed.
+`--first [--only NAME ...] [--seconds 600] [--out FILE] [--folder LOGS]` makes the checks of the first minutes with a GPU,
+each in a process of its own, and prints a table of verdicts; the exit status is 1 if any failed.
 
-`--smoke` runs tiny models on a CPU, to test the benchmarks themselves.
+`--smoke` takes tiny models, to test the benchmarks themselves: on any device, the checks on a CPU.
 """
 
 import argparse
@@ -32,8 +32,9 @@ def main() -> int:
     parser.add_argument("--first", action="store_true", help="the checks of the first minutes")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of these checks; one of your own is module:function")
     parser.add_argument("--out", type=Path, help="write the table of the checks to a file, too")
+    parser.add_argument("--folder", type=Path, help="keep what the checks write, their logs too, in this empty folder")
     parser.add_argument("--seconds", type=float, help="begin nothing further after this long (540; the checks: 600)")
-    parser.add_argument("--smoke", action="store_true", help="tiny models and small videos, on a CPU")
+    parser.add_argument("--smoke", action="store_true", help="tiny models and small videos, without a GPU, too")
     arguments = parser.parse_args()
     if arguments.seconds is None:
         arguments.seconds = SECONDS[arguments.first]

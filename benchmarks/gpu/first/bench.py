@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,21 @@ def call_in_process(
     outcome = Outcome(**json.loads(out.read_text())) if out.exists() else None
     if outcome is None or (ended != 0 and outcome.kind != "failed"):
         return Outcome("failed", text=f"its process ended with status {ended}", trace=tail(log))
+    if outcome.kind == "failed" and (races := _races(log)):
+        return replace(outcome, notes=[*outcome.notes, *races])
     return outcome
+
+
+def _races(log: Path) -> list[str]:
+    """What TORCH_CUDA_SANITIZER has printed of the first race: kernels and where they were called."""
+    lines = log.read_text(errors="replace").splitlines()
+    begin = next((index for index, line in enumerate(lines) if line.startswith("CSAN detected")), len(lines))
+    told = [line.strip() for line in lines[begin : begin + 200]]
+    return [
+        line
+        for line in told
+        if line.startswith(("CSAN", "Access", "Previous", "aten::", "File")) and "torch/" not in line
+    ]
 
 
 def child_environment(smoke: bool) -> dict[str, str]:

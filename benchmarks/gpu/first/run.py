@@ -5,6 +5,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     checks, rows = chosen(arguments.only), list[Row]()
     status = 0
     try:
-        with tempfile.TemporaryDirectory(prefix="first-", ignore_cleanup_errors=True) as folder:
+        with _folder(arguments.folder) as folder:
             for check in checks:
                 left = arguments.seconds - (time.monotonic() - began)
                 if left <= 0:
@@ -157,6 +159,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         arguments.out.write_text(text + "\n")
     return 1 if any(row.outcome.kind == "failed" for row in rows) else status
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[str]:
+    """A folder for models, trainings and logs: this one, which must not have files of earlier checks, or one that is removed."""
+    if kept is None:
+        with tempfile.TemporaryDirectory(prefix="first-", ignore_cleanup_errors=True) as folder:
+            yield folder
+        return
+    if kept.exists() and any(kept.iterdir()):
+        raise SystemExit(f"error: {kept} is not empty; name another folder")
+    kept.mkdir(parents=True, exist_ok=True)
+    yield str(kept.absolute())
 
 
 def chosen(names: list[str] | None) -> list[Check]:
