@@ -152,6 +152,8 @@ def run(arguments: argparse.Namespace) -> int:
             seconds, over, memory, used = found
             cells.append([*key, f"{seconds:.3f}", over, *beside(memory, plans.get(each)), used])
     print_table(HEAD, cells)
+    if device.is_cpu:
+        print("\nOn a CPU, memory is that of the whole process; what is planned is a GPU's.")
     if left_out:
         print(f"\nnot measured, for want of time: {', '.join(left_out)}")
     distributed.stop()
