@@ -6,7 +6,7 @@ import sys
 import time
 
 from benchmarks.full_size import CONFIGS
-from benchmarks.gpu import RandomCogVideoX
+from benchmarks.gpu.random_model import RandomCogVideoX
 from benchmarks.memory.ours import BUCKET, Ours
 from finetune.engine.step import run_step
 from finetune.models.folder import ModelFolder
