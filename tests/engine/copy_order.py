@@ -2,12 +2,12 @@
 
 torch's CUDA sanitizer decides (torch/cuda/_sanitizer.py): it keeps a vector clock for each stream, and reports accesses to the
 same memory that no wait has put in order. Here it is told what a GPU would be given, while all is computed at once, with real
-numbers. There are three streams:
+numbers. There are these streams:
 
 - the computing stream, in which all runs that touches memory of the "device", that is memory which is not on the "host";
-- the stream of `Copies`, in which the copies run that are started with it;
-- the host's own thread. What it queues on a stream comes after all that it has done, but it does not wait for streams, except when it
-  reads a value, copies without `non_blocking`, or synchronises.
+- the stream of each `Copies`, in which the copies run that are started with it;
+- the host's own thread. What it queues on a stream comes after all that it has done, but it does not wait for streams, except when
+  it reads a value, copies without `non_blocking`, or synchronises.
 
 Allocating and freeing are writes of the computing stream: CUDA's allocator may hand memory that is freed to the next tensor of that
 stream at once, whatever other streams do.
@@ -31,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.runtime.device import Copies, Device
 
-COMPUTING, COPYING, HOST = 0, 1, 2
-_STREAMS = {COMPUTING: "the computing stream", COPYING: "the copies' stream", HOST: "the host"}
+COMPUTING, HOST = 0, 1
+_STREAMS = {COMPUTING: "the computing stream", HOST: "the host"}  # any other is one of copies
 _PLAIN = (Tensor, torch.nn.Parameter)
 _WAITING = torch.Tag.data_dependent_output  # of operations that read a value on the host
 
@@ -51,8 +51,8 @@ class Order:
         self._handler, self._events = EventHandler(), 0
         self._host_memory: dict[int, tuple[int, int]] = {}  # storage -> its first byte, the byte after its last
         self._seen: set[int] = set()
-        for stream in (COPYING, HOST):
-            self._handler._handle_stream_creation(stream)
+        self._streams = [COMPUTING]
+        self._handler._handle_stream_creation(HOST)
 
     @contextmanager
     def followed(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -63,6 +63,12 @@ class Order:
                 yield
 
     # What streams and devices tell
+
+    def new_stream(self) -> int:
+        """A further stream, for copies."""
+        self._streams.append(HOST + len(self._streams))
+        self._handler._handle_stream_creation(self._streams[-1])
+        return self._streams[-1]
 
     def launch(self, stream: int, reads: set[int], writes: set[int], what: str, names: dict[int, list[str]]) -> None:
         """Note an operation on a stream. It comes after all that the host has done."""
@@ -84,6 +90,10 @@ class Order:
     def synchronize(self, stream: int) -> None:
         """The host waits for a stream."""
         self._handler._handle_stream_synchronization(stream)
+
+    def finish(self, event: int) -> None:
+        """The host waits for an event."""
+        self.wait_event(HOST, event)
 
     def is_left_out(self, what: str) -> bool:
         self.waited.add(what)
@@ -126,6 +136,19 @@ class Order:
 
 
 @dataclasses.dataclass(frozen=True)
+class Event:
+    """An event as `Copies` uses it."""
+
+    order: Order
+    number: int
+
+    def synchronize(self) -> None:
+        caller = sys._getframe(2).f_code.co_name  # that of Copies.finish
+        if not self.order.is_left_out(caller):
+            self.order.finish(self.number)
+
+
+@dataclasses.dataclass(frozen=True)
 class Stream:
     """A stream as `Copies` uses it."""
 
@@ -135,15 +158,15 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         if not self.order.is_left_out("wait_stream"):
-            self.order.wait_event(self.number, other.record_event())
+            self.order.wait_event(self.number, other.record_event().number)
 
-    def record_event(self) -> int:
-        return self.order.record_event(self.number)
+    def record_event(self) -> Event:
+        return Event(self.order, self.order.record_event(self.number))
 
-    def wait_event(self, event: int) -> None:
+    def wait_event(self, event: Event) -> None:
         caller = sys._getframe(2).f_code.co_name  # that of Copies.wait
         if not self.order.is_left_out(caller):
-            self.order.wait_event(self.number, event)
+            self.order.wait_event(self.number, event.number)
 
     def __enter__(self) -> None:
         self.order.current = self.number
@@ -161,7 +184,7 @@ class FollowedDevice(Device):
     pins = True
 
     def copies(self) -> Copies:
-        return Copies(Stream(self.order, COPYING))  # type: ignore[arg-type]  # it has the methods of torch.Stream
+        return Copies(Stream(self.order, self.order.new_stream()))  # type: ignore[arg-type]  # it has the methods of torch.Stream
 
     def pinned(self, size: int) -> Tensor:
         memory = torch.empty(size, dtype=torch.uint8)
@@ -175,8 +198,8 @@ class FollowedDevice(Device):
 
     def synchronize(self) -> None:
         if not self.order.is_left_out("synchronize"):
-            self.order.synchronize(COMPUTING)
-            self.order.synchronize(COPYING)
+            for stream in self.order._streams:
+                self.order.synchronize(stream)
 
 
 class _ToDevice(TorchFunctionMode):
@@ -262,6 +285,6 @@ def _described(error: SynchronizationError) -> str:
     def access(of: Any) -> str:
         ours = [frame for frame in of.stack_trace if "/finetune/" in frame.filename]
         where = f" in {ours[-1].name}" if ours else ""
-        return f"{_STREAMS[of.stream]} {of.type} memory{where} ({of.operator})"
+        return f"{_STREAMS.get(of.stream, 'a stream of copies')} {of.type} memory{where} ({of.operator})"
 
     return f"{access(error.current_access)}, not ordered after {access(error.previous_access)}"

@@ -1,4 +1,4 @@
-"""No copy is in a race with what is computed: whatever streams may do at once, reads and writes of the same memory have an order."""
+"""No copy is in a race with what is computed: whatever streams do at once, reads and writes of the same memory have an order."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,12 +18,22 @@ from finetune.runtime.distributed import Runtime
 from finetune.training.job import build
 
 STREAMED, SENT = ["memory.offload=true"], ["memory.offload_activations=true"]
+MOMENTS, GRADIENTS = ["optimizer.offload=state"], ["optimizer.offload=state_and_gradients"]
+WAITS = {
+    STREAMED[0]: {"fetch"},
+    SENT[0]: {"_free_oldest", "_unpack"},
+    MOMENTS[0]: {"_start", "_update", "step"},
+    GRADIENTS[0]: {"_start", "_update", "step", "_free_oldest"},
+}
 SETTINGS = {
     "plain": [],
     "streamed": STREAMED,
     "streamed, one resident": [*STREAMED, "memory.resident_blocks=1"],
     "activations": SENT,
     "both": [*STREAMED, *SENT],
+    "moments": MOMENTS,
+    "moments and gradients": GRADIENTS,
+    "moments in 8 bits, streamed": [*MOMENTS, *STREAMED, "optimizer.name=adamw_8bit"],
     "both, NF4": [*STREAMED, *SENT, "memory.low_bit=nf4"],
     "both, nothing recomputed": [*STREAMED, *SENT, "memory.activation_checkpointing=none"],
     "both, selective": [*STREAMED, *SENT, "memory.activation_checkpointing=selective"],
@@ -64,8 +74,7 @@ def trained(
 def test_nothing_is_in_a_race(trained: Callable[..., Order], name: str) -> None:
     order = trained(SETTINGS[name], Order())
     assert order.races == []
-    waits = {"fetch"} if STREAMED[0] in SETTINGS[name] else set()
-    waits |= {"_free_oldest", "_unpack"} if SENT[0] in SETTINGS[name] else set()
+    waits = set().union(*(WAITS.get(setting, set()) for setting in SETTINGS[name]))
     assert waits | ({"wait_stream"} if waits else set()) == order.waited
 
 
@@ -77,6 +86,11 @@ LEFT_OUT = [
     ("fetch", STREAMED),
     ("_free_oldest", SENT),
     ("_unpack", SENT),
+    ("wait_stream", MOMENTS),  # a gradient is copied out before it is computed
+    ("_start", MOMENTS),  # the next weight is copied to where the one before is copied from
+    ("_update", MOMENTS),
+    ("step", MOMENTS),
+    ("_free_oldest", GRADIENTS),
 ]
 
 

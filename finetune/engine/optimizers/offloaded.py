@@ -40,7 +40,7 @@ class HostGradients:
             self.held[parameter] = _like(local(parameter), memory)
             memory = memory[_aligned(parameter) :]
             parameter.register_post_accumulate_grad_hook(self._collect)
-        self._arrivals: dict[Tensor, Arrival] = {}  # of the gradients that are in host memory
+        self._collected: set[Tensor] = set()  # parameters
         self._leaving: deque[tuple[Tensor, Arrival]] = deque()
         self._norms, self._scale = Norms(parameters), torch.ones(())
 
@@ -49,7 +49,7 @@ class HostGradients:
         self._norms.add(parameter)
         gradient = local(parameter.grad)
         arrival = self._copies.start(self.held[parameter], gradient)
-        self._arrivals[parameter] = arrival
+        self._collected.add(parameter)
         self._leaving.append((gradient, arrival))
         parameter.grad = None
         if len(self._leaving) > _LEAVING:
@@ -61,7 +61,10 @@ class HostGradients:
         self._copies.wait(arrival)
 
     def norm(self) -> Tensor:
-        """Global L2 norm of the gradients since it was last asked for, over all ranks. No gradient is on the device any more."""
+        """Global L2 norm of the gradients since it was last asked for, over all ranks.
+
+        Once the host has read it, all of them are in host memory.
+        """
         while self._leaving:
             self._free_oldest()
         return self._norms.take()
@@ -71,15 +74,18 @@ class HostGradients:
         self._scale = torch.ones(()) if limit is None else (limit / (torch.tensor(norm) + 1e-6)).clamp(max=1.0)
 
     def take(self, parameter: Tensor) -> Tensor | None:
-        """This rank's part of a parameter's gradient in host memory, complete and clipped; None if it has not been collected."""
-        if parameter not in self._arrivals:
+        """This rank's part of a parameter's gradient in host memory, clipped; None if it has not been collected.
+
+        The host must have read `norm` before.
+        """
+        if parameter not in self._collected:
             return None
-        self._copies.finish(self._arrivals.pop(parameter))
+        self._collected.remove(parameter)
         return self.held[parameter].mul_(self._scale)
 
     def drop(self) -> None:
         """Forget the gradients that were not taken."""
-        self._arrivals.clear()
+        self._collected.clear()
 
 
 @dataclass(eq=False)
