@@ -47,6 +47,7 @@ SAVERS = {
     "activations offloaded": Saver(("memory.offload_activations=true",)),
     "one block resident": Saver(("memory.offload=true", "memory.resident_blocks=1")),
     "compile": Saver(("memory.compile=true",)),
+    "attention by products": Saver(("memory.attention=math",)),
     "updates in backward": Saver(("optimizer.in_backward=true", *CHANGES["unclipped"]), "unclipped"),
     **{name: Saver(tuple(CHANGES[name]), name) for name in CHANGES if name != "unclipped"},
 }
