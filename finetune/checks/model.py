@@ -9,6 +9,7 @@ from finetune.models import FAMILIES, family_class
 from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
+from finetune.models.text_mask import why_masked
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import is_set
@@ -86,6 +87,7 @@ def _resident_problems(recipe: Recipe, family: Family, transformer: nn.Module) -
 def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     """Settings of a recipe that its checkpoint cannot use; no weight is read."""
     yield from _unused(recipe, family)
+    yield from _attention_problems(recipe, family)
     yield from _shape_problems(recipe, family)
 
 
@@ -98,6 +100,22 @@ def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:
     for key, why in unused.items():
         if is_set(recipe, key):
             yield Problem(f"this key has no effect here: {why}", key, "remove it")
+
+
+def _attention_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
+    """Kernels that err, or fail, with the masks that the family's attention has in training."""
+    kernel, masks = recipe.memory.attention, family.attention_masks
+    why = why_masked(masks, recipe.train.micro_batch_size, recipe.memory.compile)
+    if why is None or kernel in ("auto", "efficient", "math"):
+        return
+    cure = 'set it to "efficient" or "auto"'
+    if masks == "padding":
+        cure += f", or {'memory.compile = false' if recipe.memory.compile else 'train.micro_batch_size = 1'}"
+    if kernel != "cudnn":
+        yield Problem(f"the flash kernels take no masks, and in {family.title} {why}", "memory.attention", cure)
+    elif masks == "padding":  # see `choose_kernel`
+        what = "cuDNN's gradients may be NaN with a mask, if the number of tokens is 64 modulo 128"
+        yield Problem(f"{what}; in {family.title} {why}", "memory.attention", cure)
 
 
 def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:

@@ -1,10 +1,12 @@
 """Settings of a recipe that contradict each other, or that the machine cannot do."""
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
 
 import torch
+from torch.nn.attention import list_flash_attention_impls
 
 from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
@@ -16,6 +18,15 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.tracking.trackers import tracker_problems
 
 _LARGEST_ON_CPU = 100_000_000  # parameters
+# Kernels of half precision, the major compute capabilities that have them, and those in words
+# (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; torch/nn/attention/_fa3.py and _fa4.py).
+_CAPABILITIES = {
+    "flash": (range(8, 100), "8.0 and above"),
+    "cudnn": (range(8, 100), "8.0 and above"),
+    "fa3": (range(9, 10), "9.0"),
+    "fa4": (range(9, 11), "9.0 or 10.0"),
+}
+_PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"}  # which torch imports for them
 _FLOAT8_EVERYWHERE = (2, 13)  # torch whose Triton has float8 e4m3 below compute capability 8.9
 
 
@@ -30,9 +41,59 @@ def check_recipe(recipe: Recipe, data_ranks: int) -> list[Problem]:
 
 def check_device(recipe: Recipe, device: Device) -> list[Problem]:
     """What the device, or the machine around it, cannot do."""
-    if device.is_cpu:
+    if device.is_cpu:  # where a recipe is checked that is for GPUs elsewhere
         return []
-    return [*check_gpu(recipe, device.name, device.has_float8), *_kernel_problems(recipe, device)]
+    return [
+        *check_gpu(recipe, device.name, device.has_float8),
+        *_attention_problems(recipe, device),
+        *_kernel_problems(recipe, device),
+    ]
+
+
+def check_cpu(recipe: Recipe) -> list[Problem]:
+    """What a training cannot do on a CPU."""
+    kernel = recipe.memory.attention
+    if kernel in ("auto", "math", "flash"):  # it has a flash kernel of its own
+        return []
+    return [Problem(f'"{kernel}" is a kernel of GPUs, and this is a CPU', "memory.attention", 'set it to "auto"')]
+
+
+def _attention_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
+    """Why this GPU, or the packages that are installed, cannot compute attention as the recipe says."""
+    kernel, key, instead = recipe.memory.attention, "memory.attention", 'set it to "auto"'
+    if kernel in ("auto", "math"):
+        return
+    if device.capability is None:
+        yield Problem(f'"{kernel}" is a kernel of NVIDIA GPUs, and this is {device.name}', key, instead)
+        return
+    yield from attention_problems(recipe, device.name, device.capability)
+    if kernel in _PACKAGES:
+        module, implementation = _PACKAGES[kernel], kernel.upper()
+        if implementation not in list_flash_attention_impls():
+            yield Problem(f"torch {torch.__version__} has no {implementation}", key, instead)
+        if not _is_installed(module):
+            cure = f"install FlashAttention {kernel[-1]} (https://github.com/Dao-AILab/flash-attention), or {instead}"
+            yield Problem(f"there is no Python module {module}", key, cure)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of a package that the module is in
+        return False
+
+
+def attention_problems(recipe: Recipe, name: str, capability: tuple[int, int]) -> Iterator[Problem]:
+    """Why an NVIDIA GPU, here or not, cannot compute attention as the recipe says."""
+    kernel, key, instead = recipe.memory.attention, "memory.attention", 'set it to "efficient"'
+    if kernel in _CAPABILITIES:
+        majors, words = _CAPABILITIES[kernel]
+        if capability[0] not in majors:
+            has = ".".join(map(str, capability))
+            yield Problem(f'"{kernel}" needs compute capability {words}, and {name} has {has}', key, instead)
+        if recipe.train.precision == "float32":
+            cure = f'{instead}, or train.precision = "bf16"'
+            yield Problem(f'"{kernel}" does not compute in float32', key, cure)
 
 
 def _kernel_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

@@ -54,10 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
     recipe, gpus = load_recipe(arguments.recipe, arguments.set), arguments.gpus or 1
     _check_options(arguments, gpus)
     from finetune.checks.model import open_family
-    from finetune.checks.settings import check_gpu, check_recipe
+    from finetune.checks.settings import attention_problems, check_gpu, check_recipe
 
     gpu = GPUS.get(arguments.gpu)
-    if problems := check_recipe(recipe, gpus) + (check_gpu(recipe, gpu.name, gpu.has_float8) if gpu else []):
+    problems = check_recipe(recipe, gpus)
+    if gpu:
+        problems += check_gpu(recipe, gpu.name, gpu.has_float8)
+        problems += attention_problems(recipe, gpu.name, gpu.capability)
+    if problems:
         raise UserError.of(problems)
     gc.freeze()  # later collections look through what is simulated alone
     gc.enable()

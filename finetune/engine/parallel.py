@@ -7,12 +7,14 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from finetune.engine import precision
+from finetune.engine.attention import choose_kernel
 from finetune.engine.layout import Layout, choose_layout
 from finetune.engine.savers import activation, compiled, lowbit
 from finetune.engine.savers.streaming import stream_blocks
 from finetune.engine.weights.loading import materialise, move_real, plain_name
 from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
+from finetune.models.text_mask import why_masked
 from finetune.recipe.schema import Memory, Train
 from finetune.recipe.table import Table
 from finetune.runtime.distributed import Runtime, data_mesh, mesh
@@ -44,8 +46,10 @@ def parallelize(
     if train.float8:
         precision.compute_in_float8(lists, family.high_precision, runtime.device)
 
-    # 3. Checkpoint activations inside the FSDP unit, so that one all-gather of a block's weights serves recomputation and
-    #    gradients.
+    # 3. Choose the kernel of attention inside of what is checkpointed, so that recomputation takes the same one. Checkpoint
+    #    activations inside the FSDP unit, so that one all-gather of a block's weights serves recomputation and gradients.
+    why = why_masked(family.attention_masks, train.micro_batch_size, memory.compile)
+    choose_kernel(lists, memory.attention, why is not None and family.attention_masks == "padding", runtime.device)
     activation.checkpoint_blocks(lists, memory)
 
     # 4. Compile blocks in place, which keeps parameter names; after checkpointing, so that the graph includes recomputation.

@@ -79,6 +79,7 @@ class Family(ABC):
     takes_image: ClassVar[bool] = False  # whether the pipeline takes a condition image
     takes_true_guidance: ClassVar[bool] = False  # whether it takes classifier-free besides embedded guidance
     moments: ClassVar[tuple[str, ...]] = ("mean", "logvar")  # names of the tensors cached of a video
+    attention_masks: ClassVar[text_mask.Masks] = "never"  # when attention in the blocks has a mask
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled, sharded per block
     depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)  # the config's keys of those lists' lengths
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -90,9 +91,8 @@ class Family(ABC):
 
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
-        self.keeps_text_length = (
-            False  # whether batches have padded text at its full length: compiled graphs are for one length
-        )
+        # Whether batches have padded text at its full length: compiled graphs are for one length.
+        self.keeps_text_length = False
 
     @property
     def pipeline_class(self) -> str:

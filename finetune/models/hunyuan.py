@@ -18,7 +18,7 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
@@ -38,6 +38,7 @@ class HunyuanVideo(Family):
     title = "HunyuanVideo"
     pipeline_classes = ("HunyuanVideoPipeline",)
     transformer_class = "HunyuanVideoTransformer3DModel"
+    attention_masks = "padding"
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     components = ("scheduler", "vae", "transformer", *text_components)
     text_arguments: ClassVar[dict[str, str]] = {
@@ -81,6 +82,8 @@ class HunyuanVideo(Family):
 
     def adapt_transformer(self, transformer: HunyuanVideoTransformer3DModel) -> HunyuanVideoTransformer3DModel:
         transformer.text_mask = TextMask(transformer)
+        for block in transformer.context_embedder.token_refiner.refiner_blocks:
+            block.attn.processor = RefinerAttention(transformer.text_mask)
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             block.attn.processor = JointAttention(transformer.text_mask)
         return transformer
@@ -163,3 +166,21 @@ class JointAttention(HunyuanVideoAttnProcessor2_0):
     ) -> tuple[Tensor, Tensor]:
         mask = attention_mask if self.text_mask.is_needed else None
         return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
+
+
+class RefinerAttention(AttnProcessor2_0):
+    """The same of the layers that refine the text before the blocks."""
+
+    def __init__(self, text_mask: TextMask) -> None:
+        super().__init__()
+        self.text_mask = text_mask
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        mask = attention_mask if self.text_mask.is_needed else None
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask)

@@ -38,6 +38,7 @@ class LTXVideo(Family):
     title = "LTX-Video"
     pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
     transformer_class = "LTXVideoTransformer3DModel"
+    attention_masks = "cross"
     variants = ("0.9.0", "0.9.7")
     read_when_opened = ("vae/*",)  # its weights include the latents' mean and deviation
 

@@ -27,6 +27,7 @@ class Mochi(Family):
     title = "Mochi"
     pipeline_classes = ("MochiPipeline",)
     transformer_class = "MochiTransformer3DModel"
+    attention_masks = "padding"
     spatial, temporal, patch = 8, 6, 2  # constants in the pipeline
 
     def __init__(self, folder: ModelFolder) -> None:

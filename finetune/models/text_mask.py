@@ -6,12 +6,17 @@ length, which those of one sample have, no token is left to be masked, and the b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from finetune.models.batch import Tensors
+
+Masks = Literal["never", "padding", "cross"]
+"""Where the attention of a family's blocks has a mask in training: nowhere; where text is padded, and is attended to beside the
+video; or in attention to text alone, whose length is a multiple of 128.
+"""
 
 MARK = "text_needs_no_mask"
 """The name of the batch's input, a bool, that `call` takes out before the transformer is called."""
@@ -34,6 +39,19 @@ class TextMask:
 
     def _begin(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.is_needed, self._next_is_needed = self._next_is_needed, True
+
+
+def why_masked(masks: Masks, micro_batch_size: int, keeps_length: bool) -> str | None:
+    """Why a training has attention with masks; None if it has none.
+
+    Args:
+        keeps_length: whether padded text keeps its full length.
+    """
+    if masks == "padding" and keeps_length:
+        return "compiled blocks take padded captions, which are masked"
+    if masks == "padding" and micro_batch_size > 1:
+        return "captions of a micro-batch that differ in length are padded and masked"
+    return "attention to captions always has a mask" if masks == "cross" else None
 
 
 def cut(text: Tensors, keep_length: bool) -> tuple[Tensors, bool]:

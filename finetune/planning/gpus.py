@@ -35,6 +35,11 @@ class Gpu:
         return self.architecture == 90
 
     @property
+    def capability(self) -> tuple[int, int]:
+        """CUDA's compute capability."""
+        return self.architecture // 10, self.architecture % 10
+
+    @property
     def has_float8(self) -> bool:
         return self.architecture >= 89
 

@@ -36,13 +36,21 @@ MADE_CONTIGUOUS = {
 
 
 @torch.library.custom_op("finetune::fused_attention", mutates_args=())
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(output, float32 log-sum-exp): what fused kernels save beside their inputs (Dao et al. 2022). All values are zero."""
-    if mask is None and query.dtype != torch.float32:
-        out = torch.zeros_like(query)  # the flash kernel's output has the strides of the query
-    else:  # the memory-efficient kernel's is always (B, N, H, D) in memory (aten/native/transformers/cuda/attention.cu)
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, efficient: bool) -> tuple[Tensor, Tensor]:
+    """(output, float32 log-sum-exp): what fused kernels save beside their inputs (Dao et al. 2022). All values are zero.
+
+    Args:
+        efficient: whether by the memory-efficient kernel, whose output is always (B, N, H, D) in memory, and which rounds the
+            rows of its sums up to 32 (kAlignLSE). The output of the flash kernels and cuDNN's has the strides of the query. All in
+            aten/native/transformers/cuda/attention.cu. Seeds for dropout, which all keep, are two numbers.
+    """
+    *sizes, rows = query.shape[:-1]
+    if efficient:
         out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    return out, torch.zeros(query.shape[:-1], dtype=torch.float32, device=query.device)
+        rows = -(-rows // 32) * 32
+    else:
+        out = torch.zeros_like(query)
+    return out, torch.zeros((*sizes, rows), dtype=torch.float32, device=query.device)
 
 
 @torch.library.custom_op("finetune::fused_attention_backward", mutates_args=())
@@ -63,7 +71,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, out, sums, *_ = ctx.saved_tensors
-    return *attention_backward(gradient, query, key, value, out, sums), None
+    return *attention_backward(gradient, query, key, value, out, sums), None, None
 
 
 attention.register_autograd(_backward, setup_context=_keep)
@@ -77,12 +85,17 @@ Piece = tuple[tuple[int, ...], torch.dtype]
 
 
 def made_before(function: Any, arguments: tuple) -> list[Piece]:
-    """Temporaries that a kernel allocates before its results: contiguous copies of inputs. Attention's backward pass copies the
+    """Temporaries that a kernel allocates before its results, like contiguous copies of inputs. Attention's backward copies its
     output and its gradient unless they are (B, N, H, D) in memory (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
     """
     if function is BACKWARD:
         gradient, out = arguments[0], arguments[4]
         return [(each.shape, each.dtype) for each in (gradient, out) if not each.transpose(1, 2).is_contiguous()]
+    if (
+        function is torch.ops.aten._safe_softmax.default
+    ):  # of "math": a softmax, and which scores are -inf (attention.cpp)
+        scores = arguments[0]
+        return [(scores.shape, scores.dtype), (scores.shape, torch.bool)]
     place = MADE_CONTIGUOUS.get(function)
     if place is None or arguments[place].is_contiguous():
         return []
@@ -121,12 +134,22 @@ def fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` as far as memory goes; its output is zero. A boolean mask is converted to the query's dtype
-    (aten/native/transformers/attention.cpp).
+    """`scaled_dot_product_attention` as far as memory goes; its output is zero but for "math". A boolean mask is converted to the
+    query's dtype (aten/native/transformers/attention.cpp).
+
+    Which kernel it is follows torch's switches, as on a GPU: where there is a choice, the memory-efficient one takes masks and
+    float32. That cuDNN is a Hopper's first choice makes no difference to what is allocated, except with a mask.
     """
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
-    return attention(query, key, value, attn_mask)[0]
+    cuda = torch.backends.cuda
+    efficient, cudnn, flash = cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled()
+    if not (efficient or cudnn or flash):  # products, a softmax and products, in float32
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    is_odd = attn_mask is not None or query.dtype == torch.float32
+    return attention(query, key, value, attn_mask, efficient and (is_odd or not (cudnn or flash)))[0]
 
 
 _REGISTERED: list[torch.library.Library] = []  # registrations end with their library objects

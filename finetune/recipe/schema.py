@@ -27,6 +27,9 @@ BucketText = Annotated[
 ]
 
 
+AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
+
+
 class Model(Table):
     family: str
     """Which model family: see `python -m finetune families`; or one of your own, as "package.module:Class"."""
@@ -169,6 +172,10 @@ class Memory(Table):
     low_bit: Literal["none", "int8", "float8", "nf4"] = "none"
     """How the frozen weights of the blocks are held, for LoRA: half, half and a quarter of bf16. Slightly different weights are
     trained on, and the adapter is used with the whole ones."""
+    attention: AttentionKernel = Free("auto")
+    """What computes the attention of the blocks: torch's choice ("auto"), FlashAttention 2, cuDNN, the memory-efficient kernel,
+    matrix products ("math", which holds a score for each pair of tokens), or FlashAttention 3 or 4, whose packages must be there.
+    The flash kernels take no masks; samples whose prompts are padded go to the memory-efficient one."""
     compile: bool = Free(False)
     """Compile each block with torch.compile: faster steps after a minute of compiling for each bucket. On a
     CPU the blocks' graphs are taken, and run without kernels of their own."""

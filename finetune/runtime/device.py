@@ -131,7 +131,12 @@ class Device:
     @property
     def has_float8(self) -> bool:
         """Whether it can multiply float8 matrices (torch._scaled_mm): compute capability 8.9 and above."""
-        return self.kind == "cuda" and torch.cuda.get_device_capability(self.torch_device) >= (8, 9)
+        return self.capability is not None and self.capability >= (8, 9)
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA's compute capability; None on other devices."""
+        return torch.cuda.get_device_capability(self.torch_device) if self.kind == "cuda" else None
 
     def synchronize(self) -> None:
         """Wait for the work queued on the device. A CPU queues none."""

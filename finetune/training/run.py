@@ -8,7 +8,8 @@ import torch
 
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
-from finetune.checks.settings import check_device, check_recipe, refuse_large_model
+from finetune.checks.settings import check_cpu, check_device, check_recipe, refuse_large_model
+from finetune.engine.attention import explained
 from finetune.models.family import Family
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe
@@ -46,7 +47,8 @@ def train(
         any_size_on_cpu: whether large models are trained without a GPU, too.
     """
     with runtime.together():
-        if problems := check_recipe(recipe, runtime.data.size) + check_device(recipe, runtime.device):
+        problems = check_recipe(recipe, runtime.data.size) + check_device(recipe, runtime.device)
+        if problems := problems + (check_cpu(recipe) if runtime.device.is_cpu else []):
             raise UserError.of(problems)
         check_output(recipe)
         family = open_family(recipe)
@@ -99,7 +101,7 @@ def _go_on(job: Job, done: int, plan: MemoryPlan) -> int:
         return 0
     if done < steps:
         results.forget()
-    with StopRequest() as stop, Report(job, done) as report:
+    with StopRequest() as stop, Report(job, done) as report, _attention_explained(recipe):
         stopped = run(job, done, report, stop, plan)
         if not stopped:
             job.state.runtime.doing("exporting")
@@ -165,6 +167,17 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
             return True
     saving.finish()
     return False
+
+
+@contextmanager
+def _attention_explained(recipe: Recipe) -> Iterator[None]:
+    """Name the setting where the kernel that was chosen for attention cannot take what the model gives it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if told := explained(error, recipe.memory.attention):
+            raise told from error
+        raise
 
 
 @contextmanager

@@ -106,3 +106,46 @@ def test_a_missing_file_of_prompts_is_one_problem_among_others(
     text = "\n".join(map(str, check_all(load_recipe(family_recipe("ltx"), overrides), runtime, gpus=1)))
     assert "nowhere.txt" in text
     assert "no_clips" in text
+
+
+ONE, TWO, COMPILED = "train.micro_batch_size=1", "train.micro_batch_size=2", "memory.compile=true"
+PADDED, COMPILED_PADDED = "captions of a micro-batch that differ in length", "compiled blocks take padded captions"
+
+
+@pytest.mark.parametrize(
+    "family, kernel, overrides, why, cure",
+    [
+        ("hunyuan", "flash", [TWO], PADDED, "train.micro_batch_size = 1"),
+        ("mochi", "fa3", [TWO], PADDED, "train.micro_batch_size = 1"),
+        ("mochi", "flash", [ONE, COMPILED], COMPILED_PADDED, "memory.compile = false"),
+        ("hunyuan", "cudnn", [TWO], "gradients may be NaN with a mask", "train.micro_batch_size = 1"),
+        ("ltx", "flash", [ONE], "attention to captions always has a mask", 'set it to "efficient" or "auto"'),
+        ("ltx_i2v", "fa4", [ONE], "attention to captions always has a mask", 'set it to "efficient" or "auto"'),
+    ],
+)
+def test_a_kernel_of_attention_that_cannot_take_the_models_masks_is_refused(
+    family_recipe: Callable[..., Path], family: str, kernel: str, overrides: list[str], why: str, cure: str
+) -> None:
+    text = refusal(family_recipe, family, f"memory.attention={kernel}", *overrides)
+    assert text.startswith("memory.attention: ")
+    assert why in text
+    assert cure in text
+
+
+@pytest.mark.parametrize(
+    "family, kernel, overrides",
+    [
+        ("hunyuan", "flash", [ONE]),
+        ("mochi", "cudnn", [ONE]),
+        ("hunyuan", "efficient", [TWO]),
+        ("mochi", "math", [TWO, COMPILED]),
+        ("cogvideox", "flash", [TWO, COMPILED]),
+        ("cogvideox_i2v", "fa4", [TWO]),
+        ("ltx", "cudnn", [TWO]),
+        ("ltx", "efficient", [TWO]),
+    ],
+)
+def test_a_kernel_of_attention_that_takes_what_the_model_gives_it_is_taken(
+    family_recipe: Callable[..., Path], family: str, kernel: str, overrides: list[str]
+) -> None:
+    open_family(load_recipe(family_recipe(family), [f"memory.attention={kernel}", *overrides]))

@@ -10,7 +10,8 @@ import torch
 from full_size import CONFIGS
 from processes import ROOT
 
-from finetune.checks.settings import check_device, refuse_large_model
+from finetune.checks.settings import check_cpu, check_device, refuse_large_model
+from finetune.engine.attention import choose_kernel
 from finetune.models import family_class
 from finetune.models.folder import ModelFolder
 from finetune.recipe import load_recipe
@@ -29,6 +30,7 @@ class Card(Device):
     torch_device: torch.device = CUDA
     float8: bool = False
     name: str = "an old card"
+    capability: tuple[int, int] = (8, 0)
 
     @property
     def has_float8(self) -> bool:
@@ -152,3 +154,88 @@ def test_the_reason_is_torchs(done: str, reason: str) -> None:
     said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.startswith(reason)
     assert len(said.splitlines()) == 1
+
+
+BF16 = "train.precision=bf16"
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "efficient", "fa3", "fa4"])
+def test_a_training_on_a_cpu_has_no_kernels_of_gpus(recipe_file: Path, runtime: Runtime, kernel: str) -> None:
+    recipe = load_recipe(recipe_file, [f"memory.attention={kernel}"])
+    with pytest.raises(UserError, match=f'"{kernel}" is a kernel of GPUs, and this is a CPU') as caught:
+        train(recipe, runtime)
+    assert str(caught.value).startswith("memory.attention: ")
+    assert check_device(recipe, runtime.device) == []  # `check` is for GPUs elsewhere
+
+
+@pytest.mark.parametrize("kernel", ["auto", "flash", "math"])
+def test_a_cpu_has_its_flash_kernel_and_products(recipe_file: Path, kernel: str) -> None:
+    assert check_cpu(load_recipe(recipe_file, [f"memory.attention={kernel}"])) == []
+
+
+def refused_attention(recipe_file: Path, kernel: str, capability: tuple[int, int], *overrides: str) -> list[str]:
+    recipe = load_recipe(recipe_file, [f"memory.attention={kernel}", *overrides])
+    return [str(problem) for problem in check_device(recipe, Card(capability=capability))]
+
+
+@pytest.mark.parametrize(
+    "kernel, capability, needed",
+    [
+        ("flash", (7, 5), "8.0 and above"),
+        ("cudnn", (7, 5), "8.0 and above"),
+        ("fa3", (8, 0), "9.0"),
+        ("fa3", (10, 0), "9.0"),
+        ("fa4", (8, 9), "9.0 or 10.0"),
+        ("fa4", (12, 0), "9.0 or 10.0"),
+    ],
+)
+def test_kernels_of_attention_that_a_gpu_lacks_are_refused(
+    recipe_file: Path, kernel: str, capability: tuple[int, int], needed: str
+) -> None:
+    problem = refused_attention(recipe_file, kernel, capability, BF16)[0]
+    has = ".".join(map(str, capability))
+    assert problem.startswith(
+        f'memory.attention: "{kernel}" needs compute capability {needed}, and an old card has {has}'
+    )
+
+
+@pytest.mark.parametrize(
+    "kernel, capability", [("flash", (8, 0)), ("cudnn", (12, 0)), ("efficient", (7, 5)), ("math", (7, 5))]
+)
+def test_kernels_of_attention_that_a_gpu_has_are_taken(
+    recipe_file: Path, kernel: str, capability: tuple[int, int]
+) -> None:
+    assert refused_attention(recipe_file, kernel, capability, BF16) == []
+
+
+@pytest.mark.parametrize(
+    "kernel, is_refused", [("flash", True), ("cudnn", True), ("efficient", False), ("math", False)]
+)
+def test_kernels_of_half_precision_are_refused_in_float32(recipe_file: Path, kernel: str, is_refused: bool) -> None:
+    found = refused_attention(recipe_file, kernel, (9, 0))
+    assert ['"' + kernel + '" does not compute in float32' in each for each in found] == [True] * is_refused
+
+
+@pytest.mark.parametrize("kernel, module", [("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute.interface")])
+def test_packages_of_attention_are_looked_for(
+    recipe_file: Path, kernel: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (problem,) = refused_attention(recipe_file, kernel, (9, 0), BF16)
+    assert problem.startswith(f"memory.attention: there is no Python module {module}")
+    assert f"install FlashAttention {kernel[-1]}" in problem
+    *packages, name = module.split(".")
+    folder = tmp_path.joinpath(*packages)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refused_attention(recipe_file, kernel, (9, 0), BF16) == []
+    for package in ("flash_attn", "flash_attn.cute"):  # which are imported to look for the module
+        sys.modules.pop(package, None)
+
+
+def test_torch_looks_for_the_same_packages_and_what_it_misses_is_said() -> None:
+    for kernel, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn")):
+        with pytest.raises(
+            UserError, match=f"torch cannot use FlashAttention {kernel[-1]}: No module named '{module}'"
+        ):
+            choose_kernel([], kernel, False, Card())

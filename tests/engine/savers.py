@@ -49,6 +49,7 @@ SAVERS = {
     "state offloaded": Saver(("optimizer.offload=state",)),
     "gradients offloaded": Saver(("optimizer.offload=state_and_gradients",)),
     "compile": Saver(("memory.compile=true",)),
+    "attention by products": Saver(("memory.attention=math",)),
     "updates in backward": Saver(("optimizer.in_backward=true", *CHANGES["unclipped"]), "unclipped"),
     **{name: Saver(tuple(CHANGES[name]), name) for name in CHANGES if name != "unclipped"},
 }

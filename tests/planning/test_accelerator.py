@@ -57,6 +57,28 @@ CASES = {
             multiply("cpu")
         assert accelerator.cost.flops == counter.get_total_flops() > 0
     """,
+    "attention by products keeps a float32 score of each pair of tokens, and three more while it computes them": """
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        def attend(dtype, *backends):
+            trace = Trace()
+            with Accelerator(trace, Trace()), sdpa_kernel(list(backends)):
+                size = dict(device=device, dtype=dtype, requires_grad=True)
+                inputs = [torch.zeros(2, 4, 1000, 64, **size), *(torch.zeros(2, 4, 512, 64, **size) for _ in range(2))]
+                trace.begin()
+                out = torch.nn.functional.scaled_dot_product_attention(*inputs)
+                kept = sum(storage.size for storage in trace.live.values() if storage.category != "workspace")
+                return kept - trace.peak().before, trace.peak()
+        rows, keys, pairs = 2 * 4 * 1000 * 64, 2 * 4 * 512 * 64, 2 * 4 * 1000 * 512
+        kept, peak = attend(torch.bfloat16, SDPBackend.MATH)
+        assert kept == 4 * pairs + 4 * (rows + 2 * keys) + 2 * rows  # probabilities; query, key, value in float32; the output
+        # Scores, their softmax, the softmax without masked rows; where scores are -inf; query, key, value; scaled query and key
+        at_peak = (3 * 4 + 1) * pairs + 4 * (2 * rows + 3 * keys)
+        assert peak.requested - peak.before - peak.parts["workspace"] == at_peak
+        fused = attend(torch.bfloat16, SDPBackend.FLASH_ATTENTION)[0]
+        assert fused == 2 * rows + 4 * 2 * 4 * 1000  # the output, and a sum of each row
+        assert attend(torch.bfloat16, SDPBackend.CUDNN_ATTENTION)[0] == fused
+        assert attend(torch.bfloat16, SDPBackend.EFFICIENT_ATTENTION)[0] == 2 * rows + 4 * 2 * 4 * 1024  # rounded up to 32
+    """,
     "copies are counted by their direction": """
         x = torch.zeros(1000, 1000, device=device)
         host = torch.empty(4_000_000, dtype=torch.uint8).view(torch.float32).view(1000, 1000)

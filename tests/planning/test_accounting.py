@@ -32,6 +32,9 @@ OF_LTX = {
     "updates in backward": ["train.method=full", "optimizer.in_backward=true", "train.max_grad_norm=none"],
     "float8 products": ["train.method=full", "train.float8=true", "train.precision=bf16"],
     "replicate": ["memory.layout=replicate"],
+    "attention by products": ["memory.attention=math"],
+    "attention by products, not checkpointed": ["memory.attention=math", "memory.activation_checkpointing=none"],
+    "efficient attention": ["memory.attention=efficient"],
 }
 SHORT = [(family, saver) for family in FAMILIES for saver in SAVERS if saver != "every second block" or family == "ltx"]
 SHORT += [("ltx", saver) for saver in OF_LTX] + [(family, "plain") for family in WITH_THEIR_TRANSFORMERS]
