@@ -112,7 +112,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _import_error("tensorboard", error) from None
-        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        with writing(folder):
+            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
