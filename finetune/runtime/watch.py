@@ -132,11 +132,8 @@ class Watch:
         except (RuntimeError, OSError):
             return False
         self._reading = time.monotonic(), after
-        return any(
-            line and after.get(rank) and line.beat == after[rank].beat
-            for rank, line in before.items()
-            if rank != self.rank
-        )
+        others = [(line, after.get(rank)) for rank, line in before.items() if rank != self.rank]
+        return any(line and now and line.beat == now.beat for line, now in others)
 
     def _leave(self, line: Line) -> None:
         """End this process, whose main thread is stuck."""

@@ -15,7 +15,6 @@ import pytest
 import torch
 from closeness import assert_close_to_scale
 from safetensors import safe_open
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune.checks.model import open_family
