@@ -6,7 +6,7 @@ travel over gloo on the CPU, tensors of the step over the device's own backend.
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -160,12 +160,15 @@ def start(timeout_seconds: float, on_cpu: bool = False) -> Runtime:
         timeout_seconds: how long a collective may wait for a peer before the run ends with an error.
         on_cpu: leave GPUs alone.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    has_peers = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # one of them alone is left from something else
+    of_torchrun: Mapping[str, str] = os.environ if has_peers else {}
+    rank, world_size = int(of_torchrun.get("RANK", 0)), int(of_torchrun.get("WORLD_SIZE", 1))
+    local_rank = int(of_torchrun.get("LOCAL_RANK", 0))
+    local_world_size = int(of_torchrun.get("LOCAL_WORLD_SIZE", 1))
     device = Device(torch.device("cpu")) if on_cpu else _pick_device(local_rank)
     backend = "gloo" if device.is_cpu else f"cpu:gloo,{device.kind}:{dist.get_default_backend_for_device(device.kind)}"
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" not in os.environ:
+    if not has_peers:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     else:
         # torchrun's store outlives a restart (--max_restarts), with the addresses of processes that are gone.
@@ -179,7 +182,6 @@ def start(timeout_seconds: float, on_cpu: bool = False) -> Runtime:
     if not device.is_cpu and world_size > 1:
         # NCCL takes its memory with the first collective: before what is free is read.
         dist.all_reduce(torch.zeros((), device=device.torch_device))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     watch = Watch(rank, world_size, str(restarts()), timeout_seconds) if world_size > 1 else None
     return Runtime(rank, local_rank, world_size, device, control, local_world_size, watch=watch)
 

@@ -138,10 +138,8 @@ class Watch:
         except (RuntimeError, OSError):
             return False
         self._reading = time.monotonic(), after
-        return any(
-            line is not None and rank != self.rank and line.beat == getattr(after[rank], "beat", None)
-            for rank, line in before.items()
-        )
+        others = [(line, after.get(rank)) for rank, line in before.items() if rank != self.rank]
+        return any(line and now and line.beat == now.beat for line, now in others)
 
     def _leave(self, line: Line, since: float) -> None:
         """End this process, whose main thread is stuck in what it has done since then."""

@@ -86,7 +86,7 @@ LEFT_OUT = [
     ("fetch", STREAMED),
     ("_free_oldest", SENT),
     ("_unpack", SENT),
-    ("wait_stream", MOMENTS),  # a gradient is copied out before it is computed
+    ("wait_stream", GRADIENTS),  # a gradient is copied out before it is computed
     ("_start", MOMENTS),  # the next weight is copied to where the one before is copied from
     ("_update", MOMENTS),
     ("step", MOMENTS),

@@ -202,6 +202,12 @@ def test_a_full_disk_of_tensorboard_does_not_end_a_training(recipe_file: Path, r
     assert capsys.readouterr().err.count("warning: TensorBoard fails ([Errno 28] No space left on device)") == 1
 
 
+def test_a_tensorboard_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(UserError, match=r"tensorboard: cannot be written .*File exists"):
+        open_trackers(Tracking(trackers=["tensorboard"]), tmp_path, {}, 0)
+
+
 def test_a_run_that_fails_ends_as_crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
