@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 from finetune.recipe import RECIPE_FILE, Recipe, load_recipe
 from finetune.recipe.load import differences
@@ -37,12 +38,26 @@ def check_same_run(recipe: Recipe) -> None:
         UserError: names the keys that differ.
     """
     saved = recipe.output / RECIPE_FILE
-    trained = any((recipe.output / "checkpoints").glob("step_*/trainer.json"))  # else there is nothing to go on from
-    if saved.exists() and trained:
-        changed = differences(recipe, load_recipe(saved))
+    if saved.exists() and has_checkpoints(recipe):  # else there is nothing to go on from
+        changed = differences(recipe, read_saved(saved))
         if changed:
             raise UserError(
                 "this folder holds a run of another recipe: " + "; ".join(changed[:6]),
                 "set `output` to a new folder, or put the keys back to resume",
                 str(recipe.output),
             )
+
+
+def has_checkpoints(recipe: Recipe) -> bool:
+    """Whether the output folder has checkpoints of a run."""
+    return any((recipe.output / "checkpoints").glob("step_*/trainer.json"))
+
+
+def read_saved(saved: Path) -> Recipe:
+    """The recipe that a run keeps of itself. Raises UserError if it is damaged."""
+    try:
+        return load_recipe(saved)
+    except UserError as error:
+        what = f"the run's own copy of its recipe is damaged ({error.problems[0].what})"
+        cure = "put the newest file of starts/ in its place; or remove it, if the recipe has not changed since"
+        raise UserError(what, cure, str(saved)) from error

@@ -12,6 +12,7 @@ from finetune.engine.step import StepState
 from finetune.models.batch import Tensors
 from finetune.models.objective import Objective
 from finetune.runtime import seeds
+from finetune.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ def heldout_loss(
     Every clip is evaluated at sigma(u) for u = 1/2n, 3/2n, ..., with n = `quantiles`, and with noise that depends only on the
     clip's index. Data ranks share the evaluations. All ranks call the transformer equally often, because each call of a
     sharded transformer needs all of them. Collective; returns the same on every rank.
+
+    Raises:
+        UserError: what is encoded of a clip cannot be read, or is not finite.
     """
     runtime, device = state.runtime, state.runtime.device
     data = runtime.data
@@ -53,6 +57,12 @@ def heldout_loss(
             with runtime.together():
                 sample = read_sample(items[index], cache, seeds.generator(state.seed, "heldout", index))
                 batch = state.family.batch([sample], objective, torch.tensor([u]))
+                if not batch.is_finite(0):
+                    raise UserError(
+                        "what is encoded of this held-out clip holds NaN or infinities",
+                        "hold out another clip, or remove its items from data.cache to have them encoded anew",
+                        str(items[index].path),
+                    )
             batch = batch.to(device.torch_device)
             predictions = state.family.predict(state.transformer, batch.inputs)
             zeros = {name: torch.zeros_like(prediction) for name, prediction in predictions.items()}

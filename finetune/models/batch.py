@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import register_pytree_node, tree_map_only
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
 
 Tensors = dict[str, Tensor]
 
@@ -63,6 +63,13 @@ class Batch:
     def losses(self, predictions: Mapping[str, Tensor]) -> Tensors:
         """Losses of each sample by term, float32 (B,) each, in the order of `terms`."""
         return {name: term.losses(predictions[name]) for name, term in self.terms.items()}
+
+    def is_finite(self, place: int) -> bool:
+        """Whether all numbers of one of the batch's samples are, on the CPU."""
+        size = len(next(iter(self.terms.values())).target)
+        parts = [part for part in tree_leaves((self.inputs, self.terms)) if isinstance(part, Tensor)]
+        samples = [part[place] for part in parts if part.is_floating_point() and part.dim() and len(part) == size]
+        return all(bool(torch.isfinite(sample).all()) for sample in samples)
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device. The copies overlap with computation if the batch is in page-locked memory."""

@@ -65,7 +65,7 @@ def quietly() -> Iterator[None]:
 
 def say(message: str) -> None:
     """Print one line on rank 0; other ranks stay silent."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0 or "WORLD_SIZE" not in os.environ:  # RANK alone is left from something else
         _show(message)
 
 

@@ -105,6 +105,12 @@ class Job:
 
     def _check_identity(self, facts: dict) -> None:
         outside = ", or the code of the family" if is_outside(self.recipe.model.family) else ""
+        if missing := self.identity().keys() - facts.keys():
+            raise UserError(
+                f"the trainer.json of the checkpoint of step {facts['step']} lacks {', '.join(sorted(missing))}",
+                "put it back from a copy, or move the checkpoint's folder away: the run then goes on from the one before",
+                str(self.checkpoints.path(facts["step"])),
+            )
         for key, what in (("clips", f"clips or captions{outside}"), ("base", "weights in model.path")):
             if facts[key] != self.identity()[key]:
                 raise UserError(

@@ -1,11 +1,10 @@
 """What a NaN or an infinity in a step comes from, and what the user can do about it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from finetune.engine.gradients import local
 from finetune.engine.savers.lowbit import LowBitLinear
@@ -143,15 +142,9 @@ def _bad_clips(job: Job, step: int, micro_batches: Sequence[Batch]) -> list[Path
     items, found = job.order.plan(step).items, []
     for index, batch in enumerate(micro_batches):
         for place, position in enumerate(job.split.positions(index)):
-            tensors = [each for each in _tensors(batch) if each.dim() and len(each) == job.split.micro]
-            if not all(bool(torch.isfinite(each[place]).all()) for each in tensors):
+            if not batch.is_finite(place):
                 found.append(job.prepared.train[items[position]].path)
     return found
-
-
-def _tensors(batch: Batch) -> Iterator[Tensor]:
-    values = [*batch.inputs.values(), *(each for term in batch.terms.values() for each in (term.target, term.weight))]
-    yield from (value for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
 
 def _or_float32(job: Job) -> str:

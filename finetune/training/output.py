@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.checks.output import check_output
+from finetune.checks.output import check_output, has_checkpoints, read_saved
 from finetune.engine.weights.exporters import exporter_of
-from finetune.recipe import RECIPE_FILE, Recipe, load_recipe, write_recipe
+from finetune.recipe import RECIPE_FILE, Recipe, write_recipe
 from finetune.recipe.load import changes
 from finetune.runtime.files import FolderLock, atomic, free_name, writing
 from finetune.runtime.logging import say
 from finetune.training.job import Job, export_weights
-from finetune.training.samples import has_prompts, has_samples
+from finetune.training.samples import forget_samples, has_prompts, has_samples
 
 STARTS, RESULTS = "starts", "results.json"
 
@@ -27,8 +27,10 @@ def claim_output(recipe: Recipe) -> FolderLock:
         recipe.output.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(recipe.output)
     check_output(recipe)
+    if not saved.exists() and has_checkpoints(recipe):
+        say(f"warning: {saved} is gone, so settings that have changed since its checkpoints were made are not noticed")
     if saved.exists():
-        for change in changes(recipe, load_recipe(saved)):
+        for change in changes(recipe, read_saved(saved)):
             say(f"changed since the last start: {change}")
     return lock
 
@@ -65,12 +67,13 @@ class Results:
         sampled = not has_prompts(self.job) or has_samples(self.job, steps)
         return self.job.state.runtime.from_main(self._are_exported()) and sampled
 
-    def forget(self) -> None:
-        """No longer take what is there for results: steps are made, perhaps anew after going back. Collective."""
+    def forget(self, done: int) -> None:
+        """No longer take what is there for results: steps after `done` are made, perhaps anew after going back. Collective."""
         runtime = self.job.state.runtime
         with runtime.together(), writing(self._note):
             if runtime.is_main:
                 self._note.unlink(missing_ok=True)
+                forget_samples(self.job, done)
 
     def export(self) -> Path:
         """Write the trained weights, unless they are there; returns their folder. Collective."""

@@ -100,7 +100,7 @@ def _go_on(job: Job, done: int, plan: MemoryPlan) -> int:
         say(f"this run is finished: {steps} steps, and all results are in {recipe.output}; raise train.steps to go on")
         return 0
     if done < steps:
-        results.forget()
+        results.forget(done)
     with StopRequest() as stop, Report(job, done) as report, _attention_explained(recipe):
         stopped = run(job, done, report, stop, plan)
         if not stopped:

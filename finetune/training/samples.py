@@ -80,6 +80,13 @@ def has_samples(job: Job, step: int) -> bool:
     return job.state.runtime.from_main((samples_folder(job, step) / SHEET).exists())
 
 
+def forget_samples(job: Job, done: int) -> None:
+    """No longer take samples of steps after `done` for made: remove their contact sheets. Raises OSError."""
+    for sheet in (job.recipe.output / "samples").glob(f"step_*/{SHEET}"):
+        if sheet.parent.name > samples_folder(job, done).name:
+            sheet.unlink()
+
+
 def request_of(job: Job, prepared: PreparedPrompt, seed: int) -> Request:
     """A prompt with what the cache holds of it."""
     cache = job.prepared.cache

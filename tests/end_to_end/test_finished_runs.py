@@ -131,6 +131,16 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 # The recipes of its starts
 
 
+def test_a_recipe_that_is_gone_is_said_and_one_that_is_damaged_is_named(
+    start: Callable[..., str], output: Path
+) -> None:
+    (output / "recipe.toml").unlink()
+    assert "recipe.toml is gone, so settings that have changed" in start("train.steps=6")
+    (output / "recipe.toml").write_text("")
+    with pytest.raises(UserError, match="the run's own copy of its recipe is damaged"):
+        start("train.steps=7")
+
+
 def steps_of(file: Path) -> int:
     return tomllib.loads(file.read_text())["train"]["steps"]
 

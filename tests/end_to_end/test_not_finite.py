@@ -102,6 +102,24 @@ def test_nan_in_what_is_encoded_is_told_with_the_clip(
     assert f"or their items from {cache} to have them encoded anew" in said
 
 
+def test_nan_in_what_is_encoded_of_a_held_out_clip_is_told_with_the_clip(
+    fails: Train, recipe_file: Path, runtime: Runtime, tmp_path: Path, heldout: Path
+) -> None:
+    cache = tmp_path / "own_cache"
+    settings = [f"data.cache={cache}", f"validation.heldout={heldout}"]
+    before = set((cache / "video").rglob("*.safetensors"))
+    train(load_recipe(recipe_file, [f"data.cache={cache}", "train.steps=1", f"output={tmp_path / 'first'}"]), runtime)
+    trained = set((cache / "video").rglob("*.safetensors")) - before
+    train(load_recipe(recipe_file, [*settings, "train.steps=1", f"output={tmp_path / 'second'}"]), runtime)
+    for file in set((cache / "video").rglob("*.safetensors")) - trained:
+        moments = load_file(file)
+        moments["mean"][0, 0, 0, 0] = math.nan
+        save_file(moments, file)
+    said = fails(*settings)
+    assert "what is encoded of this held-out clip holds NaN or infinities" in said
+    assert str(heldout) in said
+
+
 def test_an_encoder_that_makes_nan_is_told_before_anything_is_trained(
     fails: Train, tiny_ltx: Path, tmp_path: Path
 ) -> None:

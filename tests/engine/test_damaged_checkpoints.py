@@ -162,7 +162,9 @@ def test_a_folder_that_cannot_be_removed_is_a_warning(build_job: BuildJob, tmp_p
     assert build_job().resume() == 3
 
 
-@pytest.mark.parametrize("name", ["step_abc", "step_4", "step_00000004 (copy)", "old", "step_00000009"])
+@pytest.mark.parametrize(
+    "name", ["step_abc", "step_4", "step_00000004 (copy)", "old", "step_00000009", "step_000000004"]
+)
 def test_strange_names_are_passed_over_by_name(build_job: BuildJob, interrupted: Job, capsys, name: str) -> None:
     folder = interrupted.checkpoints.folder / name
     shutil.copytree(interrupted.checkpoints.path(4), folder)
@@ -170,6 +172,12 @@ def test_strange_names_are_passed_over_by_name(build_job: BuildJob, interrupted:
         (folder / "trainer.json").unlink()
     assert build_job().resume() == 4
     assert f"are no whole checkpoints: {name}" in capsys.readouterr().err
+
+
+def test_facts_that_are_lacking_are_named(build_job: BuildJob, interrupted: Job) -> None:
+    (interrupted.checkpoints.path(4) / "trainer.json").write_text('{"step": 4}')
+    with pytest.raises(UserError, match=r"trainer.json of the checkpoint of step 4 lacks base, clips"):
+        build_job("checkpoint.verify=false").resume()
 
 
 # Going back

@@ -88,7 +88,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending. What has another name is passed over."""
         names = (_NAME.fullmatch(path.parent.name) for path in self.folder.glob(f"step_*/{_FACTS}"))
-        return sorted(int(name[1]) for name in names if name)
+        return sorted(int(name[1]) for name in names if name and self.path(int(name[1])).name == name[0])
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
