@@ -82,7 +82,7 @@ class ActivationOffload:
 
     def _free_oldest(self) -> None:
         """Drop the device memory of the tensor that was saved first, once it is copied."""
-        _, _, record = self.leaving.popleft()
+        _kept, _, record = self.leaving.popleft()  # the tensor is freed on return, after the wait
         self.copies.wait(record.copied_out)
 
     def _is_offloaded(self, tensor: Tensor) -> bool:
