@@ -19,12 +19,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from finetune.planning import kernels
+from finetune.planning import host_waits, kernels
 from finetune.planning.cost import Cost
 from finetune.planning.dispatch_cache import DispatchCache
 from finetune.planning.kernels import KIND
@@ -94,9 +99,11 @@ class Accelerator(TorchDispatchMode):
             is_fake = torch.device(device).type == KIND
         if not is_fake and not _is_fake_host_memory(function, arguments, keywords):
             return function(*arguments, **keywords)
+        if host_waits.waits(function, arguments, keywords, tensors):
+            self.waits.append(host_waits.described(function))
         values = self._values(function, arguments, keywords, tensors)
-        if function is torch.ops.aten._local_scalar_dense.default and values is not None:
-            return values
+        if values is not None and torch.Tag.data_dependent_output in function.tags:
+            return values  # numbers of the host
         is_kernel = any(_is_on_device(tensor) for tensor in tensors)
         temporaries = self._temporaries_before(function, arguments) if self.temporaries and is_kernel else []
         result = self._run_fake(function, arguments, keywords, tensors, values)
@@ -144,7 +151,10 @@ class Accelerator(TorchDispatchMode):
             values: the result's values, where they are known.
         """
         if values is not None and torch.Tag.dynamic_output_shape in function.tags:
-            return self._allocate(values.shape, values.dtype, tensors[0].device)  # nonzero and the like
+            device = tensors[0].device
+            return tree_map_only(
+                Tensor, lambda known: self._allocate(known.shape, known.dtype, device), values
+            )  # nonzero
         key = self._cache.key(function, arguments, keywords)
         if key is not None:
             result = self._cache.get(key, tensors)
@@ -152,8 +162,11 @@ class Accelerator(TorchDispatchMode):
                 return result
         if any(not isinstance(tensor, FakeTensor) for tensor in tensors):
             arguments, keywords = tree_map_only(Tensor, self._as_fake, (arguments, keywords))
-        with self.fake:
-            result = function(*arguments, **keywords)
+        try:
+            with self.fake:
+                result = function(*arguments, **keywords)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise host_waits.unknown(function) from error
         if key is not None:
             self._cache.put(key, tensors, result)
         return result
@@ -202,8 +215,9 @@ class Accelerator(TorchDispatchMode):
             self._set(key, storage.nbytes())
 
     def reset_cost(self) -> None:
-        """Begin to count in `cost` again."""
+        """Begin to count in `cost` again, and to list in `waits` where the host waits for the device."""
         self.cost = Cost.none()
+        self.waits: list[str] = []
 
     def running(self, what: str) -> None:
         """Set what runs from here on: the category of storages that are allocated then, until they are named."""

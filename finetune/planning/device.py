@@ -57,6 +57,13 @@ class _Stream(_Event):
     def __exit__(self, *_: Any) -> None: ...
 
 
+class _Copies(Copies):
+    """Copies that are made at once, for which the host does not wait."""
+
+    def start(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+
 class _Backend:
     """The functions of torch's module for a device (like torch.cuda), as far as the trainer's libraries call them."""
 
@@ -165,7 +172,7 @@ class SimulatedDevice(Device):
         self.trace.allocator.empty_cache()
 
     def copies(self) -> Copies:
-        return Copies(None)
+        return _Copies(None)
 
     def pinned(self, size: int) -> Tensor:
         return torch.empty_like(

@@ -133,6 +133,7 @@ class Simulation:
                     values = (each.values() for each in state.optimizer.state.values())
                     size = staged_bytes([state.parameters, *map(list, values)])
                     self._checkpoint = self.runtime.device.pinned(size)
+            self._note_waits()
             one, two = costs
             cost = two.repeated(one, count) if count > 1 else two
             # Streamed blocks are copied ahead, and FSDP prefetches offloaded shards, but only with two ranks and more.
@@ -238,6 +239,13 @@ class Simulation:
             name = plain_name(name)
             if name.count(".") <= 2:
                 module.register_forward_pre_hook(lambda *_, name=name: accelerator.module_called(name))
+
+    def _note_waits(self) -> None:
+        """Note where the last step would let the host wait for the GPU: only `Device.read` should, which is not among them."""
+        for wait in sorted(set(self.accelerator.waits)):
+            note = f"each step makes the host wait for the GPU: {wait}"
+            if note not in self.notes:
+                self.notes.append(note)
 
     def _name_state(self, state: StepState) -> None:
         values = (value for each in state.optimizer.state.values() for value in each.values())
