@@ -24,7 +24,7 @@ _CAPABILITIES = {
     "flash": (range(8, 100), "8.0 and above"),
     "cudnn": (range(8, 100), "8.0 and above"),
     "fa3": (range(9, 10), "9.0"),
-    "fa4": (range(9, 11), "9.0 or 10.0"),
+    "fa4": (range(9, 11), "9.0 to 10.3"),
 }
 _PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"}  # which torch imports for them
 _FLOAT8_EVERYWHERE = (2, 13)  # torch whose Triton has float8 e4m3 below compute capability 8.9

@@ -61,7 +61,10 @@ def with_runtime(recipe: Recipe, body: Callable[[Runtime], int], on_cpu: bool = 
     gc.enable()
     runtime = distributed.start(recipe.distributed.timeout_seconds, on_cpu)
     try:
-        return body(runtime)
+        status = body(runtime)
+        if runtime.watch:
+            runtime.watch.end()
+        return status
     except RuntimeError as error:
         if any(sign in str(error) for sign in (*_LOST, *_LOST_NCCL)):
             raise lost_peer(

@@ -1,6 +1,6 @@
 """Which kernel computes the attention of the transformer's blocks, by torch's own selection.
 
-Blocks alone are concerned: text encoders, the VAE and what stands before the blocks have masks and head sizes of their own.
+Only the blocks use it: text encoders, the VAE and what stands before the blocks have masks and head sizes of their own.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ _BACKENDS = {
     "fa3": SDPBackend.FLASH_ATTENTION,  # versions 3 and 4 take the place of the flash kernel that is built into torch
     "fa4": SDPBackend.FLASH_ATTENTION,
 }
-# Begin or part of the messages of torch's errors, on GPUs, on CPUs, and of torch.nn.attention's own implementations.
+# Parts of torch's error messages when no kernel fits: on GPUs, on CPUs, and from FlashAttention 3 and 4.
 _NO_KERNEL = ("No available kernel", "No viable backend for scaled_dot_product_attention", "FA3 ", "FA4 ")
 
 
@@ -49,7 +49,7 @@ def choose_kernel(lists: list[nn.ModuleList], kernel: AttentionKernel, masks_pad
     """Wrap blocks in place, so that `kernel` computes their attention. "auto" leaves the choice to torch, but for masks.
 
     Args:
-        masks_padding: whether padded text is masked out in training, of tokens of any number.
+        masks_padding: whether padded text is masked in training; the number of tokens may then be any.
     Raises:
         UserError: torch cannot use the package of FlashAttention 3 or 4.
     """

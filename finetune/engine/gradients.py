@@ -57,15 +57,15 @@ class Norms:
     def add(self, parameter: Tensor) -> bool:
         """Note the norm of a parameter's gradient. Returns whether it is the first of this step."""
         assert parameter.grad is not None  # it is called from a hook on the gradient
-        norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
-        self._norms[parameter] = norm / replicas(parameter) ** 0.5
+        self._norms[parameter] = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
         return len(self._norms) == 1
 
     def take(self) -> Tensor:
-        """Global L2 norm of the gradients since it was last asked for, over all ranks."""
+        """Global L2 norm of the gradients since it was last asked for, over all ranks: 0-D float32. There must have been one."""
         norms, self._norms = self._norms, {}
         in_order = [norms[parameter] for parameter in self._parameters if parameter in norms]
-        return global_norm(torch.stack(in_order))  # summed in the order in which `grad_norm` does
+        # Summed in the order in which `grad_norm` does.
+        return global_norm(torch.stack(in_order) / replicas(self._parameters[0]) ** 0.5)
 
 
 def global_norm(norms: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -93,10 +93,28 @@ class OptimizerState(Part):
         self.transformer, self.optimizer = transformer, optimizer
 
     def state_dict(self) -> dict[str, Any]:
+        if not self.optimizer.state:
+            _begin(self.optimizer)
         return get_optimizer_state_dict(self.transformer, self.optimizer, options=_TRAINED_ONLY)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_optimizer_state_dict(self.transformer, self.optimizer, state, options=_TRAINED_ONLY)
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state of an optimizer that has made no step, which changes no parameter.
+
+    torch would do so with the gradients of all parameters in memory together, for which there may be no room.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        parameter.grad = None
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 @contextmanager

@@ -109,6 +109,8 @@ class Accelerator(TorchDispatchMode):
         result = self._run_fake(function, arguments, keywords, tensors, values)
         if is_kernel or any(_is_on_device(leaf) for leaf in tree_leaves(result)):
             self.cost.add(function, arguments, keywords, tensors, result)
+        else:
+            self.cost.add_on_host(function, tensors, result)
         if isinstance(result, FakeTensor):
             self._trace_storage(result)
             if function is torch.ops.aten._to_copy.default:

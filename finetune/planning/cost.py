@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
-from finetune.planning.gpus import Gpu
+from finetune.planning.gpus import HOST_MEMORY_RATE, Gpu
 from finetune.planning.kernels import KIND, UNINITIALISED, attention_flops
 
 _INTO = {torch.ops.aten.copy_.default}
@@ -28,12 +28,14 @@ class Cost:
         operations: number of operations on the device, by (FLOPs, bytes read and written, whether in float32).
         to_device, to_host: bytes copied from and to the host.
         peer_bytes: bytes of collectives.
+        host_bytes: bytes that the CPU reads and writes for updates in host memory.
     """
 
     operations: Counter[tuple[int, int, bool]]
     to_device: int = 0
     to_host: int = 0
     peer_bytes: int = 0
+    host_bytes: int = 0
 
     @classmethod
     def none(cls) -> Cost:
@@ -66,6 +68,16 @@ class Cost:
         size = sum(tensor.nbytes for tensor in (*tensors, *outputs))
         self.operations[flops, size, bool(outputs) and outputs[0].dtype is torch.float32] += 1
 
+    def add_on_host(self, function: Any, tensors: Sequence[Tensor], result: Any) -> None:
+        """Count an operation on weights, gradients or moments in host memory."""
+        if function.is_view or function in _NO_TRAFFIC:
+            return
+        made = [result] if isinstance(result, Tensor) and not function._schema.is_mutable else []
+        touched = sum(tensor.nbytes for tensor in (*tensors, *made))
+        self.host_bytes += (
+            2 * touched if function._schema.is_mutable else touched
+        )  # what is updated is read and written
+
     @property
     def flops(self) -> int:
         """FLOPs of all operations."""
@@ -73,7 +85,7 @@ class Cost:
 
     def seconds(self, gpu: Gpu, overlaps: bool = True) -> float:
         """Time by the roofline model (Williams et al. 2009): each operation runs at the GPU's peak rate of computing or of its
-        memory, whichever takes longer. Collectives run beside the operations.
+        memory, whichever takes longer. Collectives run beside the operations, updates in host memory after them.
 
         Args:
             overlaps: whether copies from and to the host run beside the operations, too, or after them.
@@ -83,7 +95,8 @@ class Cost:
             for (flops, size, float32), count in self.operations.items()
         )
         copying = max(self.to_device, self.to_host) / gpu.host_rate
-        return max(max(computing, copying) if overlaps else computing + copying, self.peer_bytes / gpu.peer_rate)
+        on_gpu = max(max(computing, copying) if overlaps else computing + copying, self.peer_bytes / gpu.peer_rate)
+        return on_gpu + self.host_bytes / HOST_MEMORY_RATE
 
     def repeated(self, one: Cost, times: int) -> Cost:
         """The cost of a step of `times` micro-batches, extrapolated from a step of two (self) and a step of one."""
@@ -100,6 +113,7 @@ class Cost:
             extended(self.to_device, one.to_device),
             extended(self.to_host, one.to_host),
             extended(self.peer_bytes, one.peer_bytes),
+            extended(self.host_bytes, one.host_bytes),
         )
 
 

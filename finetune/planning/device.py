@@ -175,9 +175,8 @@ class SimulatedDevice(Device):
         return _Copies(None)
 
     def pinned(self, size: int) -> Tensor:
-        return torch.empty_like(
-            torch.empty(size, dtype=torch.uint8, device="meta"), device="cpu"
-        )  # fake: see `Accelerator`
+        size_alone = torch.empty(size, dtype=torch.uint8, device="meta")
+        return torch.empty_like(size_alone, device="cpu")  # fake: see `Accelerator`
 
     def reseed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)

@@ -6,6 +6,9 @@ from finetune.runtime.units import GIB
 
 GB = 10**9
 CONTEXT = GIB // 2  # bytes that a CUDA context takes, about
+HOST_MEMORY_RATE = (
+    50 * GB
+)  # bytes a second between CPU and memory: two channels of DDR4 or DDR5; servers have several times that
 
 
 @dataclass(frozen=True)

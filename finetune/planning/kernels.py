@@ -91,9 +91,8 @@ def made_before(function: Any, arguments: tuple) -> list[Piece]:
     if function is BACKWARD:
         gradient, out = arguments[0], arguments[4]
         return [(each.shape, each.dtype) for each in (gradient, out) if not each.transpose(1, 2).is_contiguous()]
-    if (
-        function is torch.ops.aten._safe_softmax.default
-    ):  # of "math": a softmax, and which scores are -inf (attention.cpp)
+    if function is torch.ops.aten._safe_softmax.default:
+        # Of "math": a softmax, and which scores are -inf (attention.cpp).
         scores = arguments[0]
         return [(scores.shape, scores.dtype), (scores.shape, torch.bool)]
     place = MADE_CONTIGUOUS.get(function)

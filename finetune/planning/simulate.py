@@ -40,10 +40,8 @@ from finetune.recipe.rules import streams
 from finetune.runtime.logging import quietly
 from finetune.training.job import build_state, is_background
 
-STEPS = (
-    1,
-    2,
-)  # micro-batches of each step; the first allocates the optimizer's state, later steps behave like the second
+# Micro-batches of each step. The first allocates the optimizer's state; later steps behave like the second.
+STEPS = (1, 2)
 _DENOISING_STEPS = 2  # later steps behave like the second
 _NOTICEABLE = 0.1  # share of a step from which host time is told
 _MOMENTS = 600  # of a phase in the picture
@@ -149,6 +147,8 @@ class Simulation:
         seconds, phase = min(
             ((phase.seconds or math.inf, phase) for phase in self.phases if phase.kind == "step"), key=itemgetter(0)
         )
+        if self.recipe.optimizer.offload != "none" or (self.recipe.memory.offload and not self.streams):
+            return  # updates are made on the CPU: their time is in the step's
         updates = host_seconds(self.recipe.optimizer, self.recipe.train.weights, parameters)
         if updates > _NOTICEABLE * seconds:
             self.notes.append(

@@ -65,7 +65,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def disk_error(error: BaseException, path: Path) -> UserError | None:
-    """What a failed write means for the user; None if the error is about something else."""
+    """What a failed write means for the user; None if the error says so itself, or is about something else."""
+    if isinstance(error, UserError):
+        return None
     reason = str(error)
     if shortage := no_room(error):
         return UserError(shortage, f"{MAKE_ROOM}, then run the same command: it goes on where it stopped", str(path))

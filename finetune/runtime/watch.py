@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,6 +21,7 @@ from finetune.runtime.logging import print_error, say
 
 BEAT = 1.0  # seconds between the lines of a rank, at the most
 _REST = 0.1  # seconds between them, at the least
+DONE = -1  # in place of the number of lines: of a rank that has done its work
 _ANSWER = timedelta(seconds=5)  # in which the store must answer
 
 
@@ -43,11 +45,12 @@ class Watch:
         """
         Args:
             attempt: distinguishes restarts under one torchrun.
-            limit_seconds: that what is limited may take; see `doing`.
+            limit_seconds: how long a limited activity may take; see `doing`.
         """
         self.rank, self.world_size, self.limit_seconds = rank, world_size, limit_seconds
         self._now, self._beat = ("starting", time.monotonic(), False), 0  # what, since when, whether it is limited
-        self._ended, self._changed = threading.Event(), threading.Event()
+        self._ended, self._changed, self._is_done = threading.Event(), threading.Event(), False
+        self._thread: threading.Thread | None = None
         self._reading: tuple[float, dict[int, Line | None]] = time.monotonic(), {}  # when, and of all ranks
         self._store: dist.Store | None = None
         if world_size > 1 and "MASTER_ADDR" in os.environ:
@@ -60,7 +63,8 @@ class Watch:
                 say(f"warning: a rank that is lost will not be named ({str(error).partition(chr(10))[0]})")
                 return
             self._store = dist.PrefixStore(f"watch_{attempt}_{world_size}", store)
-            threading.Thread(target=self._write_lines, name="watch", daemon=True).start()
+            self._thread = threading.Thread(target=self._write_lines, name="watch", daemon=True)
+            self._thread.start()
 
     def doing(self, what: str, is_limited: bool = False) -> None:
         """Note what this rank does from here on, such as "in step 12".
@@ -73,8 +77,12 @@ class Watch:
         self._changed.set()
 
     def end(self) -> None:
-        """Note no more."""
+        """Note that this rank has done its work. From then on it is missed by no other."""
+        self._is_done = True
         self._ended.set()
+        self._changed.set()
+        if self._thread:
+            self._thread.join(timeout=_ANSWER.total_seconds())
 
     def lost(self) -> dict[int, Line | None]:
         """The ranks that note nothing any more, with their last lines; None of a rank that never noted any. Takes some seconds."""
@@ -89,7 +97,7 @@ class Watch:
         return {
             rank: line
             for rank, line in after.items()
-            if rank != self.rank and (line is None or line.beat == getattr(before[rank], "beat", None))
+            if rank != self.rank and (line is None or DONE != line.beat == getattr(before[rank], "beat", None))
         }
 
     def behind(self) -> dict[int, Line]:
@@ -103,7 +111,7 @@ class Watch:
         return {
             rank: line
             for rank, line in lines.items()
-            if line is not None and rank != self.rank and line.doing != self._now[0]
+            if line is not None and rank != self.rank and line.beat != DONE and line.doing != self._now[0]
         }
 
     def _write_lines(self) -> None:
@@ -123,6 +131,9 @@ class Watch:
             self._ended.wait(_REST)
             self._changed.wait(BEAT - _REST)
             self._changed.clear()
+        if self._is_done and self._store is not None:
+            with suppress(RuntimeError, OSError):
+                self._store.set(key, json.dumps(vars(Line(DONE, host, "done", 0.0))))
 
     def _is_in_vain(self) -> bool:
         """Whether a rank has noted nothing for a quarter of `limit_seconds`. Called with each line of a rank that may wait for it.
@@ -139,7 +150,7 @@ class Watch:
             return False
         self._reading = time.monotonic(), after
         others = [(line, after.get(rank)) for rank, line in before.items() if rank != self.rank]
-        return any(line and now and line.beat == now.beat for line, now in others)
+        return any(line and now and DONE != line.beat == now.beat for line, now in others)
 
     def _leave(self, line: Line, since: float) -> None:
         """End this process, whose main thread is stuck in what it has done since then."""

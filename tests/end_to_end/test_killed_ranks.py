@@ -253,6 +253,11 @@ def three_watches(limit_seconds: float) -> Iterator[list[Watch]]:
         watch.end()
 
 
+def fall_silent(watch: Watch) -> None:
+    """As if its process were stopped."""
+    watch._ended.set()
+
+
 def test_a_rank_that_waits_for_its_clips_is_told_from_those_that_wait_for_it() -> None:
     """Two ranks that answer: one is in a step, the other reads clips."""
     with three_watches(limit_seconds=60) as ranks:
@@ -265,7 +270,7 @@ def test_a_rank_that_waits_for_its_clips_is_told_from_those_that_wait_for_it() -
         behind = rf"rank 0 waits: rank 2 is on {socket.gethostname()}, waiting for the clips of step 7 for \d s"
         assert re.fullmatch(behind, str(error))
         assert not error.is_main_lost
-        ranks[2].end()
+        fall_silent(ranks[2])
         time.sleep(1.5)
         assert "rank 2 (on " in str(lost_peer(ranks[1], "rank 1 waits", ""))
 
@@ -277,7 +282,7 @@ def test_ranks_that_wait_for_a_lost_one_do_not_take_each_other_for_lost() -> Non
         patch("finetune.runtime.watch.os._exit"),
         three_watches(limit_seconds=1) as ranks,
     ):
-        ranks[2].end()
+        fall_silent(ranks[2])
         ranks[0].doing("in step 7", is_limited=True)
         time.sleep(0.5)
         ranks[1].doing("in step 7", is_limited=True)
@@ -287,6 +292,23 @@ def test_ranks_that_wait_for_a_lost_one_do_not_take_each_other_for_lost() -> Non
         assert re.search(r"rank 2( \(.*\))? ended, or answers no more", line)
         assert "rank 0 (" not in line
         assert "rank 1 (" not in line
+
+
+def test_a_rank_that_has_done_its_work_is_not_missed() -> None:
+    """Rank 0 may still send what it has logged, for longer than the timeout."""
+    said: list[str] = []
+    with (
+        patch("finetune.runtime.watch.print_error", lambda error: said.append(str(error))),
+        patch("finetune.runtime.watch.os._exit"),
+        three_watches(limit_seconds=1) as ranks,
+    ):
+        ranks[0].doing("exporting")
+        for rank in (1, 2):
+            ranks[rank].end()
+        time.sleep(7)
+        assert ranks[0].lost() == {}
+        assert ranks[0].behind() == {}
+    assert said == []
 
 
 def test_a_step_that_ends_after_all_is_no_reason_to_leave() -> None:

@@ -105,3 +105,17 @@ def test_gradients_leave_the_device_in_the_backward_pass(make_job: Callable[...,
     train(job, 0, 1)
     assert len(seen) == len(job.state.parameters)
     assert all(seen)
+
+
+@pytest.mark.parametrize("settings", [[], ["optimizer.name=adamw_8bit"], ["optimizer.offload=state_and_gradients"]])
+def test_a_resume_holds_one_gradient_at_a_time(make_job: Callable[..., Job], settings: list[str]) -> None:
+    """There may be no room for all of them."""
+    saved = make_job(*settings)
+    train(saved, 0, 1)
+    saved.save(1)
+    job, most = make_job(*settings), []
+    job.state.optimizer.register_step_pre_hook(
+        lambda *_: most.append(sum(parameter.grad is not None for parameter in job.state.parameters))
+    )
+    assert job.resume() == 1
+    assert most == [1] * len(job.state.parameters)

@@ -27,6 +27,7 @@ def cost(flops: int = 0, size: int = 0, float32: bool = False, count: int = 1, *
         (cost(312 * TERA, to_device=64 * GB), 2.0),  # copied beside what is computed
         (cost(312 * TERA, to_device=64 * GB, to_host=32 * GB), 2.0),  # both ways at once
         (cost(312 * TERA, peer_bytes=900 * GB), 3.0),
+        (cost(312 * TERA, to_device=64 * GB, host_bytes=50 * GB), 3.0),  # updates on the CPU come after all else
     ],
 )
 def test_seconds_are_those_of_the_slowest(done: Cost, seconds: float) -> None:
@@ -35,6 +36,14 @@ def test_seconds_are_those_of_the_slowest(done: Cost, seconds: float) -> None:
 
 def test_copies_that_nothing_hides_are_added() -> None:
     assert cost(312 * TERA, to_device=64 * GB).seconds(A100, overlaps=False) == pytest.approx(3.0)
+
+
+def test_an_update_in_host_memory_counts_what_it_reads_and_writes() -> None:
+    counted, (weight, gradient) = Cost.none(), (torch.empty(1000, device="meta") for _ in range(2))
+    function = torch.ops.aten.add_.Tensor
+    counted.add_on_host(function, [weight, gradient], function(weight, gradient))
+    assert counted.host_bytes == 2 * 8000
+    assert counted.flops == 0
 
 
 def test_further_micro_batches_repeat_what_the_second_added() -> None:

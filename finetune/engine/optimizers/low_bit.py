@@ -10,7 +10,7 @@ from torch import nn
 from finetune.engine.optimizers.saved_state import load_as_saved
 from finetune.recipe.optimizers import Adam, AdamW, LowBitAdamW, Optimizer
 
-_HOST_SECONDS = 1.9e-3  # of each parameter's update by torchao 0.18, about
+_HOST_SECONDS = 1.9e-3  # about this long for one parameter's update in torchao 0.18
 
 
 def build(parameters: Mapping[str, nn.Parameter], settings: LowBitAdamW, weights: str) -> torch.optim.Optimizer:
@@ -62,7 +62,7 @@ def adapted(cls: Any, on_cpu: bool) -> Any:
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             """Moments stay in float32: torch casts them to the dtype of their weights."""
-            load_as_saved(self, super().load_state_dict, state_dict)
+            load_as_saved(self, state_dict)
 
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             """On a CPU without compiling, which takes half a minute there and wants a C++ compiler."""

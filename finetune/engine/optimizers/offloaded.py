@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from finetune.engine.gradients import Norms, local
 from finetune.engine.optimizers.saved_state import load_as_saved
@@ -25,8 +27,8 @@ _ALIGNMENT = 64  # bytes between the beginnings of tensors in host memory
 
 
 class HostGradients:
-    """Copies each gradient to host memory as soon as it is whole, and drops it. FSDP2 calls a sharded parameter's hooks after
-    its reduction.
+    """Copies each gradient to host memory as soon as it is reduced, and drops it. FSDP2 calls a sharded parameter's hooks after
+    its reduction. A second backward pass before `take` overwrites what the first has left.
 
     Attributes:
         held: the host memory of each parameter's gradient, of its shape and dtype on this rank.
@@ -42,7 +44,8 @@ class HostGradients:
             parameter.register_post_accumulate_grad_hook(self._collect)
         self._collected: set[Tensor] = set()  # parameters
         self._leaving: deque[tuple[Tensor, Arrival]] = deque()
-        self._norms, self._scale = Norms(parameters), torch.ones(())
+        self._norms = Norms(parameters)
+        self._scale: Tensor | None = None  # 0-D float32, if the gradients are to be clipped
 
     def _collect(self, parameter: Tensor) -> None:
         assert parameter.grad is not None  # it is what the hook is called for
@@ -61,7 +64,7 @@ class HostGradients:
         self._copies.wait(arrival)
 
     def norm(self) -> Tensor:
-        """Global L2 norm of the gradients since it was last asked for, over all ranks.
+        """Global L2 norm of the gradients since it was last asked for, over all ranks: 0-D float32, on the device.
 
         Once the host has read it, all of them are in host memory.
         """
@@ -71,7 +74,8 @@ class HostGradients:
 
     def clip(self, norm: float, limit: float | None) -> None:
         """Scale gradients by `limit` / `norm` when they are taken, if the norm exceeds it: as torch's clip_grads_with_norm_."""
-        self._scale = torch.ones(()) if limit is None else (limit / (torch.tensor(norm) + 1e-6)).clamp(max=1.0)
+        scale = torch.ones(()) if limit is None else limit / (torch.tensor(norm) + 1e-6)
+        self._scale = scale if scale < 1 else None
 
     def take(self, parameter: Tensor) -> Tensor | None:
         """This rank's part of a parameter's gradient in host memory, clipped; None if it has not been collected.
@@ -81,7 +85,8 @@ class HostGradients:
         if parameter not in self._collected:
             return None
         self._collected.remove(parameter)
-        return self.held[parameter].mul_(self._scale)
+        held = self.held[parameter]
+        return held if self._scale is None else held.mul_(self._scale)
 
     def drop(self) -> None:
         """Forget the gradients that were not taken."""
@@ -90,11 +95,9 @@ class HostGradients:
 
 @dataclass(eq=False)
 class _Stage:
-    """Host memory that a weight and its gradient are copied to; and their copies there and back."""
+    """Host memory that a weight, and after it its gradient, are copied to; their copies there, and the weight's copy back."""
 
     memory: Tensor  # uint8
-    weight: Tensor = field(default_factory=lambda: torch.empty(0))
-    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
     arrivals: list[Arrival] = field(default_factory=list)
     returned: Arrival = None
 
@@ -107,31 +110,36 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, inner: torch.optim.Optimizer, device: Device, gradients: HostGradients | None = None) -> None:
-        """
+        """Collective.
+
         Args:
+            inner: has been built for the same parameters; updates each of them by its own gradient and state alone, and writes
+                nothing to its groups.
+            device: of the parameters.
             gradients: where gradients are, if they do not stay on the device.
         """
         super().__init__(inner.param_groups, inner.defaults)
         self._inner, self._gradients = inner, gradients
         self._out, self._back = device.copies(), device.copies()
-        largest = max(_aligned(parameter) for group in self.param_groups for parameter in group["params"])
-        self._stages = [_Stage(device.pinned(2 * largest)) for _ in range(_STAGES)]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        largest = max(map(_aligned, parameters))
+        self._stages = [_Stage(device.pinned(largest if gradients else 2 * largest)) for _ in range(_STAGES)]
+        meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
+        self._mesh = _on_host(*meshes) if meshes else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, on the device or collected."""
         assert closure is None  # this project's steps have none
-        coming = self._staged()
-        current = next(coming, None)
-        while current is not None:
-            following = next(coming, None)  # starts its copy before the current one is updated
+        staged = chain(self._staged(), [None])
+        for current, _following in pairwise(staged):  # the copy of the following one is started before
+            assert current is not None
             self._update(*current)
-            current = following
         for stage in self._stages:
             self._back.wait(stage.returned)
 
-    def _staged(self) -> Iterator[tuple[dict[str, Any], nn.Parameter, _Stage]]:
-        """(group, parameter, stage) of each parameter, whose copies to the host have been started."""
+    def _staged(self) -> Iterator[tuple[dict[str, Any], nn.Parameter, Tensor, Tensor, _Stage]]:
+        """(group, parameter, host copies of weight and gradient, stage) of each parameter; the copies have been started."""
         place = 0
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -139,33 +147,52 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 if collected is None and parameter.grad is None:
                     continue
                 stage = self._stages[place % _STAGES]
-                self._start(stage, parameter, collected)
-                yield group, parameter, stage
+                yield group, parameter, *self._start(stage, parameter, collected), stage
                 place += 1
 
-    def _start(self, stage: _Stage, parameter: nn.Parameter, collected: Tensor | None) -> None:
+    def _start(self, stage: _Stage, parameter: nn.Parameter, collected: Tensor | None) -> tuple[Tensor, Tensor]:
         self._out.finish(stage.returned)  # the stage's memory has been read
         weight = local(parameter).detach()
-        stage.weight = _like(weight, stage.memory)
-        stage.arrivals = [self._out.start(stage.weight, weight)]
+        host = _like(weight, stage.memory)
+        stage.arrivals = [self._out.start(host, weight)]
         if collected is not None:
-            stage.gradient = collected
-        elif parameter.grad is not None:
-            stage.gradient = _like(weight, stage.memory[_aligned(weight) :])
-            stage.arrivals.append(self._out.start(stage.gradient, local(parameter.grad)))
+            return host, collected
+        assert parameter.grad is not None  # else there would be nothing to update
+        gradient = local(parameter.grad)
+        room = stage.memory[_aligned(weight) :]
+        if len(room) < gradient.nbytes:  # as a gradient that was set from outside, while others are collected
+            room = torch.empty(gradient.nbytes, dtype=torch.uint8)
+        stage.arrivals.append(self._out.start(_like(gradient, room), gradient))
+        return host, _like(gradient, room)
 
-    def _update(self, group: dict[str, Any], parameter: nn.Parameter, stage: _Stage) -> None:
+    def _update(
+        self, group: dict[str, Any], parameter: nn.Parameter, weight: Tensor, gradient: Tensor, stage: _Stage
+    ) -> None:
         for arrival in stage.arrivals:
             self._out.finish(arrival)
-        lent = _with_local(parameter.detach(), stage.weight)
-        lent.grad = _with_local(parameter.detach(), stage.gradient)
+        lent = self._distributed(weight, parameter)
+        lent.grad = self._distributed(gradient, parameter)
         self._inner.param_groups = [{**group, "params": [lent]}]
         self._inner.state.clear()
         if parameter in self.state:
             self._inner.state[lent] = self.state[parameter]
         self._inner.step()
         self.state[parameter] = self._inner.state[lent]
-        stage.returned = self._back.start(local(parameter).detach(), stage.weight)
+        stage.returned = self._back.start(local(parameter).detach(), weight)
+
+    def _distributed(self, part: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This rank's part as a tensor that is distributed as the parameter, on CPUs."""
+        if not isinstance(parameter, DTensor):
+            return part
+        assert self._mesh is not None
+        return DTensor.from_local(
+            part,
+            self._mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, wherever they are."""
@@ -175,17 +202,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state stays in host memory: torch moves it to where the parameters are."""
-        load_as_saved(self, super().load_state_dict, state_dict)
+        load_as_saved(self, state_dict)
 
 
-def _with_local(tensor: Tensor, part: Tensor) -> Tensor:
-    """A tensor that is distributed as another one, and has this part on this rank, also one on another device."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return part
-    names, context = tensor.__tensor_flatten__()  # one tensor, and from torch 2.13 on the mesh
-    inner = {name: getattr(tensor, name) for name in names}
-    inner = {name: part if isinstance(value, Tensor) else value for name, value in inner.items()}
-    return type(tensor).__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
+def _on_host(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks on their CPUs. Collective."""
+    if mesh.device_type == "cpu":
+        return mesh
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 
 def _like(tensor: Tensor, memory: Tensor) -> Tensor:

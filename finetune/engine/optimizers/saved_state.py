@@ -1,21 +1,14 @@
 """Loading an optimizer's state without changing where and in which dtype it is."""
 
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
 
 
-def load_as_saved(
-    optimizer: torch.optim.Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]
-) -> None:
-    """Load a state dict without what torch does to the state: it casts it to dtype and device of the parameters.
-
-    Args:
-        load: torch's own method of the optimizer.
-    """
-    load({**state_dict, "state": {}})
+def load_as_saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load a state dict without casting the state to dtype and device of the parameters, as torch does."""
+    torch.optim.Optimizer.load_state_dict(optimizer, {**state_dict, "state": {}})
     saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for name, parameter in zip(saved, own, strict=True):

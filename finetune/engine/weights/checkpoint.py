@@ -78,9 +78,8 @@ class Checkpoints:
             verify: compare the digests of all files before a checkpoint is taken up.
         """
         self.folder, self.keep_last, self.runtime, self.verify = folder, keep_last, runtime, verify
-        self._makes_parents = (
-            not folder.parent.is_dir()
-        )  # a run's folder that was there has been moved away if it is not
+        # A run's folder that was there at first, and is not later, has been moved away.
+        self._makes_parents = not folder.parent.is_dir()
         self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
         self._host = HostCopy(runtime.device) if background else None
         self._thread = ThreadPoolExecutor(1, "checkpoint", runtime.device.make_current)
