@@ -91,7 +91,7 @@ def losses(family_recipe: Callable[..., Path], runtime: Runtime) -> Callable[...
 
     def train(settings: list[str], device: Device | None = None) -> list[tuple[float, float]]:
         recipe = load_recipe(
-            family_recipe("ltx"), ["lora.rank=4", "lora.alpha=8", "train.micro_batch_size=1", *settings]
+            family_recipe("hunyuan"), ["lora.rank=4", "lora.alpha=8", "train.micro_batch_size=1", *settings]
         )
         family = open_family(recipe)
         job = build(
