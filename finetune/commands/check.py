@@ -29,7 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
         gpus = arguments.gpus or runtime.world_size
         if problems := check_all(recipe, runtime, gpus):
             raise UserError.of(problems)
-        say(f"nothing wrong found, for training on {gpus} GPU{'s' if gpus > 1 else ''}")
+        unseen = (
+            "; this machine has none, so what the GPU itself can do was not looked at" if runtime.device.is_cpu else ""
+        )
+        say(f"nothing wrong found, for training on {gpus} GPU{'s' if gpus > 1 else ''}{unseen}")
         return 0
 
     return with_runtime(recipe, body)

@@ -262,7 +262,7 @@ class Tracking(Table):
 
 
 class Distributed(Table):
-    timeout_seconds: Annotated[float, Field(gt=0)] = Free(1800.0)
+    timeout_seconds: Annotated[float, Field(ge=1)] = Free(1800.0)
     """How long a rank waits for its peers in a collective, and how long a step may take, before the run ends with an error that
     names the rank which is waited for. Raise it where a step's first compilation, or its many micro-batches, take longer."""
 

@@ -231,8 +231,10 @@ def sound_checkpoint(checkpoints: Checkpoints, step: int | None = None) -> int |
         return checkpoints.newest()
     known = checkpoints.runtime.from_main(checkpoints.steps())
     if step not in known:
-        steps = ", ".join(map(str, known)) or "none"
-        raise UserError(f"there is no checkpoint of step {step}", f"steps are: {steps}", str(checkpoints.folder))
+        cure = f"steps are: {', '.join(map(str, known)) or 'none'}"
+        if checkpoints.path_aside(step).is_dir():
+            cure += f"; that of step {step} was set aside: move {checkpoints.path_aside(step)} back to use it"
+        raise UserError(f"there is no checkpoint of step {step}", cure, str(checkpoints.folder))
     if wrong := checkpoints.damage(step):
         raise UserError(
             f"the checkpoint is damaged ({'; '.join(wrong[:3])})", "name another step", str(checkpoints.path(step))

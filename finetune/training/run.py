@@ -78,10 +78,12 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan, r
         if done > recipe.train.steps:
             raise UserError(
                 f"this run is already at step {done}, past train.steps = {recipe.train.steps}",
-                f"raise train.steps, or write an earlier state with: python -m finetune export --step N "
-                f"({job.checkpoints.folder})",
+                "raise train.steps, go back with --resume-step N, or write an earlier state: "
+                "python -m finetune export --recipe R --step N --out DIR",
                 str(recipe.output),
             )
+        if resume_step is None and done < recipe.train.steps and _is_finished(job):
+            return 0  # the checkpoint of the last step is damaged, but nothing is missing that it would be needed for
         with runtime.together():
             if runtime.is_main:
                 check_metrics(recipe.output, done)
@@ -92,12 +94,20 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan, r
         return _go_on(job, done, plan)
 
 
+def _is_finished(job: Job) -> bool:
+    """Whether the run has made all its steps and all results, and says so. Collective."""
+    steps = job.recipe.train.steps
+    if not job.state.runtime.from_main(steps in job.checkpoints.steps()) or not Results(job).are_complete():
+        return False
+    say(f"this run is finished: {steps} steps, and all results are in {job.recipe.output}; raise train.steps to go on")
+    return True
+
+
 def _go_on(job: Job, done: int, plan: MemoryPlan) -> int:
     """Train from step `done` to the end, and make the results; returns the process's exit status."""
     recipe, results = job.recipe, Results(job)
     steps = recipe.train.steps
-    if done == steps and results.are_complete():
-        say(f"this run is finished: {steps} steps, and all results are in {recipe.output}; raise train.steps to go on")
+    if done == steps and _is_finished(job):
         return 0
     if done < steps:
         results.forget(done)
@@ -112,7 +122,7 @@ def _go_on(job: Job, done: int, plan: MemoryPlan) -> int:
                 stopped = samples is None and has_prompts(job)  # the next start makes them
     if stopped:
         signal_ = stop.signal or signal.SIGTERM  # another rank may have been asked first
-        say(f"stopped by {signal_.name}; the same command goes on from the newest checkpoint")
+        say(f"stopped by {signal_.name}; the same command goes on from step {max(job.checkpoints.steps(), default=0)}")
         return 128 + signal_
     say_usage(job, exported)
     return 0

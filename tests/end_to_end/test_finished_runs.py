@@ -45,6 +45,12 @@ def start(recipe_file: Path, runtime: Runtime, capsys) -> Callable[..., str]:
     return run
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
 @pytest.fixture
 def output(start: Callable[..., str], tmp_path: Path) -> Path:
     """The folder of a run that is finished."""
@@ -107,6 +113,18 @@ def test_a_stop_between_the_last_step_and_the_export_leaves_the_rest_to_the_next
     exported, saved = adapter(output / "lora"), adapter(output / "checkpoints" / "step_00000006" / "lora")
     assert all(torch.equal(exported[name], saved[name]) for name in saved)
     assert (output / "samples" / "step_00000006" / "contact_sheet.png").is_file()
+
+
+def test_a_finished_run_is_not_trained_again_for_a_damaged_checkpoint(start: Callable[..., str], output: Path) -> None:
+    flip(output / "checkpoints" / f"step_{STEPS:08d}" / "state" / "__0_0.distcp")
+    before = written(output)
+    said = start()
+    assert f"the checkpoint of step {STEPS} is damaged" in said
+    assert f"this run is finished: {STEPS} steps" in said
+    assert written(output) == before
+    shutil.rmtree(output / "lora")
+    assert "the run goes on from step 2" in start()
+    assert checkpoints(output) == [2, STEPS]
 
 
 def test_more_steps_go_on(start: Callable[..., str], output: Path) -> None:

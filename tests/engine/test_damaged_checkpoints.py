@@ -109,6 +109,13 @@ def test_all_checkpoints_being_damaged_is_an_error_and_not_a_new_start(build_job
     assert "step 2: " in str(error.value)
 
 
+def test_where_all_are_damaged_one_whose_state_is_whole_is_taken(build_job: BuildJob, interrupted: Job, capsys) -> None:
+    flip(interrupted.checkpoints.path(4) / FILES[0])
+    flip(interrupted.checkpoints.path(2) / FILES[2])
+    assert build_job("checkpoint.keep_last=all").resume() == 2
+    assert "what is damaged is only the adapter that was exported with it" in capsys.readouterr().err
+
+
 # What runs code
 
 
@@ -181,6 +188,12 @@ def test_facts_that_are_lacking_are_named(build_job: BuildJob, interrupted: Job)
 
 
 # Going back
+
+
+def test_a_checkpoint_that_was_set_aside_is_said_to_be_there(build_job: BuildJob, interrupted: Job) -> None:
+    interrupted.checkpoints.set_aside_after(2)
+    with pytest.raises(UserError, match=r"that of step 4 was set aside: move .*step_00000004 back"):
+        build_job().resume(4)
 
 
 def test_going_back_to_an_earlier_checkpoint_is_the_same_training(build_job: BuildJob, interrupted: Job) -> None:

@@ -92,6 +92,10 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
+    def path_aside(self, step: int) -> Path:
+        """Where a checkpoint lies that was set aside, or the first of several."""
+        return self.folder / _ASIDE / self.path(step).name
+
     # Writing
 
     def begin(
@@ -232,17 +236,22 @@ class Checkpoints:
             UserError: there are checkpoints, and each is damaged.
         """
         self._say_strange_names()
-        found = []
+        found: dict[int, list[str]] = {}
         for step in reversed(self.runtime.from_main(self.steps() if self.runtime.is_main else [])):
-            wrong = self.damage(step)
-            if not wrong:
+            found[step] = self.damage(step)
+            if not found[step]:
                 return step
-            found.append(f"step {step}: {'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}")
-            say(f"warning: the checkpoint of step {step} is damaged, and passed over ({found[-1]})")
+            say(f"warning: the checkpoint of step {step} is damaged, and passed over ({_in_words(step, found[step])})")
+        for step, wrong in found.items():
+            if not any(line.startswith((f"{_STATE}/", _FACTS)) for line in wrong):
+                say(
+                    f"resuming from the checkpoint of step {step}: what is damaged is only the adapter that was exported with it"
+                )
+                return step
         if found:
             raise UserError(
-                f"all checkpoints are damaged ({'; '.join(found)})",
-                "put one back from a copy, or move the folder away to start anew",
+                f"all checkpoints are damaged ({'; '.join(_in_words(*each) for each in found.items())})",
+                f"put one back, from a copy or from {_ASIDE}, or move the folder away to start anew",
                 str(self.folder),
             )
         return None
@@ -264,11 +273,11 @@ class Checkpoints:
             return wrong
         with self._reading(step):
             share = damage(self.path(step), files, self.runtime.rank, self.runtime.world_size)
-        shares = self.runtime.gather(share)
+        lines = [line for each in self.runtime.gather(share) for line in each]
         seconds, size = time.monotonic() - start, sum(size for size, _ in files.values())
         if seconds > 1:
             say(f"verified the checkpoint of step {step}: {size / GIB:.1f} GiB in {seconds:.1f} s")
-        return [line for share in shares for line in share]
+        return lines
 
     @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -372,3 +381,7 @@ class Checkpoints:
         names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
         if strange := [name for name in names if name not in known]:
             say(f"passed over in {self.folder}, which are no whole checkpoints: {', '.join(strange)}")
+
+
+def _in_words(step: int, wrong: Sequence[str]) -> str:
+    return f"step {step}: {'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}"
