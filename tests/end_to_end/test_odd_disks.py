@@ -258,14 +258,15 @@ def test_a_cache_that_is_read_only_is_used(
 def test_a_read_only_cache_that_lacks_an_item_is_named(
     recipe: Path, straight: Run, cache: Path, tmp_path: Path, read_only: Callable[[Path], Path]
 ) -> None:
-    """The item is there, and damaged: it can be neither used nor removed."""
+    """The items are there, and damaged: they can be neither used nor removed."""
     damaged = Path(shutil.copytree(cache, tmp_path / "cache"))
-    item = files_of(damaged / "video")[0]
-    item.write_bytes(item.read_bytes()[:100])
+    for item in files_of(damaged / "video"):
+        item.write_bytes(item.read_bytes()[:100])
     folder = read_only(damaged)
     failed = run_command("prepare", "--recipe", recipe, "--set", f"data.cache={folder}")
     assert failed.returncode == 2, failed.stderr
-    assert told(failed.stderr).startswith(f"{folder / item.relative_to(damaged)}: ")
+    items = tuple(f"{folder / item.relative_to(damaged)}: " for item in files_of(damaged / "video"))
+    assert told(failed.stderr).startswith(items)
 
 
 def test_an_output_that_is_read_only_is_refused_before_clips_are_encoded(

@@ -67,6 +67,7 @@ FREE = [
     "memory.keep_gib=2",
     "memory.compile=true",
     "memory.plan=false",
+    "memory.attention=math",
     "checkpoint.every=1",
     "checkpoint.keep_last=all",
     "checkpoint.background=false",

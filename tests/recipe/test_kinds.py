@@ -79,8 +79,8 @@ def test_a_key_of_another_kind_names_that_kind() -> None:
         ("swing", "patiense", "did you mean 'optimizer.patience'?"),
         ("adamw", "epz", "did you mean 'optimizer.eps'?"),
         ("swing", "steps", "did you mean 'train.steps'?"),
-        ("swing", "banana", "keys here are: name, lr, in_backward, d0, patience"),
-        ("adamw_8bit", "banana", "keys here are: name, lr, in_backward, betas, eps, weight_decay"),
+        ("swing", "banana", "keys here are: name, lr, offload, in_backward, d0, patience"),
+        ("adamw_8bit", "banana", "keys here are: name, lr, offload, in_backward, betas, eps, weight_decay"),
     ],
 )
 def test_a_key_of_no_kind_is_looked_for_in_the_kind_that_reads(name: str, key: str, cure: str) -> None:
@@ -113,7 +113,7 @@ def test_set_reads_a_value_as_the_kind_wants_it_in_any_order(order: int) -> None
 
 def test_a_written_recipe_has_the_keys_of_its_kind(tmp_path: Path) -> None:
     recipe = load_recipe(QUICKSTART, ["optimizer.name=swing", "optimizer.d0=0.5"])
-    values = {"name": "swing", "lr": 5e-3, "in_backward": False, "d0": 0.5, "patience": 3}
+    values = {"name": "swing", "lr": 5e-3, "offload": "none", "in_backward": False, "d0": 0.5, "patience": 3}
     assert recipe_values(recipe)["optimizer"] == values
     write_recipe(recipe, tmp_path / "written.toml")
     assert load_recipe(tmp_path / "written.toml") == recipe
@@ -133,7 +133,7 @@ def test_another_kind_is_another_training() -> None:
 
 def test_the_schema_for_editors_has_every_kind() -> None:
     kinds = Recipe.model_json_schema()["properties"]["optimizer"]["anyOf"]
-    assert [set(kind["properties"]) - {"name", "lr", "in_backward"} for kind in kinds] == [
+    assert [set(kind["properties"]) - {"name", "lr", "offload", "in_backward"} for kind in kinds] == [
         {"betas", "eps", "weight_decay"},
         {"betas", "eps", "weight_decay"},
         {"d0", "patience"},

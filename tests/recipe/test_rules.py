@@ -32,6 +32,9 @@ CASES = [
     ([FULL, IN_BACKWARD], 4, "optimizer.in_backward", "the norm of all gradients"),
     ([FULL, IN_BACKWARD, UNCLIPPED], 2, "optimizer.in_backward", "cannot be accumulated"),
     ([FULL, IN_BACKWARD, UNCLIPPED, OFFLOAD], 4, "optimizer.in_backward", "the update is made there"),
+    ([FULL, OFFLOAD, "optimizer.offload=state"], 4, "optimizer.offload", "no effect"),
+    ([FULL, IN_BACKWARD, UNCLIPPED, "optimizer.offload=state"], 4, "optimizer.offload", "are made on the GPU"),
+    ([FULL, "optimizer.offload=state_and_gradients"], 2, "optimizer.offload", "cannot be accumulated"),
 ]
 
 
@@ -61,6 +64,11 @@ def test_every_rule_has_its_case() -> None:
         (["memory.layout=hybrid", "memory.shard_size=4"], 6, "set it to 3"),
         (["memory.layout=hybrid", "memory.shard_size=4"], 5, 'remove it, and set memory.layout = "shard"'),
         ([FULL, IN_BACKWARD, UNCLIPPED], 2, "set train.micro_batch_size = 4, or remove it"),
+        (
+            [FULL, "optimizer.offload=state_and_gradients"],
+            2,
+            'set it to "state", or set train.micro_batch_size = 4',
+        ),
     ],
 )
 def test_a_cure_names_what_is_missing(overrides: list[str], ranks: int, cure: str) -> None:
