@@ -11,7 +11,7 @@ from finetune.engine.attention import choose_kernel
 from finetune.engine.layout import Layout, choose_layout
 from finetune.engine.savers import activation, compiled, lowbit
 from finetune.engine.savers.streaming import stream_blocks
-from finetune.engine.weights.loading import materialise, move_real, plain_name
+from finetune.engine.weights.loading import materialise, materialise_blocks, move_real, plain_name
 from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
 from finetune.models.text_mask import why_masked
@@ -65,7 +65,10 @@ def parallelize(
     _shard(transformer, lists, layout, train.precision, runtime)
 
     # 6. Allocate memory, on the device or the host, for the parameters that this rank holds.
-    materialise(transformer, torch.device("cpu") if layout.offload == "sharded" else runtime.device.torch_device)
+    device = torch.device("cpu") if layout.offload == "sharded" else runtime.device.torch_device
+    if layout.frozen_replicated:
+        materialise_blocks(lists, device)
+    materialise(transformer, device)
     return transformer.train()
 
 

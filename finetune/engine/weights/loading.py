@@ -1,5 +1,7 @@
 """Loads the weights of a transformer that was built without any. Each rank reads only the rows that it holds."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -11,12 +13,33 @@ from finetune.models.building import replace_tensors
 from finetune.models.family import Family
 from finetune.models.weights import Weights
 
+_ALIGNMENT = 256  # bytes, like CUDA's allocations
 _WRAPPERS = ("_checkpoint_wrapped_module.", "base_layer.")
 
 
 def materialise(transformer: nn.Module, device: torch.device) -> None:
     """Allocate uninitialised memory on `device` for the parameters that are on meta. Shards stay shards."""
     replace_tensors(transformer, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+
+
+def materialise_blocks(lists: list[nn.ModuleList], device: torch.device) -> None:
+    """The same for blocks whose weights are whole on each rank, a buffer for each block: CUDA's allocator rounds the size of each
+    weight, which can take a fifth more than all of them have.
+    """
+    for block in (block for blocks in lists for block in blocks):
+        sizes = [_aligned(parameter) for parameter in block.parameters() if parameter.is_meta]
+        buffer = iter(torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes))
+
+        def placed(tensor: Tensor, buffer: Iterator[Tensor] = buffer) -> Tensor:
+            if not tensor.is_meta:
+                return tensor
+            return next(buffer)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+        replace_tensors(block, placed)
+
+
+def _aligned(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def move_real(transformer: nn.Module, device: torch.device) -> None:
