@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from processes import ROOT, command
 from safetensors.torch import load_file
 from torch import Tensor
@@ -109,3 +110,10 @@ def resumed_after(said: str) -> int:
 def adapter(output: Path) -> dict[str, Tensor]:
     """The tensors of a run's exported adapter."""
     return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def assert_equal_ends(run: Run, straight: Run) -> None:
+    """Two runs have ended with the same adapter and the same losses, bit for bit."""
+    ours, theirs = adapter(run.output), adapter(straight.output)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert [row["loss"] for row in rows(run.output)] == [row["loss"] for row in rows(straight.output)]

@@ -12,9 +12,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 import torch.distributed as dist
-from trainings import Run, adapter, checkpoints, descendants, resumed_after, rows, steps_done
+from trainings import Run, assert_equal_ends, checkpoints, descendants, resumed_after, steps_done
 
 from finetune.runtime.watch import Watch, lost_peer
 
@@ -42,12 +41,6 @@ def straight(recipe: Path) -> Run:
     run = Run(recipe, recipe.with_name("straight"), 2, SETTINGS)
     assert run.wait() == 0, run.said
     return run
-
-
-def assert_equal_ends(run: Run, straight: Run) -> None:
-    ours, theirs = adapter(run.output), adapter(straight.output)
-    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-    assert [row["loss"] for row in rows(run.output)] == [row["loss"] for row in rows(straight.output)]
 
 
 def assert_ends_soon(runs: list[Run], started: list[int], may_be_done: bool = False) -> None:

@@ -14,10 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from processes import ROOT, command
-from safetensors.torch import load_file
-from trainings import Run, checkpoints, descendants, resumed_after, rows, steps_done
+from trainings import Run, assert_equal_ends, checkpoints, descendants, resumed_after, rows, steps_done
 
 import finetune as finetune_package
 
@@ -62,12 +60,6 @@ def straight(recipe: Path) -> Run:
     run = Run(recipe, recipe.with_name("straight"), 2, SETTINGS)
     assert run.wait() == 0, run.said
     return run
-
-
-def assert_equal_ends(run: Run, straight: Run) -> None:
-    ours, theirs = (load_file(each.output / "lora/pytorch_lora_weights.safetensors") for each in (run, straight))
-    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-    assert [row["loss"] for row in rows(run.output)] == [row["loss"] for row in rows(straight.output)]
 
 
 def run_command(*arguments: object, starter: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
