@@ -13,9 +13,12 @@ from tokenizers.pre_tokenizers import Metaspace, Punctuation, Sequence, Whitespa
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerBase,
@@ -23,6 +26,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -109,6 +114,41 @@ def clip_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> CLIPTextMode
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config).eval()
+
+
+CLIP_TOKENS = 17  # of an image, with the class token
+
+
+def clip_image_encoder(width: int) -> CLIPVisionModel:
+    """A CLIP image encoder of three layers, because pipelines take the output of the last but one."""
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return CLIPVisionModel(config).eval()
+
+
+def clip_image_processor() -> CLIPImageProcessor:
+    """Scales and crops images for `clip_image_encoder`."""
+    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def umt5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> UMT5EncoderModel:
+    """A two-layer UMT5 encoder."""
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return UMT5EncoderModel(config).eval()
 
 
 def t5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel:
