@@ -6,10 +6,10 @@ common; subclasses implement what depends on a model's own configs.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.models import text_mask
-from finetune.models.batch import Batch, Tensors, Term
+from finetune.models.batch import Batch, SampleLike, Tensors, Term
 from finetune.models.building import without_weights
 from finetune.models.encoder import Encoder, FileHash
 from finetune.models.folder import ModelFolder
@@ -28,29 +28,6 @@ from finetune.recipe.schema import ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import UserError
 
 MAIN = "video"  # name of the loss term in families that have only one
-
-
-class SampleLike(Protocol):
-    """One sample as a family sees it. `finetune.data.loader.Sample` implements it and documents its fields."""
-
-    @property
-    def encoded(self) -> Mapping[str, Tensors]: ...
-    @property
-    def moments(self) -> Tensors: ...
-    @property
-    def text(self) -> Tensors: ...
-    @property
-    def bucket(self) -> Bucket: ...
-    @property
-    def fps(self) -> float: ...
-    @property
-    def generator(self) -> torch.Generator: ...
-    @property
-    def stratum(self) -> tuple[int, int]: ...
-    @property
-    def image_dropped(self) -> bool: ...
-    @property
-    def columns(self) -> Mapping[str, str]: ...
 
 
 class Family(ABC):
