@@ -17,19 +17,22 @@ from torch import Tensor
 from finetune.recipe.schema import ObjectiveSettings
 
 Shift = Callable[[Tensor, int], Tensor]  # (sigma, tokens) -> sigma
+LEAST_U = 1e-6  # u is drawn from here to 1 - LEAST_U: at 0 and 1 a level may be infinite
 
 
 class Objective(Protocol):
     """How noise levels are distributed, and how clean latents become noised latents and a target."""
 
-    default_sampling: ClassVar[str]  # distribution of noise levels if the recipe names none
-
     @property
     def settings(self) -> ObjectiveSettings:
         """The recipe's [objective]."""
 
+    @property
+    def default_sampling(self) -> str:
+        """The distribution of noise levels if the recipe names none."""
+
     def level(self, u: Tensor, tokens: int) -> Tensor:
-        """Noise levels in the shape of u: sigma (float32) or timesteps (int64).
+        """Noise levels in the shape of u: sigma (float32) or timesteps of 1000 (int64).
 
         Args:
             u: quantiles of the distribution of noise levels, float32 in (0, 1).
