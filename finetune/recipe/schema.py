@@ -143,6 +143,9 @@ class ObjectiveSettings(Table):
     """Least sigma; the distribution is rescaled to the limits, not cut off."""
     sigma_max: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Largest sigma."""
+    sigma_range: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None = None
+    """Train only sigma in [low, high), after the shift, distributed as if all others were drawn again; 1 as the upper limit is
+    included. Unset: the range that the checkpoint is for, all of sigma if it is for no other."""
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     """Loss weight as a function of sigma."""
     guidance: Annotated[float, Field(ge=0)] = 1.0

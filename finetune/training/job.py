@@ -196,7 +196,7 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
     return Job(
         recipe=recipe,
         state=state,
-        objective=family.objective(recipe.objective),
+        objective=family.training_objective(recipe.objective),
         prepared=prepared,
         order=Order([item.bucket for item in prepared.train], train.global_batch_size, train.seed),
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),

@@ -103,7 +103,7 @@ def test_results_are_those_of_padded_text_in_diffusers_own_attention(
     def inputs(keeps_length: bool) -> dict[str, object]:
         family.keeps_text_length = keeps_length
         samples = [read_sample(item, prepared.cache, seeds.generator(index)) for index, item in enumerate(items)]
-        return dict(family.batch(samples, family.objective(recipe.objective)).inputs)
+        return dict(family.batch(samples, family.training_objective(recipe.objective)).inputs)
 
     theirs = inputs(keeps_length=True)
     assert theirs.pop(MARK) is False
