@@ -10,7 +10,8 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from finetune.engine.parts import evaluating
 from finetune.engine.step import StepState
@@ -172,7 +173,7 @@ class LiveTransformer(nn.Module):
     def config(self) -> Any:
         return self._live[0].config
 
-    def cache_context(self, name: str, **keywords: Any) -> Any:
+    def cache_context(self, name: str, *arguments: Any, **keywords: Any) -> Any:
         """No cache is used in training."""
         return nullcontext()
 
@@ -204,12 +205,17 @@ class OnDemand:
         return getattr(self._vae, name)
 
     def encode(self, *arguments: Any, **keywords: Any) -> Any:
-        with self._on_device():
-            return self._vae.encode(*arguments, **keywords)
+        return self._call(self._vae.encode, arguments, keywords)
 
     def decode(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._call(self._vae.decode, arguments, keywords)
+
+    def _call(self, method: Callable[..., Any], arguments: tuple, keywords: dict[str, Any]) -> Any:
+        """Some pipelines move what they encode and decode to where the VAE is between its calls."""
+        device = self._device.torch_device
+        arguments, keywords = tree_map_only(Tensor, lambda tensor: tensor.to(device), (arguments, keywords))
         with self._on_device():
-            return self._vae.decode(*arguments, **keywords)
+            return method(*arguments, **keywords)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
