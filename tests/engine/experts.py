@@ -1,5 +1,6 @@
 """A family from outside with two transformers, as Wan 2.2 A14B has them: one for high noise levels, one for low ones."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from finetune.engine.companion import Companion, build_companion
+from finetune.engine.gradients import local
 from finetune.models import tiny
 from finetune.models.batch import Tensors
 from finetune.models.family import Family, SampleLike
@@ -113,3 +115,55 @@ def with_companion(job: Job, **keywords: Any) -> Companion:
     settings = recipe.train, recipe.adapter, recipe.memory, job.state.runtime
     job.state.companion = build_companion(job.state.transformer, other, weights, *settings, **keywords)
     return job.state.companion
+
+
+def recipe_of(
+    family: type[HighNoise], model: Path, clips: Path, cache: Path, output: Path, prompts: Sequence[dict[str, Any]]
+) -> str:
+    """A recipe of the family. Prompts: each one's settings."""
+    tables = "".join(
+        "[[validation.prompts]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in prompt.items())
+        for prompt in prompts
+    )
+    return f"""
+output = "{output}"
+[model]
+family = "experts:{family.__name__}"
+path = "{model}"
+[data]
+path = "{clips}"
+buckets = ["9x64x64"]
+cache = "{cache}"
+workers = 0
+[train]
+steps = 10
+global_batch_size = 2
+micro_batch_size = 1
+precision = "float32"
+[optimizer]
+lr = 0.05
+{tables}"""
+
+
+def step(job: Job, number: int) -> list[float]:
+    """A step's loss and norm of gradients."""
+    batches = job.micro_batches()
+    first = number * job.split.accumulation
+    result = job.step(number, [batches[first + turn] for turn in range(job.split.accumulation)])
+    assert result.updated
+    return [result.loss, result.grad_norm]
+
+
+def training_state(job: Job) -> dict[str, bytes]:
+    """The bits of what this rank holds of all weights, and of the optimizer's state."""
+    transformer = job.state.transformer
+    found = {f"weight {name}": value for name, value in transformer.named_parameters()}
+    found |= {f"buffer {name}": value for name, value in transformer.named_buffers()}
+    for place, each in enumerate(job.state.optimizer.state.values()):
+        found |= {f"{key} {place}": value for key, value in each.items() if isinstance(value, Tensor)}
+    return {name: bits(local(value)) for name, value in found.items()}
+
+
+def bits(tensor: Tensor) -> bytes:
+    """From a copy: torch does not resize what numpy has seen."""
+    return tensor.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes()

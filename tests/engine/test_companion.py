@@ -1,23 +1,25 @@
 """A model that generates with two transformers has one at a time on the device, and generates what its pipeline does."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from experts import HighNoise, LowNoise, with_companion
+from companion_worker import CONFIGURATIONS
+from experts import HighNoise, LowNoise, bits, recipe_of, step, training_state, with_companion
+from processes import figures_of
 from test_generate import assert_same, live_video, out_of_memory
 from torch import Tensor, nn
 
 from finetune.engine.companion import Movable
 from finetune.engine.generate import generate
 from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
+from finetune.engine.weights.loading import host_copies
 from finetune.planning.simulate import example_batch
-from finetune.runtime.device import Device
 from finetune.training.job import Job, export_weights
 from finetune.training.samples import request_of
 
@@ -39,86 +41,38 @@ def build(build_job: Build, tmp_path: Path, model: Path, few_clips: Path, cache:
 
     def make(family: type[HighNoise], *overrides: str) -> Job:
         path = tmp_path / f"{family.name}.toml"
-        path.write_text(recipe_of(family, model, few_clips, cache, tmp_path / "run"))
+        prompts = [{"text": PROMPT, "steps": STEPS, "guidance": 3.0, "seed": 7}]
+        path.write_text(recipe_of(family, model, few_clips, cache, tmp_path / f"run-{family.name}", prompts))
         return build_job(*overrides, recipe_file=path)
 
     return make
 
 
-def recipe_of(family: type[HighNoise], model: Path, clips: Path, cache: Path, output: Path) -> str:
-    return f"""
-output = "{output}-{family.name}"
-[model]
-family = "experts:{family.__name__}"
-path = "{model}"
-[data]
-path = "{clips}"
-buckets = ["9x64x64"]
-cache = "{cache}"
-workers = 0
-[train]
-steps = 10
-global_batch_size = 2
-micro_batch_size = 1
-precision = "float32"
-[optimizer]
-lr = 0.05
-[[validation.prompts]]
-text = "{PROMPT}"
-steps = {STEPS}
-guidance = 3.0
-seed = 7
-"""
-
-
 def pipeline_video(job: Job, adapters: dict[str, Path] | None = None) -> np.ndarray:
     """The prompt by diffusers alone, and exported adapters by the component that they are of."""
     pipeline = diffusers.WanPipeline.from_pretrained(job.state.family.folder.path)
-    pipeline.set_progress_bar_config(disable=True)
     for component, folder in (adapters or {}).items():
         second = component == "transformer_2"
         pipeline.load_lora_weights(
             folder, weight_name=LORA_FILE, adapter_name=component, load_into_transformer_2=second
         )
+    return video_of(pipeline, PROMPT, STEPS, 3.0, 7)
+
+
+def video_of(pipeline: diffusers.WanPipeline, prompt: str, steps: int, guidance: float, seed: int) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
-        prompt=PROMPT,
+        prompt=prompt,
         negative_prompt="",
         height=64,
         width=64,
         num_frames=9,
-        num_inference_steps=STEPS,
-        guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(7),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
         output_type="np",
     ).frames[0]
     return (frames * 255).round().astype(np.uint8)
-
-
-def step(job: Job, number: int) -> tuple[float, float]:
-    """A step's loss and norm of gradients."""
-    batches = job.micro_batches()
-    first = number * job.split.accumulation
-    result = job.step(number, [batches[first + turn] for turn in range(job.split.accumulation)])
-    assert result.updated
-    return result.loss, result.grad_norm
-
-
-def training_state(job: Job) -> dict[str, Tensor]:
-    """Copies of all weights, and of the optimizer's state."""
-    found = {f"weight {name}": value for name, value in job.state.transformer.state_dict().items()}
-    for place, each in enumerate(job.state.optimizer.state.values()):
-        found |= {f"{key} {place}": value for key, value in each.items() if isinstance(value, Tensor)}
-    return {name: getattr(value, "_local_tensor", value).clone() for name, value in found.items()}
-
-
-def assert_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert all(bits(ours[name]) == bits(theirs[name]) for name in ours)
-
-
-def bits(tensor: Tensor) -> bytes:
-    """From a copy: torch does not resize what numpy has seen."""
-    return tensor.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 # What is generated
@@ -156,7 +110,6 @@ def test_adapters_of_both_experts_generate_what_their_exports_do(build: Build, t
     first.save(3)
     export_weights(first.state, "lora", tmp_path / "low")
     job = build(HighNoise)
-    without = live_video_of_pair(job)
     for number in range(3):
         step(job, number)
     export_weights(job.state, "lora", tmp_path / "high")
@@ -165,12 +118,7 @@ def test_adapters_of_both_experts_generate_what_their_exports_do(build: Build, t
     folders = {"transformer": tmp_path / "high", "transformer_2": tmp_path / "low"}
     assert_same(both, pipeline_video(job, folders))
     assert np.abs(both.astype(int) - pipeline_video(job, {"transformer": tmp_path / "high"})).max() > 1
-    assert np.abs(both.astype(int) - without).max() > 1
-
-
-def live_video_of_pair(job: Job) -> np.ndarray:
-    with_companion(job)
-    return live_video(job)
+    assert np.abs(both.astype(int) - pipeline_video(job, {"transformer_2": tmp_path / "low"})).max() > 1
 
 
 # What it leaves of the training
@@ -184,11 +132,11 @@ def test_training_goes_on_as_without_samples(build: Build, method: str) -> None:
     for number in range(3):
         before = training_state(job)
         live_video(job)
-        assert_bits(training_state(job), before)
+        assert training_state(job) == before
         figures.append(step(job, number))
         expected.append(step(other, number))
     assert figures == expected
-    assert_bits(training_state(job), training_state(other))
+    assert training_state(job) == training_state(other)
 
 
 @pytest.mark.parametrize("component", ["transformer", "transformer_2"])
@@ -202,15 +150,8 @@ def test_the_trained_one_is_back_after_an_error_inside_a_transformer(build: Buil
         live_video(job)
     hook.remove()
     assert not companion.is_on_device
-    assert_bits(training_state(job), before)
-    step(job, 0)
-    assert_same(live_video(build_again(build)), pipeline_video(job))
-
-
-def build_again(build: Build) -> Job:
-    job = build(HighNoise)
-    with_companion(job)
-    return job
+    assert training_state(job) == before
+    assert_same(live_video(job), pipeline_video(job))
 
 
 @pytest.mark.parametrize("calls", [0, 3, 5])
@@ -225,7 +166,74 @@ def test_a_polite_stop_ends_sampling_with_either_of_them(build: Build, calls: in
     assert not made
     assert companion.swaps == (2 if calls == 5 else 0)
     assert not companion.is_on_device
-    assert_bits(training_state(job), before)
+    assert training_state(job) == before
+
+
+# On two ranks
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory, model: Path, few_clips: Path, cache: Path) -> dict[int, Any]:
+    """By number of processes: the folder with the videos, and the figures of every configuration."""
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp(f"experts-{processes}")
+        recipe = folder / "recipe.toml"
+        prompts = [dict(zip(("text", "steps", "guidance"), each, strict=True)) for each in PROMPTS]
+        recipe.write_text(recipe_of(HighNoise, model, few_clips, cache, folder / "run", prompts))
+        found[processes] = folder, figures_of("companion_worker.py", processes, folder, [recipe])
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[np.ndarray]:
+    """The videos of the prompts, by diffusers alone."""
+    pipeline = diffusers.WanPipeline.from_pretrained(model)
+    return [video_of(pipeline, text, steps, guidance, 0) for text, steps, guidance in PROMPTS]
+
+
+PROMPTS = [("a red ball moves", 2, 1.0), ("a blue square falls", 6, 3.0), ("a green triangle grows", 3, 1.0)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_any_number_of_ranks_generates_what_the_pipeline_does(
+    on_ranks: dict[int, Any], expected: list[np.ndarray], name: str, processes: int
+) -> None:
+    folder, _ = on_ranks[processes]
+    for index, video in enumerate(expected):
+        assert_same(np.load(folder / f"{name}-{index}.npy"), video)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_ranks_swap_together_and_as_rarely_as_can_be(on_ranks: dict[int, Any], name: str) -> None:
+    """One rank goes through two videos, the other in the meantime through one, which is longer than both."""
+    assert on_ranks[1][1][name]["swaps"] == [6]
+    assert on_ranks[2][1][name]["swaps"] == [4, 4]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_samples_change_nothing_of_the_training_on_any_rank(
+    on_ranks: dict[int, Any], name: str, processes: int
+) -> None:
+    figures = on_ranks[processes][1][name]
+    assert figures["unchanged"] == [True] * processes
+    assert figures["steps"] == figures["steps without samples"]
+    assert figures["as without samples"] == [True] * processes
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_all_ranks_stop_together_and_have_the_trained_one_back(on_ranks: dict[int, Any], name: str) -> None:
+    for calls, ends in on_ranks[2][1][name]["stopped by one rank"].items():
+        assert ends == [{"made": False, "companion": False}] * 2, calls
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_an_error_of_one_rank_is_raised_on_all_after_their_videos(on_ranks: dict[int, Any], name: str) -> None:
+    assert on_ranks[2][1][name]["unwritable"] == [
+        {"error": "no room", "made": made, "companion": False} for made in (2, 0)
+    ]
 
 
 # Moving
@@ -274,13 +282,8 @@ def sizes(transformer: nn.Module) -> set[int]:
 
 def contents(transformer: nn.Module) -> dict[str, bytes]:
     """Of all but what is streamed, whose place on the device is another block's, too."""
-    streamed = {
-        id(parameter)
-        for each in Movable(transformer, Device(torch.device("cpu")))._streamed()
-        for parameter, _ in each.host_copies()
-    }
-    named = dict(chain(transformer.named_parameters(), transformer.named_buffers()))
-    return {name: bits(tensor) for name, tensor in tensors(transformer) if id(named[name]) not in streamed}
+    named, streamed = dict(transformer.named_parameters()), host_copies(transformer)
+    return {name: bits(tensor) for name, tensor in tensors(transformer) if named.get(name) not in streamed}
 
 
 def prediction(job: Job) -> Tensor:
