@@ -49,6 +49,12 @@ class Components:
         other.folder = folder
         return other
 
+    def of_expert(self, name: ExpertName) -> Self:
+        """The same family, of which another expert is trained."""
+        other = copy(self)
+        other.expert = name
+        return other
+
     @classmethod
     def refusal(cls, folder: ModelFolder) -> str | None:
         """Why a folder's checkpoint is none of this family's; None if it is."""

@@ -330,6 +330,12 @@ class Recipe(Table):
     """How processes work together."""
 
     @property
+    def run_folder(self) -> Path:
+        """The folder of a run's checkpoints and results: `output`, or that of the one expert in it."""
+        experts = self.model.experts
+        return self.output / experts[0] if experts and len(experts) == 1 else self.output
+
+    @property
     def adapter(self) -> Table | None:
         """The settings of the adapter that is trained: the table that is called as train.method. None with "full"."""
         return None if self.train.method == "full" else getattr(self, self.train.method)
