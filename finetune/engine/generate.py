@@ -123,6 +123,7 @@ def video(pipeline: diffusers.DiffusionPipeline, family: Family, request: Reques
     for sign, text in (("", request.text), ("negative_", request.negative)):
         for name, argument in family.text_arguments.items():
             embeddings[sign + argument] = text[name][None].to(device)
+    pipeline.register_modules(**family.prompt_components(request.prompt))
     return checked(pipeline(**embeddings, **arguments).frames[0], request.prompt)
 
 

@@ -1,8 +1,8 @@
 """HunyuanVideo-1.5 (Tencent 2025), text-to-video.
 
-Training follows diffusers' HunyuanVideo15Pipeline in reverse: flow matching on VAE latents that are scaled by one factor. The text is
-encoded by Qwen2.5-VL, inside a chat template, and what stands in it in quotes also by ByT5, letter for letter, so that it can be
-written in the video. The transformer takes condition latents and a mask of frames that are given beside the noised latents.
+Training follows diffusers' HunyuanVideo15Pipeline in reverse: flow matching on VAE latents that are scaled by one factor. The
+text is encoded by Qwen2.5-VL, inside a chat template, and what stands in it in quotes also by ByT5, letter for letter, so that
+it can be written in the video. Beside the noised latents, the transformer takes those of given frames, and a mask of these.
 """
 
 import inspect
@@ -75,7 +75,8 @@ class HunyuanVideo15(Family):
         def encode(caption: str) -> Tensors:
             text, mask = pipeline._get_mllm_prompt_embeds(encoder, tokenizer, caption, device)
             glyphs, glyph_mask = pipeline._get_byt5_prompt_embeds(tokenizer_2, encoder_2, caption, device)
-            return dict(zip((*_TEXT, *_GLYPHS), (each[0].to(dtype) for each in (text, mask, glyphs, glyph_mask)), strict=True))
+            tensors = text, mask, glyphs, glyph_mask
+            return dict(zip((*_TEXT, *_GLYPHS), (tensor[0].to(dtype) for tensor in tensors), strict=True))
 
         return encode
 
@@ -123,19 +124,12 @@ class HunyuanVideo15(Family):
 
     # Generating
 
-    def load_guider(self) -> Any:
-        """The checkpoint's guider, which has the guidance scale that a pipeline's call has elsewhere."""
-        return getattr(diffusers, self.folder.class_name("guider")).from_config(self.folder.config("guider"))
-
-    def pipeline(self, **components: Any) -> diffusers.DiffusionPipeline:
-        return super().pipeline(**{"guider": self.load_guider(), **components})
-
-    def prepare_pipeline(self, pipeline: diffusers.DiffusionPipeline, prompt: Prompt) -> None:
-        guider = self.load_guider()
-        pipeline.guider = guider if prompt.guidance is None else guider.new(guidance_scale=prompt.guidance)
-
     def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
         return {}
+
+    def prompt_components(self, prompt: Prompt) -> dict[str, Any]:
+        guider = getattr(diffusers, self.folder.class_name("guider")).from_config(self.folder.config("guider"))
+        return {"guider": guider if prompt.guidance is None else guider.new(guidance_scale=prompt.guidance)}
 
     @classmethod
     def tiny(cls, path: Path, seed: int = 0, variant: str | None = None) -> None:

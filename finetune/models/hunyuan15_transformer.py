@@ -56,7 +56,8 @@ def forward(
     video = self.x_embedder(hidden_states)
 
     kinds = self.cond_type_embed.weight
-    text = refined(self.context_embedder, encoder_hidden_states, timestep, encoder_attention_mask if is_masked else None)
+    padding = encoder_attention_mask if is_masked else None
+    text = refined(self.context_embedder, encoder_hidden_states, timestep, padding)
     streams = [self.context_embedder_2(encoder_hidden_states_2) + kinds[GLYPHS], text + kinds[TEXT]]
     masks = [encoder_attention_mask_2.bool(), encoder_attention_mask.bool()]
     if image_embeds is not None:

@@ -81,7 +81,8 @@ def qwen_tokenizer(system: str, length: int) -> PreTrainedTokenizerBase:
         padding_side="right",
     )
     head = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
-    missing = length - len(qwen(head, add_special_tokens=False).input_ids)  # each word here is one token: fewer than Qwen's
+    # Each word is one token here, so there are fewer than Qwen's: more of the first one precede it.
+    missing = length - len(qwen(head, add_special_tokens=False).input_ids)
     qwen.chat_template = (
         "<|im_start|>" * missing
         + "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
