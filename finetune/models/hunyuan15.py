@@ -23,11 +23,12 @@ from transformers import ByT5Tokenizer
 
 from finetune.models import hunyuan15_transformer, tiny
 from finetune.models.batch import Tensors
-from finetune.models.family import Family, SampleLike
+from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
+from finetune.models.sample import SampleLike
 from finetune.models.text_mask import MARK, cut
-from finetune.recipe.schema import Prompt
-from finetune.runtime.errors import UserError
+from finetune.recipe.schema import Data, Model, Prompt
+from finetune.runtime.errors import Problem
 
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
 _GLYPHS = ("encoder_hidden_states_2", "encoder_attention_mask_2")
@@ -53,15 +54,17 @@ class HunyuanVideo15(Family):
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
         vae, transformer = folder.config("vae"), self.transformer_config
-        if transformer.get("use_meanflow"):
-            raise UserError(
-                "this is a step-distilled HunyuanVideo-1.5 (use_meanflow), which flow matching would undo",
-                "train on a checkpoint without step distillation; its LoRA can be used with the distilled one",
-                str(folder.path / self.trained_component),
-            )
         self.spatial, self.temporal = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
         self.scaling_factor = vae["scaling_factor"]
         self.patch, self.patch_t = transformer["patch_size"], transformer["patch_size_t"]
+
+    def problems(self, model: Model, data: Data) -> list[Problem]:
+        found = super().problems(model, data)
+        if self.transformer_config.get("use_meanflow"):
+            what = "this is a step-distilled checkpoint (use_meanflow): flow matching is not what it was trained for"
+            cure = "train on the checkpoint that it was distilled from; LoRAs of that one can be tried with this one"
+            found.append(Problem(what, str(self.folder.path / self.trained_component), cure))
+        return found
 
     # Encoding
 

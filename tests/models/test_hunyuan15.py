@@ -11,8 +11,10 @@ from closeness import assert_close_to_scale
 from recording import TinyModel, adapted, generator
 from torch import Tensor, nn
 
+from finetune.checks.model import open_family
 from finetune.models.hunyuan15 import HunyuanVideo15
 from finetune.models.text_mask import MARK, call
+from finetune.recipe import load_recipe
 from finetune.recipe.schema import Prompt
 from finetune.runtime.errors import UserError
 
@@ -124,12 +126,16 @@ def test_compiled_blocks_get_text_at_its_full_length(model: TinyModel) -> None:
 # The checkpoint
 
 
-def test_a_step_distilled_checkpoint_is_refused_by_name(model: TinyModel, tmp_path: Path) -> None:
+def test_a_step_distilled_checkpoint_is_refused_by_name(
+    model: TinyModel, family_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = family_recipe("hunyuan15")
+    open_family(load_recipe(recipe))
     folder = Path(shutil.copytree(model.folder, tmp_path / "model"))
     config = folder / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_meanflow": True}))
-    with pytest.raises(UserError, match="step-distilled"):
-        TinyModel.open(folder, "hunyuan15")
+    with pytest.raises(UserError, match=r"step-distilled checkpoint \(use_meanflow\)"):
+        open_family(load_recipe(recipe, [f"model.path={folder}"]))
 
 
 @pytest.mark.parametrize("guidance, scale", [(None, 6.0), (3.5, 3.5), (1.0, 1.0)])
