@@ -18,7 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Transformer3DModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
 from finetune.models import hunyuan15_transformer, tiny
@@ -99,6 +99,14 @@ class HunyuanVideo15(Family):
 
     def adapt_transformer(self, transformer: HunyuanVideo15Transformer3DModel) -> HunyuanVideo15Transformer3DModel:
         return hunyuan15_transformer.adapt(transformer)
+
+    def without_gradient(self, transformer: HunyuanVideo15Transformer3DModel) -> list[nn.Parameter]:
+        """The last block's text is thrown away, and with it what makes the text's queries and changes it after attention."""
+        last = transformer.transformer_blocks[-1]
+        modules = [last.attn.add_q_proj, last.attn.norm_added_q, last.attn.to_add_out, last.ff_context]
+        if not self.takes_image:
+            modules.append(transformer.image_embedder)
+        return [parameter for module in modules for parameter in module.parameters()]
 
     def inputs(
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
