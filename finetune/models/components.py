@@ -131,6 +131,10 @@ class Components:
         """Change diffusers' module in place where training needs it, and return it. By default nothing is changed."""
         return transformer
 
+    def without_gradient(self, transformer: nn.Module) -> list[nn.Parameter]:
+        """The transformer's parameters that no loss reaches, in a batch of any kind. Full finetuning leaves them as they are."""
+        return []
+
     def transformer_weights(self) -> Weights:
         """The pretrained transformer's tensors."""
         return self.folder.weights(self.trained_component)

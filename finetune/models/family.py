@@ -273,6 +273,10 @@ class Family(Components, ABC):
         """Arguments of the pipeline's call for a prompt that depend on the family."""
         return {} if prompt.guidance is None else {"guidance_scale": prompt.guidance}
 
+    def prompt_components(self, prompt: Prompt) -> dict[str, Any]:
+        """Components of the pipeline that hold what it takes of a prompt in other ways than as arguments of its call."""
+        return {}
+
     def prompt_problem(self, prompt: Prompt) -> str | None:
         """Why the pipeline cannot generate a prompt; None if it can."""
         if self.takes_image and prompt.image is None:

@@ -52,6 +52,7 @@ def sample(
             for seed in prompt.seeds:
                 runtime.device.reseed(seed)  # LTX's VAE draws noise from the device's generator
                 arguments = call_arguments(family, prompt, seed, given)
+                pipeline.register_modules(**family.prompt_components(prompt))
                 output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments)
                 frames = checked(output.frames[0], prompt)
                 path = out / f"{index:02d}_seed{seed}_{version}.mp4"
