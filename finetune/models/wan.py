@@ -57,7 +57,7 @@ class Wan(Family):
         self.temporal = vae.get("scale_factor_temporal") or _TEMPORAL
         self.patch_t, self.patch, _ = self.transformer_config["patch_size"]
         self.mean = torch.tensor(vae["latents_mean"]).view(-1, 1, 1, 1)
-        self.std = torch.tensor(vae["latents_std"]).view(-1, 1, 1, 1)
+        self.scale = 1 / torch.tensor(vae["latents_std"]).view(-1, 1, 1, 1)
         self.timestep_of_tokens = _is_5b(folder)
 
     @classmethod
@@ -101,7 +101,7 @@ class Wan(Family):
         return {"encoder_hidden_states": torch.zeros(TEXT_LENGTH, self.transformer_config["text_dim"], dtype=dtype)}
 
     def normalise(self, z: Tensor) -> Tensor:
-        return (z - self.mean) / self.std
+        return (z - self.mean) * self.scale
 
     def inputs(
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
