@@ -1,42 +1,17 @@
-"""Samples, and the batch of one forward pass: inputs, loss terms, and the transfer from a loader worker to the device."""
+"""The batch of one forward pass: its inputs, its loss terms, and its transfer from a loader worker to the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
 
-from finetune.recipe import Bucket
-
 Tensors = dict[str, Tensor]
-
-
-class SampleLike(Protocol):
-    """One sample as a family sees it. `finetune.data.loader.Sample` implements it and documents its fields."""
-
-    @property
-    def encoded(self) -> Mapping[str, Tensors]: ...
-    @property
-    def moments(self) -> Tensors: ...
-    @property
-    def text(self) -> Tensors: ...
-    @property
-    def bucket(self) -> Bucket: ...
-    @property
-    def fps(self) -> float: ...
-    @property
-    def generator(self) -> torch.Generator: ...
-    @property
-    def stratum(self) -> tuple[int, int]: ...
-    @property
-    def image_dropped(self) -> bool: ...
-    @property
-    def columns(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True)

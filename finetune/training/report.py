@@ -43,7 +43,11 @@ class Report:
             )
         with job.state.runtime.together():
             if self.enabled:
-                self.trackers = open_trackers(recipe.tracking, recipe.output, recipe_values(recipe), self.done)
+                tracking = recipe.tracking
+                if recipe.run_folder != recipe.output:  # that of an expert
+                    name = f"{tracking.name or recipe.output.name}-{recipe.run_folder.name}"
+                    tracking = tracking.model_copy(update={"name": name})
+                self.trackers = open_trackers(tracking, recipe.run_folder, recipe_values(recipe), self.done)
         self.progress = ProgressLine("step", recipe.train.steps, self.done, self.enabled)
         self.restart_clock()
         return self

@@ -32,8 +32,7 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
             adapter = {name: value for name, value in whole.items() if is_adapters(name)}
             layers = {name.replace(f".{ADAPTER}.", "."): value for name, value in adapter.items()}
             config: LoraConfig = cast(Any, transformer).peft_config[ADAPTER]
-            pipeline = getattr(diffusers, family.pipeline_class)
-            pipeline.save_lora_weights(
+            _mixin(family).save_lora_weights(
                 folder,
                 transformer_lora_layers=layers,
                 transformer_lora_adapter_metadata=config.to_dict(),
@@ -52,7 +51,7 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
     Raises:
         UserError: a tensor, a name or the scaling differs from what was trained.
     """
-    pipeline = getattr(diffusers, family.pipeline_class)
+    pipeline = _mixin(family)
     loaded, metadata = pipeline.lora_state_dict(folder, weight_name=LORA_FILE, return_lora_metadata=True)
     found = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
     wrong = sorted(layers.keys() ^ found.keys()) or [
@@ -85,10 +84,24 @@ def usage(family: Family, base: str, dtype: str, folder: Path) -> list[str]:
     ]
 
 
+def _mixin(family: Family) -> Any:
+    """The pipeline class by which adapters are written and read: the family's own, or another if that has no methods for it.
+
+    These are methods of the class that know nothing of the model: the file has the same form.
+    """
+    pipeline = getattr(diffusers, family.pipeline_class)
+    return pipeline if _loads_adapters(pipeline) else diffusers.HunyuanVideoPipeline
+
+
+def _loads_adapters(pipeline: type[diffusers.DiffusionPipeline]) -> bool:
+    return hasattr(pipeline, "load_lora_weights")
+
+
 def _loader(family: Family) -> str:
-    """The method of a pipeline that loads an adapter. The pipeline's own loads into the component "transformer" only."""
+    """The method of a pipeline that loads an adapter. The pipeline's own, if it has one, loads into "transformer" only."""
     component = family.trained_component
-    return "load_lora_weights" if component == "transformer" else f"{component}.load_lora_adapter"
+    has_own = _loads_adapters(getattr(diffusers, family.pipeline_class))
+    return "load_lora_weights" if has_own and component == "transformer" else f"{component}.load_lora_adapter"
 
 
 EXPORTER = Exporter("lora", lambda _: "lora", export_lora, usage, lambda _: "LoRA, verified by loading it back,")
