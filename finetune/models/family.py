@@ -248,7 +248,7 @@ class Family(Components, ABC):
         moments = {}
         for name in self.moments:
             frames = 1 if name.startswith("image_") else shape[0]
-            moments[name] = torch.zeros(channels, frames, *shape[1:], dtype=dtype)
+            moments[name] = torch.zeros(channels, frames, *shape[1:], dtype=self.vae_dtype or dtype)
         return {"video": moments, "text": self.example_text(dtype)}
 
     @abstractmethod

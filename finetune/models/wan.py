@@ -28,7 +28,7 @@ from finetune.models.components import Expert
 from finetune.models.encoder import Encoder, FileHash
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
-from finetune.models.sample import SampleLike
+from finetune.models.sample import SampleLike, nearest_bucket
 from finetune.recipe import Bucket
 from finetune.recipe.schema import Data, ExpertName, Model, ObjectiveSettings, Vae
 from finetune.runtime.errors import Problem
@@ -199,6 +199,13 @@ class WanImageToVideo(Wan):
 
     def unused_keys(self) -> dict[str, str]:
         return super().unused_keys() | {"vae.image_noise": "Wan's condition images have no noise"}
+
+    def bucket_problem(self, bucket: Bucket) -> str | None:
+        least = self.temporal + 1
+        if not self.last_image or bucket.frames >= least:
+            return super().bucket_problem(bucket)
+        nearest = nearest_bucket(bucket._replace(frames=least), self.temporal, self.spatial * self.patch)
+        return f"{self.title} between two images needs at least {least} frames; the nearest is {nearest}"
 
     # Encoding
 

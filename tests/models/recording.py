@@ -136,9 +136,7 @@ class Generation:
     frames: Tensor  # latents (1, C, F, H, W), or video (1, F, 3, H, W) in [0, 1]
 
 
-def adapted(
-    model: TinyModel, dtype: torch.dtype = torch.float32, component: str = "transformer"
-) -> torch.nn.Module:
+def adapted(model: TinyModel, dtype: torch.dtype = torch.float32, component: str = "transformer") -> torch.nn.Module:
     """The transformer as training has it, laid out in memory as the pipeline's, which decides the last bits of a product."""
     cls = getattr(diffusers, model.family.transformer_class)
     return model.family.adapt_transformer(cls.from_pretrained(model.folder, subfolder=component, dtype=dtype))

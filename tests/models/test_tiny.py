@@ -19,7 +19,9 @@ def test_diffusers_generates_a_finite_video_from_the_folder_alone(model: TinyMod
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline).__name__ == model.family.pipeline_class
     frames, height, width = bucket = model.small
-    names = [name for name, takes in (("image", model.family.takes_image), ("last_image", model.family.last_image)) if takes]
+    names = [
+        name for name, takes in (("image", model.family.takes_image), ("last_image", model.family.last_image)) if takes
+    ]
     image = {name: Image.fromarray(model.clip[0]).resize((width, height)) for name in names}
     sizes = {"num_frames": frames, "height": height, "width": width}
     made = pipeline(
@@ -55,7 +57,7 @@ def test_it_takes_a_few_megabytes(model: TinyModel) -> None:
     assert sum(map(len, contents_of(model.folder).values())) < limit
 
 
-@pytest.mark.parametrize("name", ["cogvideox", "cogvideox_i2v", "ltx", "ltx_i2v"])
+@pytest.mark.parametrize("name", ["cogvideox", "cogvideox_i2v", "ltx", "ltx_i2v", "wan", "wan_i2v"])
 def test_variants_of_a_family_differ(name: str, tiny_model: Callable[..., Path]) -> None:
     files = ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json")
     folders = [tiny_model(name, variant) for variant in family_class(name).variants]
