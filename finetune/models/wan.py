@@ -81,14 +81,15 @@ class Wan(Family):
         return {"high": Expert("transformer", (boundary, 1.0)), "low": Expert("transformer_2", (0.0, boundary))}
 
     def problems(self, model: Model, data: Data) -> list[Problem]:
-        found, where = super().problems(model, data), str(self.folder.path)
-        if _boundary(self.folder) is not None and not self.folder.has("transformer_2"):
-            what = f"it has a boundary between two experts ({_boundary(self.folder)}) and no transformer_2"
-            found.append(Problem(what, where, "download the whole folder: the expert for low noise is missing"))
-        if _boundary(self.folder) is None and self.folder.has("transformer_2"):
+        where, boundary, has_two = str(self.folder.path), _boundary(self.folder), self.folder.has("transformer_2")
+        if boundary is None and has_two:  # then it has experts, though it is not seen to
             what = "it has a transformer_2, and model_index.json does not say from which noise on it denoises"
             cure = 'put "boundary_ratio" back: 0.875 for text-to-video, 0.9 for image-to-video'
-            found.append(Problem(what, where, cure))
+            return [Problem(what, where, cure)]
+        found = super().problems(model, data)
+        if boundary is not None and not has_two:
+            what = f"it has a boundary between two experts ({boundary}) and no transformer_2"
+            found.append(Problem(what, where, "download the whole folder: the expert for low noise is missing"))
         return found
 
     def encode_text(self, pipeline: diffusers.DiffusionPipeline, caption: str, device: torch.device) -> Tensors:

@@ -297,7 +297,8 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
             noisy[:, :, 0] = 1e3  # training noises the whole clip, and puts the image back
         if model.family.name == "wan_i2v":
             made = encoded(model, clip.text["encoder_hidden_states"].dtype)
-            noisy[:, :, : model.given_frames] = 1e3
+            if not clip.image_dropped:
+                noisy[:, :, : model.given_frames] = 1e3
         sample = Sample(
             {**made, "text": clip.text}, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped
         )
