@@ -35,7 +35,7 @@ HOW = {
     "recomputed": ["memory.activation_checkpointing=full"],
     "offload": ["memory.offload=true"],
     "zero2": ["memory.layout=zero2"],
-    "hybrid": ["memory.layout=hybrid", "memory.shard_size=1"],
+    "hybrid": ["memory.layout=hybrid", "memory.shard_size=2"],
     "gradients offloaded": ["optimizer.offload=state_and_gradients"],
     "updates in backward": ["optimizer.in_backward=true"],
     "zero2, recomputed, offload": [
