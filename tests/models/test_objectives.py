@@ -94,7 +94,9 @@ def test_every_timestep_is_drawn_and_equally_often(model: TinyModel) -> None:
     assert model.family.objective(ObjectiveSettings()).level(torch.ones(1), tokens=1).item() == 999
 
 
-@pytest.mark.parametrize("model", variants("hunyuan", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True)
+@pytest.mark.parametrize(
+    "model", variants("hunyuan", "hunyuan15", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True
+)
 def test_flow_matching_is_logit_normal_if_nothing_is_said(model: TinyModel) -> None:
     assert torch.equal(drawn(model, 20), drawn(model, 20, sigma_sampling="logit_normal"))
     assert not torch.equal(drawn(model, 20), drawn(model, 20, sigma_sampling="uniform"))
