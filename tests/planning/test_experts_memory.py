@@ -19,6 +19,10 @@ CASES = {
     "full": (["train.method=full", "train.precision=bf16"], 1),
     "full over two GPUs": (["train.method=full"], 2),
 }
+FULL = ("low-bit codes", "streamed blocks", "offloaded shards", "full over two GPUs")  # these with --full
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.full) if case in FULL else case for case in CASES]
+)
 SCHEDULE = 64  # bytes; the noise levels of two more steps
 WEIGHTS = {"frozen weights", "trained weights", "gathered weights", "load"}
 MAKE = """
@@ -34,8 +38,10 @@ recipe = recipe_of(HighNoise, path / "two", path, path / "cache", path / "run", 
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Of each case, phases with one transformer and with two. The device must be registered in a process of its own."""
+def figures(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """Of each case that is asked for, phases with one transformer and with two; simulated in a process of its own."""
+    asked = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    chosen = {name: case for name, case in CASES.items() if name not in FULL or name in asked}
     folder = tmp_path_factory.mktemp("experts")
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "engine")))
     environment = os.environ | {"PYTHONPATH": paths}
@@ -44,7 +50,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     index = folder / "one" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"boundary_ratio": None}))
     worker = [sys.executable, ROOT / "tests" / "planning" / "experts_worker.py"]
-    arguments = [folder / "out.json", folder / "recipe.toml", folder, json.dumps(CASES)]
+    arguments = [folder / "out.json", folder / "recipe.toml", folder, json.dumps(chosen)]
     done = subprocess.run(
         [*worker, *arguments], env=environment, capture_output=True, text=True, timeout=280, check=False
     )
@@ -53,7 +59,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 @pytest.mark.parametrize("phase", ["load", "step", "validation", "export"])
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_the_device_never_holds_more_than_one_transformer(figures: dict[str, Any], case: str, phase: str) -> None:
     """What the peaks are otherwise, a model of one transformer says. A companion that is held in bf16 takes less."""
     one, two = (figures[case][model] for model in ("one", "two"))
@@ -69,7 +75,7 @@ def test_the_companion_is_counted_at_the_peak_of_samples(figures: dict[str, Any]
     assert two["parts"]["frozen weights"] == one["parts"]["frozen weights"] + one["parts"]["trained weights"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_what_comes_back_is_told_under_its_name(figures: dict[str, Any], case: str) -> None:
     one, two = (figures[case][model]["export"]["device"]["parts"] for model in ("one", "two"))
     assert {name: two.get(name) for name in WEIGHTS} == {name: one.get(name) for name in WEIGHTS}
