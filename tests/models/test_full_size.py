@@ -209,7 +209,8 @@ def test_the_published_configs_are_enough_for_a_batch(family: Family) -> None:
     moments = {name: torch.zeros(channels, frames, height, width) for name in ("mean", "logvar")}
     moments |= {f"image_{name}": value[:, :1] for name, value in moments.items()}
     sample = Sample(
-        encoded={"video": moments, "text": {name: torch.zeros(1, 1) for name in family.text_arguments}},
+        encoded=family.example(bucket, torch.float32)
+        | {"video": moments, "text": {name: torch.zeros(1, 1) for name in family.text_arguments}},
         bucket=bucket,
         fps=25.0,
         generator=torch.Generator(),
