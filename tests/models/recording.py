@@ -20,7 +20,7 @@ from finetune.models import FAMILIES, family_class
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.recipe import Bucket
-from finetune.recipe.schema import ObjectiveSettings
+from finetune.recipe.schema import ObjectiveSettings, Vae
 
 CPU = torch.device("cpu")
 PROMPT = "a red ball moves to the left over a dark floor"
@@ -60,6 +60,8 @@ class TinyModel:
         """A shape that is cheap to decode; one of CogVideoX knows a single shape."""
         if self.family.folder.config("transformer").get("use_learned_positional_embeddings"):
             return self.bucket
+        if self.family.name == "hunyuan15_i2v":  # whose pipeline makes shapes of about one area
+            return self.bucket._replace(frames=5)
         return Bucket({"mochi": 7, "hunyuan": 17}.get(self.family.name, 9), 32, 32)
 
     @property
@@ -155,7 +157,7 @@ def generate(
     if family.name.startswith("ltx"):
         arguments["frame_rate"] = fps
     if family.takes_image:
-        arguments["image"] = Image.fromarray(scene(0, *bucket)[0][0])
+        arguments["image"] = family.condition_image(Image.fromarray(scene(0, *bucket)[0][0]), bucket)
         if family.pipeline_class == "LTXConditionPipeline":
             arguments["image_cond_noise_scale"] = 0.0
     arguments = {"guidance_scale": GUIDANCE if family.name == "hunyuan" else 1.0, **arguments}
@@ -167,10 +169,8 @@ def generate(
     with hooks(pipeline.transformer, before, after):
         frames = pipeline(
             prompt=prompt,
-            height=bucket.height,
-            width=bucket.width,
-            num_frames=bucket.frames,
             num_inference_steps=steps,
+            **family.shape_arguments(bucket),
             **arguments,
             generator=generator(),
             output_type=output_type,
@@ -227,6 +227,14 @@ def drawn_image(model: TinyModel, pipeline: diffusers.DiffusionPipeline) -> Tens
     return pipeline.vae.encode(pixels).latent_dist.sample(generator())
 
 
+@cache
+def encoded_clip(model: TinyModel, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """The clip whose first frame is the image, by the family's encoders, without its caption."""
+    sources = {"video": model.clip, "first_frame": model.clip[0]}
+    encoders = [each for each in model.family.encoders(dtype, Vae()) if sources.keys() >= set(each.sources)]
+    return {each.kind: each.load(CPU)(*(sources[name] for name in each.sources)) for each in encoders}
+
+
 @dataclass
 class Clip:
     """A sample whose noised latents and noise level are those of a step of a generation, and which begins with its image."""
@@ -254,9 +262,10 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
         if model.family.name == "ltx_i2v" and not clip.image_dropped:
             x0[:, 0] = clip.generation.calls[0].latents[0, :, 0]
             noisy[:, :, 0] = 1e3  # training noises the whole clip, and puts the image back
-        sample = Sample(
-            {"video": moments, "text": clip.text}, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped
-        )
+        encoded = {"video": moments, "text": clip.text}
+        if model.family.name == "hunyuan15_i2v":
+            encoded |= encoded_clip(model, clip.text["encoder_hidden_states"].dtype)
+        sample = Sample(encoded, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped)
         samples.append(sample)
         conditions.append(model.family.condition(sample, x0, ObjectiveSettings(guidance=GUIDANCE)))
     level = torch.cat([clip.call.level for clip in clips])

@@ -31,7 +31,7 @@ COGVIDEOX_I2V = pytest.mark.parametrize("model", variants("cogvideox_i2v"), ids=
 def encoded_prompt(pipeline: diffusers.DiffusionPipeline, caption: str) -> dict[str, Tensor]:
     """What `encode_prompt` makes of a caption, by the names of the transformer's arguments."""
     names = ["encoder_hidden_states", "encoder_attention_mask"]
-    if isinstance(pipeline, diffusers.HunyuanVideo15Pipeline):
+    if isinstance(pipeline, diffusers.HunyuanVideo15Pipeline | diffusers.HunyuanVideo15ImageToVideoPipeline):
         return dict(
             zip(HunyuanVideo15.text_arguments, (each[0] for each in pipeline.encode_prompt(caption)), strict=True)
         )
@@ -86,7 +86,8 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 @DTYPES
 def test_examples_have_the_shapes_and_dtypes_of_what_is_cached(model: TinyModel, dtype: torch.dtype) -> None:
     """So that memory can be planned from configs alone."""
-    sources = {"video": scene(0, *model.small)[0], "caption": PROMPT}
+    clip = scene(0, *model.small)[0]
+    sources = {"video": clip, "caption": PROMPT, "first_frame": clip[0], "last_frame": clip[-1]}
     cached = {
         encoder.kind: encoder.load(CPU)(*(sources[name] for name in encoder.sources))
         for encoder in model.family.encoders(dtype, Vae())
