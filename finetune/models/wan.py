@@ -124,7 +124,7 @@ class Wan(Family):
 
         def transformer() -> WanTransformer3DModel:
             return WanTransformer3DModel(
-                num_attention_heads=2,
+                num_attention_heads=4 if variant == "2.2-5B" else 2,
                 attention_head_dim=24,
                 in_channels=2 * channels + 4 if concatenates else channels,
                 out_channels=channels,
@@ -311,10 +311,10 @@ class WanImageToVideo(Wan):
         if not self.sees_clip:
             return {}
         embeds = encoded["image_embeds"]["embeds"].to(device)
-        return {"image_processor": self._image_processor(), "image_encoder": _EncodedImage(embeds)}
+        return {"image_processor": self._image_processor(), "image_encoder": _EncodedByClip(embeds)}
 
 
-class _EncodedImage(nn.Module):
+class _EncodedByClip(nn.Module):
     """Stands for CLIP in a pipeline that is given images whose embeddings are known, since it does not take both."""
 
     def __init__(self, embeds: Tensor) -> None:

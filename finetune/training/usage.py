@@ -47,7 +47,7 @@ def _usage(job: Job, folder: Path) -> list[str]:
     lines += loading
     if family.vae_dtype is not None and dtype != str(family.vae_dtype):
         lines.append(f"pipe.vae.to({family.vae_dtype})")
-    size = f"num_frames={shape.frames}, height={shape.height}, width={shape.width}"
+    size = ", ".join(f"{name}={value}" for name, value in family.shape_arguments(shape).items())
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
     device = job.state.runtime.device.kind
     lines.append(f'video = pipe.to("{device}")(prompt="your prompt", {image}{size}).frames[0]')

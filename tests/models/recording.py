@@ -62,6 +62,8 @@ class TinyModel:
         """A shape that is cheap to decode; one of CogVideoX knows a single shape."""
         if self.family.folder.config("transformer").get("use_learned_positional_embeddings"):
             return self.bucket
+        if self.family.name == "hunyuan15_i2v":  # whose pipeline makes shapes of about one area
+            return self.bucket._replace(frames=5)
         return Bucket({"mochi": 7, "hunyuan": 17}.get(self.family.name, 9), 32, 32)
 
     @property
@@ -107,15 +109,6 @@ def _pipeline(cls: type, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtyp
 @cache
 def _text(model: TinyModel, caption: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return model.family.text_encoder(CPU, dtype)(caption)
-
-
-@cache
-def encoded(model: TinyModel, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    """What is cached of the model's clip besides its caption."""
-    clip = model.clip
-    sources = {"video": clip, "first_frame": clip[0], "last_frame": clip[-1]}
-    made = [each for each in model.family.encoders(dtype, Vae()) if each.kind != "text"]
-    return {each.kind: each.load(CPU)(*(sources[name] for name in each.sources)) for each in made}
 
 
 @dataclass
@@ -181,7 +174,8 @@ def generate(
     if family.name.startswith("ltx"):
         arguments["frame_rate"] = fps
     if family.takes_image:
-        arguments = {"image": Image.fromarray(scene(0, *bucket)[0][0]), **arguments}
+        image = family.condition_image(Image.fromarray(scene(0, *bucket)[0][0]), bucket)
+        arguments = {"image": image, **arguments}
         if family.pipeline_class == "LTXConditionPipeline":
             arguments["image_cond_noise_scale"] = 0.0
     if family.last_image:
@@ -197,10 +191,8 @@ def generate(
             stack.enter_context(hooks(transformer, before, after))
         frames = pipeline(
             prompt=prompt,
-            height=bucket.height,
-            width=bucket.width,
-            num_frames=bucket.frames,
             num_inference_steps=steps,
+            **family.shape_arguments(bucket),
             **arguments,
             generator=generator(),
             output_type=output_type,
@@ -268,6 +260,15 @@ def drawn_image(model: TinyModel, pipeline: diffusers.DiffusionPipeline) -> Tens
     return pipeline.vae.encode(pixels).latent_dist.sample(generator())
 
 
+@cache
+def encoded_clip(model: TinyModel, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """The clip whose first frame is the image, by the family's encoders, without its caption."""
+    clip = model.clip
+    sources = {"video": clip, "first_frame": clip[0], "last_frame": clip[-1]}
+    encoders = [each for each in model.family.encoders(dtype, Vae()) if sources.keys() >= set(each.sources)]
+    return {each.kind: each.load(CPU)(*(sources[name] for name in each.sources)) for each in encoders}
+
+
 @dataclass
 class Clip:
     """A sample whose noised latents and noise level are those of a step of a generation, and which begins with its image."""
@@ -288,20 +289,20 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
     samples, conditions = [], []
     noisy = torch.cat([clip.call.latents for clip in clips])
     for clip in clips:
-        x0, made = torch.randn(noisy.shape[1:], generator=generator(clip.index)), {"video": {}}
+        x0, moments = torch.randn(noisy.shape[1:], generator=generator(clip.index)), {}
         if model.family.name == "cogvideox_i2v":
             z = drawn_image(model, model.pipeline(clip.text["encoder_hidden_states"].dtype))[0].float()
-            made["video"] = {"image_mean": z, "image_logvar": torch.full_like(z, -torch.inf)}  # every sample is z
+            moments = {"image_mean": z, "image_logvar": torch.full_like(z, -torch.inf)}  # every sample is z
         if model.family.name == "ltx_i2v" and not clip.image_dropped:
             x0[:, 0] = clip.generation.calls[0].latents[0, :, 0]
             noisy[:, :, 0] = 1e3  # training noises the whole clip, and puts the image back
-        if model.family.name == "wan_i2v":
-            made = encoded(model, clip.text["encoder_hidden_states"].dtype)
+        encoded = {"video": moments}
+        if model.family.name in ("hunyuan15_i2v", "wan_i2v"):
+            encoded |= encoded_clip(model, clip.text["encoder_hidden_states"].dtype)
             if not clip.image_dropped:
                 noisy[:, :, : model.given_frames] = 1e3
-        sample = Sample(
-            {**made, "text": clip.text}, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped
-        )
+        encoded["text"] = clip.text
+        sample = Sample(encoded, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped)
         samples.append(sample)
         conditions.append(model.family.condition(sample, x0, ObjectiveSettings(guidance=GUIDANCE)))
     level = torch.cat([clip.call.level for clip in clips])

@@ -31,7 +31,7 @@ COGVIDEOX_I2V = pytest.mark.parametrize("model", variants("cogvideox_i2v"), ids=
 def encoded_prompt(pipeline: diffusers.DiffusionPipeline, caption: str) -> dict[str, Tensor]:
     """What `encode_prompt` makes of a caption, by the names of the transformer's arguments."""
     names = ["encoder_hidden_states", "encoder_attention_mask"]
-    if isinstance(pipeline, diffusers.HunyuanVideo15Pipeline):
+    if isinstance(pipeline, diffusers.HunyuanVideo15Pipeline | diffusers.HunyuanVideo15ImageToVideoPipeline):
         return dict(
             zip(HunyuanVideo15.text_arguments, (each[0] for each in pipeline.encode_prompt(caption)), strict=True)
         )

@@ -18,14 +18,13 @@ def test_diffusers_generates_a_finite_video_from_the_folder_alone(model: TinyMod
         pipeline = model.pipeline_class.from_pretrained(model.folder)
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline).__name__ == model.family.pipeline_class
-    frames, height, width = bucket = model.small
-    names = [
-        name for name, takes in (("image", model.family.takes_image), ("last_image", model.family.last_image)) if takes
-    ]
-    image = {name: Image.fromarray(model.clip[0]).resize((width, height)) for name in names}
-    sizes = {"num_frames": frames, "height": height, "width": width}
+    bucket, family = model.small, model.family
+    image = Image.fromarray(model.clip[0]).resize((bucket.width, bucket.height))
+    condition = {"image": family.condition_image(image, bucket)} if family.takes_image else {}
+    condition |= {"last_image": image} if family.last_image else {}
+    sizes = family.shape_arguments(bucket)
     made = pipeline(
-        prompt=PROMPT, **sizes, **image, num_inference_steps=2, generator=generator(), output_type="pt"
+        prompt=PROMPT, **sizes, **condition, num_inference_steps=2, generator=generator(), output_type="pt"
     ).frames
     assert made.shape == (1, bucket.frames, 3, bucket.height, bucket.width)
     assert made.isfinite().all()

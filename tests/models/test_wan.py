@@ -16,6 +16,7 @@ from recording import (
     Clip,
     TinyModel,
     assert_equal,
+    encoded_clip,
     generate,
     generator,
     recorded,
@@ -66,10 +67,8 @@ def test_captions_are_cleaned_as_prompts_are(model: TinyModel) -> None:
 
 def conditioned(model: TinyModel, **fields: Any) -> tuple[dict[str, Tensor], Bucket]:
     """`Family.condition` of the model's clip, encoded as for training."""
-    clip, family = model.clip, model.family
-    sources = {"video": clip, "first_frame": clip[0], "last_frame": clip[-1]}
-    encoders = [each for each in family.encoders(torch.float32, Vae()) if each.kind != "text"]
-    encoded = {each.kind: each.load(CPU)(*(sources[name] for name in each.sources)) for each in encoders}
+    family = model.family
+    encoded = encoded_clip(model, torch.float32)
     sample = Sample({**encoded, "text": {}}, model.bucket, 25.0, generator(), **fields)
     x0 = family.latents(sample.moments, generator(1))
     return family.condition(sample, x0, ObjectiveSettings()), model.bucket
