@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from finetune.data.synthetic import scene
 from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
-from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
+from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE, lora_file
 from finetune.training.job import Job, export_weights
 from finetune.training.samples import request_of, validation_samples
 
@@ -34,6 +34,10 @@ def prompted(family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[Mo
         lines = ["[[validation.prompts]]", f'text = "{PROMPT}"', f'negative = "{NEGATIVE}"', "steps = 2", "seed = 7"]
         lines += ["guidance = 3.0"] + (["true_guidance = 2.0"] if model[0] == "hunyuan" else [])
         lines += [f'image = "{tmp_path / "first.png"}"'] if model[0].endswith("i2v") else []
+        if model == ("wan_i2v", "2.1-FLF2V"):  # in sizes of their own: the pipeline scales images, and CLIP sees them whole
+            for name, (seed, height, width) in {"first": (5, 50, 110), "last": (6, 70, 64)}.items():
+                Image.fromarray(scene(seed, 1, height, width)[0][0]).save(tmp_path / f"{name}.png")
+            lines += [f'last_image = "{tmp_path / "last.png"}"']
         path = tmp_path / "recipe.toml"
         path.write_text(family_recipe(*model).read_text() + "\n".join(lines))
         return path
@@ -53,14 +57,15 @@ def live_video(job: Job, tiling: bool = False) -> np.ndarray:
 def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -> np.ndarray:
     """The same by diffusers alone, from the model's folder and, if given, an exported adapter."""
     family, prompt = job.state.family, job.prepared.prompts[0].prompt
+    dtype = DTYPES[job.recipe.train.precision]
     pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
-        family.folder.path, dtype=DTYPES[job.recipe.train.precision]
+        family.folder.path, dtype={"default": dtype, "vae": family.vae_dtype or dtype}
     )
     pipeline.set_progress_bar_config(disable=True)
     if tiling:
         pipeline.vae.enable_tiling()
     if folder is not None:
-        load_adapter(pipeline, folder)
+        load_adapter(pipeline, folder, lora_file(family))
     special = {"frame_rate": 25} if family.name.startswith("ltx") else {}
     if special and pipeline.vae.config.timestep_conditioning:
         special |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
@@ -70,6 +75,7 @@ def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -
     else:
         special |= {"guidance_scale": 3.0}
     special |= {"image": Image.open(prompt.image)} if prompt.image else {}
+    special |= {"last_image": Image.open(prompt.last_image)} if prompt.last_image else {}
     frames = pipeline(
         prompt=PROMPT,
         negative_prompt=NEGATIVE,
@@ -84,10 +90,10 @@ def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -
     return (frames * 255).round().astype(np.uint8)
 
 
-def load_adapter(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
+def load_adapter(pipeline: diffusers.DiffusionPipeline, folder: Path, file: str = LORA_FILE) -> None:
     """Not every pipeline has a method for it; the transformer's is diffusers' own, too."""
     if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+        pipeline.load_lora_weights(folder, weight_name=file)
     else:
         pipeline.transformer.load_lora_adapter(folder, weight_name=LORA_FILE)
 
