@@ -34,7 +34,10 @@ def prompted(family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[Mo
         lines = ["[[validation.prompts]]", f'text = "{PROMPT}"', f'negative = "{NEGATIVE}"', "steps = 2", "seed = 7"]
         lines += ["guidance = 3.0"] + (["true_guidance = 2.0"] if model[0] == "hunyuan" else [])
         lines += [f'image = "{tmp_path / "first.png"}"'] if model[0].endswith("i2v") else []
-        if model == ("wan_i2v", "2.1-FLF2V"):  # in sizes of their own: the pipeline scales images, and CLIP sees them whole
+        if model == (
+            "wan_i2v",
+            "2.1-FLF2V",
+        ):  # in sizes of their own: the pipeline scales images, and CLIP sees them whole
             for name, (seed, height, width) in {"first": (5, 50, 110), "last": (6, 70, 64)}.items():
                 Image.fromarray(scene(seed, 1, height, width)[0][0]).save(tmp_path / f"{name}.png")
             lines += [f'last_image = "{tmp_path / "last.png"}"']
