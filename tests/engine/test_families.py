@@ -170,13 +170,15 @@ def test_mochis_own_attention_predicts_what_the_trained_model_predicts(
 
 
 # Linear layers of the blocks in which an adapter changes nothing, since what they lead to is dropped.
+_LAST_TEXT = {
+    f"transformer_blocks.1.{name}"
+    for name in ("attn.add_q_proj", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
+}
 WITHOUT_EFFECT = {
     # The last block returns video alone: what its text tokens look at is computed and thrown away.
     "mochi": {"transformer_blocks.1.attn1.add_q_proj"},
-    "hunyuan15": {
-        f"transformer_blocks.1.{name}"
-        for name in ("attn.add_q_proj", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
-    },
+    "hunyuan15": _LAST_TEXT,
+    "hunyuan15_i2v": _LAST_TEXT,
 }
 
 
