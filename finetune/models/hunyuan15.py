@@ -307,7 +307,7 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
 
     def encoded_components(self, encoded: Mapping[str, Tensors], device: torch.device) -> dict[str, Any]:
         embeds = encoded["image_embeds"]["embeds"].to(device)
-        return {"feature_extractor": self._feature_extractor(), "image_encoder": _EncodedImage(embeds)}
+        return {"feature_extractor": self._feature_extractor(), "image_encoder": _EncodedBySiglip(embeds)}
 
     @classmethod
     def _tiny_components(cls) -> dict[str, Any]:
@@ -325,7 +325,7 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
         }
 
 
-class _EncodedImage(nn.Module):
+class _EncodedBySiglip(nn.Module):
     """Stands for SigLIP in a pipeline that is given an image whose embeddings (tokens, D) are known."""
 
     def __init__(self, embeds: Tensor) -> None:
