@@ -122,6 +122,7 @@ PADDED, COMPILED_PADDED = "captions of a micro-batch that differ in length", "co
     "family, kernel, overrides, why, cure",
     [
         ("hunyuan", "flash", [TWO], PADDED, "train.micro_batch_size = 1"),
+        ("hunyuan15", "flash", [TWO], PADDED, "train.micro_batch_size = 1"),
         ("mochi", "fa3", [TWO], PADDED, "train.micro_batch_size = 1"),
         ("mochi", "flash", [ONE, COMPILED], COMPILED_PADDED, "memory.compile = false"),
         ("hunyuan", "cudnn", [TWO], "gradients may be NaN with a mask", "train.micro_batch_size = 1"),
@@ -142,6 +143,7 @@ def test_a_kernel_of_attention_that_cannot_take_the_models_masks_is_refused(
     "family, kernel, overrides",
     [
         ("hunyuan", "flash", [ONE]),
+        ("hunyuan15_i2v", "flash", [ONE]),
         ("mochi", "cudnn", [ONE]),
         ("hunyuan", "efficient", [TWO]),
         ("mochi", "math", [TWO, COMPILED]),
