@@ -9,13 +9,13 @@ import pytest
 import torch
 from closeness import assert_close_to_scale
 from every_family import Model, every_family, every_transformer, every_transformer_with
+from exports import load_adapter
 from families_worker import METHODS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from finetune.engine.precision import DTYPES
 from finetune.engine.step import StepResult
-from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
 from finetune.models import family_class
 from finetune.models.folder import ModelFolder
 from finetune.models.mochi import MaskedAttention
@@ -123,14 +123,6 @@ def exported(job: Job, folder: Path) -> nn.Module:
     for parameter in pipeline.transformer.parameters():
         parameter.data = parameter.data.clone()
     return pipeline.transformer
-
-
-def load_adapter(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
-    """Not every pipeline has a method for it; the transformer's is diffusers' own, too."""
-    if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(folder)
-    else:
-        pipeline.transformer.load_lora_adapter(folder, weight_name=LORA_FILE)
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.full)])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from every_family import Model, every_family, every_model
+from exports import load_adapter
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from finetune.data.synthetic import scene
 from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
-from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
 from finetune.recipe import Bucket
 from finetune.training.job import Job, export_weights
 from finetune.training.samples import request_of, validation_samples
@@ -81,14 +81,6 @@ def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -
         **special,
     ).frames[0]
     return (frames * 255).round().astype(np.uint8)
-
-
-def load_adapter(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
-    """Not every pipeline has a method for it; the transformer's is diffusers' own, too."""
-    if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-    else:
-        pipeline.transformer.load_lora_adapter(folder, weight_name=LORA_FILE)
 
 
 def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
