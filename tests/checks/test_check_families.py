@@ -25,6 +25,8 @@ def refusal(family_recipe: Callable[..., Path], family: str, *overrides: str, va
         ("hunyuan", "mochi", "mochi"),
         ("mochi", "ltx", "ltx"),
         ("ltx_i2v", "hunyuan", "hunyuan"),
+        ("hunyuan", "hunyuan15", "hunyuan15"),
+        ("hunyuan15", "hunyuan15_i2v", "hunyuan15_i2v"),
     ],
 )
 def test_a_checkpoint_of_another_family_names_the_right_one(
@@ -47,6 +49,7 @@ def test_an_ltx_checkpoint_does_both(
     "family, variant, bucket, nearest",
     [
         ("hunyuan", None, "16x64x100", "17x64x96"),
+        ("hunyuan15", None, "16x64x100", "17x64x96"),
         ("mochi", None, "17x64x96", "19x64x96"),
         ("cogvideox", "5b", "13x64x88", "17x64x96"),
         ("cogvideox", "1.5-5B", "17x160x96", "17x128x96"),
@@ -71,6 +74,7 @@ def test_a_bucket_that_is_illegal_names_the_nearest(
         ("cogvideox", "data.image_dropout=0.1"),
         ("mochi", "vae.image_noise=true"),
         ("ltx_i2v", "vae.image_noise=true"),
+        ("hunyuan15_i2v", "vae.image_noise=true"),
         ("ltx", "objective.guidance=6"),
     ],
 )
@@ -90,6 +94,8 @@ def test_a_setting_that_means_nothing_to_the_family_is_refused(
         ("cogvideox_i2v", '{text = "a", image = "nowhere.png"}', "no such condition image"),
         ("mochi", '{text = "a", true_guidance = 2.0}', "takes no `true_guidance`"),
         ("hunyuan", '{text = "a", negative = "b"}', "uses no negative prompt"),
+        ("hunyuan15", '{text = "a", true_guidance = 2.0}', "takes no `true_guidance`"),
+        ("hunyuan15_i2v", '{text = "a", image = "x.png", shape = "17x96x96"}', "the nearest is 17x80x80"),
         ("hunyuan", '{text = "a", shape = "18x64x96"}', "18x64x96: HunyuanVideo needs 4k + 1 frames"),
     ],
 )
@@ -116,6 +122,7 @@ PADDED, COMPILED_PADDED = "captions of a micro-batch that differ in length", "co
     "family, kernel, overrides, why, cure",
     [
         ("hunyuan", "flash", [TWO], PADDED, "train.micro_batch_size = 1"),
+        ("hunyuan15", "flash", [TWO], PADDED, "train.micro_batch_size = 1"),
         ("mochi", "fa3", [TWO], PADDED, "train.micro_batch_size = 1"),
         ("mochi", "flash", [ONE, COMPILED], COMPILED_PADDED, "memory.compile = false"),
         ("hunyuan", "cudnn", [TWO], "gradients may be NaN with a mask", "train.micro_batch_size = 1"),
@@ -136,6 +143,7 @@ def test_a_kernel_of_attention_that_cannot_take_the_models_masks_is_refused(
     "family, kernel, overrides",
     [
         ("hunyuan", "flash", [ONE]),
+        ("hunyuan15_i2v", "flash", [ONE]),
         ("mochi", "cudnn", [ONE]),
         ("hunyuan", "efficient", [TWO]),
         ("mochi", "math", [TWO, COMPILED]),
