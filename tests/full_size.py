@@ -37,6 +37,13 @@ CHECKPOINTS = {
     "ltx-video-0.9.1": Checkpoint(("ltx", "ltx_i2v"), "1.92", {"transformer_blocks": 28}),
     "ltx-video-0.9.5": Checkpoint(("ltx", "ltx_i2v"), "1.92", {"transformer_blocks": 28}),
     "ltx-video-0.9.7": Checkpoint(("ltx", "ltx_i2v"), "13.0", {"transformer_blocks": 48}),
+    "wan2.1-t2v-1.3b": Checkpoint(("wan",), "1.419", {"blocks": 30}),
+    "wan2.1-t2v-14b": Checkpoint(("wan",), "14.288", {"blocks": 40}),
+    "wan2.1-i2v-14b": Checkpoint(("wan_i2v",), "16.395", {"blocks": 40}),
+    "wan2.1-flf2v-14b": Checkpoint(("wan_i2v",), "16.396", {"blocks": 40}),
+    "wan2.2-ti2v-5b": Checkpoint(("wan", "wan_i2v"), "5.000", {"blocks": 30}),
+    "wan2.2-t2v-a14b": Checkpoint(("wan",), "14.288", {"blocks": 40}),
+    "wan2.2-i2v-a14b": Checkpoint(("wan_i2v",), "14.289", {"blocks": 40}),
     "mochi-1-preview": Checkpoint(("mochi",), "10.0", {"transformer_blocks": 48}),
 }
 

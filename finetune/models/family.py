@@ -248,7 +248,7 @@ class Family(Components, ABC):
         moments = {}
         for name in self.moments:
             frames = 1 if name.startswith("image_") else shape[0]
-            moments[name] = torch.zeros(channels, frames, *shape[1:], dtype=dtype)
+            moments[name] = torch.zeros(channels, frames, *shape[1:], dtype=self.vae_dtype or dtype)
         return {"video": moments, "text": self.example_text(dtype)}
 
     @abstractmethod
@@ -284,7 +284,10 @@ class Family(Components, ABC):
         if prompt.images and not self.takes_image:
             return f"{self.title} takes no condition image: remove `image`"
         if bool(prompt.last_image) != self.last_image:
-            return f"set `last_image`, which {self.title} takes here" if self.last_image else "remove `last_image`"
+            if self.last_image:
+                return f"set `last_image`, which {self.title} takes here"
+            could = self.takes_image and self.last_image_problem(True) is None
+            return "remove `last_image`" + (", or set data.last_image = true" if could else "")
         if prompt.true_guidance is not None and not self.takes_true_guidance:
             return f"{self.title} takes no `true_guidance`: use `guidance`"
         return None

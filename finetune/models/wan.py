@@ -28,7 +28,7 @@ from finetune.models.components import Expert
 from finetune.models.encoder import Encoder, FileHash
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
-from finetune.models.sample import SampleLike
+from finetune.models.sample import SampleLike, nearest_bucket
 from finetune.recipe import Bucket
 from finetune.recipe.schema import Data, ExpertName, Model, ObjectiveSettings, Vae
 from finetune.runtime.errors import Problem
@@ -57,7 +57,7 @@ class Wan(Family):
         self.temporal = vae.get("scale_factor_temporal") or _TEMPORAL
         self.patch_t, self.patch, _ = self.transformer_config["patch_size"]
         self.mean = torch.tensor(vae["latents_mean"]).view(-1, 1, 1, 1)
-        self.std = torch.tensor(vae["latents_std"]).view(-1, 1, 1, 1)
+        self.scale = 1 / torch.tensor(vae["latents_std"]).view(-1, 1, 1, 1)
         self.timestep_of_tokens = _is_5b(folder)
 
     @classmethod
@@ -81,14 +81,15 @@ class Wan(Family):
         return {"high": Expert("transformer", (boundary, 1.0)), "low": Expert("transformer_2", (0.0, boundary))}
 
     def problems(self, model: Model, data: Data) -> list[Problem]:
-        found, where = super().problems(model, data), str(self.folder.path)
-        if _boundary(self.folder) is not None and not self.folder.has("transformer_2"):
-            what = f"it has a boundary between two experts ({_boundary(self.folder)}) and no transformer_2"
-            found.append(Problem(what, where, "download the whole folder: the expert for low noise is missing"))
-        if _boundary(self.folder) is None and self.folder.has("transformer_2"):
+        where, boundary, has_two = str(self.folder.path), _boundary(self.folder), self.folder.has("transformer_2")
+        if boundary is None and has_two:  # then it has experts, though it is not seen to
             what = "it has a transformer_2, and model_index.json does not say from which noise on it denoises"
             cure = 'put "boundary_ratio" back: 0.875 for text-to-video, 0.9 for image-to-video'
-            found.append(Problem(what, where, cure))
+            return [Problem(what, where, cure)]
+        found = super().problems(model, data)
+        if boundary is not None and not has_two:
+            what = f"it has a boundary between two experts ({boundary}) and no transformer_2"
+            found.append(Problem(what, where, "download the whole folder: the expert for low noise is missing"))
         return found
 
     def encode_text(self, pipeline: diffusers.DiffusionPipeline, caption: str, device: torch.device) -> Tensors:
@@ -101,7 +102,7 @@ class Wan(Family):
         return {"encoder_hidden_states": torch.zeros(TEXT_LENGTH, self.transformer_config["text_dim"], dtype=dtype)}
 
     def normalise(self, z: Tensor) -> Tensor:
-        return (z - self.mean) / self.std
+        return (z - self.mean) * self.scale
 
     def inputs(
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
@@ -123,7 +124,7 @@ class Wan(Family):
 
         def transformer() -> WanTransformer3DModel:
             return WanTransformer3DModel(
-                num_attention_heads=2,
+                num_attention_heads=4 if variant == "2.2-5B" else 2,
                 attention_head_dim=24,
                 in_channels=2 * channels + 4 if concatenates else channels,
                 out_channels=channels,
@@ -199,6 +200,13 @@ class WanImageToVideo(Wan):
 
     def unused_keys(self) -> dict[str, str]:
         return super().unused_keys() | {"vae.image_noise": "Wan's condition images have no noise"}
+
+    def bucket_problem(self, bucket: Bucket) -> str | None:
+        least = self.temporal + 1
+        if not self.last_image or bucket.frames >= least:
+            return super().bucket_problem(bucket)
+        nearest = nearest_bucket(bucket._replace(frames=least), self.temporal, self.spatial * self.patch)
+        return f"{self.title} between two images needs at least {least} frames; the nearest is {nearest}"
 
     # Encoding
 

@@ -1,5 +1,7 @@
 """What a checkpoint cannot do is refused before a weight is read, and the error names what can."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +39,103 @@ def test_a_checkpoint_of_another_family_names_the_right_one(
     assert "Pipeline, and family" in text
 
 
+EXPERTS, LAST, NO_LAST = "model.experts=high,low", "data.last_image=true", "data.last_image=false"
+
+
+@pytest.mark.parametrize(
+    "family, variant, override, complaint, cure",
+    [
+        ("wan", "2.1", EXPERTS, "has no experts", "recipes/wan_1.3b_lora.toml"),
+        ("wan", "2.2-5B", EXPERTS, "has no experts", "recipes/wan2.2_5b_lora.toml"),
+        ("wan_i2v", "2.1", EXPERTS, "has no experts", "recipes/wan_14b_i2v_lora.toml"),
+        ("wan_i2v", "2.1-FLF2V", EXPERTS, "has no experts", "recipes/wan_14b_flf2v_lora.toml"),
+        ("wan_i2v", "2.1-FLF2V", NO_LAST, "is made for a first and a last image", "remove it"),
+        ("wan_i2v", "2.1", LAST, "takes no last image: Wan 2.1 FLF2V and Wan 2.2 A14B do", "remove it"),
+        ("wan_i2v", "2.2-5B", LAST, "takes no last image: Wan 2.1 FLF2V and Wan 2.2 A14B do", "remove it"),
+        ("wan", "2.1", LAST, "Wan takes no last image", "remove it"),
+    ],
+)
+def test_what_a_wan_checkpoint_cannot_do_names_what_is_for_it(
+    family_recipe: Callable[..., Path], family: str, variant: str, override: str, complaint: str, cure: str
+) -> None:
+    text = refusal(family_recipe, family, override, variant=variant)
+    assert text.startswith(f"{override.partition('=')[0]}: ")
+    assert complaint in text
+    assert cure in text
+
+
+@pytest.mark.parametrize(
+    "family, model, right, recipe",
+    [
+        ("wan", ("wan_i2v", "2.1"), "wan_i2v", "wan_14b_i2v"),
+        ("wan", ("wan_i2v", "2.1-FLF2V"), "wan_i2v", "wan_14b_flf2v"),
+        ("wan", ("wan_i2v", "2.2-A14B"), "wan_i2v", "wan2.2_a14b_i2v"),
+        ("wan_i2v", ("wan", "2.1"), "wan", "wan_1.3b"),
+        ("wan_i2v", ("wan", "2.2-A14B"), "wan", "wan2.2_a14b"),
+        ("ltx", ("wan", "2.2-5B"), "wan", "wan2.2_5b"),
+    ],
+)
+def test_a_wan_checkpoint_of_the_other_kind_names_family_and_recipe(
+    family_recipe: Callable[..., Path],
+    tiny_model: Callable[..., Path],
+    family: str,
+    model: tuple[str, str],
+    right: str,
+    recipe: str,
+) -> None:
+    text = refusal(family_recipe, family, f"model.path={tiny_model(*model)}")
+    assert f'set model.family = "{right}" (recipes/{recipe}_lora.toml and recipes/{recipe}_full.toml' in text
+
+
+@pytest.mark.parametrize("family", ["wan", "wan_i2v"])
+def test_a_wan_5b_checkpoint_does_both(
+    family_recipe: Callable[..., Path], tiny_model: Callable[..., Path], family: str
+) -> None:
+    for model in ("wan", "wan_i2v"):
+        where = f"model.path={tiny_model(model, '2.2-5B')}"
+        assert open_family(load_recipe(family_recipe(family, "2.2-5B"), [where])).name == family
+
+
+@pytest.mark.parametrize("family", ["wan", "wan_i2v"])
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"transformer_2": [None, None]}, "no transformer_2"),
+        ({"boundary_ratio": None}, "does not say from which noise on it denoises"),
+    ],
+    ids=["no transformer_2", "no boundary"],
+)
+def test_half_an_a14b_is_refused(
+    family_recipe: Callable[..., Path],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    family: str,
+    changes: dict,
+    complaint: str,
+) -> None:
+    folder = Path(shutil.copytree(tiny_model(family, "2.2-A14B"), tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | changes))
+    text = refusal(family_recipe, family, f"model.path={folder}", EXPERTS, variant="2.2-A14B")
+    assert complaint in text
+    assert "has no experts" not in text
+
+
+def test_a_wan_checkpoint_without_its_image_encoder_is_refused(
+    family_recipe: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model("wan_i2v", "2.1"), tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"image_encoder": [None, None]}))
+    assert "no image_encoder" in refusal(family_recipe, "wan_i2v", f"model.path={folder}", variant="2.1")
+
+
+def test_a14b_takes_a_last_image_if_the_recipe_says_so(family_recipe: Callable[..., Path]) -> None:
+    recipe = family_recipe("wan_i2v", "2.2-A14B")
+    assert open_family(load_recipe(recipe, [LAST])).last_image
+    assert not open_family(load_recipe(recipe)).last_image
+
+
 @pytest.mark.parametrize("family", ["ltx", "ltx_i2v"])
 def test_an_ltx_checkpoint_does_both(
     family_recipe: Callable[..., Path], tiny_model: Callable[..., Path], family: str
@@ -55,6 +154,9 @@ def test_an_ltx_checkpoint_does_both(
         ("cogvideox", "1.5-5B", "17x160x96", "17x128x96"),
         ("cogvideox_i2v", "5b-I2V", "17x64x80", "17x64x96"),
         ("ltx", "0.9.7", "12x40x96", "9x32x96"),
+        ("wan", "2.1", "16x64x90", "17x64x96"),
+        ("wan", "2.2-5B", "17x80x96", "17x64x96"),
+        ("wan_i2v", "2.1-FLF2V", "2x64x100", "5x64x96"),
     ],
 )
 def test_a_bucket_that_is_illegal_names_the_nearest(
@@ -76,6 +178,9 @@ def test_a_bucket_that_is_illegal_names_the_nearest(
         ("ltx_i2v", "vae.image_noise=true"),
         ("hunyuan15_i2v", "vae.image_noise=true"),
         ("ltx", "objective.guidance=6"),
+        ("wan", "data.image_dropout=0.1"),
+        ("wan", "objective.guidance=6"),
+        ("wan_i2v", "vae.image_noise=true"),
     ],
 )
 def test_a_setting_that_means_nothing_to_the_family_is_refused(
@@ -96,6 +201,7 @@ def test_a_setting_that_means_nothing_to_the_family_is_refused(
         ("hunyuan", '{text = "a", negative = "b"}', "uses no negative prompt"),
         ("hunyuan15", '{text = "a", true_guidance = 2.0}', "takes no `true_guidance`"),
         ("hunyuan15_i2v", '{text = "a", image = "x.png", shape = "17x96x96"}', "the nearest is 17x80x80"),
+        ("wan_i2v", '{text = "a", image = "x.png", last_image = "x.png"}', "remove `last_image`"),
         ("hunyuan", '{text = "a", shape = "18x64x96"}', "18x64x96: HunyuanVideo needs 4k + 1 frames"),
     ],
 )
@@ -140,8 +246,24 @@ def test_a_kernel_of_attention_that_cannot_take_the_models_masks_is_refused(
 
 
 @pytest.mark.parametrize(
+    "variant, images, complaint",
+    [
+        ("2.1-FLF2V", 'image = "x.png"', "set `last_image`"),
+        ("2.2-A14B", 'image = "x.png", last_image = "x.png"', "or set data.last_image = true"),
+    ],
+)
+def test_a_prompt_has_as_many_images_as_wan_takes(
+    family_recipe: Callable[..., Path], variant: str, images: str, complaint: str
+) -> None:
+    prompts = f'validation.prompts=[{{text = "a", {images}}}]'
+    assert complaint in refusal(family_recipe, "wan_i2v", prompts, variant=variant)
+
+
+@pytest.mark.parametrize(
     "family, kernel, overrides",
     [
+        ("wan", "flash", [TWO, COMPILED]),
+        ("wan_i2v", "cudnn", [TWO]),
         ("hunyuan", "flash", [ONE]),
         ("hunyuan15_i2v", "flash", [ONE]),
         ("mochi", "cudnn", [ONE]),

@@ -20,7 +20,7 @@ from finetune.models import FAMILIES, family_class
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.recipe import Bucket
-from finetune.recipe.schema import ObjectiveSettings, Vae
+from finetune.recipe.schema import Data, Model, ObjectiveSettings, Vae
 
 CPU = torch.device("cpu")
 PROMPT = "a red ball moves to the left over a dark floor"
@@ -49,7 +49,9 @@ class TinyModel:
     @classmethod
     @cache
     def open(cls, folder: Path, name: str) -> "TinyModel":
-        return cls(folder, family_class(name)(ModelFolder(folder)))
+        family = family_class(name)(ModelFolder(folder))
+        family.select(Model(family=name, path=str(folder)), Data(path=folder, buckets=["17x64x96"]))
+        return cls(folder, family)
 
     @property
     def bucket(self) -> Bucket:
@@ -63,6 +65,17 @@ class TinyModel:
         if self.family.name == "hunyuan15_i2v":  # whose pipeline makes shapes of about one area
             return self.bucket._replace(frames=5)
         return Bucket({"mochi": 7, "hunyuan": 17}.get(self.family.name, 9), 32, 32)
+
+    @property
+    def given_frames(self) -> int:
+        """Latent frames that the pipeline is given, and training does not count."""
+        has_own_timesteps = self.family.takes_image and self.family.folder.index.get("expand_timesteps")
+        return int(self.family.name == "ltx_i2v" or bool(has_own_timesteps))
+
+    @property
+    def cuts_timesteps(self) -> bool:
+        """Whether the scheduler cuts timesteps to integers; training tells the model 1000 sigma."""
+        return self.family.folder.class_name("scheduler") == "UniPCMultistepScheduler"
 
     @property
     def clip(self) -> np.ndarray:
@@ -79,7 +92,7 @@ class TinyModel:
         return getattr(diffusers, self.family.pipeline_class)
 
     def pipeline(self, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
-        return _pipeline(self.pipeline_class, self.folder, dtype)
+        return _pipeline(self.pipeline_class, self.folder, dtype, self.family.vae_dtype or dtype)
 
     def text(self, caption: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """A caption as the family encodes it."""
@@ -87,8 +100,8 @@ class TinyModel:
 
 
 @cache
-def _pipeline(cls: type, folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeline:
-    pipeline = cls.from_pretrained(folder, dtype=dtype)
+def _pipeline(cls: type, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> diffusers.DiffusionPipeline:
+    pipeline = cls.from_pretrained(folder, dtype={"default": dtype, "vae": vae_dtype})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -102,6 +115,7 @@ def _text(model: TinyModel, caption: str, dtype: torch.dtype) -> dict[str, Tenso
 class Call:
     """A denoising step of a pipeline: how it calls the transformer, and what that answers."""
 
+    component: str  # which transformer is called
     args: tuple
     kwargs: dict[str, Any]
     latents: Tensor  # float32 (B, C, F, H, W)
@@ -115,10 +129,10 @@ class Generation:
     frames: Tensor  # latents (1, C, F, H, W), or video (1, F, 3, H, W) in [0, 1]
 
 
-def adapted(model: TinyModel, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def adapted(model: TinyModel, dtype: torch.dtype = torch.float32, component: str = "transformer") -> torch.nn.Module:
     """The transformer as training has it, laid out in memory as the pipeline's, which decides the last bits of a product."""
     cls = getattr(diffusers, model.family.transformer_class)
-    return model.family.adapt_transformer(cls.from_pretrained(model.folder, subfolder="transformer", dtype=dtype))
+    return model.family.adapt_transformer(cls.from_pretrained(model.folder, subfolder=component, dtype=dtype))
 
 
 def generator(seed: int = SEED) -> torch.Generator:
@@ -144,11 +158,14 @@ def generate(
     """
     bucket = bucket or model.bucket
     family, held, calls = model.family, [], []
+    transformers = transformers_of(pipeline)
 
     def before(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         index = len(calls)
         latents = held[-1] if held else kwargs["hidden_states"]
-        calls.append(Call(args, kwargs, unpacked(pipeline, latents, bucket), level_of(pipeline.scheduler, index)))
+        (component,) = (name for name, each in transformers.items() if each is module)
+        level = level_of(pipeline.scheduler, index)
+        calls.append(Call(component, args, kwargs, unpacked(pipeline, latents, bucket), level))
 
     def after(module: torch.nn.Module, args: tuple, output: tuple[Tensor]) -> tuple[Tensor] | None:
         calls[-1].output = output[0]
@@ -157,16 +174,21 @@ def generate(
     if family.name.startswith("ltx"):
         arguments["frame_rate"] = fps
     if family.takes_image:
-        arguments["image"] = family.condition_image(Image.fromarray(scene(0, *bucket)[0][0]), bucket)
+        image = family.condition_image(Image.fromarray(scene(0, *bucket)[0][0]), bucket)
+        arguments = {"image": image, **arguments}
         if family.pipeline_class == "LTXConditionPipeline":
             arguments["image_cond_noise_scale"] = 0.0
+    if family.last_image:
+        arguments = {"last_image": Image.fromarray(scene(0, *bucket)[0][-1]), **arguments}
     arguments = {"guidance_scale": GUIDANCE if family.name == "hunyuan" else 1.0, **arguments}
     accepted = inspect.signature(type(pipeline).__call__).parameters
     if "guidance_scale" not in accepted:
         pipeline.guider = pipeline.guider.new(guidance_scale=arguments.pop("guidance_scale"))
     if "callback_on_step_end" in accepted:  # else the latents are those that the transformer is given
         arguments["callback_on_step_end"] = lambda pipe, index, t, tensors: held.append(tensors["latents"]) or {}
-    with hooks(pipeline.transformer, before, after):
+    with contextlib.ExitStack() as stack:
+        for transformer in transformers.values():
+            stack.enter_context(hooks(transformer, before, after))
         frames = pipeline(
             prompt=prompt,
             num_inference_steps=steps,
@@ -184,6 +206,12 @@ def recorded(
 ) -> Generation:
     """Four steps of the model's pipeline. Copy tensors before changing them."""
     return generate(model, model.pipeline(dtype), prompt=prompt, fps=fps)
+
+
+def transformers_of(pipeline: diffusers.DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The pipeline's transformers by component: one, or the two experts."""
+    named = ((name, pipeline.components.get(name)) for name in ("transformer", "transformer_2"))
+    return {name: transformer for name, transformer in named if transformer is not None}
 
 
 @contextlib.contextmanager
@@ -204,7 +232,12 @@ def unpacked(pipeline: diffusers.DiffusionPipeline, latents: Tensor, bucket: Buc
         latents = pipeline._unpack_latents(latents, frames, bucket.height // side, bucket.width // side)
     elif type(pipeline).__name__.startswith("CogVideoX"):
         latents = latents.transpose(1, 2)
-    return latents[:, : pipeline.vae.config.latent_channels].float()
+    return latents[:, : latent_channels(pipeline)].float()
+
+
+def latent_channels(pipeline: diffusers.DiffusionPipeline) -> int:
+    config = pipeline.vae.config
+    return config.get("latent_channels") or config["z_dim"]
 
 
 def level_of(scheduler: diffusers.SchedulerMixin, index: int) -> Tensor:
@@ -212,7 +245,7 @@ def level_of(scheduler: diffusers.SchedulerMixin, index: int) -> Tensor:
     if isinstance(scheduler, diffusers.CogVideoXDDIMScheduler):
         return scheduler.timesteps[index : index + 1]
     sigma = scheduler.sigmas[index : index + 1]
-    return 1 - sigma if scheduler.config.invert_sigmas else sigma
+    return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma
 
 
 # What training makes of the same latents
@@ -230,7 +263,8 @@ def drawn_image(model: TinyModel, pipeline: diffusers.DiffusionPipeline) -> Tens
 @cache
 def encoded_clip(model: TinyModel, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
     """The clip whose first frame is the image, by the family's encoders, without its caption."""
-    sources = {"video": model.clip, "first_frame": model.clip[0]}
+    clip = model.clip
+    sources = {"video": clip, "first_frame": clip[0], "last_frame": clip[-1]}
     encoders = [each for each in model.family.encoders(dtype, Vae()) if sources.keys() >= set(each.sources)]
     return {each.kind: each.load(CPU)(*(sources[name] for name in each.sources)) for each in encoders}
 
@@ -262,9 +296,12 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
         if model.family.name == "ltx_i2v" and not clip.image_dropped:
             x0[:, 0] = clip.generation.calls[0].latents[0, :, 0]
             noisy[:, :, 0] = 1e3  # training noises the whole clip, and puts the image back
-        encoded = {"video": moments, "text": clip.text}
-        if model.family.name == "hunyuan15_i2v":
+        encoded = {"video": moments}
+        if model.family.name in ("hunyuan15_i2v", "wan_i2v"):
             encoded |= encoded_clip(model, clip.text["encoder_hidden_states"].dtype)
+            if not clip.image_dropped:
+                noisy[:, :, : model.given_frames] = 1e3
+        encoded["text"] = clip.text
         sample = Sample(encoded, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped)
         samples.append(sample)
         conditions.append(model.family.condition(sample, x0, ObjectiveSettings(guidance=GUIDANCE)))

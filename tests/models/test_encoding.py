@@ -37,6 +37,8 @@ def encoded_prompt(pipeline: diffusers.DiffusionPipeline, caption: str) -> dict[
         )
     if isinstance(pipeline, diffusers.HunyuanVideoPipeline):
         outputs, names[1:1] = pipeline.encode_prompt(caption), ["pooled_projections"]
+    elif type(pipeline).__name__.startswith("Wan"):  # as its __call__ does
+        outputs = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=512)
     else:
         outputs = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
     return dict(zip(names, (output[0] for output in outputs if output is not None), strict=False))
@@ -47,7 +49,7 @@ def unconditional_text(model: TinyModel, dtype: torch.dtype) -> dict[str, Tensor
     guidance, call = {"guidance_scale": 3.0}, 0
     if model.family.name == "hunyuan":  # guided by a second call, if there is a negative prompt
         guidance, call = {"true_cfg_scale": 3.0, "negative_prompt": ""}, 1
-    if model.family.name.startswith("hunyuan15"):
+    if model.family.name.startswith(("hunyuan15", "wan")):
         call = 1
     arguments = generate(model, model.pipeline(dtype), steps=2, **guidance).calls[call].kwargs
     return {name: arguments[name][0] for name in model.family.text_arguments}
@@ -145,9 +147,10 @@ def test_latents_decode_to_what_a_posterior_sample_decodes_to(model: TinyModel) 
     video = decoded_by_pipeline(model, model.family.latents(moments, generator(5)), bucket)
     with torch.no_grad():
         z = pipeline.vae.encode(as_video(clip)).latent_dist.sample(generator(5))
-        if model.family.name == "ltx_i2v":  # the pipeline draws the given frame itself
+        if model.given_frames:  # which the pipeline makes itself
             image = pipeline.vae.encode(as_video(clip[:1])).latent_dist
-            z[:, :, :1] = image.sample(image_generator(model, bucket))
+            is_drawn = model.family.name == "ltx_i2v"
+            z[:, :, :1] = image.sample(image_generator(model, bucket)) if is_drawn else image.mode()
         timed = pipeline.vae.config.get(
             "timestep_conditioning", False
         )  # the pipeline decodes at 0 if it is told nothing
@@ -163,7 +166,7 @@ def test_frames_reach_the_vae_as_diffusers_prepares_them(model: TinyModel, dtype
     clip = model.shortest_clip
     moments = model.family.video_encoder(CPU, dtype, Vae())(clip)
     pipeline = model.pipeline(dtype)
-    video = pipeline.video_processor.preprocess_video([Image.fromarray(frame) for frame in clip]).to(dtype)
+    video = pipeline.video_processor.preprocess_video([Image.fromarray(frame) for frame in clip]).to(pipeline.vae.dtype)
     video = video.contiguous()  # convolutions in bf16 round differently by how their input lies in memory
     with torch.no_grad():
         posterior = pipeline.vae.encode(video).latent_dist

@@ -55,7 +55,7 @@ def test_a_name_of_the_project_is_found_as_ever() -> None:
     "name, words",
     [
         ("lxt", "did you mean 'ltx'?"),
-        ("wan", 'one of your own is "package.module:Class"'),
+        ("svd", 'one of your own is "package.module:Class"'),
         ("mine.Mine", "did you mean 'mine:Mine'?"),
         ("concurrent.futures", "did you mean 'concurrent.futures:Class'?"),
         ("mine.py:Mine", "write 'mine:Mine'"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from recording import TinyModel, generator, variant_id, variants
@@ -75,6 +75,20 @@ def test_noise_levels_are_shifted_as_the_checkpoints_scheduler_shifts(model: Tin
     theirs = 1 - sigmas if scheduler.config.invert_sigmas else sigmas
     objective = model.family.objective(ObjectiveSettings(sigma_sampling="uniform", shift="scheduler"))
     torch.testing.assert_close(objective.level(sigma, tokens).float(), theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("model", variants("wan", "wan_i2v"), ids=variant_id, indirect=True)
+def test_noise_levels_are_shifted_as_unipc_shifts(model: TinyModel) -> None:
+    """Its `flow_shift`; its schedule runs from 1 to 1/1000, its first sigma is 1e-6 less than 1."""
+    scheduler = UniPCMultistepScheduler.from_config(model.pipeline().scheduler.config)
+    scheduler.set_timesteps(1000)
+    sigma = torch.linspace(1, 1e-3, 1001)[:-1]
+    shift = scheduler.config.flow_shift
+    assert shift > 1
+    for settings in ({"shift": "scheduler"}, {"shift": shift}, {}):
+        objective = model.family.objective(ObjectiveSettings(sigma_sampling="uniform", **settings))
+        levels = objective.level(sigma, model.family.tokens(model.bucket))
+        torch.testing.assert_close(levels, scheduler.sigmas[:-1], rtol=0, atol=2e-6)
 
 
 @FLOW_MATCHING

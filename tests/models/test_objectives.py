@@ -6,7 +6,7 @@ import pytest
 import torch
 from closeness import assert_close_to_scale
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from recording import VARIANTS, TinyModel, generator, unpacked, variant_id, variants
+from recording import VARIANTS, TinyModel, generator, latent_channels, unpacked, variant_id, variants
 from torch import Tensor
 
 from finetune.data.loader import Sample
@@ -15,22 +15,22 @@ from finetune.models.batch import Batch
 from finetune.recipe.schema import ObjectiveSettings
 
 COGVIDEOX = pytest.mark.parametrize("model", variants("cogvideox", "cogvideox_i2v"), ids=variant_id, indirect=True)
-LTX_I2V = pytest.mark.parametrize("model", variants("ltx_i2v"), ids=variant_id, indirect=True)
+GIVEN_FRAME = [*variants("ltx_i2v"), ("wan_i2v", "2.2-5B")]
 UNSHIFTED = {"shift": 1.0}
 
 
 def samples(model: TinyModel, count: int, dtype: torch.dtype = torch.float32, **fields: Any) -> list[Sample]:
     """Clips of random latents, each the same whatever is drawn of its posterior."""
     family, bucket = model.family, model.small
-    channels = model.pipeline().vae.config.latent_channels
+    channels = latent_channels(model.pipeline())
     frames = (bucket.frames - 1) // family.temporal + 1
     made = []
     for index in range(count):
         z = torch.randn(channels, frames, *family.latent_shape(bucket)[1:], generator=generator(index))
         exact = torch.full_like(z, -torch.inf)
         moments = {"mean": z, "logvar": exact, "image_mean": z[:, :1], "image_logvar": exact[:, :1]}
-        text = model.text("a ball", dtype)
-        made.append(Sample({"video": moments, "text": text}, bucket, 25.0, generator(index), (index, count), **fields))
+        encoded = family.example(bucket, dtype) | {"video": moments, "text": model.text("a ball", dtype)}
+        made.append(Sample(encoded, bucket, 25.0, generator(index), (index, count), **fields))
     return made
 
 
@@ -95,7 +95,7 @@ def test_every_timestep_is_drawn_and_equally_often(model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", variants("hunyuan", "hunyuan15", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True
+    "model", variants("hunyuan", "hunyuan15", "ltx", "ltx_i2v", "mochi", "wan"), ids=variant_id, indirect=True
 )
 def test_flow_matching_is_logit_normal_if_nothing_is_said(model: TinyModel) -> None:
     assert torch.equal(drawn(model, 20), drawn(model, 20, sigma_sampling="logit_normal"))
@@ -124,7 +124,7 @@ def test_a_batch_is_made_of_the_clips_latents(model: TinyModel) -> None:
         sign = -1 if model.family.name == "mochi" else 1
         x0 = noisy - sign * level_of(model, batch).view(-1, 1, 1, 1, 1) * target
     expected = torch.stack([model.family.latents(clip.moments, generator()) for clip in clips])
-    given = 1 if model.family.name == "ltx_i2v" else 0
+    given = model.given_frames
     assert given == 0 or torch.equal(noisy[:, :, :1], expected[:, :, :1])
     assert_close_to_scale(x0[:, :, given:], expected[:, :, given:])
 
@@ -147,12 +147,12 @@ def test_a_batch_is_a_function_of_its_samples_generators(model: TinyModel) -> No
     assert not torch.equal(first.only.target[0], first.only.target[1])
 
 
-@pytest.mark.parametrize("model", [each for each in VARIANTS if each[0] != "ltx_i2v"], ids=variant_id, indirect=True)
+@pytest.mark.parametrize("model", [each for each in VARIANTS if each not in GIVEN_FRAME], ids=variant_id, indirect=True)
 def test_everything_counts_where_no_frame_is_given(model: TinyModel) -> None:
     assert model.family.batch(samples(model, 2), model.family.objective(ObjectiveSettings())).only.counted is None
 
 
-@LTX_I2V
+@pytest.mark.parametrize("model", GIVEN_FRAME, ids=variant_id, indirect=True)
 def test_all_but_the_given_frame_counts(model: TinyModel) -> None:
     """And the given frame's tokens are at timestep 0; a sample whose image is dropped is like text-to-video."""
     with_image, dropped = samples(model, 1)[0], samples(model, 1, image_dropped=True)[0]
@@ -161,7 +161,8 @@ def test_all_but_the_given_frame_counts(model: TinyModel) -> None:
     expected = torch.ones_like(counted)
     expected[0, :, 0] = 0
     assert torch.equal(counted, expected)
-    given = 1 - expected[:, 0].flatten(1)
+    patch = model.family.patch
+    given = 1 - expected[:, 0, :, ::patch, ::patch].flatten(1)
     timestep = batch.inputs["timestep"]
     assert torch.equal(timestep == 0, given.bool())
     assert (timestep[1] == timestep[1, 0]).all()

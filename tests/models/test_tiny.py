@@ -14,11 +14,14 @@ from finetune.models import family_class
 def test_diffusers_generates_a_finite_video_from_the_folder_alone(model: TinyModel) -> None:
     """With classifier-free guidance, as a user would sample."""
     pipeline = DiffusionPipeline.from_pretrained(model.folder)
+    if model.family.name == "wan_i2v" and model.family.folder.pipeline_class == "WanPipeline":  # one of 5B is for both
+        pipeline = model.pipeline_class.from_pretrained(model.folder)
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline).__name__ == model.family.pipeline_class
     bucket, family = model.small, model.family
     image = Image.fromarray(model.clip[0]).resize((bucket.width, bucket.height))
     condition = {"image": family.condition_image(image, bucket)} if family.takes_image else {}
+    condition |= {"last_image": image} if family.last_image else {}
     sizes = family.shape_arguments(bucket)
     made = pipeline(
         prompt=PROMPT, **sizes, **condition, num_inference_steps=2, generator=generator(), output_type="pt"
@@ -53,7 +56,7 @@ def test_it_takes_a_few_megabytes(model: TinyModel) -> None:
     assert sum(map(len, contents_of(model.folder).values())) < limit
 
 
-@pytest.mark.parametrize("name", ["cogvideox", "cogvideox_i2v", "ltx", "ltx_i2v"])
+@pytest.mark.parametrize("name", ["cogvideox", "cogvideox_i2v", "ltx", "ltx_i2v", "wan", "wan_i2v"])
 def test_variants_of_a_family_differ(name: str, tiny_model: Callable[..., Path]) -> None:
     files = ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json")
     folders = [tiny_model(name, variant) for variant in family_class(name).variants]

@@ -58,15 +58,26 @@ def test_every_argument_is_the_pipelines(model: TinyModel, dtype: torch.dtype, i
         del ours["rope_interpolation_scale"], theirs["rope_interpolation_scale"]
     if model.family.name == "hunyuan" and (dtype, index) == (torch.bfloat16, 2):
         ours["timestep"] = ours["timestep"].to(dtype)  # its pipeline keeps latents and timestep in float32 for one step
+    if model.cuts_timesteps:
+        exact, cut = ours["timestep"], theirs["timestep"]
+        assert exact.dtype == torch.float32
+        assert torch.equal(exact.floor(), cut.float())
+        ours["timestep"] = cut
     for name in ours:
         assert_equal(ours[name], theirs[name], name)
+
+
+def with_timesteps_of(model: TinyModel, inputs: dict[str, Any], *calls: Call) -> dict[str, Any]:
+    """Training's arguments, with the calls' timesteps if the pipeline's scheduler cuts them to integers."""
+    return inputs | ({"timestep": torch.cat([c.kwargs["timestep"] for c in calls])} if model.cuts_timesteps else {})
 
 
 @DTYPES
 def test_the_prediction_is_the_pipelines(model: TinyModel, dtype: torch.dtype) -> None:
     ours, call = both_calls(model, dtype, index=2 if dtype == torch.float32 else 0)
+    ours = with_timesteps_of(model, ours, call)
     with torch.no_grad():
-        prediction = model.family.predict(adapted(model, dtype), ours)["video"]
+        prediction = model.family.predict(adapted(model, dtype, call.component), ours)["video"]
     if MARK in ours:  # text without its padding, in attention without a mask
         assert_close_to_scale(prediction, call.output, FLOAT32 if dtype == torch.float32 else 0.02)
     else:
@@ -78,11 +89,14 @@ def test_a_batch_of_different_clips_is_the_same_as_each_alone(model: TinyModel) 
     captions, rates = (PROMPT, "white stripes"), (12.0, 50.0)
     clips = [
         Clip(recorded(model, prompt=caption, fps=fps), index, model.text(caption), fps)
-        for index, (caption, fps) in enumerate(zip(captions, rates, strict=True))
+        for index, caption, fps in zip((2, 3), captions, rates, strict=True)
     ]
+    calls = [clip.call for clip in clips]
+    (component,) = {call.component for call in calls}
+    inputs = with_timesteps_of(model, training_inputs(model, *clips), *calls)
     with torch.no_grad():
-        prediction = model.family.predict(adapted(model), training_inputs(model, *clips))["video"]
-    assert_close_to_scale(prediction, torch.cat([clip.call.output for clip in clips]))
+        prediction = model.family.predict(adapted(model, component=component), inputs)["video"]
+    assert_close_to_scale(prediction, torch.cat([call.output for call in calls]))
 
 
 def test_tokens_are_what_the_transformer_attends_over(model: TinyModel) -> None:
@@ -91,7 +105,8 @@ def test_tokens_are_what_the_transformer_attends_over(model: TinyModel) -> None:
     def before(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         seen.append((kwargs.get("hidden_states") if not args else args[0]).shape[1])
 
-    with hooks(model.pipeline().transformer.transformer_blocks[0], before, lambda *_: None):
+    transformer = model.pipeline().transformer
+    with hooks(getattr(transformer, model.family.block_lists[0])[0], before, lambda *_: None):
         generate(model, model.pipeline(), steps=2)
     assert set(seen) == {model.family.tokens(model.bucket)}
 
