@@ -15,11 +15,11 @@ from torch import Tensor
 
 from finetune.data.loader import Sample
 from finetune.data.synthetic import scene
-from finetune.models import FAMILIES, family_class
+from finetune.models import FAMILIES, family_class, text_mask
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.recipe import Bucket
-from finetune.recipe.schema import ObjectiveSettings
+from finetune.recipe.schema import ObjectiveSettings, Vae
 
 CPU = torch.device("cpu")
 PROMPT = "a red ball moves to the left over a dark floor"
@@ -59,7 +59,21 @@ class TinyModel:
         """A shape that is cheap to decode; one of CogVideoX knows a single shape."""
         if self.family.folder.config("transformer").get("use_learned_positional_embeddings"):
             return self.bucket
-        return Bucket({"mochi": 7, "hunyuan": 17}.get(self.family.name, 9), 32, 32)
+        return Bucket({"mochi": 7, "hunyuan": 17, "hunyuan_i2v": 17}.get(self.family.name, 9), 32, 32)
+
+    @property
+    def given_frames(self) -> int:
+        """Latent frames that the pipeline is given, and training does not count."""
+        return int(self.family.name == "ltx_i2v" or self.replaces_frame)
+
+    @property
+    def replaces_frame(self) -> bool:
+        return self.family.folder.config("transformer").get("image_condition_type") == "token_replace"
+
+    @property
+    def drops_frame(self) -> bool:
+        """Whether the pipeline generates a latent frame in front, and drops it."""
+        return self.family.folder.config("transformer").get("image_condition_type") == "latent_concat"
 
     @property
     def clip(self) -> np.ndarray:
@@ -78,9 +92,9 @@ class TinyModel:
     def pipeline(self, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
         return _pipeline(self.pipeline_class, self.folder, dtype)
 
-    def text(self, caption: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """A caption as the family encodes it."""
-        return _text(self, caption, dtype)
+    def text(self, caption: str, dtype: torch.dtype = torch.float32, with_image: bool = True) -> dict[str, Tensor]:
+        """A caption as the family encodes it, with the clip's first frame if it sees that."""
+        return _text(self, caption, dtype, with_image)
 
 
 @cache
@@ -91,8 +105,10 @@ def _pipeline(cls: type, folder: Path, dtype: torch.dtype) -> diffusers.Diffusio
 
 
 @cache
-def _text(model: TinyModel, caption: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    return model.family.text_encoder(CPU, dtype)(caption)
+def _text(model: TinyModel, caption: str, dtype: torch.dtype, with_image: bool) -> dict[str, Tensor]:
+    (encoder,) = (each for each in model.family.encoders(dtype, Vae()) if each.kind == "text")
+    sources = {"caption": caption, "first_frame": model.clip[0] if with_image else None}
+    return encoder.load(CPU)(*(sources[name] for name in encoder.sources))
 
 
 @dataclass
@@ -130,6 +146,8 @@ def generate(
 ) -> Generation:
     """Run a pipeline and record it; without classifier-free guidance, on the clip's first frame if it takes an image.
 
+    Latents are those of a bucket as training has it, videos those of a bucket as it is asked for.
+
     Args:
         answer: what the transformer answers in place of its own output, in the output's layout.
     """
@@ -151,14 +169,18 @@ def generate(
         arguments["image"] = Image.fromarray(scene(0, *bucket)[0][0])
         if family.pipeline_class == "LTXConditionPipeline":
             arguments["image_cond_noise_scale"] = 0.0
+    if getattr(family, "guided", False):
+        arguments = {"guidance_scale": GUIDANCE, **arguments}
+    sizes = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
     with hooks(pipeline.transformer, before, after):
         frames = pipeline(
             prompt=prompt,
-            height=bucket.height,
-            width=bucket.width,
-            num_frames=bucket.frames,
             num_inference_steps=steps,
-            **{"guidance_scale": GUIDANCE if family.name == "hunyuan" else 1.0, **arguments},
+            **{
+                "guidance_scale": 1.0,
+                **(sizes if output_type == "latent" else family.shape_arguments(bucket)),
+                **arguments,
+            },
             generator=generator(),
             output_type=output_type,
             callback_on_step_end=lambda pipe, index, t, tensors: held.append(tensors["latents"]) or {},
@@ -215,6 +237,14 @@ def drawn_image(model: TinyModel, pipeline: diffusers.DiffusionPipeline) -> Tens
     return pipeline.vae.encode(pixels).latent_dist.sample(generator())
 
 
+@torch.no_grad()
+def image_mean(model: TinyModel, dtype: torch.dtype) -> Tensor:
+    """The mean (C, 1, H, W) of the posterior of HunyuanVideo's condition image."""
+    pipeline = model.pipeline(dtype)
+    pixels = pipeline.video_processor.preprocess(Image.fromarray(model.clip[0]), *model.bucket[1:]).to(dtype)
+    return pipeline.vae.encode(pixels[:, :, None]).latent_dist.mode()[0]
+
+
 @dataclass
 class Clip:
     """A sample whose noised latents and noise level are those of a step of a generation, and which begins with its image."""
@@ -242,13 +272,18 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
         if model.family.name == "ltx_i2v" and not clip.image_dropped:
             x0[:, 0] = clip.generation.calls[0].latents[0, :, 0]
             noisy[:, :, 0] = 1e3  # training noises the whole clip, and puts the image back
+        if model.family.name == "hunyuan_i2v":
+            moments = {"image_mean": image_mean(model, clip.text["encoder_hidden_states"].dtype)}
+            if model.replaces_frame:
+                noisy[:, :, 0] = 1e3
         sample = Sample(
             {"video": moments, "text": clip.text}, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped
         )
         samples.append(sample)
         conditions.append(model.family.condition(sample, x0, ObjectiveSettings(guidance=GUIDANCE)))
     level = torch.cat([clip.call.level for clip in clips])
-    return model.family.inputs(noisy, level, stacked([clip.text for clip in clips]), stacked(conditions), samples)
+    text = text_mask.stacked([clip.text for clip in clips])
+    return model.family.inputs(noisy, level, text, stacked(conditions), samples)
 
 
 def stacked(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -94,7 +94,9 @@ def test_every_timestep_is_drawn_and_equally_often(model: TinyModel) -> None:
     assert model.family.objective(ObjectiveSettings()).level(torch.ones(1), tokens=1).item() == 999
 
 
-@pytest.mark.parametrize("model", variants("hunyuan", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True)
+@pytest.mark.parametrize(
+    "model", variants("hunyuan", "hunyuan_i2v", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True
+)
 def test_flow_matching_is_logit_normal_if_nothing_is_said(model: TinyModel) -> None:
     assert torch.equal(drawn(model, 20), drawn(model, 20, sigma_sampling="logit_normal"))
     assert not torch.equal(drawn(model, 20), drawn(model, 20, sigma_sampling="uniform"))
@@ -122,7 +124,7 @@ def test_a_batch_is_made_of_the_clips_latents(model: TinyModel) -> None:
         sign = -1 if model.family.name == "mochi" else 1
         x0 = noisy - sign * level_of(model, batch).view(-1, 1, 1, 1, 1) * target
     expected = torch.stack([model.family.latents(clip.moments, generator()) for clip in clips])
-    given = 1 if model.family.name == "ltx_i2v" else 0
+    given = model.given_frames
     assert given == 0 or torch.equal(noisy[:, :, :1], expected[:, :, :1])
     assert_close_to_scale(x0[:, :, given:], expected[:, :, given:])
 
@@ -145,7 +147,10 @@ def test_a_batch_is_a_function_of_its_samples_generators(model: TinyModel) -> No
     assert not torch.equal(first.only.target[0], first.only.target[1])
 
 
-@pytest.mark.parametrize("model", [each for each in VARIANTS if each[0] != "ltx_i2v"], ids=variant_id, indirect=True)
+GIVEN_FRAME = [*variants("ltx_i2v"), ("hunyuan_i2v", "token_replace")]
+
+
+@pytest.mark.parametrize("model", [each for each in VARIANTS if each not in GIVEN_FRAME], ids=variant_id, indirect=True)
 def test_everything_counts_where_no_frame_is_given(model: TinyModel) -> None:
     assert model.family.batch(samples(model, 2), model.family.objective(ObjectiveSettings())).only.counted is None
 
@@ -164,3 +169,12 @@ def test_all_but_the_given_frame_counts(model: TinyModel) -> None:
     assert torch.equal(timestep == 0, given.bool())
     assert (timestep[1] == timestep[1, 0]).all()
     assert torch.equal(batch.only.target[0], batch.only.target[1])  # the draws do not depend on it
+
+
+@pytest.mark.parametrize("model", [("hunyuan_i2v", "token_replace")], ids=variant_id, indirect=True)
+def test_the_frame_that_hunyuans_image_replaces_does_not_count(model: TinyModel) -> None:
+    batch = model.family.batch(samples(model, 2), model.family.objective(ObjectiveSettings()))
+    counted = batch.only.counted.expand_as(batch.only.target)
+    expected = torch.ones_like(counted)
+    expected[:, :, 0] = 0
+    assert torch.equal(counted, expected)

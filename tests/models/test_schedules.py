@@ -24,8 +24,7 @@ def perfect(model: TinyModel, steps: int = 5) -> tuple[Generation, Tensor, Tenso
     def answer(call: Call) -> Tensor:
         seen.append(call.latents.clone())
         target = objective.noised(x0, seen[0], call.level)[1]
-        if family.name == "ltx_i2v":
-            target[:, :, 0] = 1e3
+        target[:, :, : model.given_frames] = 1e3
         return family.target(target)
 
     generation = generate(model, model.pipeline(), steps=steps, answer=answer)
@@ -38,8 +37,8 @@ def latent_shape(model: TinyModel) -> tuple[int, ...]:
 
 def test_a_perfect_prediction_inverts_to_the_clip_in_the_pipelines_own_loop(model: TinyModel) -> None:
     generation, x0, _ = perfect(model)
-    given = 1 if model.family.name == "ltx_i2v" else 0
-    assert_close_to_scale(generation.frames[:, :, given:], x0[:, :, given:])
+    given = max(model.given_frames, int(model.drops_frame))
+    assert_close_to_scale(generation.frames[:, :, model.given_frames :], x0[:, :, given:])
 
 
 @pytest.mark.parametrize("model", variants("ltx_i2v"), ids=variant_id, indirect=True)
@@ -51,7 +50,7 @@ def test_the_given_frame_is_kept_whatever_is_predicted_for_it(model: TinyModel) 
 def test_the_pipelines_latents_on_the_way_are_trainings_noised_latents(model: TinyModel) -> None:
     generation, x0, noise = perfect(model)
     objective = model.family.objective(ObjectiveSettings())
-    given = 1 if model.family.name == "ltx_i2v" else 0
+    given = model.given_frames
     assert len(generation.calls) == 5
     for call in generation.calls:
         noised, _ = objective.noised(x0, noise, call.level)
@@ -65,7 +64,7 @@ def test_sampling_begins_at_the_highest_noise_level_that_training_knows(model: T
     assert_close_to_scale(first, highest, 1e-6)
 
 
-@pytest.mark.parametrize("model", variants("hunyuan", "ltx", "ltx_i2v"), ids=variant_id, indirect=True)
+@pytest.mark.parametrize("model", variants("hunyuan", "hunyuan_i2v", "ltx", "ltx_i2v"), ids=variant_id, indirect=True)
 def test_noised_latents_are_those_of_the_scheduler(model: TinyModel) -> None:
     """Not for Mochi: `scale_noise` with `invert_sigmas` takes noise for data."""
     scheduler = model.pipeline().scheduler

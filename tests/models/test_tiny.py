@@ -16,9 +16,13 @@ def test_diffusers_generates_a_finite_video_from_the_folder_alone(model: TinyMod
     pipeline = DiffusionPipeline.from_pretrained(model.folder)
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline).__name__ == model.family.pipeline_class
-    frames, height, width = bucket = model.small
-    image = {"image": Image.fromarray(model.clip[0]).resize((width, height))} if model.family.takes_image else {}
-    sizes = {"num_frames": frames, "height": height, "width": width}
+    bucket = model.small
+    image = (
+        {"image": Image.fromarray(model.clip[0]).resize((bucket.width, bucket.height))}
+        if model.family.takes_image
+        else {}
+    )
+    sizes = model.family.shape_arguments(bucket)
     made = pipeline(
         prompt=PROMPT, **sizes, **image, num_inference_steps=2, generator=generator(), output_type="pt"
     ).frames
@@ -50,7 +54,7 @@ def test_it_takes_a_few_megabytes(model: TinyModel) -> None:
     assert sum(map(len, contents_of(model.folder).values())) < 8e6
 
 
-@pytest.mark.parametrize("name", ["cogvideox", "cogvideox_i2v", "ltx", "ltx_i2v"])
+@pytest.mark.parametrize("name", ["cogvideox", "cogvideox_i2v", "hunyuan_i2v", "ltx", "ltx_i2v"])
 def test_variants_of_a_family_differ(name: str, tiny_model: Callable[..., Path]) -> None:
     files = ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json")
     folders = [tiny_model(name, variant) for variant in family_class(name).variants]
