@@ -54,8 +54,9 @@ def _load_images(recipe: Recipe) -> None:
     problems: list[Problem] = []
     for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
         try:
-            if prompt.image and not missing_image(prompt.image):
-                load_image(prompt.image, *prompt.shape[1:])
+            for image in prompt.images:
+                if not missing_image(image):
+                    load_image(image)
         except UserError as error:
             problems += error.problems
     if problems:

@@ -26,21 +26,26 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     """
     cls = family_class(recipe.model.family)
     wanted = (
-        [f"{name}/*" for name in cls.components]
+        [f"{name}/*" for name in (*cls.components, *cls.optional_components)]
         if with_weights
         else ["*/*config.json", "tokenizer*/*", *cls.read_when_opened]
     )
     folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, wanted))
-    if folder.pipeline_class not in cls.pipeline_classes:
-        fitting = [name for name in FAMILIES if folder.pipeline_class in family_class(name).pipeline_classes]
-        right = f'set model.family = "{fitting[0]}", or model.path to a checkpoint of {cls.title}' if fitting else ""
-        cure = right or f"families are: {', '.join(FAMILIES)}"
-        trains = f"family {recipe.model.family!r} trains {' or '.join(cls.pipeline_classes)}"
-        raise UserError(f"this is {folder.pipeline_class}, and {trains}", cure, str(folder.path))
-    problems = folder.problems(cls.components) if with_weights else []
+    if why := cls.refusal(folder):
+        fitting = [name for name in FAMILIES if family_class(name).refusal(folder) is None]
+        cure = f"families are: {', '.join(FAMILIES)}"
+        if fitting:
+            name = family_class(fitting[0]).recipe_for(folder)
+            recipes = f" (recipes/{name}_lora.toml and recipes/{name}_full.toml are for it)" if name else ""
+            cure = f'set model.family = "{fitting[0]}"{recipes}, or model.path to a checkpoint of {cls.title}'
+        raise UserError(why, cure, str(folder.path))
+    problems = folder.problems(cls.needed_components(folder)) if with_weights else []
     if problems:
         raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
     family = cls(folder)
+    if wrong := family.problems(recipe.model, recipe.data):
+        raise UserError.of(wrong)
+    family.select(recipe.model, recipe.data)
     transformer = family.empty_transformer()
     about_weights = _weight_problems(family, transformer) if with_weights else []
     if wrong := [*family_problems(recipe, family), *about_weights]:
@@ -127,5 +132,5 @@ def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
             yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
         if text := family.prompt_problem(prompt):
             yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")
-        elif prompt.image and (missing := missing_image(prompt.image)):
-            yield missing
+        else:
+            yield from filter(None, map(missing_image, prompt.images))

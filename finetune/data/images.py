@@ -29,8 +29,8 @@ def missing_image(source: str) -> Problem | None:
     return Problem("no such condition image", source, "set `image` to an image, a video or an http(s) address")
 
 
-def load_image(source: str, height: int, width: int) -> np.ndarray:
-    """Load an image, scaled to cover height x width and cropped at its centre: uint8 (height, width, 3).
+def load_image(source: str) -> np.ndarray:
+    """Load an image in its own size, upright: uint8 (height, width, 3). Pipelines resize it.
 
     Raises:
         UserError: the source cannot be read or fetched, or is not an image.
@@ -40,14 +40,14 @@ def load_image(source: str, height: int, width: int) -> np.ndarray:
     path = Path(source).expanduser()
     if not is_address(source) and path.suffix.lower() in VIDEO_SUFFIXES:
         info = decode.probe(path)
-        return decode.decode(path, info, Bucket(1, height, width), info.fps)[0]
+        return decode.decode(path, info, Bucket(1, info.height, info.width), info.fps)[0]
     try:
         data = _fetch(source) if is_address(source) else path.read_bytes()
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         reason = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"no image can be read from it ({reason})", "use a PNG, JPEG or WebP image", source) from None
-    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    return np.asarray(image)
 
 
 def _fetch(address: str) -> bytes:

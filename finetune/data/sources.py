@@ -10,6 +10,7 @@ from finetune.data.images import load_image
 from finetune.recipe import Bucket
 
 _START = "head"  # every source is read from its beginning
+FRAMES = ("first_frame", "last_frame")  # sources that every clip has, and that a prompt's images stand for
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Source:
 
     Attributes:
         fingerprint: JSON values that determine its content; they are part of a cache key.
-        read: returns the content: uint8 frames (F, H, W, 3), a text, uint8 pixels (H, W, 3), or a `SourceFile`.
+        read: returns the content: uint8 frames (F, H, W, 3), a text, uint8 pixels (H, W, 3), a `SourceFile`, or None for
+            an image that is not there.
     """
 
     fingerprint: tuple[Any, ...]
@@ -51,10 +53,26 @@ def video_source(path: Path, content_hash: str, info: decode.VideoInfo, bucket: 
     return Source(fingerprint, lambda: decode.decode(path, info, bucket, fps))
 
 
-def image_source(path_or_address: str, content: str, bucket: Bucket) -> Source:
-    """A condition image with the height and width of a bucket; `content` is the hash of its file, or its address."""
-    fingerprint = content, bucket.height, bucket.width
-    return Source(fingerprint, lambda: load_image(path_or_address, bucket.height, bucket.width))
+def frame_sources(
+    path: Path, content_hash: str, info: decode.VideoInfo, bucket: Bucket, fps: float
+) -> dict[str, Source]:
+    """The first and the last of a video's frames in a bucket, as a family takes them for condition images."""
+    identity = content_hash, str(bucket), fps, _START
+    first = Bucket(1, bucket.height, bucket.width)
+    return {
+        "first_frame": Source((*identity, "first frame"), lambda: decode.decode(path, info, first, fps)[0]),
+        "last_frame": Source((*identity, "last frame"), lambda: decode.decode(path, info, bucket, fps)[-1]),
+    }
+
+
+def image_source(path_or_address: str, content: str) -> Source:
+    """A condition image as it is, since pipelines resize it; `content` is the hash of its file, or its address."""
+    return Source(("image", content), lambda: load_image(path_or_address))
+
+
+def no_image_source() -> Source:
+    """The image of a prompt or caption that is encoded without one."""
+    return Source(("no image",), lambda: None)
 
 
 def file_source(path: Path, content_hash: str, bucket: Bucket, fps: float) -> Source:

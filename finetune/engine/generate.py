@@ -1,7 +1,7 @@
 """Videos from the transformer as it is in training, sharded and checkpointed, inside the family's diffusers pipeline."""
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +23,19 @@ from finetune.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Request:
-    """One video to generate. `text` and `negative` are as `Family.text_encoder` makes them; image uint8 (H, W, 3)."""
+    """One video to generate.
+
+    Attributes:
+        encoded: what is cached of the prompt and its images, by kind; "text" is as `Family.text_encoder` makes it.
+        negative: the negative prompt's text.
+        images: uint8 (H, W, 3) each, in their own sizes: none, the first, or the first and the last.
+    """
 
     prompt: ResolvedPrompt
     seed: int
-    text: Tensors
+    encoded: Mapping[str, Tensors]
     negative: Tensors
-    image: np.ndarray | None
+    images: Sequence[np.ndarray] = ()
 
 
 class Interrupted(Exception):
@@ -118,25 +124,24 @@ def video(pipeline: diffusers.DiffusionPipeline, family: Family, request: Reques
     Raises:
         UserError: it is not finite, or not of the shape that was asked for.
     """
-    arguments = call_arguments(family, request.prompt, request.seed, request.image)
+    arguments = call_arguments(family, request.prompt, request.seed, request.images)
+    pipeline.register_modules(**family.encoded_components(request.encoded))
     embeddings = {}
-    for sign, text in (("", request.text), ("negative_", request.negative)):
+    for sign, text in (("", request.encoded["text"]), ("negative_", request.negative)):
         for name, argument in family.text_arguments.items():
             embeddings[sign + argument] = text[name][None].to(device)
     return checked(pipeline(**embeddings, **arguments).frames[0], request.prompt)
 
 
-def call_arguments(family: Family, prompt: ResolvedPrompt, seed: int, image: np.ndarray | None) -> dict[str, Any]:
+def call_arguments(family: Family, prompt: ResolvedPrompt, seed: int, images: Sequence[np.ndarray]) -> dict[str, Any]:
     """Arguments of a pipeline's call, all but the texts."""
-    condition = {} if image is None else {"image": Image.fromarray(image)}
+    conditions = (family.condition_image(Image.fromarray(image), prompt.shape) for image in images)
     return {
-        "num_frames": prompt.shape.frames,
-        "height": prompt.shape.height,
-        "width": prompt.shape.width,
+        **family.shape_arguments(prompt.shape),
         "num_inference_steps": prompt.steps,
         "generator": torch.Generator().manual_seed(seed),
         "output_type": "np",
-        **condition,
+        **dict(zip(("image", "last_image"), conditions, strict=False)),
         **family.sampling_arguments(prompt),
     }
 

@@ -21,9 +21,10 @@ from torch.nn.functional import pad
 
 from finetune.models import tiny
 from finetune.models.batch import Tensors
-from finetune.models.family import Family, SampleLike, nearest_bucket, posterior_sample
+from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import VPrediction
+from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Vae
 

@@ -9,20 +9,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from finetune.models import text_mask
 from finetune.models.batch import Batch, Tensors, Term
-from finetune.models.building import without_weights
+from finetune.models.components import Components
 from finetune.models.encoder import Encoder, FileHash
-from finetune.models.folder import ModelFolder
 from finetune.models.objective import FlowMatching, Objective, recipe_shift
-from finetune.models.weights import Weights
+from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample, stacked
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import UserError
@@ -30,50 +30,18 @@ from finetune.runtime.errors import UserError
 MAIN = "video"  # name of the loss term in families that have only one
 
 
-class SampleLike(Protocol):
-    """One sample as a family sees it. `finetune.data.loader.Sample` implements it and documents its fields."""
-
-    @property
-    def encoded(self) -> Mapping[str, Tensors]: ...
-    @property
-    def moments(self) -> Tensors: ...
-    @property
-    def text(self) -> Tensors: ...
-    @property
-    def bucket(self) -> Bucket: ...
-    @property
-    def fps(self) -> float: ...
-    @property
-    def generator(self) -> torch.Generator: ...
-    @property
-    def stratum(self) -> tuple[int, int]: ...
-    @property
-    def image_dropped(self) -> bool: ...
-    @property
-    def columns(self) -> Mapping[str, str]: ...
-
-
-class Family(ABC):
+class Family(Components, ABC):
     """A model family, opened on one checkpoint. The constructor reads only configs and a few small tensors.
 
     Subclasses set `spatial` and `temporal`, the compression factors of the VAE. They also set `patch` and `patch_t`, the
     latent pixels per side and the latent frames of a video token, where these differ from 1.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]  # the model's name in messages
-    pipeline_classes: ClassVar[tuple[str, ...]]  # pipelines whose folders it accepts; the first one generates
-    transformer_class: ClassVar[str]  # the diffusers class of the transformer
-    # Names of sub-folders: which the folder must have, and which of them are trained. One can be trained at a time now.
-    components: ClassVar[tuple[str, ...]] = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-    trained_components: ClassVar[tuple[str, ...]] = ("transformer",)
-    text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     # The transformer's argument -> the pipeline's, for each text tensor. Those of negative prompts have the prefix "negative_".
     text_arguments: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
         "encoder_attention_mask": "prompt_attention_mask",
     }
-    read_when_opened: ClassVar[tuple[str, ...]] = ()  # patterns of files that the constructor needs besides configs
     variants: ClassVar[tuple[str, ...]] = ()  # checkpoints that differ in more than size; `tiny` builds the first
     columns: ClassVar[tuple[str, ...]] = ()  # the manifest's columns that batches are made of, besides what is encoded
     takes_image: ClassVar[bool] = False  # whether the pipeline takes a condition image
@@ -88,27 +56,6 @@ class Family(ABC):
     temporal: int
     patch: int = 1
     patch_t: int = 1
-
-    def __init__(self, folder: ModelFolder) -> None:
-        self.folder = folder
-        # Whether batches have padded text at its full length: compiled graphs are for one length.
-        self.keeps_text_length = False
-
-    @property
-    def pipeline_class(self) -> str:
-        """The diffusers class that generates with this checkpoint."""
-        return self.pipeline_classes[0]
-
-    @property
-    def trained_component(self) -> str:
-        """The component of the folder that is trained: where its config and weights lie, and what it is exported as."""
-        (component,) = self.trained_components
-        return component
-
-    @property
-    def transformer_config(self) -> dict[str, Any]:
-        """The trained component's config."""
-        return self.folder.config(self.trained_component)
 
     # Shapes
 
@@ -156,8 +103,8 @@ class Family(ABC):
     def encoders(self, dtype: torch.dtype, settings: Vae) -> tuple[Encoder, ...]:
         """The encoders of a clip, one for each kind of cached item, in the order in which they run.
 
-        Every family has the kinds "text", of the caption alone, and "video"; "image" is the kind of prompts' images. The key of
-        a cached item has an outside family's name and the code of `code_of` in it, but not of what that imports.
+        Every family has the kinds "text", of the caption and perhaps frames, and "video"; "image" is the kind of prompts' images.
+        The key of a cached item has an outside family's name and the code of `code_of` in it, but not of what that imports.
 
         Args:
             dtype: compute precision of the encoders.
@@ -226,63 +173,6 @@ class Family(ABC):
     def normalise(self, z: Tensor) -> Tensor:
         """Normalise VAE latents (C, F', H', W') for the transformer: the inverse of what the pipeline does before decoding."""
 
-    # Loading
-
-    def build_transformer(self, dtype: torch.dtype) -> nn.Module:
-        """Build the transformer with its parameters on the meta device and its buffers on the CPU."""
-        transformer = without_weights(self._transformer_class, self.transformer_config, dtype)
-        return self.adapt_transformer(transformer)
-
-    def adapt_transformer(self, transformer: nn.Module) -> nn.Module:
-        """Change diffusers' module in place where training needs it, and return it. By default nothing is changed."""
-        return transformer
-
-    def transformer_weights(self) -> Weights:
-        """The pretrained transformer's tensors."""
-        return self.folder.weights(self.trained_component)
-
-    def empty_transformer(self) -> nn.Module:
-        """The transformer on the meta device, without weights."""
-        return self.build_transformer(torch.float32).to("meta")
-
-    def load_vae(self, dtype: torch.dtype, tiling: bool) -> diffusers.ModelMixin:
-        """Load the VAE onto the CPU. With `tiling` it encodes and decodes in overlapping tiles."""
-        vae = self.folder.load("vae", getattr(diffusers, self.folder.class_name("vae")), dtype)
-        if tiling:
-            vae.enable_tiling()
-        return vae
-
-    def load_scheduler(self) -> Any:
-        """The diffusers scheduler that the checkpoint was saved with, for sampling."""
-        return getattr(diffusers, self.folder.class_name("scheduler")).from_config(self.folder.config("scheduler"))
-
-    def pipeline(self, **components: Any) -> diffusers.DiffusionPipeline:
-        """The family's pipeline of these components, and None for the others."""
-        cls = getattr(diffusers, self.pipeline_class)
-        required, _ = cls._get_signature_keys(cls)
-        if unknown := components.keys() - required:
-            raise TypeError(f"{self.pipeline_class} has no {', '.join(sorted(unknown))}")
-        return cls(**{name: components.get(name) for name in required}, **self.pipeline_options)
-
-    @property
-    def pipeline_options(self) -> dict[str, Any]:
-        """The options that the checkpoint's model_index.json sets for the pipeline, without its components."""
-        cls, index = getattr(diffusers, self.pipeline_class), self.folder.index
-        _, optional = cls._get_signature_keys(cls)
-        return {name: index[name] for name in optional if name in index and not isinstance(index[name], list)}
-
-    @property
-    def _transformer_class(self) -> type[diffusers.ModelMixin]:
-        return getattr(diffusers, self.transformer_class)
-
-    def _text_component(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-        import transformers
-
-        cls = getattr(transformers, self.folder.class_name(name))
-        if name.startswith("tokenizer"):
-            return cls.from_pretrained(self.folder.path / name)
-        return self.folder.load(name, cls, dtype).to(device)
-
     # Training
 
     def objective(self, settings: ObjectiveSettings) -> Objective:
@@ -336,7 +226,7 @@ class Family(ABC):
             u = torch.stack(drawn).clamp(1e-6, 1 - 1e-6)
         level = objective.level(u, self.tokens(samples[0].bucket))
         noisy, target = objective.noised(torch.stack(x0), torch.stack(noise), level)
-        text, condition = _stack([sample.text for sample in samples]), _stack(conditions)
+        text, condition = stacked([sample.text for sample in samples]), stacked(conditions)
         target = self.target(target)
         inputs = self.inputs(noisy, level, text, condition, samples)
         term = Term(target, objective.weight(level), self.counted(condition, target))
@@ -357,6 +247,18 @@ class Family(ABC):
 
     # Generating
 
+    def shape_arguments(self, shape: Bucket) -> dict[str, int]:
+        """Arguments of the pipeline's call for a video of this shape."""
+        return {"num_frames": shape.frames, "height": shape.height, "width": shape.width}
+
+    def condition_image(self, image: Image.Image, shape: Bucket) -> Image.Image:
+        """A condition image as the pipeline is given it for a video of this shape, which resizes it itself."""
+        return image
+
+    def encoded_components(self, encoded: Mapping[str, Tensors]) -> dict[str, Any]:
+        """Components of the pipeline that stand for what is cached of a prompt, by kind, and need no weights."""
+        return {}
+
     def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
         """Arguments of the pipeline's call for a prompt that depend on the family."""
         return {} if prompt.guidance is None else {"guidance_scale": prompt.guidance}
@@ -365,8 +267,10 @@ class Family(ABC):
         """Why the pipeline cannot generate a prompt; None if it can."""
         if self.takes_image and prompt.image is None:
             return f"{self.title} needs a condition image: set `image` to a file, an http(s) address or a training clip"
-        if prompt.image is not None and not self.takes_image:
+        if prompt.images and not self.takes_image:
             return f"{self.title} takes no condition image: remove `image`"
+        if bool(prompt.last_image) != self.last_image:
+            return f"set `last_image`, which {self.title} takes here" if self.last_image else "remove `last_image`"
         if prompt.true_guidance is not None and not self.takes_true_guidance:
             return f"{self.title} takes no `true_guidance`: use `guidance`"
         return None
@@ -379,22 +283,3 @@ class Family(ABC):
         Args:
             variant: one of `variants`; the first if None.
         """
-
-
-def posterior_sample(mean: Tensor, logvar: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw mean + exp(logvar / 2) noise from the VAE's posterior: float32, in the shape of `mean`."""
-    mean, logvar = mean.float(), logvar.float()
-    return mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
-
-
-def nearest_bucket(bucket: Bucket, frames: int, side: int) -> Bucket:
-    """The nearest bucket with k x `frames` + 1 frames and with sides that are multiples of `side` pixels."""
-    return Bucket(
-        round((bucket.frames - 1) / frames) * frames + 1,
-        max(1, round(bucket.height / side)) * side,
-        max(1, round(bucket.width / side)) * side,
-    )
-
-
-def _stack(parts: Sequence[Tensors]) -> Tensors:
-    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}

@@ -13,6 +13,13 @@ from finetune.models.weights import Weights
 from finetune.runtime.errors import Problem, UserError
 
 INDEX = "model_index.json"
+_CONFIGS = {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "image_processor": "preprocessor_config.json",
+    "feature_extractor": "preprocessor_config.json",
+    "guider": "guider_config.json",
+}
 _NOT_DOWNLOADED = ["*.bin", "*.msgpack", "*.bf16.*", "*.fp16.*", "*.bf16-*", "*.fp16-*"]  # other formats and precisions
 
 
@@ -30,14 +37,18 @@ class ModelFolder:
     def pipeline_class(self) -> str:
         return self.index.get("_class_name", "unknown")
 
+    def has(self, component: str) -> bool:
+        """Whether the pipeline was saved with a component: one that it does without is null in the index."""
+        entry = self.index.get(component)
+        return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
     def class_name(self, component: str) -> str:
         """Name of the class that a component was saved from."""
         return self.index[component][1]
 
     def config(self, component: str) -> dict[str, Any]:
-        """A component's config.json (scheduler_config.json for the scheduler)."""
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return _json(self.path / component / name)
+        """A component's config.json, or the file that its kind has in its place."""
+        return _json(self.path / component / _config_name(component))
 
     def weight_files(self, component: str) -> list[Path]:
         """Paths of the component's weight files; its index lists them if it is sharded. Raises UserError if there are none."""
@@ -57,7 +68,7 @@ class ModelFolder:
         """What is missing or damaged in components. Of weight files, only the headers are read."""
         found = []
         for component in components:
-            if component not in self.index:
+            if not self.has(component):
                 found.append(
                     Problem(
                         f"{INDEX} names no {component!r}", str(self.path), "use a complete diffusers pipeline folder"
@@ -68,7 +79,7 @@ class ModelFolder:
                 is_tokenizer = component.startswith("tokenizer")
                 if not is_tokenizer:
                     self.config(component)
-                files = [] if is_tokenizer or component == "scheduler" else self.weight_files(component)
+                files = self.weight_files(component) if _config_name(component) == "config.json" else []
             except UserError as error:
                 found += error.problems
                 continue
@@ -97,7 +108,7 @@ class ModelFolder:
 
     def fingerprint(self, component: str, file_hash: Callable[[Path], str]) -> list[Any]:
         """JSON values that a component's output depends on: its config, and the hashes of its files."""
-        if component.startswith("tokenizer"):
+        if _config_name(component) != "config.json":  # without weights
             files = sorted(file for file in (self.path / component).iterdir() if file.is_file())
             return [[file.name, file_hash(file)] for file in files]
         config = {
@@ -106,6 +117,14 @@ class ModelFolder:
             if key not in ("_name_or_path", "_diffusers_version", "transformers_version")
         }
         return [config, [file_hash(file) for file in self.weight_files(component)]]
+
+
+def _config_name(component: str) -> str:
+    """The file that a component's config is in. What has no weights has one of another name."""
+    for name, file in _CONFIGS.items():
+        if component.startswith(name):
+            return file
+    return "config.json"
 
 
 def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:

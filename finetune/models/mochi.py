@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from finetune.models import tiny
 from finetune.models.batch import Tensors
-from finetune.models.family import Family, SampleLike
+from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
+from finetune.models.sample import SampleLike
 from finetune.models.text_mask import MARK, TextMask, cut
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from finetune.planning.gpus import Gpu, Hardware
 from finetune.planning.trace import Peak
@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # a training that reads a plan does not import the simulation
     from finetune.planning.cost import Cost
 
 _WIDTH, _BAR = 40, 24
-PhaseKind = Literal["encode text", "encode video", "load", "step", "validation", "export"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,12 @@ class Phase:
     """A part of a run, with the peaks of the device and of one process's host memory in it.
 
     Attributes:
+        kind: "encode text" or another kind of item, "load", "step", "validation", or "export".
         shape: of the bucket or prompt that is encoded, trained or generated; None if the phase has none.
         flops, seconds: of an optimizer step on one GPU; the time is estimated by the roofline model. None for other phases.
     """
 
-    kind: PhaseKind
+    kind: str
     shape: Bucket | None
     device: Peak
     host: Peak
@@ -57,7 +57,7 @@ class Plan:
         """The phase that reserves most of the GPU's memory."""
         return max(self.phases, key=lambda phase: phase.device.reserved)
 
-    def of_kind(self, kind: PhaseKind) -> list[Phase]:
+    def of_kind(self, kind: str) -> list[Phase]:
         """The phases of one kind, one for each shape."""
         return [phase for phase in self.phases if phase.kind == kind]
 

@@ -25,15 +25,17 @@ from finetune.engine.weights.exporters.exporter import gathered
 from finetune.engine.weights.loading import plain_name
 from finetune.engine.weights.staging import staged_bytes
 from finetune.models.batch import Batch
+from finetune.models.encoder import Encoder
 from finetune.models.family import Family
 from finetune.planning.accelerator import Accelerator
 from finetune.planning.device import simulated_runtime, works_with_this_torch
 from finetune.planning.gpus import Hardware
 from finetune.planning.kernels import HOPPER_WORKSPACE, WORKSPACE
-from finetune.planning.plan import Phase, PhaseKind, Plan
+from finetune.planning.plan import Phase, Plan
 from finetune.planning.timeline import Timeline, plot_timelines
 from finetune.planning.trace import Trace
 from finetune.planning.weightless import WeightlessFolder, ZeroWeights
+from finetune.preparation.encode import further_columns
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.recipe.rules import streams
@@ -45,9 +47,7 @@ STEPS = (1, 2)
 _DENOISING_STEPS = 2  # later steps behave like the second
 _NOTICEABLE = 0.1  # share of a step from which host time is told
 _MOMENTS = 600  # of a phase in the picture
-_RUNNING: dict[PhaseKind, str] = {  # what is running when a phase begins
-    "encode text": "encoding",
-    "encode video": "encoding",
+_RUNNING = {  # what is running when a phase begins that encodes nothing
     "load": "load",
     "step": "inputs",
     "validation": "generating",
@@ -89,8 +89,10 @@ class Simulation:
 
     def encoding(self, buckets: list[Bucket]) -> None:
         """Encode a caption, and a clip of each bucket: text encoders, then the VAE, on the device like in `prepare`."""
-        weightless = type(self.family)(WeightlessFolder(self.family.folder.path, self.accelerator))
+        weightless = self.family.on(WeightlessFolder(self.family.folder.path, self.accelerator))
         device, dtype = self.runtime.device, DTYPES[self.recipe.train.precision]
+        on_host = self.recipe.memory.text_encoder == "cpu"
+        text, *others = sorted(weightless.encoders(dtype, self.recipe.vae), key=lambda encoder: encoder.kind != "text")
         missing = [
             name for name in weightless.text_components if not any((weightless.folder.path / name).glob("*config.json"))
         ]
@@ -98,18 +100,18 @@ class Simulation:
             self.notes.append(f"encoding captions is not in it: {weightless.folder.path} has no {', '.join(missing)}")
         else:
             with self._phase("encode text"):
-                on_host = self.recipe.memory.text_encoder == "cpu"
-                encode_text = weightless.text_encoder(torch.device("cpu") if on_host else device.torch_device, dtype)
-                encode_text("a caption")
-                del encode_text
-        for bucket in buckets:
-            with self._phase("encode video", bucket), _FakeToNumpy():
-                encode_video = weightless.video_encoder(device.torch_device, dtype, self.recipe.vae)
-                encode_video(np.zeros((*bucket, 3), np.uint8))
-                del encode_video
-        kinds = (encoder.kind for encoder in self.family.encoders(dtype, self.recipe.vae))
-        if further := [kind for kind in kinds if kind not in ("text", "video")]:
-            self.notes.append(f"encoding of {', '.join(further)} is not in it")
+                encode = text.load(torch.device("cpu") if on_host else device.torch_device)
+                encode(*_contents(text, buckets[0]))
+                del encode
+        for encoder in others:
+            if further_columns([encoder]):
+                self.notes.append(f"encoding of {encoder.kind} is not in it")
+                continue
+            for bucket in buckets:
+                with self._phase(f"encode {encoder.kind}", bucket), _FakeToNumpy():
+                    encode = encoder.load(device.torch_device)
+                    encode(*_contents(encoder, bucket))
+                    del encode
 
     def training(self, buckets: list[Bucket]) -> StepState:
         """Build the training, and take steps of each bucket: as many as it takes until memory repeats."""
@@ -164,12 +166,13 @@ class Simulation:
         prompt = max(prompts, key=lambda each: (self.family.tokens(each.shape), _is_guided(each)))
         prompt = prompt.model_copy(update={"steps": _DENOISING_STEPS})
         dtype = DTYPES[self.recipe.train.precision]
-        text = self.family.example_text(dtype)
-        image = np.zeros((prompt.shape.height, prompt.shape.width, 3), np.uint8) if self.family.takes_image else None
+        encoded = self.family.example(prompt.shape, dtype)
+        image = np.zeros((prompt.shape.height, prompt.shape.width, 3), np.uint8)
+        images = [image] * (self.family.takes_image + self.family.last_image)
         family, idle = state.family, example_batch(self.recipe, self.family, prompt.shape)
-        state.family = type(family)(WeightlessFolder(family.folder.path, self.accelerator))
+        state.family = family.on(WeightlessFolder(family.folder.path, self.accelerator))
         with self._phase("validation", prompt.shape), _FakeToNumpy():
-            request = Request(prompt, 0, text, text, image)
+            request = Request(prompt, 0, encoded, encoded["text"], images)
             generate(state, [request], idle, self.recipe.validation.tiling, dtype, lambda *_: None)
         state.family = family
 
@@ -198,14 +201,14 @@ class Simulation:
                 sys.excepthook = hook  # `init_process_group` replaces it
 
     @contextlib.contextmanager
-    def _phase(self, kind: PhaseKind, shape: Bucket | None = None) -> Iterator[None]:
-        self.accelerator.running(_RUNNING[kind])
+    def _phase(self, kind: str, shape: Bucket | None = None) -> Iterator[None]:
+        self.accelerator.running(_RUNNING.get(kind, "encoding"))
         self.device.begin()
         self.host.begin()
         yield
         self.phases.append(Phase(kind, shape, self.device.peak(), self.host.peak()))
         self.timelines[self.phases[-1].name] = self.device.timeline(_MOMENTS)
-        if kind in ("encode text", "encode video"):  # as `prepare` does
+        if kind.startswith("encode"):  # as `prepare` does
             gc.collect()
             self.runtime.device.empty_cache()
 
@@ -286,6 +289,13 @@ def simulate_all(
     if picture is not None:
         plot_timelines(simulation.timelines, hardware.capacity, picture)
     return simulation.plan()
+
+
+def _contents(encoder: Encoder, bucket: Bucket) -> list[Any]:
+    """What an encoder takes of a clip in a bucket: black frames and any caption."""
+    frames = np.zeros((*bucket, 3), np.uint8)
+    contents = {"caption": "a caption", "video": frames, "first_frame": frames[0], "last_frame": frames[-1]}
+    return [contents[name] for name in encoder.sources]
 
 
 def _is_guided(prompt: ResolvedPrompt) -> tuple[bool, bool]:

@@ -17,7 +17,16 @@ from torch import Tensor
 from finetune.data.cache import Cache, digest
 from finetune.data.images import is_address, missing_image
 from finetune.data.loader import Item
-from finetune.data.sources import Source, caption_source, file_source, image_source, video_source
+from finetune.data.sources import (
+    FRAMES,
+    Source,
+    caption_source,
+    file_source,
+    frame_sources,
+    image_source,
+    no_image_source,
+    video_source,
+)
 from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encode, Encoder
@@ -30,18 +39,23 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.tracking.progress import ProgressLine
 
 _ROUND = 4  # items that a rank encodes between two collectives, so that ranks wait little and errors show early
-_COMMON_SOURCES = ("video", "caption")  # sources that every clip has
 _LABELS = {"text": "encoding captions", "video": "encoding clips", "image": "reading images"}
 
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A validation prompt, and the keys of its cached items."""
+    """A validation prompt, and the keys of its cached items.
+
+    Attributes:
+        keys: kind -> key of what is encoded of the prompt and its images.
+        negative_key: the negative prompt's text.
+        image_keys: the pixels of the condition images, of the kind "image": none, the first, or the first and the last.
+    """
 
     prompt: ResolvedPrompt
-    text_key: str
+    keys: Mapping[str, str]
     negative_key: str
-    image_key: str | None
+    image_keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,15 @@ class _Encoders:
         return _Encoding(kind, digest(kind, encoder.variant, self.fingerprints[kind], *identity), note, taken)
 
     def text(self, text: str) -> _Encoding:
-        """A caption or prompt by itself."""
-        return self.encoding("text", {"caption": caption_source(text)}, text)
+        """A caption or prompt by itself, without an image."""
+        sources = {"caption": caption_source(text), **dict.fromkeys(FRAMES, no_image_source())}
+        return self.encoding("text", sources, text)
+
+    def prompt(self, text: str, images: Sequence[Source]) -> dict[str, _Encoding]:
+        """The items of a prompt and its images, by kind: of those that are made of no more."""
+        sources = {"caption": caption_source(text), **dict(zip(FRAMES, images, strict=False))}
+        made = {kind: each for kind, each in self.by_kind.items() if sources.keys() >= set(each.sources)}
+        return {kind: self.encoding(kind, sources, text) for kind in made}
 
     def encodings(self, entry: InspectedClip) -> dict[str, _Encoding]:
         """The items of a clip, by kind."""
@@ -89,6 +110,7 @@ class _Encoders:
         sources = {
             "video": video_source(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
             "caption": caption_source(clip.caption),
+            **frame_sources(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
         }
         for column, file_hash in entry.files.items():
             sources[column] = file_source(clip.file(column), file_hash, fit.bucket, fit.fps)
@@ -176,7 +198,7 @@ def encoders_of(family: Family, recipe: Recipe) -> tuple[Encoder, ...]:
 def further_columns(encoders: Iterable[Encoder]) -> list[str]:
     """What encoders read besides video and caption: columns of the manifest."""
     named = chain.from_iterable(encoder.sources for encoder in encoders)
-    return [name for name in dict.fromkeys(named) if name not in ("video", "caption")]
+    return [name for name in dict.fromkeys(named) if name not in ("video", "caption", *FRAMES)]
 
 
 def _prompts(
@@ -185,18 +207,19 @@ def _prompts(
     """The validation prompts. What has to be encoded for them is added to `work`. Collective."""
     with runtime.together():
         wanted = validation_prompts(recipe.validation, recipe.data.buckets[0]) if runtime.is_main else []
-        contents = {prompt.image: _image_content(prompt.image, cache) for prompt in wanted if prompt.image}
+        contents = {image: _image_content(image, cache) for prompt in wanted for image in prompt.images}
     prompts = []
     wanted, contents = runtime.from_main((wanted, contents))
     for prompt in wanted:
-        text, negative = encoders.text(prompt.text), encoders.text(prompt.negative)
-        work += [text, negative]
-        image_key = None
-        if prompt.image:
-            source = image_source(prompt.image, contents[prompt.image], prompt.shape)
-            image_key = digest("image", *source.fingerprint)
-            work.append(_Encoding("image", image_key, prompt.image, (source,)))
-        prompts.append(PreparedPrompt(prompt, text.key, negative.key, image_key))
+        sources = [image_source(image, contents[image]) for image in prompt.images]
+        made, negative = encoders.prompt(prompt.text, sources), encoders.text(prompt.negative)
+        images = [
+            _Encoding("image", digest(*source.fingerprint), image, (source,))
+            for image, source in zip(prompt.images, sources, strict=True)
+        ]
+        work += [*made.values(), negative, *images]
+        keys = {kind: each.key for kind, each in made.items()}
+        prompts.append(PreparedPrompt(prompt, keys, negative.key, tuple(image.key for image in images)))
     return prompts
 
 

@@ -7,7 +7,7 @@ because it would continue a different training under the same name.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from finetune.recipe.bucket import Bucket
 from finetune.recipe.optimizers import AdamW, AnyOptimizer
@@ -30,6 +30,9 @@ BucketText = Annotated[
 AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
 
 
+ExpertName = Literal["high", "low"]
+
+
 class Model(Table):
     family: str
     """Which model family: see `python -m finetune families`; or one of your own, as "package.module:Class"."""
@@ -37,6 +40,9 @@ class Model(Table):
     """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json)."""
     revision: str = "main"
     """Branch, tag or commit on the Hub; without meaning for a folder."""
+    experts: Annotated[list[ExpertName], Field(min_length=1)] | None = None
+    """Which transformers of a checkpoint with two (Wan 2.2 A14B) are trained, one after the other, each in a folder of its own
+    in `output`: "high" is for high noise, "low" for low; unset: both."""
 
 
 class Data(Table):
@@ -56,6 +62,8 @@ class Data(Table):
     """Probability that a sample is trained with the family's unconditional prompt, for classifier-free guidance."""
     image_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that an image-to-video sample is trained without its condition image."""
+    last_image: bool | None = None
+    """Image-to-video between two images: each clip's last frame is a condition, too; unset: as the checkpoint was made for."""
     bad_clips: Literal["refuse", "skip"] = Free("refuse")
     """What to do with clips that cannot be decoded or fill no bucket: end with a list of them, or go on without."""
     cache: PathText = Free(Path("cache"))
@@ -77,6 +85,9 @@ class Train(Table):
     """Train a low-rank adapter, or all weights."""
     steps: Annotated[int, Field(ge=1)] = Free(1000)
     """Optimizer steps in all."""
+    expert_steps: dict[ExpertName, Annotated[int, Field(ge=1)]] = Free({})
+    """Steps of an expert that is to have another number of them, like {high = 500}; `steps = {high = 500, low = 1000}` says the
+    same."""
     global_batch_size: Annotated[int, Field(ge=1)] = 1
     """Samples of one optimizer step, over all ranks. Gradient accumulation follows from it."""
     micro_batch_size: Annotated[int, Field(ge=1)] = Free(1)
@@ -92,6 +103,15 @@ class Train(Table):
     that have it (compute capability 8.9 and above); emulated on a CPU. Best with memory.compile."""
     max_grad_norm: Annotated[float, Field(gt=0)] | Literal["none"] = Free(1.0)
     """Clip the global gradient norm to this, once per optimizer step; "none" does not clip."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_experts(cls, values: Any) -> Any:
+        """`steps` as a table is `expert_steps`, and the most of them."""
+        if isinstance(values, dict) and isinstance(steps := values.get("steps"), dict) and "expert_steps" not in values:
+            counts = [count for count in steps.values() if isinstance(count, int)]
+            return {**values, "steps": max(counts, default=1), "expert_steps": steps}
+        return values
 
 
 class Lora(Table):
@@ -216,8 +236,15 @@ class Prompt(Table):
     """HunyuanVideo: classifier-free guidance with the negative prompt, beside the embedded `guidance`."""
     image: str | None = None
     """Image-to-video: the condition image, a file, an http(s) address, or a video, whose first frame is taken."""
+    last_image: str | None = None
+    """The image that the video ends with, for models that are trained with data.last_image; the same."""
     fps: Annotated[float, Field(gt=0)] = 25.0
     """Frame rate of the video."""
+
+    @property
+    def images(self) -> list[str]:
+        """The condition images in their order: none, the first, or the first and the last."""
+        return [image for image in (self.image, self.last_image) if image is not None]
 
     @property
     def seeds(self) -> range:

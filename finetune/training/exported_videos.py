@@ -38,7 +38,7 @@ def sample(
     if trained is not None:
         check_trained(trained, family)
     prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
-    images = [load_image(prompt.image, *prompt.shape[1:]) if prompt.image else None for prompt in prompts]
+    images = [[load_image(image) for image in prompt.images] for prompt in prompts]
     pipeline = load_pipeline(recipe, family, runtime)
     versions: list[Path | None] = [None] if compare or trained is None else []
     versions += [trained] if trained else []
@@ -48,10 +48,10 @@ def sample(
         if weights is not None:
             load_trained(pipeline, weights, family, recipe, runtime)
         made[version] = []
-        for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        for index, (prompt, given) in enumerate(zip(prompts, images, strict=True)):
             for seed in prompt.seeds:
                 runtime.device.reseed(seed)  # LTX's VAE draws noise from the device's generator
-                arguments = call_arguments(family, prompt, seed, image)
+                arguments = call_arguments(family, prompt, seed, given)
                 output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments)
                 frames = checked(output.frames[0], prompt)
                 path = out / f"{index:02d}_seed{seed}_{version}.mp4"

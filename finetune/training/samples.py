@@ -93,7 +93,7 @@ def request_of(job: Job, prepared: PreparedPrompt, seed: int) -> Request:
     return Request(
         prompt=prepared.prompt,
         seed=seed,
-        text=cache.read("text", prepared.text_key),
+        encoded={kind: cache.read(kind, key) for kind, key in prepared.keys.items()},
         negative=cache.read("text", prepared.negative_key),
-        image=cache.read("image", prepared.image_key)["pixels"].numpy() if prepared.image_key else None,
+        images=[cache.read("image", key)["pixels"].numpy() for key in prepared.image_keys],
     )

@@ -1,4 +1,4 @@
-"""Condition images come from files, addresses and videos, at the shape they are wanted in."""
+"""Condition images come from files, addresses and videos, in their own size."""
 
 import http.server
 import io
@@ -36,38 +36,29 @@ def address(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_an_image_of_the_right_shape_is_left_as_it_is(tmp_path: Path) -> None:
+def test_an_image_is_left_as_it_is(tmp_path: Path) -> None:
     Image.fromarray(QUARTERS).save(tmp_path / "a.png")
-    assert np.array_equal(load_image(str(tmp_path / "a.png"), 64, 96), QUARTERS)
+    assert np.array_equal(load_image(str(tmp_path / "a.png")), QUARTERS)
 
 
 def test_an_image_is_fetched_from_an_address(tmp_path: Path, address: str) -> None:
     Image.fromarray(QUARTERS).save(tmp_path / "a.png")
     assert missing_image(f"{address}/a.png") is None
-    assert np.array_equal(load_image(f"{address}/a.png", 64, 96), QUARTERS)
+    assert np.array_equal(load_image(f"{address}/a.png"), QUARTERS)
 
 
 def test_a_video_gives_its_first_frame_as_training_sees_it(clips: Path) -> None:
     video = sorted(clips.glob("*.mp4"))[0]
     info = decode.probe(video)
-    first = decode.decode(video, info, Bucket(17, 64, 96), info.fps)[0]
-    assert np.array_equal(load_image(str(video), 64, 96), first)
-
-
-def test_an_image_is_scaled_and_cropped_at_its_centre(tmp_path: Path) -> None:
-    Image.fromarray(QUARTERS).resize((384, 128), Image.Resampling.NEAREST).save(tmp_path / "wide.png")
-    image = load_image(str(tmp_path / "wide.png"), 64, 96)
-    assert image.shape == (64, 96, 3)
-    assert np.array_equal(image[10, 20], (255, 0, 0))
-    assert np.array_equal(image[10, 76], (0, 255, 0))
-    assert np.array_equal(image[50, 20], (0, 0, 255))
+    first = decode.decode(video, info, Bucket(17), info.fps)[0]
+    assert np.array_equal(load_image(str(video)), first)
 
 
 def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to show
     Image.fromarray(QUARTERS).save(tmp_path / "photo.png", exif=exif)
-    image = load_image(str(tmp_path / "photo.png"), 96, 64)
+    image = load_image(str(tmp_path / "photo.png"))
     assert np.array_equal(image, np.rot90(QUARTERS, -1))
 
 
@@ -75,7 +66,7 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:
 def test_other_colour_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.fromarray(QUARTERS).convert(mode).save(path)
-    assert load_image(str(path), 64, 96).shape == (64, 96, 3)
+    assert load_image(str(path)).shape == (64, 96, 3)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path, address: str) -> None:
@@ -92,5 +83,5 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, address: str) -> None:
         ("http://127.0.0.1:9/a.png", "cannot be fetched"),
     ]:
         with pytest.raises(UserError, match=complaint) as caught:
-            load_image(source, 64, 96)
+            load_image(source)
         assert source in str(caught.value)

@@ -102,7 +102,7 @@ def test_families_of_the_users_own_share_no_encodings_by_name_or_by_code(
     assert not keys("One") & one
 
 
-def test_a_condition_image_is_cached_at_the_prompts_shape(
+def test_a_condition_image_is_cached_in_its_own_size(
     recipe_file: Path, runtime, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     Image.fromarray(np.full((200, 200, 3), (9, 99, 199), np.uint8)).save(tmp_path / "first.png")
@@ -110,8 +110,8 @@ def test_a_condition_image_is_cached_at_the_prompts_shape(
     overrides = ["model.family=ltx_i2v", f"model.path={tiny_model('ltx_i2v')}", f"validation.prompts=[{prompt}]"]
     recipe = load_recipe(recipe_file, overrides)
     found = prepare(recipe, open_family(recipe), runtime)
-    pixels = found.cache.read("image", found.prompts[0].image_key)["pixels"].numpy()
-    assert pixels.shape == (64, 32, 3)
+    pixels = found.cache.read("image", found.prompts[0].image_keys[0])["pixels"].numpy()
+    assert pixels.shape == (200, 200, 3)
     assert (pixels == (9, 99, 199)).all()
     (tmp_path / "first.png").write_text("no image")
     with pytest.raises(UserError, match="no image can be read"):

@@ -85,6 +85,7 @@ FREE = [
     "distributed.timeout_seconds=5",
     "data.bad_clips=skip",
     "train.max_grad_norm=none",
+    "train.expert_steps={high = 5}",
     "optimizer.lr=1e-3",
     "schedule.warmup_steps=3",
 ]
