@@ -39,8 +39,8 @@ class HunyuanVideo(Family):
     pipeline_classes = ("HunyuanVideoPipeline",)
     transformer_class = "HunyuanVideoTransformer3DModel"
     attention_masks = "padding"
-    text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-    components = ("scheduler", "vae", "transformer", *text_components)
+    text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    components: ClassVar[tuple[str, ...]] = ("scheduler", "vae", "transformer", *text_components)
     text_arguments: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
         "encoder_attention_mask": "prompt_attention_mask",

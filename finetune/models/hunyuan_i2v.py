@@ -28,9 +28,9 @@ from torch.nn.functional import pad
 from finetune.models import tiny
 from finetune.models.batch import Tensors
 from finetune.models.encoder import Encode, Encoder
-from finetune.models.family import SampleLike, nearest_bucket
 from finetune.models.folder import ModelFolder
 from finetune.models.hunyuan import HunyuanVideo
+from finetune.models.sample import SampleLike, nearest_bucket
 from finetune.models.text_mask import padded
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Vae

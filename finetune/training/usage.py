@@ -26,7 +26,7 @@ def _usage(job: Job, folder: Path) -> list[str]:
     if not loading:
         return []
     lines += loading
-    size = f"num_frames={shape.frames}, height={shape.height}, width={shape.width}"
+    size = ", ".join(f"{name}={value}" for name, value in family.shape_arguments(shape).items())
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
     device = job.state.runtime.device.kind
     lines.append(f'video = pipe.to("{device}")(prompt="your prompt", {image}{size}).frames[0]')
