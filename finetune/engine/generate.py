@@ -125,7 +125,7 @@ def video(pipeline: diffusers.DiffusionPipeline, family: Family, request: Reques
         UserError: it is not finite, or not of the shape that was asked for.
     """
     arguments = call_arguments(family, request.prompt, request.seed, request.images)
-    pipeline.register_modules(**family.encoded_components(request.encoded))
+    pipeline.register_modules(**family.encoded_components(request.encoded, device))
     embeddings = {}
     for sign, text in (("", request.encoded["text"]), ("negative_", request.negative)):
         for name, argument in family.text_arguments.items():

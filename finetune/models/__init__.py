@@ -28,6 +28,8 @@ FAMILIES = {
     "ltx": "finetune.models.ltx:LTXVideo",
     "ltx_i2v": "finetune.models.ltx:LTXImageToVideo",
     "mochi": "finetune.models.mochi:Mochi",
+    "wan": "finetune.models.wan:Wan",
+    "wan_i2v": "finetune.models.wan:WanImageToVideo",
 }
 _KEY = "model.family"
 _ATTRIBUTES = ("name", "title", "pipeline_classes", "transformer_class")  # of the class, without a default

@@ -33,6 +33,7 @@ class Components:
     optional_components: ClassVar[tuple[str, ...]] = ()
     trained_components: ClassVar[tuple[str, ...]] = ("transformer",)
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    vae_dtype: ClassVar[torch.dtype | None] = None  # precision of the VAE, whatever the recipe's is
     read_when_opened: ClassVar[tuple[str, ...]] = ()  # patterns of files that the constructor needs besides configs
 
     def __init__(self, folder: ModelFolder) -> None:
@@ -69,17 +70,26 @@ class Components:
         """What a recipe asks for that this checkpoint has not, and what the checkpoint lacks in itself."""
         found = []
         if model.experts and not self.experts:
-            cure = "remove it, or set model.path to a checkpoint with two transformers (Wan 2.2 A14B)"
+            name = self.recipe_for(self.folder)
+            cure = "remove it" + (
+                f" (recipes/{name}_lora.toml and recipes/{name}_full.toml are for it)" if name else ""
+            )
+            cure += ", or set model.path to a checkpoint with two transformers (Wan 2.2 A14B)"
             found.append(Problem(f"this checkpoint of {self.title} has no experts", "model.experts", cure))
-        if data.last_image:
-            what = f"{self.title} takes no last image"
+        if data.last_image is not None and (what := self.last_image_problem(data.last_image)):
             found.append(Problem(what, "data.last_image", "remove it"))
         return found
+
+    def last_image_problem(self, wanted: bool) -> str | None:
+        """Why clips' last frames cannot be conditions, or have to be; None if the recipe's wish can be met."""
+        return f"{self.title} takes no last image" if wanted else None
 
     def select(self, model: Model, data: Data) -> None:
         """Take what a recipe chooses of what this checkpoint can do."""
         if self.experts:
             self.expert = (model.experts or list(self.experts))[0]
+        if data.last_image is not None:
+            self.last_image = data.last_image
 
     @property
     def pipeline_class(self) -> str:
@@ -125,7 +135,7 @@ class Components:
 
     def load_vae(self, dtype: torch.dtype, tiling: bool) -> diffusers.ModelMixin:
         """Load the VAE onto the CPU. With `tiling` it encodes and decodes in overlapping tiles."""
-        vae = self.folder.load("vae", getattr(diffusers, self.folder.class_name("vae")), dtype)
+        vae = self.folder.load("vae", getattr(diffusers, self.folder.class_name("vae")), self.vae_dtype or dtype)
         if tiling:
             vae.enable_tiling()
         return vae

@@ -255,7 +255,7 @@ class Family(Components, ABC):
         """A condition image as the pipeline is given it for a video of this shape, which resizes it itself."""
         return image
 
-    def encoded_components(self, encoded: Mapping[str, Tensors]) -> dict[str, Any]:
+    def encoded_components(self, encoded: Mapping[str, Tensors], device: torch.device) -> dict[str, Any]:
         """Components of the pipeline that stand for what is cached of a prompt, by kind, and need no weights."""
         return {}
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
+import diffusers
 import torch
-from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
 from finetune.recipe.schema import ObjectiveSettings
+from finetune.runtime.errors import UserError
 
 Shift = Callable[[Tensor, int], Tensor]  # (sigma, tokens) -> sigma
 
@@ -129,16 +131,22 @@ def recipe_shift(settings: ObjectiveSettings, scheduler: dict) -> Shift:
 
 
 def scheduler_shift(saved: dict[str, Any]) -> Shift:
-    """The shift that FlowMatchEulerDiscreteScheduler applies in `set_timesteps`, from its saved config.
+    """The shift that the checkpoint's scheduler applies in `set_timesteps`, from its saved config: FlowMatchEulerDiscreteScheduler's,
+    or UniPCMultistepScheduler's, which calls it `flow_shift`.
 
-    Resolution-dependent ("dynamic") shifting: mu is linear in the number of tokens, and s = exp(mu). `shift_terminal`
+    Raises UserError where it does not. Resolution-dependent ("dynamic") shifting: mu is linear in the number of tokens, and s = exp(mu). `shift_terminal`
     stretches the schedule so that its last sigma has this value; before stretching, the last sigma is taken as 0, its
     limit for many steps.
     """
-    config = FlowMatchEulerDiscreteScheduler.from_config(saved).config  # adds the defaults
+    scheduler = getattr(diffusers, saved.get("_class_name", "FlowMatchEulerDiscreteScheduler"))
+    config = scheduler.from_config(saved).config  # adds the defaults
     terminal = config.shift_terminal or 0.0
     if not config.use_dynamic_shifting:
-        return partial(_stretched, terminal, constant_shift(config.shift))
+        constant = config.flow_shift if "flow_shift" in config else config.shift
+        return partial(_stretched, terminal, constant_shift(constant))
+    if "base_shift" not in config:  # the pipeline says how, and none does so far
+        what = f"{scheduler.__name__} shifts by resolution, in a way that its config does not say"
+        raise UserError(what, "set objective.shift to a number", "objective.shift")
     low, high = config.base_image_seq_len, config.max_image_seq_len
     base, top = config.base_shift, config.max_shift
     exponential = config.time_shift_type == "exponential"

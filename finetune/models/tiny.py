@@ -18,6 +18,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
     LlavaConfig,
@@ -27,6 +28,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -136,7 +139,7 @@ def llava_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> LlavaForCon
     return LlavaForConditionalGeneration(config).eval()
 
 
-def clip_image_processor(size: int) -> CLIPImageProcessor:
+def clip_image_processor(size: int = 32) -> CLIPImageProcessor:
     """CLIP's scaling and cropping of images to a square of `size` pixels."""
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
@@ -155,6 +158,36 @@ def clip_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> CLIPTextMode
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config).eval()
+
+
+CLIP_TOKENS = 17  # of an image, with the class token
+
+
+def clip_image_encoder(width: int) -> CLIPVisionModel:
+    """A CLIP image encoder of three layers, because pipelines take the output of the last but one."""
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return CLIPVisionModel(config).eval()
+
+
+def umt5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> UMT5EncoderModel:
+    """A two-layer UMT5 encoder."""
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return UMT5EncoderModel(config).eval()
 
 
 def t5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel:
