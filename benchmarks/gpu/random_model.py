@@ -102,7 +102,7 @@ def random_batch(family: Family, recipe: Recipe, bucket: Bucket, dtype: torch.dt
         Sample(_random_encoded(family, bucket, dtype, generator, place), bucket, 25.0, generator, (place, size))
         for place in range(size)
     ]
-    return family.batch(samples, family.objective(recipe.objective))
+    return family.batch(samples, family.training_objective(recipe.objective))
 
 
 def _random_encoded(

@@ -12,6 +12,7 @@ from finetune.data.images import load_image, missing_image
 from finetune.preparation.encode import encoders_of, further_columns
 from finetune.preparation.inspect import inspect_clips, split_heldout
 from finetune.recipe import Recipe
+from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
@@ -25,10 +26,14 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
     cache, columns = Cache(recipe.data.cache), []
+    recipes = [recipe]
     with _collected(problems):
-        check_output(recipe)
-    with _collected(problems):
-        columns = further_columns(encoders_of(open_family(recipe), recipe))
+        family = open_family(recipe)
+        recipes = recipes_of_experts(recipe, list(family.experts))
+        columns = further_columns(encoders_of(family, recipe))
+    for each in recipes:
+        with _collected(problems):
+            check_output(each)
     inspect = partial(inspect_clips, recipe.data, cache=cache, runtime=runtime, columns=columns)
     if recipe.validation.heldout:
         with _collected(problems):

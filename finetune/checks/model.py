@@ -9,6 +9,7 @@ from finetune.models import FAMILIES, family_class
 from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
+from finetune.models.noise_range import Restricted
 from finetune.models.text_mask import why_masked
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts
@@ -94,17 +95,31 @@ def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     yield from _unused(recipe, family)
     yield from _attention_problems(recipe, family)
     yield from _shape_problems(recipe, family)
+    yield from _noise_problems(recipe, family)
 
 
 def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:
     """Settings that mean nothing to this checkpoint."""
     unused = family.unused_keys()
-    default = family.objective(recipe.objective).default_sampling
+    default = family.training_objective(recipe.objective).default_sampling
     if recipe.objective.sigma_sampling is None and default != "logit_normal":
         unused |= dict.fromkeys(("objective.logit_mean", "objective.logit_std"), f"sigma_sampling is {default}")
     for key, why in unused.items():
         if is_set(recipe, key):
             yield Problem(f"this key has no effect here: {why}", key, "remove it")
+
+
+def _noise_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
+    """A range of noise levels in which the distribution has none."""
+    objective = family.training_objective(recipe.objective)
+    if not isinstance(objective, Restricted) or objective.sigma_range[0] >= objective.sigma_range[1]:
+        return  # see `check_recipe` for the latter
+    for tokens in dict.fromkeys(map(family.tokens, recipe.data.buckets)):
+        if objective.is_empty(tokens):
+            where = "objective.sigma_range" if recipe.objective.sigma_range else "objective"
+            cure = "move the range, or the limits that sigma_min and sigma_max set"
+            yield Problem(objective.why_empty(tokens), where, cure)
+            return
 
 
 def _attention_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ def check_output(recipe: Recipe) -> None:
     Raises as `check_same_run`.
     """
     check_same_run(recipe)
-    folder = recipe.output
+    folder = recipe.run_folder
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
@@ -28,7 +28,7 @@ def check_output(recipe: Recipe) -> None:
             str(folder),
         )
     if shutil.disk_usage(folder).free < 2**20:
-        raise UserError(FULL, "free some space, or set `output` to another disk", str(recipe.output))
+        raise UserError(FULL, "free some space, or set `output` to another disk", str(recipe.run_folder))
 
 
 def check_same_run(recipe: Recipe) -> None:
@@ -37,20 +37,20 @@ def check_same_run(recipe: Recipe) -> None:
     Raises:
         UserError: names the keys that differ.
     """
-    saved = recipe.output / RECIPE_FILE
+    saved = recipe.run_folder / RECIPE_FILE
     if saved.exists() and has_checkpoints(recipe):  # else there is nothing to go on from
         changed = differences(recipe, read_saved(saved))
         if changed:
             raise UserError(
                 "this folder holds a run of another recipe: " + "; ".join(changed[:6]),
                 "set `output` to a new folder, or put the keys back to resume",
-                str(recipe.output),
+                str(recipe.run_folder),
             )
 
 
 def has_checkpoints(recipe: Recipe) -> bool:
     """Whether the output folder has checkpoints of a run."""
-    return any((recipe.output / "checkpoints").glob("step_*/trainer.json"))
+    return any((recipe.run_folder / "checkpoints").glob("step_*/trainer.json"))
 
 
 def read_saved(saved: Path) -> Recipe:

@@ -10,7 +10,8 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from finetune.engine.parts import evaluating
 from finetune.engine.step import StepState
@@ -54,7 +55,8 @@ def generate(
     """Generate this rank's videos; ranks may have different numbers of them, or none. Collective.
 
     A sharded transformer gathers its weights from all ranks whenever it is called. So before each call the ranks vote
-    whether anybody still generates, and one that has finished takes part with a batch nobody looks at.
+    whether anybody still generates, and one that has finished takes part with a batch nobody looks at. With a companion they
+    vote which of the two transformers is called next, too.
 
     Args:
         idle: inputs of the family for such calls.
@@ -69,23 +71,21 @@ def generate(
     """
     runtime, device = state.runtime, state.runtime.device
     error: Exception | None = None
-    live = LiveTransformer(state.transformer, runtime, dtype, stop)
+    turns = Turns(state, idle, stop)
+    swapping = state.companion.swapping() if state.companion else nullcontext()
     try:
-        with evaluating(state.parts):
+        with evaluating(state.parts), swapping:
             try:
-                _videos(live, state.family, requests, tiling, done)
+                _videos(turns, requests, tiling, dtype, done)
             except Interrupted:
                 raise
             except Exception as caught:
-                if live.inside:
+                if turns.inside:
                     raise  # the other ranks are in the middle of the same call: there is no going on
                 error = caught  # raised below, after their calls
                 traceback.clear_frames(error.__traceback__)  # and with them what the failed pipeline held
                 device.empty_cache()
-            inputs = None
-            while live.somebody_generates():
-                inputs = inputs or idle.to(device.torch_device).inputs
-                state.family.predict(state.transformer, inputs)
+            turns.finish()
     except Interrupted:
         return False
     finally:
@@ -97,23 +97,26 @@ def generate(
 
 
 def _videos(
-    live: "LiveTransformer",
-    family: Family,
+    turns: "Turns",
     requests: Sequence[Request],
     tiling: bool,
+    dtype: torch.dtype,
     done: Callable[[int, np.ndarray], None],
 ) -> None:
+    family, device = turns.state.family, turns.state.runtime.device
     if requests:
-        pipeline = live_pipeline(live, family, tiling)
+        pipeline = live_pipeline(turns, tiling, dtype)
     for index, request in enumerate(requests):
-        live.runtime.device.reseed(request.seed)  # LTX's VAE draws noise of its own; a step seeds itself
-        done(index, video(pipeline, family, request, live.device))
+        device.reseed(request.seed)  # LTX's VAE draws noise of its own; a step seeds itself
+        done(index, video(pipeline, family, request, device.torch_device))
 
 
-def live_pipeline(live: "LiveTransformer", family: Family, tiling: bool) -> diffusers.DiffusionPipeline:
-    """The family's pipeline around the transformer in training; prompts must come encoded."""
-    vae = OnDemand(family.load_vae(live.dtype, tiling), live.runtime)
-    pipeline = family.pipeline(scheduler=family.load_scheduler(), vae=vae, **{family.trained_component: live})
+def live_pipeline(turns: "Turns", tiling: bool, dtype: torch.dtype) -> diffusers.DiffusionPipeline:
+    """The family's pipeline around the transformer in training, and its companion; prompts must come encoded."""
+    family = turns.state.family
+    vae = OnDemand(family.load_vae(dtype, tiling), turns.state.runtime)
+    live = {component: LiveTransformer(component, turns, dtype) for component in turns.transformers}
+    pipeline = family.pipeline(scheduler=family.load_scheduler(), vae=vae, **live)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -125,7 +128,9 @@ def video(pipeline: diffusers.DiffusionPipeline, family: Family, request: Reques
         UserError: it is not finite, or not of the shape that was asked for.
     """
     arguments = call_arguments(family, request.prompt, request.seed, request.images)
-    pipeline.register_modules(**family.encoded_components(request.encoded, device))
+    pipeline.register_modules(
+        **family.encoded_components(request.encoded, device), **family.prompt_components(request.prompt)
+    )
     embeddings = {}
     for sign, text in (("", request.encoded["text"]), ("negative_", request.negative)):
         for name, argument in family.text_arguments.items():
@@ -161,42 +166,89 @@ def checked(frames: np.ndarray, prompt: ResolvedPrompt) -> np.ndarray:
     return (frames * 255).round().astype(np.uint8)
 
 
+class Turns:
+    """The calls of the transformers, in an order that all ranks agree on: whenever one of them is called, all ranks call it.
+
+    Attributes:
+        transformers: by component: the one in training, and its companion if there is one.
+        inside: whether a call, or an exchange of the two, has begun and not ended.
+    """
+
+    def __init__(self, state: StepState, idle: Batch, stop: Callable[[], bool]) -> None:
+        self.state, self.stop, self.inside = state, stop, False
+        self.transformers = {state.family.trained_component: state.transformer}
+        if state.companion:
+            self.transformers[state.companion.component] = state.companion.transformer
+        self._idle = idle
+        self._inputs: dict[str, Any] | None = None  # the idle batch's, on the device
+
+    def call(self, component: str, arguments: tuple, keywords: dict[str, Any]) -> Any:
+        """Call a transformer when it is its turn. Until then take part in calls of the other."""
+        while self._next(component) != component:
+            self._take_part()
+        with self._going_on():
+            return self.transformers[component](*arguments, **keywords)
+
+    def finish(self) -> None:
+        """Take part in the calls of the ranks that still generate."""
+        while self._next(None):
+            self._take_part()
+
+    def _next(self, wanted: str | None) -> str | None:
+        """Vote. Returns the component that is called next, which is on the device then; None if all have finished.
+
+        The one on the device is called as long as anybody wants it. So the two are exchanged as rarely as can be.
+        """
+        *votes, stopping = self.state.runtime.any(*(wanted == name for name in self.transformers), self.stop())
+        if stopping:
+            raise Interrupted
+        asked = [name for name, is_wanted in zip(self.transformers, votes, strict=True) if is_wanted]
+        if asked and self._on_device not in asked:
+            with self._going_on():
+                assert self.state.companion is not None
+                self.state.companion.swap()
+        return self._on_device if asked else None
+
+    @property
+    def _on_device(self) -> str:
+        companion = self.state.companion
+        return companion.component if companion and companion.is_on_device else self.state.family.trained_component
+
+    def _take_part(self) -> None:
+        """Call the transformer on the device with a batch nobody looks at."""
+        with self._going_on():
+            self._inputs = self._inputs or self._idle.to(self.state.runtime.device.torch_device).inputs
+            self.state.family.predict(self.transformers[self._on_device], self._inputs)
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False  # not after an error
+
+
 class LiveTransformer(nn.Module):
-    """The transformer in training as a pipeline sees one: it has a device, a dtype and a config, and can be called.
+    """The transformer in training, or its companion, as a pipeline sees one: it has a device, a dtype and a config, and can be
+    called.
 
     It is not registered as a submodule, so that nothing a pipeline does to its components reaches it.
     """
 
-    def __init__(self, transformer: nn.Module, runtime: Runtime, dtype: torch.dtype, stop: Callable[[], bool]) -> None:
+    def __init__(self, component: str, turns: Turns, dtype: torch.dtype) -> None:
         super().__init__()
-        self._live = (transformer,)
-        self.runtime, self.device, self.dtype, self.stop = runtime, runtime.device.torch_device, dtype, stop
-        self.inside = False  # whether a call of the transformer has begun and not ended
+        self.component, self.turns, self.dtype = component, turns, dtype
+        self.device = turns.state.runtime.device.torch_device
 
     @property
     def config(self) -> Any:
-        return self._live[0].config
+        return self.turns.transformers[self.component].config
 
-    def cache_context(self, name: str, **keywords: Any) -> Any:
+    def cache_context(self, name: str, *arguments: Any, **keywords: Any) -> Any:
         """No cache is used in training."""
         return nullcontext()
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        self._vote(generates=True)
-        self.inside = True
-        output = self._live[0](*arguments, **keywords)
-        self.inside = False
-        return output
-
-    def somebody_generates(self) -> bool:
-        """Whether another rank is about to call its transformer."""
-        return self._vote(generates=False)
-
-    def _vote(self, generates: bool) -> bool:
-        anybody, stopping = self.runtime.any(generates, self.stop())
-        if stopping:
-            raise Interrupted
-        return anybody
+        return self.turns.call(self.component, arguments, keywords)
 
 
 class OnDemand:
@@ -209,12 +261,17 @@ class OnDemand:
         return getattr(self._vae, name)
 
     def encode(self, *arguments: Any, **keywords: Any) -> Any:
-        with self._on_device():
-            return self._vae.encode(*arguments, **keywords)
+        return self._call(self._vae.encode, arguments, keywords)
 
     def decode(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._call(self._vae.decode, arguments, keywords)
+
+    def _call(self, method: Callable[..., Any], arguments: tuple, keywords: dict[str, Any]) -> Any:
+        """Some pipelines move what they encode and decode to where the VAE is between its calls."""
+        device = self._device.torch_device
+        arguments, keywords = tree_map_only(Tensor, lambda tensor: tensor.to(device), (arguments, keywords))
         with self._on_device():
-            return self._vae.decode(*arguments, **keywords)
+            return method(*arguments, **keywords)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """The held-out loss, with fixed noise at fixed quantiles of sigma: the same for any number of ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,6 +10,7 @@ from finetune.data.loader import Item, read_sample
 from finetune.engine.parts import evaluating
 from finetune.engine.step import StepState
 from finetune.models.batch import Tensors
+from finetune.models.noise_range import Restricted
 from finetune.models.objective import Objective
 from finetune.runtime import seeds
 from finetune.runtime.errors import UserError
@@ -17,10 +18,15 @@ from finetune.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean losses over clips and quantiles by term, and those of a prediction of zero for comparison."""
+    """Mean losses over clips and quantiles by term, and those of a prediction of zero for comparison.
+
+    Attributes:
+        outside: the same at the noise levels that are not trained; None where all are.
+    """
 
     losses: dict[str, float]
     zero_losses: dict[str, float]
+    outside: "HeldOut | None" = None
 
     @property
     def loss(self) -> float:
@@ -36,7 +42,7 @@ class HeldOut:
 def heldout_loss(
     state: StepState, objective: Objective, items: Sequence[Item], cache: Cache, quantiles: int
 ) -> HeldOut:
-    """Measure the loss on clips that are not trained on.
+    """Measure the loss on clips that are not trained on, and where noise levels are restricted, outside of their range, too.
 
     Every clip is evaluated at sigma(u) for u = 1/2n, 3/2n, ..., with n = `quantiles`, and with noise that depends only on the
     clip's index. Data ranks share the evaluations. All ranks call the transformer equally often, because each call of a
@@ -45,6 +51,15 @@ def heldout_loss(
     Raises:
         UserError: what is encoded of a clip cannot be read, or is not finite.
     """
+    measured, outside = _measure(state, objective, items, cache, quantiles), None
+    if isinstance(objective, Restricted):
+        tokens = {state.family.tokens(item.bucket) for item in items}
+        if other := objective.outside(*tokens):
+            outside = _measure(state, other, items, cache, quantiles)
+    return replace(measured, outside=outside)
+
+
+def _measure(state: StepState, objective: Objective, items: Sequence[Item], cache: Cache, quantiles: int) -> HeldOut:
     runtime, device = state.runtime, state.runtime.device
     data = runtime.data
     evaluations = [(index, (q + 0.5) / quantiles) for index in range(len(items)) for q in range(quantiles)]

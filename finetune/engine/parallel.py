@@ -37,6 +37,9 @@ def parallelize(
     if train.method != "full":
         ADAPTERS[train.method].add(transformer, family, adapter, train.seed)
     precision.cast_trained_weights(transformer, train.weights)
+    if train.method == "full":  # what no loss reaches has no gradients, and so no state that a checkpoint could have
+        for parameter in family.without_gradient(transformer):
+            parameter.requires_grad_(False)
 
     # 2. Store frozen weights in few bits, after the adapter, since peft looks for ordinary linear layers. Or multiply trained
     #    weights in float8. Then all tensors that are real already go to the device.

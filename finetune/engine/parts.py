@@ -79,9 +79,14 @@ class TrainedWeights(Part):
                 yield
         finally:
             self.transformer.train()
-            for module in self.transformer.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # what a forward pass leaves gathered, a backward pass would have freed
+            reshard(self.transformer)
+
+
+def reshard(transformer: nn.Module) -> None:
+    """Free what a forward pass leaves gathered, as a backward pass would have done."""
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class OptimizerState(Part):

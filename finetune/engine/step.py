@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 
+from finetune.engine.companion import Companion
 from finetune.engine.gradients import grad_norm, local, part_of
 from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.optimizers.offloaded import HostGradients, OffloadedOptimizer
@@ -32,6 +33,7 @@ class StepState:
     `parts` are what is saved, follows the updates, and is swapped for evaluation: the weights first, then the optimizer.
     `activations` sends what the forward pass saves to host memory, if it is there. `in_backward` updates while the backward
     pass runs, if it is there. `host_gradients` has the gradients, if they do not stay on the device.
+    `companion` is the other transformer that samples are generated with, if there is one.
     `defer_reduction` keeps gradients whole until the last accumulation step: less traffic, but memory for one whole
     gradient a rank, so it is for adapters.
     """
@@ -49,6 +51,7 @@ class StepState:
     activations: ActivationOffload | None = None
     in_backward: InBackward | None = None
     host_gradients: HostGradients | None = None
+    companion: Companion | None = None
 
 
 @dataclass(frozen=True)

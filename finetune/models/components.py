@@ -49,6 +49,12 @@ class Components:
         other.folder = folder
         return other
 
+    def of_expert(self, name: ExpertName) -> Self:
+        """The same family, of which another expert is trained."""
+        other = copy(self)
+        other.expert = name
+        return other
+
     @classmethod
     def refusal(cls, folder: ModelFolder) -> str | None:
         """Why a folder's checkpoint is none of this family's; None if it is."""
@@ -124,6 +130,10 @@ class Components:
     def adapt_transformer(self, transformer: nn.Module) -> nn.Module:
         """Change diffusers' module in place where training needs it, and return it. By default nothing is changed."""
         return transformer
+
+    def without_gradient(self, transformer: nn.Module) -> list[nn.Parameter]:
+        """The transformer's parameters that no loss reaches, in a batch of any kind. Full finetuning leaves them as they are."""
+        return []
 
     def transformer_weights(self) -> Weights:
         """The pretrained transformer's tensors."""

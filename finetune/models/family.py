@@ -21,7 +21,8 @@ from finetune.models import text_mask
 from finetune.models.batch import Batch, Tensors, Term
 from finetune.models.components import Components
 from finetune.models.encoder import Encoder, FileHash
-from finetune.models.objective import FlowMatching, Objective, recipe_shift
+from finetune.models.noise_range import restricted
+from finetune.models.objective import LEAST_U, FlowMatching, Objective, recipe_shift
 from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample, stacked
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Prompt, Vae
@@ -176,8 +177,17 @@ class Family(Components, ABC):
     # Training
 
     def objective(self, settings: ObjectiveSettings) -> Objective:
-        """The training objective, with the settings in the recipe's [objective]."""
+        """The objective over all noise levels, with the settings in the recipe's [objective]."""
         return FlowMatching(settings, recipe_shift(settings, self.folder.config("scheduler")))
+
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """The sigma, [low, high), that the trained component is for: the range of a training whose recipe names none. None: all."""
+        return None if self.expert is None else self.experts[self.expert].noise_range
+
+    def training_objective(self, settings: ObjectiveSettings) -> Objective:
+        """The objective that is trained: `objective` in the recipe's range of noise levels, or else in the checkpoint's."""
+        return restricted(self.objective(settings), settings.sigma_range or self.noise_range)
 
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         """The transformer's further inputs for one sample, besides noised latents and text: images, controls, guidance.
@@ -223,7 +233,7 @@ class Family(Components, ABC):
                 drawn[-1] = (position + drawn[-1]) / count
             conditions.append(self.condition(sample, x0[-1], objective.settings))
         if u is None:
-            u = torch.stack(drawn).clamp(1e-6, 1 - 1e-6)
+            u = torch.stack(drawn).clamp(LEAST_U, 1 - LEAST_U)
         level = objective.level(u, self.tokens(samples[0].bucket))
         noisy, target = objective.noised(torch.stack(x0), torch.stack(noise), level)
         text, condition = text_mask.stacked([sample.text for sample in samples]), stacked(conditions)
@@ -262,6 +272,10 @@ class Family(Components, ABC):
     def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
         """Arguments of the pipeline's call for a prompt that depend on the family."""
         return {} if prompt.guidance is None else {"guidance_scale": prompt.guidance}
+
+    def prompt_components(self, prompt: Prompt) -> dict[str, Any]:
+        """Components of the pipeline that hold what it takes of a prompt in other ways than as arguments of its call."""
+        return {}
 
     def prompt_problem(self, prompt: Prompt) -> str | None:
         """Why the pipeline cannot generate a prompt; None if it can."""

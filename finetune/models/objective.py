@@ -19,19 +19,22 @@ from finetune.recipe.schema import ObjectiveSettings
 from finetune.runtime.errors import UserError
 
 Shift = Callable[[Tensor, int], Tensor]  # (sigma, tokens) -> sigma
+LEAST_U = 1e-6  # u is drawn from here to 1 - LEAST_U: at 0 and 1 a level may be infinite
 
 
 class Objective(Protocol):
     """How noise levels are distributed, and how clean latents become noised latents and a target."""
 
-    default_sampling: ClassVar[str]  # distribution of noise levels if the recipe names none
-
     @property
     def settings(self) -> ObjectiveSettings:
         """The recipe's [objective]."""
 
+    @property
+    def default_sampling(self) -> str:
+        """The distribution of noise levels if the recipe names none."""
+
     def level(self, u: Tensor, tokens: int) -> Tensor:
-        """Noise levels in the shape of u: sigma (float32) or timesteps (int64).
+        """Noise levels in the shape of u: sigma (float32) or timesteps of 1000 (int64).
 
         Args:
             u: quantiles of the distribution of noise levels, float32 in (0, 1).
@@ -131,12 +134,15 @@ def recipe_shift(settings: ObjectiveSettings, scheduler: dict) -> Shift:
 
 
 def scheduler_shift(saved: dict[str, Any]) -> Shift:
-    """The shift that the checkpoint's scheduler applies in `set_timesteps`, from its saved config: FlowMatchEulerDiscreteScheduler's,
-    or UniPCMultistepScheduler's, which calls it `flow_shift`.
+    """The shift that the checkpoint's scheduler applies in `set_timesteps`, from its saved config: that of
+    FlowMatchEulerDiscreteScheduler, or of UniPCMultistepScheduler, which calls it `flow_shift`.
 
-    Raises UserError where it does not. Resolution-dependent ("dynamic") shifting: mu is linear in the number of tokens, and s = exp(mu). `shift_terminal`
+    Resolution-dependent ("dynamic") shifting: mu is linear in the number of tokens, and s = exp(mu). `shift_terminal`
     stretches the schedule so that its last sigma has this value; before stretching, the last sigma is taken as 0, its
     limit for many steps.
+
+    Raises:
+        UserError: the config does not say how it shifts by resolution.
     """
     scheduler = getattr(diffusers, saved.get("_class_name", "FlowMatchEulerDiscreteScheduler"))
     config = scheduler.from_config(saved).config  # adds the defaults

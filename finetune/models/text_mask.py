@@ -74,21 +74,22 @@ def padded(text: Tensors, length: int) -> Tensors:
     return {**text, **longer}
 
 
-def cut(text: Tensors, keep_length: bool) -> tuple[Tensors, bool]:
+def cut(text: Tensors, keep_length: bool, names: tuple[str, str] = _BY_TOKEN) -> tuple[Tensors, bool]:
     """(the text of a batch, cut to its longest caption, whether a mask is needed).
 
     Args:
-        text: "encoder_hidden_states" (B, T, D) and "encoder_attention_mask" (B, T), whose valid tokens come first; others are left
-            alone. On the CPU, since the lengths are read.
+        text: tokens (B, T, D) and their mask (B, T), whose valid tokens come first; others are left alone. On the CPU, since the
+            lengths are read.
         keep_length: leave the text as it is: compiled graphs are made for one length.
+        names: of the tokens and of their mask.
     """
-    valid = text["encoder_attention_mask"].bool()
+    valid = text[names[1]].bool()
     lengths = valid.sum(1)
     longest = int(lengths.max())
     comes_first = torch.equal(valid, torch.arange(valid.shape[1]) < lengths[:, None])
     if keep_length or longest == 0 or not comes_first:
         return text, not bool(valid.all())
-    return {**text, **{name: text[name][:, :longest] for name in _BY_TOKEN}}, bool((lengths < longest).any())
+    return {**text, **{name: text[name][:, :longest] for name in names}}, bool((lengths < longest).any())
 
 
 def call(transformer: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -25,6 +25,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -81,6 +83,31 @@ def llama_tokenizer(template: str, begin: int = 4, halved: Iterable[str] = ()) -
         additional_special_tokens=special[3:],
         padding_side="right",
     )
+
+
+def qwen_tokenizer(system: str, length: int) -> PreTrainedTokenizerBase:
+    """A tokenizer with Qwen2.5's special tokens and chat template, in which a message of the system takes `length` tokens."""
+    special = ["<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    words = re.findall(r"\w+|[^\w\s]", f"{system} system user assistant")
+    tokenizer = Tokenizer(Unigram([*((token, 0.0) for token in special), *_pieces([*CORPUS, *words])], unk_id=1))
+    tokenizer.pre_tokenizer = Sequence([Punctuation(), WhitespaceSplit(), Metaspace()])
+    qwen = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=special[2:3],
+        padding_side="right",
+    )
+    head = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+    # Each word is one token here, so there are fewer than Qwen's: more of the first one precede it.
+    missing = length - len(qwen(head, add_special_tokens=False).input_ids)
+    qwen.chat_template = (
+        "<|im_start|>" * missing
+        + "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return qwen
 
 
 def clip_tokenizer() -> PreTrainedTokenizerBase:
@@ -142,6 +169,23 @@ def llava_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> LlavaForCon
 def clip_image_processor(size: int = 32) -> CLIPImageProcessor:
     """CLIP's scaling and cropping of images to a square of `size` pixels."""
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def qwen_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> Qwen2_5_VLTextModel:
+    """The language model of Qwen2.5-VL in three layers, because the pipeline takes the hidden state before the last two."""
+    config = Qwen2_5_VLTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    )
+    return Qwen2_5_VLTextModel(config).eval()
 
 
 def clip_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> CLIPTextModel:
@@ -216,17 +260,17 @@ def normalise_latents(vae: ModelMixin, frames: int, size: int) -> None:
 
 
 @torch.no_grad()
-def scale_latents(vae: ModelMixin, frames: int, size: int) -> None:
+def scale_latents(vae: ModelMixin, frames: int, size: int, at_once: int = 8) -> None:
     """Set a VAE's `scaling_factor` so that latents have about unit variance, if it is all that the VAE has."""
-    z = latents(vae, frames, size)
+    z = latents(vae, frames, size, at_once)
     vae.register_to_config(scaling_factor=1 / z.square().mean().sqrt().item())
 
 
 @torch.no_grad()
-def latents(vae: ModelMixin, frames: int, size: int) -> Tensor:
-    """Latents (8, C, F, H, W) of videos that show a few rectangles on plain dark floors."""
+def latents(vae: ModelMixin, frames: int, size: int, at_once: int = 8) -> Tensor:
+    """Latents (8, C, F, H, W) of videos that show a few rectangles on plain dark floors, `at_once` of them encoded together."""
     floor = torch.rand(8, 3, 1, 1, 1) * 0.4 - 0.9
     shape = torch.rand(8, 3, 1, 1, 1) * 2 - 1
     video = torch.where(torch.rand(8, 1, 3, 4, 4) < 0.15, shape, floor)
     video = nn.functional.interpolate(video, (frames, size, size), mode="nearest")
-    return vae.eval().encode(video).latent_dist.mode()
+    return torch.cat([vae.eval().encode(part).latent_dist.mode() for part in video.split(at_once)])

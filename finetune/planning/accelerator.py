@@ -191,7 +191,7 @@ class Accelerator(TorchDispatchMode):
 
     def _values(self, function: Any, arguments: tuple, keywords: dict, tensors: list[Tensor]) -> Any:
         """The result's values, if all inputs are small and their values known; None if not."""
-        if function in kernels.UNINITIALISED:
+        if function in kernels.UNINITIALISED or _reads_beyond(function, arguments):
             return None
         if function is torch.ops.aten.copy_.default and _values_of(arguments[0]) is None:  # they are overwritten
             source = _values_of(arguments[1])
@@ -273,6 +273,16 @@ def _values_of(tensor: Tensor) -> Tensor | None:
 
 def _set_values(tensor: FakeTensor, values: Tensor | None) -> None:
     setattr(tensor, _VALUES, values)
+
+
+def _reads_beyond(function: Any, arguments: tuple) -> bool:
+    """Whether a view is of memory outside of the tensor that it is made from, whose values are not known."""
+    if function is not torch.ops.aten.as_strided.default:
+        return False
+    tensor, shape, strides, *offset = arguments
+    begin = offset[0] if offset and offset[0] is not None else tensor.storage_offset()
+    end = begin + 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    return begin < tensor.storage_offset() or end > tensor.storage_offset() + tensor.numel()
 
 
 def _is_fake_host_memory(function: Any, arguments: tuple, keywords: dict) -> bool:

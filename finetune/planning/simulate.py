@@ -323,4 +323,4 @@ def example_batch(recipe: Recipe, family: Family, bucket: Bucket) -> Batch:
     encoded = family.example(bucket, dtype)
     size, generator = recipe.train.micro_batch_size, torch.Generator().manual_seed(0)
     samples = [Sample(encoded, bucket, 25.0, generator, (place, size)) for place in range(size)]
-    return family.batch(samples, family.objective(recipe.objective))
+    return family.batch(samples, family.training_objective(recipe.objective))

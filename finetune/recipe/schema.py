@@ -143,6 +143,9 @@ class ObjectiveSettings(Table):
     """Least sigma; the distribution is rescaled to the limits, not cut off."""
     sigma_max: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Largest sigma."""
+    sigma_range: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None = None
+    """Train only sigma in [low, high), after the shift, distributed as if all others were drawn again; 1 as the upper limit is
+    included. Unset: the range that the checkpoint is for, all of sigma if it is for no other."""
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     """Loss weight as a function of sigma."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
@@ -325,6 +328,12 @@ class Recipe(Table):
     """Where metrics go."""
     distributed: Distributed = Distributed()
     """How processes work together."""
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of a run's checkpoints and results: `output`, or that of the one expert in it."""
+        experts = self.model.experts
+        return self.output / experts[0] if experts and len(experts) == 1 else self.output
 
     @property
     def adapter(self) -> Table | None:

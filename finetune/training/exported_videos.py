@@ -9,7 +9,7 @@ from safetensors import safe_open
 from finetune.data.images import load_image
 from finetune.engine.generate import call_arguments, checked
 from finetune.engine.precision import DTYPES
-from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE, PREFIX, load_lora
+from finetune.engine.weights.exporters.diffusers_lora import PREFIX, load_lora, lora_file
 from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts
@@ -30,13 +30,14 @@ def sample(
     """Generate the recipe's validation prompts. Writes one mp4 per video and `out/contact_sheet.png`.
 
     Args:
-        trained: folder of an exported LoRA, or the file in it, or of all weights; None for the base model.
+        trained: where exported weights are, see `trained_parts`; None for the base model.
         compare: also generate with the base model, from the same noise, and say how much the training changes.
     Raises:
         UserError: there are no weights in `trained`, they are of another model, or they change nothing.
     """
-    if trained is not None:
-        check_trained(trained, family)
+    parts = [] if trained is None else trained_parts(trained, family)
+    for each, folder in parts:
+        check_trained(each, folder)
     prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
     images = [[load_image(image) for image in prompt.images] for prompt in prompts]
     pipeline = load_pipeline(recipe, family, runtime)
@@ -46,12 +47,14 @@ def sample(
     for weights in versions:
         version = "base" if weights is None else "trained"
         if weights is not None:
-            load_trained(pipeline, weights, family, recipe, runtime)
+            for each, folder in parts:
+                load_trained(pipeline, each, folder, recipe, runtime)
         made[version] = []
         for index, (prompt, given) in enumerate(zip(prompts, images, strict=True)):
             for seed in prompt.seeds:
                 runtime.device.reseed(seed)  # LTX's VAE draws noise from the device's generator
                 arguments = call_arguments(family, prompt, seed, given)
+                pipeline.register_modules(**family.prompt_components(prompt))
                 output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments)
                 frames = checked(output.frames[0], prompt)
                 path = out / f"{index:02d}_seed{seed}_{version}.mp4"
@@ -84,17 +87,42 @@ def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers
     return pipeline.to(runtime.device.torch_device)
 
 
-def check_trained(path: Path, family: Family) -> None:
-    """Raise UserError unless `path` has exported weights of the component that this family trains."""
-    if (path / "config.json").is_file():
-        return
-    file = path if path.name == LORA_FILE else path / LORA_FILE
+def trained_parts(path: Path, family: Family) -> list[tuple[Family, Path]]:
+    """The exported weights at a path: the family whose trained component they are of, and their folder, for each.
+
+    Args:
+        path: the folder of a LoRA or of all weights, or a LoRA's file; or, of a model with experts, the output of a run, which
+            may have those of each.
+    Raises:
+        UserError: there are none.
+    """
+    experts = [family.of_expert(name) for name in family.experts] or [family]
+    parts: list[tuple[Family, Path]] = []
+    for each in experts:
+        component = each.trained_component
+        if path.name == lora_file(each) and path.is_file():
+            parts.append((each, path.parent))
+            continue
+        ends = [path, path / "lora", path / component]
+        if each.expert is not None:
+            ends += [path / each.expert / "lora", path / each.expert / component]
+        for folder in ends:
+            is_whole = (folder / "config.json").is_file() and (each.expert is None or folder.name == component)
+            if is_whole or (folder / lora_file(each)).is_file():
+                parts.append((each, folder))
+                break
+    if not parts:
+        names = [f"{lora_file(each)} nor a {each.trained_component}" for each in experts]
+        cure = "give the folder that training named at its end"
+        raise UserError(f"there is neither {' nor '.join(names)} in it", cure, str(path))
+    return parts
+
+
+def check_trained(family: Family, folder: Path) -> None:
+    """Raise UserError unless exported weights are of the component that a family trains."""
+    file = folder / lora_file(family)
     if not file.is_file():
-        raise UserError(
-            f"there is neither {LORA_FILE} nor a {family.trained_component} in it",
-            "give the folder that training named at its end",
-            str(path),
-        )
+        return
     layers = {name for name, _ in family.empty_transformer().named_modules()}
     with safe_open(file, "pt") as weights:
         adapted = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in weights.keys()}  # noqa: SIM118
@@ -107,12 +135,12 @@ def check_trained(path: Path, family: Family) -> None:
 
 
 def load_trained(
-    pipeline: diffusers.DiffusionPipeline, path: Path, family: Family, recipe: Recipe, runtime: Runtime
+    pipeline: diffusers.DiffusionPipeline, family: Family, folder: Path, recipe: Recipe, runtime: Runtime
 ) -> None:
     """Load an exported LoRA into the pipeline's trained component, or replace the component by an exported one."""
-    if (path / "config.json").is_file():
+    if not (folder / lora_file(family)).is_file():
         cls = getattr(diffusers, family.transformer_class)
-        transformer = cls.from_pretrained(path, dtype=DTYPES[recipe.train.precision])
+        transformer = cls.from_pretrained(folder, dtype=DTYPES[recipe.train.precision])
         pipeline.register_modules(**{family.trained_component: transformer.to(runtime.device.torch_device)})
         return
-    load_lora(pipeline, family, path.parent if path.name == LORA_FILE else path)
+    load_lora(pipeline, family, folder)

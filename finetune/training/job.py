@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from finetune.checks.output import read_saved
 from finetune.data.cache import digest
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
+from finetune.engine.companion import Companion, build_companion
 from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizers import build_optimizer
 from finetune.engine.optimizers.in_backward import InBackward
@@ -31,9 +33,11 @@ from finetune.models.family import Family
 from finetune.models.objective import Objective
 from finetune.models.weights import Weights
 from finetune.preparation.encode import Prepared
-from finetune.recipe import Recipe
+from finetune.recipe import RECIPE_FILE, Recipe
+from finetune.recipe.experts import of_expert
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.logging import say
 
 
 @dataclass
@@ -116,7 +120,7 @@ class Job:
                 raise UserError(
                     f"the {what} are not those that the checkpoint of step {facts['step']} was trained with",
                     "put them back to resume, or set `output` to a new folder for a new training",
-                    str(self.recipe.output),
+                    str(self.recipe.run_folder),
                 )
 
     def begin_save(self, step: int, aside: bool = False) -> Pending:
@@ -192,11 +196,13 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
     """The training of a recipe on a prepared dataset. Collective."""
     train = recipe.train
     state = build_state(recipe, runtime, family, family.transformer_weights())
+    if family.expert is not None and prepared.prompts:
+        state.companion = companion_of(recipe, runtime, state)
     runtime.device.reset_peak()
     return Job(
         recipe=recipe,
         state=state,
-        objective=family.objective(recipe.objective),
+        objective=family.training_objective(recipe.objective),
         prepared=prepared,
         order=Order([item.bucket for item in prepared.train], train.global_batch_size, train.seed),
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
@@ -204,11 +210,43 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
     )
 
 
+def companion_of(recipe: Recipe, runtime: Runtime, state: StepState, weights: Weights | None = None) -> Companion:
+    """The other expert, for samples: as it has been trained so far, by its own folder in `output`, or as it was. Collective.
+
+    Args:
+        weights: its pretrained ones, if they are not read from the model's folder.
+    """
+    trained = state.family
+    name = next(name for name in trained.experts if name != trained.expert)
+    family, own = trained.of_expert(name), of_expert(recipe, name)
+    with runtime.together():
+        saved = own.run_folder / RECIPE_FILE
+        if saved.exists():  # it may have been trained with another rank
+            own = own.model_copy(update={"train": read_saved(saved).train, "lora": read_saved(saved).lora})
+    with Checkpoints(checkpoints_folder(own), None, runtime, verify=own.checkpoint.verify) as checkpoints:
+        step = checkpoints.newest()
+        say(f"samples: the {name}-noise expert is {'as it was' if step is None else f'that of its step {step}'}")
+        return build_companion(
+            state.transformer,
+            family,
+            weights or family.transformer_weights(),
+            own.train.model_copy(update={"precision": recipe.train.precision, "float8": recipe.train.float8}),
+            own.adapter,
+            recipe.memory,
+            runtime,
+            None if step is None else lambda part: checkpoints.load(step, [part]),
+        )
+
+
 def open_checkpoints(recipe: Recipe, runtime: Runtime) -> Checkpoints:
     """The checkpoints of a recipe's run. Collective."""
     settings = recipe.checkpoint
     keep = None if settings.keep_last == "all" else settings.keep_last
-    return Checkpoints(recipe.output / "checkpoints", keep, runtime, is_background(recipe), settings.verify)
+    return Checkpoints(checkpoints_folder(recipe), keep, runtime, is_background(recipe), settings.verify)
+
+
+def checkpoints_folder(recipe: Recipe) -> Path:
+    return recipe.run_folder / "checkpoints"
 
 
 def is_background(recipe: Recipe) -> bool:

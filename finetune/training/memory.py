@@ -107,7 +107,7 @@ def fit_command(recipe: Recipe, runtime: Runtime, *more: str) -> str:
     Args:
         more: further arguments of `plan`.
     """
-    named = ["--recipe", str(recipe.output / RECIPE_FILE)]
+    named = ["--recipe", str(recipe.run_folder / RECIPE_FILE)]
     arguments = [*named, *gpu_arguments(runtime, runtime.device.available_memory), *more]
     return f"python -m finetune plan {shlex.join(arguments)} --fit"
 
@@ -140,7 +140,7 @@ def compare(plan: MemoryPlan, taken: PeakMemory, recipe: Recipe, runtime: Runtim
     say(line)
     if runtime.is_main:
         try:
-            with atomic(recipe.output / MEMORY_FILE) as partial:
+            with atomic(recipe.run_folder / MEMORY_FILE) as partial:
                 partial.write_text(json.dumps(figures, indent=1) + "\n")
         except UserError as error:  # the trained weights are still to be written
             say(f"warning: {error}")
@@ -161,7 +161,7 @@ def out_of_memory(
         what += f" (the plan for the steps: {_gib(plan.step_peak.reserved)} GiB reserved)"
         cure += ", with less for --device-memory: by their plan, these fit" if plan.fits else ""
     return UserError(
-        what, cure + _snapshot(recipe.output, runtime), f"step {step} of bucket {bucket}, rank {runtime.rank}"
+        what, cure + _snapshot(recipe.run_folder, runtime), f"step {step} of bucket {bucket}, rank {runtime.rank}"
     )
 
 

@@ -64,7 +64,7 @@ def bad_update(job: Job, steps: int, name: str) -> UserError:
     return UserError(
         f"the update of step {steps} has put NaN or infinities into the trained weights ({name}); they are not saved",
         f"{go_back(job, steps)}, with a lower optimizer.lr",
-        str(job.recipe.output),
+        str(job.recipe.run_folder),
     )
 
 
@@ -102,7 +102,7 @@ def _go_back(job: Job, before: int) -> str:
     steps = [step for step in job.checkpoints.steps() if step <= before]
     if not steps:
         return "there is no checkpoint yet: run the same command"
-    sound = sound_step(steps, _losses(job.recipe.output / METRICS_FILE))
+    sound = sound_step(steps, _losses(job.recipe.run_folder / METRICS_FILE))
     if sound == steps[-1]:
         return f"run the same command, which goes on from step {sound}"
     return f"run the same command with --resume-step {sound}, the last checkpoint before the loss rose"

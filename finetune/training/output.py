@@ -6,12 +6,14 @@ from typing import Any
 
 from finetune.checks.output import check_output, has_checkpoints, read_saved
 from finetune.engine.weights.exporters import exporter_of
+from finetune.models.family import Family
 from finetune.recipe import RECIPE_FILE, Recipe, write_recipe
 from finetune.recipe.load import changes
+from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.files import FolderLock, atomic, free_name, writing
 from finetune.runtime.logging import say
-from finetune.training.job import Job, export_weights
-from finetune.training.samples import forget_samples, has_prompts, has_samples
+from finetune.training.job import Job, checkpoints_folder, export_weights
+from finetune.training.samples import SHEET, forget_samples, has_prompts, has_samples, samples_folder
 
 STARTS, RESULTS = "starts", "results.json"
 
@@ -22,10 +24,10 @@ def claim_output(recipe: Recipe) -> FolderLock:
     Raises:
         UserError: another process holds it, or has begun another training in it in the meantime.
     """
-    saved = recipe.output / RECIPE_FILE
-    with writing(recipe.output):
-        recipe.output.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(recipe.output)
+    saved = recipe.run_folder / RECIPE_FILE
+    with writing(recipe.run_folder):
+        recipe.run_folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(recipe.run_folder)
     check_output(recipe)
     if not saved.exists() and has_checkpoints(recipe):
         say(f"warning: {saved} is gone, so settings that have changed since its checkpoints were made are not noticed")
@@ -41,12 +43,26 @@ def keep_recipe(recipe: Recipe, done: int) -> None:
     Args:
         done: the step after which it starts.
     """
-    starts = recipe.output / STARTS
+    starts = recipe.run_folder / STARTS
     with writing(starts):
         starts.mkdir(exist_ok=True)
-    for path in (free_name(starts / f"after_step_{done:08d}.toml"), recipe.output / RECIPE_FILE):
+    for path in (free_name(starts / f"after_step_{done:08d}.toml"), recipe.run_folder / RECIPE_FILE):
         with atomic(path) as partial:
             write_recipe(recipe, partial, f"The effective recipe of a start of this run, after step {done}.")
+
+
+def is_over(recipe: Recipe, family: Family) -> bool:
+    """Whether a run has all its results and the checkpoint of its last step, as far as its folder shows without any weights."""
+    steps = recipe.train.steps
+    wanted = [checkpoints_folder(recipe) / f"step_{steps:08d}" / "trainer.json"]
+    if validation_prompts(recipe.validation, recipe.data.buckets[0]):
+        wanted.append(samples_folder(recipe, steps) / SHEET)
+    return all(file.is_file() for file in wanted) and _are_exported(recipe, results_folder(recipe, family))
+
+
+def results_folder(recipe: Recipe, family: Family) -> Path:
+    """The folder of the weights that a run exports."""
+    return (recipe.run_folder / exporter_of(recipe.train.method).folder(family)).absolute()
 
 
 class Results:
@@ -57,15 +73,14 @@ class Results:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        exporter = exporter_of(job.recipe.train.method)
-        self.folder = (job.recipe.output / exporter.folder(job.state.family)).absolute()
-        self._note = job.recipe.output / RESULTS
+        self.folder = results_folder(job.recipe, job.state.family)
+        self._note = job.recipe.run_folder / RESULTS
 
     def are_complete(self) -> bool:
         """Whether all are there, after the recipe's last step. Collective."""
         steps = self.job.recipe.train.steps
         sampled = not has_prompts(self.job) or has_samples(self.job, steps)
-        return self.job.state.runtime.from_main(self._are_exported()) and sampled
+        return self.job.state.runtime.from_main(_are_exported(self.job.recipe, self.folder)) and sampled
 
     def forget(self, done: int) -> None:
         """No longer take what is there for results: steps after `done` are made, perhaps anew after going back. Collective."""
@@ -78,30 +93,33 @@ class Results:
     def export(self) -> Path:
         """Write the trained weights, unless they are there; returns their folder. Collective."""
         steps, runtime = self.job.recipe.train.steps, self.job.state.runtime
-        if runtime.from_main(self._are_exported()):
+        if runtime.from_main(_are_exported(self.job.recipe, self.folder)):
             return self.folder
         with writing(self.folder):
             export_weights(self.job.state, self.job.recipe.train.method, self.folder)
         with runtime.together():
             if runtime.is_main:
                 with atomic(self._note) as partial:
-                    partial.write_text(json.dumps({"step": steps, "files": self._sizes()}))
+                    partial.write_text(json.dumps({"step": steps, "files": _sizes(self.folder)}))
         return self.folder
 
-    def _are_exported(self) -> bool:
-        """Whether the weights of the recipe's last step are there: every file that was noted, in its size."""
-        noted = self._noted()
-        if noted.get("step") != self.job.recipe.train.steps or not self.folder.is_dir():
-            return False
-        return dict(noted.get("files", {})).items() <= self._sizes().items()  # older runs have noted none
 
-    def _sizes(self) -> dict[str, int]:
-        """The bytes of each exported file, by name."""
-        return {file.name: file.stat().st_size for file in self.folder.iterdir() if file.is_file()}
+def _are_exported(recipe: Recipe, folder: Path) -> bool:
+    """Whether the weights of the recipe's last step are there: every file that was noted, in its size."""
+    noted = _noted(recipe.run_folder / RESULTS)
+    if noted.get("step") != recipe.train.steps or not folder.is_dir():
+        return False
+    return dict(noted.get("files", {})).items() <= _sizes(folder).items()  # older runs have noted none
 
-    def _noted(self) -> dict[str, Any]:
-        try:
-            noted = json.loads(self._note.read_text())
-        except (OSError, ValueError):
-            return {}
-        return noted if isinstance(noted, dict) else {}
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The bytes of each exported file, by name."""
+    return {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    try:
+        noted = json.loads(note.read_text())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}

@@ -43,7 +43,11 @@ class Report:
             )
         with job.state.runtime.together():
             if self.enabled:
-                self.trackers = open_trackers(recipe.tracking, recipe.output, recipe_values(recipe), self.done)
+                tracking = recipe.tracking
+                if recipe.run_folder != recipe.output:  # that of an expert
+                    name = f"{tracking.name or recipe.output.name}-{recipe.run_folder.name}"
+                    tracking = tracking.model_copy(update={"name": name})
+                self.trackers = open_trackers(tracking, recipe.run_folder, recipe_values(recipe), self.done)
         self.progress = ProgressLine("step", recipe.train.steps, self.done, self.enabled)
         self.restart_clock()
         return self
@@ -91,10 +95,12 @@ class Report:
     def heldout(self, step: int, figures: HeldOut | None) -> None:
         """Report the held-out loss after `step` steps; step 0 is the base model."""
         if self.enabled and figures is not None:
-            say(f"held-out loss after step {step}: {figures.loss:.4f} (predicting zero: {figures.zero_loss:.4f})")
-            totals = {"heldout_loss": figures.loss, "heldout_zero_loss": figures.zero_loss}
-            terms = _by_term("heldout_loss", figures.losses) | _by_term("heldout_zero_loss", figures.zero_losses)
-            self._log(step, totals | terms)
+            line, metrics = f"held-out loss after step {step}: {_in_words(figures)}", _heldout_metrics(figures)
+            if figures.outside is not None:
+                line += f"; outside of the trained noise levels: {_in_words(figures.outside)}"
+                metrics |= _heldout_metrics(figures.outside, "_outside")
+            say(line)
+            self._log(step, metrics)
         self.restart_clock()
 
     def samples(self, step: int, samples: Samples | None) -> None:
@@ -120,6 +126,16 @@ class Report:
     def _log(self, step: int, values: dict[str, float]) -> None:
         for tracker in self.trackers:
             tracker.log(step, values)
+
+
+def _in_words(figures: HeldOut) -> str:
+    return f"{figures.loss:.4f} (predicting zero: {figures.zero_loss:.4f})"
+
+
+def _heldout_metrics(figures: HeldOut, ending: str = "") -> dict[str, float]:
+    loss, zero = f"heldout_loss{ending}", f"heldout_zero_loss{ending}"
+    totals = {loss: figures.loss, zero: figures.zero_loss}
+    return totals | _by_term(loss, figures.losses) | _by_term(zero, figures.zero_losses)
 
 
 def _by_term(name: str, figures: dict[str, float]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The training run: prepare, build, resume, loop, export."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from finetune.engine.attention import explained
 from finetune.models.family import Family
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe
+from finetune.recipe.experts import recipes_of_experts
 from finetune.runtime.device import why_no_accelerator
 from finetune.runtime.distributed import Runtime, describe
 from finetune.runtime.errors import UserError
@@ -22,7 +24,7 @@ from finetune.tracking.trackers import check_metrics
 from finetune.training.job import Job, build
 from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
-from finetune.training.output import Results, claim_output, keep_recipe
+from finetune.training.output import Results, claim_output, is_over, keep_recipe
 from finetune.training.report import Report
 from finetune.training.samples import has_prompts, has_samples, validation_samples
 from finetune.training.saving import Saving
@@ -50,16 +52,51 @@ def train(
         problems = check_recipe(recipe, runtime.data.size) + check_device(recipe, runtime.device)
         if problems := problems + (check_cpu(recipe) if runtime.device.is_cpu else []):
             raise UserError.of(problems)
-        check_output(recipe)
         family = open_family(recipe)
+        recipes = recipes_of_experts(recipe, list(family.experts))
+        for each in recipes:
+            check_output(each)
+        if len(recipes) > 1 and resume_step is not None:
+            cure = "name one of them: --set model.experts=" + " or ".join(f'["{name}"]' for name in family.experts)
+            raise UserError("each expert has steps of its own", cure, "--resume-step")
         if runtime.device.is_cpu and not any_size_on_cpu:
             refuse_large_model(family)
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     if runtime.device.is_cpu:
         say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
+    for each in recipes:
+        status = _train_one(each, runtime, family, start_plan, resume_step, is_only=len(recipes) == 1)
+        if status:
+            return status
+    return 0
+
+
+def _train_one(
+    recipe: Recipe, runtime: Runtime, family: Family, start_plan: StartPlan, resume_step: int | None, is_only: bool
+) -> int:
+    """Train one transformer; returns the process's exit status.
+
+    Args:
+        is_only: whether it is the only one of this start. Else one that has all its results is passed over before any weight is
+            read.
+    """
+    if recipe.model.experts:
+        (name,) = recipe.model.experts
+        family = family.of_expert(name)
+        low, high = family.experts[name].noise_range
+        say(f"the {name}-noise expert ({family.trained_component}, sigma {low:g} to {high:g}), in {recipe.run_folder}")
+        with runtime.together():
+            over = runtime.is_main and not is_only and is_over(recipe, family)
+        if runtime.from_main(over):
+            say(f"it is finished: {recipe.train.steps} steps and all results")
+            return 0
     runtime.device.record_memory()
-    with start_plan(recipe, family, runtime) as plan:
-        return _train(recipe, runtime, family, plan, resume_step)
+    try:
+        with start_plan(recipe, family, runtime) as plan:
+            return _train(recipe, runtime, family, plan, resume_step)
+    finally:
+        gc.collect()  # the weights and the optimizer's state, before another expert's
+        runtime.device.empty_cache()
 
 
 def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan, resume_step: int | None) -> int:
@@ -80,13 +117,13 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan, r
                 f"this run is already at step {done}, past train.steps = {recipe.train.steps}",
                 "raise train.steps, go back with --resume-step N, or write an earlier state: "
                 "python -m finetune export --recipe R --step N --out DIR",
-                str(recipe.output),
+                str(recipe.run_folder),
             )
         if resume_step is None and done < recipe.train.steps and _is_finished(job):
             return 0  # the checkpoint of the last step is damaged, but nothing is missing that it would be needed for
         with runtime.together():
             if runtime.is_main:
-                check_metrics(recipe.output, done)
+                check_metrics(recipe.run_folder, done)
         job.checkpoints.set_aside_after(done)
         with runtime.together():
             if runtime.is_main:
@@ -99,7 +136,9 @@ def _is_finished(job: Job) -> bool:
     steps = job.recipe.train.steps
     if not job.state.runtime.from_main(steps in job.checkpoints.steps()) or not Results(job).are_complete():
         return False
-    say(f"this run is finished: {steps} steps, and all results are in {job.recipe.output}; raise train.steps to go on")
+    say(
+        f"this run is finished: {steps} steps, and all results are in {job.recipe.run_folder}; raise train.steps to go on"
+    )
     return True
 
 

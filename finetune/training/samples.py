@@ -9,6 +9,7 @@ import numpy as np
 from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
 from finetune.preparation.encode import PreparedPrompt
+from finetune.recipe import Recipe
 from finetune.tracking.media import contact_sheet, strip, write_video
 from finetune.training.job import Job
 
@@ -38,7 +39,7 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
         return None
     recipe, runtime = job.recipe, job.state.runtime
     runtime.doing(f"generating the samples of step {step}")
-    folder = samples_folder(job, step)
+    folder = samples_folder(recipe, step)
     mine = wanted[runtime.data.rank :: runtime.data.size]
     made: list[tuple[str, Path, np.ndarray]] = []
 
@@ -71,19 +72,19 @@ def has_prompts(job: Job) -> bool:
     return any(prompt.prompt.seeds for prompt in job.prepared.prompts)
 
 
-def samples_folder(job: Job, step: int) -> Path:
-    return job.recipe.output / "samples" / f"step_{step:08d}"
+def samples_folder(recipe: Recipe, step: int) -> Path:
+    return recipe.run_folder / "samples" / f"step_{step:08d}"
 
 
 def has_samples(job: Job, step: int) -> bool:
     """Whether all samples of a step were made, as rank 0 sees it. Collective."""
-    return job.state.runtime.from_main((samples_folder(job, step) / SHEET).exists())
+    return job.state.runtime.from_main((samples_folder(job.recipe, step) / SHEET).exists())
 
 
 def forget_samples(job: Job, done: int) -> None:
     """No longer take samples of steps after `done` for made: remove their contact sheets. Raises OSError."""
-    for sheet in (job.recipe.output / "samples").glob(f"step_*/{SHEET}"):
-        if sheet.parent.name > samples_folder(job, done).name:
+    for sheet in (job.recipe.run_folder / "samples").glob(f"step_*/{SHEET}"):
+        if sheet.parent.name > samples_folder(job.recipe, done).name:
             sheet.unlink()
 
 

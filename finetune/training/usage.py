@@ -3,16 +3,35 @@
 from pathlib import Path
 
 from finetune.engine.weights.exporters import exporter_of
+from finetune.models.family import Family
+from finetune.recipe.experts import of_expert
 from finetune.runtime.logging import say
 from finetune.training.job import Job
+from finetune.training.output import results_folder
 
 
 def say_usage(job: Job, folder: Path) -> None:
     """Print where the trained weights are and how to use them."""
-    say(f"\ndone. The {exporter_of(job.recipe.train.method).title(job.state.family)} lies in {folder}")
+    family = job.state.family
+    what = exporter_of(job.recipe.train.method).title(family)
+    whose = "" if family.expert is None else f" (the {family.expert}-noise expert's)"
+    say(f"\ndone. The {what} lies in {folder}{whose}")
     if lines := _usage(job, folder):
         say("Use it with diffusers:\n")
         say("\n".join(f"    {line}" for line in lines))
+
+
+def _parts(job: Job, folder: Path) -> list[tuple[Family, Path]]:
+    """Every expert that has been trained so far, with the folder of its weights; or the one transformer that there is."""
+    recipe, family = job.recipe, job.state.family
+    if family.expert is None:
+        return [(family, folder)]
+    experts = [family.of_expert(name) for name in family.experts]
+    parts = [
+        (each, results_folder(of_expert(recipe, name), each))
+        for name, each in zip(family.experts, experts, strict=True)
+    ]
+    return [(each, there) for each, there in parts if there == folder or there.is_dir()]
 
 
 def _usage(job: Job, folder: Path) -> list[str]:
@@ -22,10 +41,12 @@ def _usage(job: Job, folder: Path) -> list[str]:
     source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
     helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"
     lines = ["import torch, diffusers", f"from diffusers.utils import {helpers}  # pip install imageio imageio-ffmpeg"]
-    loading = exporter_of(job.recipe.train.method).usage(family, source, dtype, folder)
+    loading = exporter_of(job.recipe.train.method).usage(source, dtype, _parts(job, folder))
     if not loading:
         return []
     lines += loading
+    if family.vae_dtype is not None and dtype != str(family.vae_dtype):
+        lines.append(f"pipe.vae.to({family.vae_dtype})")
     size = ", ".join(f"{name}={value}" for name, value in family.shape_arguments(shape).items())
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
     device = job.state.runtime.device.kind

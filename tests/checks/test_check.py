@@ -55,6 +55,24 @@ def test_the_same_keys_pass_where_they_have_an_effect(recipe_file: Path) -> None
     assert refused(recipe_file, "validation.every=2", "validation.heldout=clips") == []
 
 
+@pytest.mark.parametrize("limits", ["0.9,0.3", "0.5,0.5"])
+def test_a_range_of_noise_levels_ascends(recipe_file: Path, runtime: Runtime, limits: str) -> None:
+    recipe = load_recipe(recipe_file, [f"objective.sigma_range={limits}"])
+    (problem,) = check_all(recipe, runtime, gpus=1)
+    low, high = limits.split(",")
+    assert problem.what == f"in the range [{low}, {high}], {low} is not below {high}"
+    assert problem.where == "objective.sigma_range"
+
+
+def test_a_range_without_noise_levels_is_refused(recipe_file: Path, runtime: Runtime) -> None:
+    limits = ["objective.sigma_min=0.2", "objective.sigma_max=0.6", "objective.sigma_sampling=uniform"]
+    (problem,) = check_all(load_recipe(recipe_file, [*limits, "objective.sigma_range=0.7,1"]), runtime, gpus=1)
+    assert problem.what.startswith("there is no noise level in [0.7, 1.0]: those that there are go from 0.2")
+    assert problem.what.endswith(" to 0.6000")
+    assert problem.where == "objective.sigma_range"
+    assert check_all(load_recipe(recipe_file, [*limits, "objective.sigma_range=0.5,1"]), runtime, gpus=1) == []
+
+
 def test_groups_that_do_not_divide_the_ranks_are_refused(recipe_file: Path) -> None:
     hybrid = ["memory.layout=hybrid", "memory.shard_size=4", "train.global_batch_size=12", "train.micro_batch_size=1"]
     assert refused(recipe_file, *hybrid, world_size=6) == ["memory.shard_size"]

@@ -43,7 +43,7 @@ def open_batches(recipe: Recipe, family: Family, prepared: Prepared):
 
     def build(split: BatchSplit, seed: int = 42, dropout: float = recipe.data.caption_dropout) -> MicroBatches:
         order = Order([item.bucket for item in prepared.train], split.global_batch, seed)
-        assemble = partial(family.batch, objective=family.objective(recipe.objective))
+        assemble = partial(family.batch, objective=family.training_objective(recipe.objective))
         drop = Dropout(dropout, 0.0, prepared.unconditional_key)
         return MicroBatches(prepared.train, order, split, prepared.cache, assemble, seed, drop)
 

@@ -60,11 +60,15 @@ def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -
     if tiling:
         pipeline.vae.enable_tiling()
     if folder is not None:
-        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+        load_adapter(pipeline, folder)
     special = {"frame_rate": 25} if family.name.startswith("ltx") else {}
     if special and pipeline.vae.config.timestep_conditioning:
         special |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
     special |= {"true_cfg_scale": 2.0} if family.name == "hunyuan" else {}
+    if family.name.startswith("hunyuan15"):
+        pipeline.guider = pipeline.guider.new(guidance_scale=3.0)
+    else:
+        special |= {"guidance_scale": 3.0}
     special |= {"image": Image.open(prompt.image)} if prompt.image else {}
     frames = pipeline(
         prompt=PROMPT,
@@ -73,12 +77,19 @@ def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -
         width=96,
         num_frames=13 if family.name == "mochi" else 17,
         num_inference_steps=2,
-        guidance_scale=3.0,
         generator=torch.Generator().manual_seed(7),
         output_type="np",
         **special,
     ).frames[0]
     return (frames * 255).round().astype(np.uint8)
+
+
+def load_adapter(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
+    """Not every pipeline has a method for it; the transformer's is diffusers' own, too."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+    else:
+        pipeline.transformer.load_lora_adapter(folder, weight_name=LORA_FILE)
 
 
 def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -103,7 +114,7 @@ def test_float32_masters_generate_in_the_precision_of_the_step(
 ) -> None:
     job = build_job("train.method=full", "train.precision=bf16", recipe_file=prompted(model))
     ours, theirs = live_video(job), pipeline_video(job)
-    if model[0] == "mochi":  # rounding to bf16 makes much of its attention's different order of sums
+    if model[0] in ("mochi", "hunyuan15"):  # rounding to bf16 makes much of their attention's different order of sums
         assert np.abs(ours.astype(int) - theirs).mean() < 3
     else:
         assert_same(ours, theirs)

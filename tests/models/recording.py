@@ -1,6 +1,7 @@
 """Every family and variant as a tiny pipeline, and recordings of what diffusers' own pipelines do with it."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -128,6 +129,12 @@ class Generation:
     frames: Tensor  # latents (1, C, F, H, W), or video (1, F, 3, H, W) in [0, 1]
 
 
+def adapted(model: TinyModel, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The transformer as training has it, laid out in memory as the pipeline's, which decides the last bits of a product."""
+    cls = getattr(diffusers, model.family.transformer_class)
+    return model.family.adapt_transformer(cls.from_pretrained(model.folder, subfolder="transformer", dtype=dtype))
+
+
 def generator(seed: int = SEED) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -169,21 +176,21 @@ def generate(
         arguments["image"] = Image.fromarray(scene(0, *bucket)[0][0])
         if family.pipeline_class == "LTXConditionPipeline":
             arguments["image_cond_noise_scale"] = 0.0
-    if getattr(family, "guided", False):
-        arguments = {"guidance_scale": GUIDANCE, **arguments}
+    arguments = {"guidance_scale": GUIDANCE if getattr(family, "guided", False) else 1.0, **arguments}
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    if "guidance_scale" not in accepted:
+        pipeline.guider = pipeline.guider.new(guidance_scale=arguments.pop("guidance_scale"))
+    if "callback_on_step_end" in accepted:  # else the latents are those that the transformer is given
+        arguments["callback_on_step_end"] = lambda pipe, index, t, tensors: held.append(tensors["latents"]) or {}
     sizes = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+    arguments = (sizes if output_type == "latent" else family.shape_arguments(bucket)) | arguments
     with hooks(pipeline.transformer, before, after):
         frames = pipeline(
             prompt=prompt,
             num_inference_steps=steps,
-            **{
-                "guidance_scale": 1.0,
-                **(sizes if output_type == "latent" else family.shape_arguments(bucket)),
-                **arguments,
-            },
+            **arguments,
             generator=generator(),
             output_type=output_type,
-            callback_on_step_end=lambda pipe, index, t, tensors: held.append(tensors["latents"]) or {},
         ).frames
     return Generation(calls, unpacked(pipeline, frames, bucket) if output_type == "latent" else frames)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from finetune.data.loader import Sample
 from finetune.data.synthetic import scene
 from finetune.models.cogvideox import noise_of
+from finetune.models.hunyuan15 import HunyuanVideo15
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Vae
 
@@ -33,6 +34,10 @@ def encoded_prompt(model: TinyModel, dtype: torch.dtype, caption: str) -> dict[s
     if isinstance(pipeline, diffusers.HunyuanVideoImageToVideoPipeline):  # its call decides about the image's tokens
         arguments = generate(model, pipeline, prompt=caption, steps=1).calls[0].kwargs
         return {name: arguments[name][0] for name in model.family.text_arguments}
+    if isinstance(pipeline, diffusers.HunyuanVideo15Pipeline):
+        return dict(
+            zip(HunyuanVideo15.text_arguments, (each[0] for each in pipeline.encode_prompt(caption)), strict=True)
+        )
     if isinstance(pipeline, diffusers.HunyuanVideoPipeline):
         outputs, names[1:1] = pipeline.encode_prompt(caption), ["pooled_projections"]
     else:
@@ -43,8 +48,10 @@ def encoded_prompt(model: TinyModel, dtype: torch.dtype, caption: str) -> dict[s
 def unconditional_text(model: TinyModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the pipeline gives its transformer beside the prompt's tensors when it guides without a negative prompt."""
     guidance, call = {"guidance_scale": 3.0}, 0
-    if model.family.name.startswith("hunyuan"):  # guided by a second call, if there is a negative prompt
+    if model.family.name in ("hunyuan", "hunyuan_i2v"):  # guided by a second call, if there is a negative prompt
         guidance, call = {"true_cfg_scale": 3.0, "negative_prompt": ""}, 1
+    if model.family.name.startswith("hunyuan15"):
+        call = 1
     arguments = generate(model, model.pipeline(dtype), steps=2, **guidance).calls[call].kwargs
     return {name: arguments[name][0] for name in model.family.text_arguments}
 
@@ -57,7 +64,9 @@ def assert_text_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Non
 
 @DTYPES
 @pytest.mark.parametrize(
-    "caption", [PROMPT, "Übermäßig: 視頻, émigré! 🎈", "word " * 400], ids=["short", "odd", "long"]
+    "caption",
+    [PROMPT, "Übermäßig: 視頻, émigré! 🎈", "word " * 400, 'signs "HI" and “bye”, again "HI"'],
+    ids=["short", "odd", "long", "quoted"],
 )
 def test_captions_are_encoded_as_the_pipeline_encodes_prompts(
     model: TinyModel, caption: str, dtype: torch.dtype
@@ -93,7 +102,7 @@ def test_examples_have_the_shapes_and_dtypes_of_what_is_cached(model: TinyModel,
 
 
 def test_the_embeddings_depend_on_the_caption(model: TinyModel) -> None:
-    for name, tensor in model.text(PROMPT).items():
+    for name, tensor in model.text(f'{PROMPT}, "HI"').items():
         if "mask" not in name:
             assert not torch.equal(tensor, model.text("")[name])
 

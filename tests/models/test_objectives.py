@@ -95,7 +95,7 @@ def test_every_timestep_is_drawn_and_equally_often(model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", variants("hunyuan", "hunyuan_i2v", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True
+    "model", variants("hunyuan", "hunyuan15", "hunyuan_i2v", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True
 )
 def test_flow_matching_is_logit_normal_if_nothing_is_said(model: TinyModel) -> None:
     assert torch.equal(drawn(model, 20), drawn(model, 20, sigma_sampling="logit_normal"))

@@ -64,7 +64,9 @@ def test_sampling_begins_at_the_highest_noise_level_that_training_knows(model: T
     assert_close_to_scale(first, highest, 1e-6)
 
 
-@pytest.mark.parametrize("model", variants("hunyuan", "hunyuan_i2v", "ltx", "ltx_i2v"), ids=variant_id, indirect=True)
+@pytest.mark.parametrize(
+    "model", variants("hunyuan", "hunyuan15", "hunyuan_i2v", "ltx", "ltx_i2v"), ids=variant_id, indirect=True
+)
 def test_noised_latents_are_those_of_the_scheduler(model: TinyModel) -> None:
     """Not for Mochi: `scale_noise` with `invert_sigmas` takes noise for data."""
     scheduler = model.pipeline().scheduler

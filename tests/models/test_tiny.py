@@ -51,7 +51,9 @@ def test_it_is_the_same_for_the_same_seed(
 
 
 def test_it_takes_a_few_megabytes(model: TinyModel) -> None:
-    assert sum(map(len, contents_of(model.folder).values())) < 8e6
+    """HunyuanVideo-1.5's glyphs pass through a layer of 2048 x 2048 weights, whatever its config says."""
+    limit = 10e6 if model.family.name.startswith("hunyuan15") else 8e6
+    assert sum(map(len, contents_of(model.folder).values())) < limit
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "cogvideox_i2v", "hunyuan_i2v", "ltx", "ltx_i2v"])

@@ -20,6 +20,7 @@ max_grad_norm = "none"
 targets = ["to_q", "to_out.0"]
 [objective]
 shift = 3
+sigma_range = [0.875, 1]
 [checkpoint]
 keep_last = "all"
 [validation]
@@ -131,6 +132,7 @@ def test_no_other_key_is_free() -> None:
         ("train.global_batch_size=8", "train.global_batch_size = 1 there, 8 here"),
         ("lora.targets=to_q", "lora.targets = [] there, ['to_q'] here"),
         ("data.buckets=25x64x96", "data.buckets = ['17x64x96'] there, ['25x64x96'] here"),
+        ("objective.sigma_range=0,0.9", "objective.sigma_range = 'unset' there, [0.0, 0.9] here"),
         ("data.fps=24", "data.fps = 'unset' there, 24.0 here"),
         ("model.path=other", "model.path = 'models/ltx' there, 'other' here"),
     ],

@@ -61,6 +61,12 @@ class Streamer:
         if 0 <= following < len(self.hosts) and self.slot(following) is not self.slot(index):
             self._copy(following)
 
+    def forget(self) -> None:
+        """Take what the slots hold for lost. Work that is queued from here on waits for copies that are under way."""
+        for slot in self.slots:
+            self.copies.wait(slot.arrived)
+            slot.holds = slot.arrived = None
+
     def _copy(self, index: int) -> None:
         slot, host = self.slot(index), self.hosts[index]
         if slot.holds != index:

@@ -1,5 +1,6 @@
 """A LoRA as diffusers' pipelines save and load it, verified by loading it back."""
 
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -8,11 +9,14 @@ import diffusers
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetune.engine.weights.exporters.exporter import Exporter, gathered, tidy
 from finetune.models.adapters import ADAPTER, is_adapters
 from finetune.models.family import Family
+from finetune.recipe.schema import ExpertName
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
@@ -20,8 +24,15 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # of all names in the file: diffusers has one form, also for a component of another name
 
 
+def lora_file(family: Family) -> str:
+    """The name of an adapter's file; that of an expert says which one it is for."""
+    return LORA_FILE if family.expert is None else LORA_FILE.replace(".", f"_{family.expert}_noise.", 1)
+
+
 def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
     """Write the adapter as `folder/pytorch_lora_weights.safetensors`, with its rank and alpha, and verify it.
+
+    The file of an expert says in its name and in its metadata which one it is for.
 
     All ranks take part; rank 0 writes. Tensors are exactly as trained.
     """
@@ -32,14 +43,15 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
             adapter = {name: value for name, value in whole.items() if is_adapters(name)}
             layers = {name.replace(f".{ADAPTER}.", "."): value for name, value in adapter.items()}
             config: LoraConfig = cast(Any, transformer).peft_config[ADAPTER]
-            pipeline = getattr(diffusers, family.pipeline_class)
-            pipeline.save_lora_weights(
+            _mixin(family).save_lora_weights(
                 folder,
                 transformer_lora_layers=layers,
                 transformer_lora_adapter_metadata=config.to_dict(),
-                weight_name=LORA_FILE,
+                weight_name=lora_file(family),
             )
-            tidy([folder / LORA_FILE])
+            if family.expert is not None:
+                _say_expert(folder / lora_file(family), family, family.expert)
+            tidy([folder / lora_file(family)])
             verify_lora(folder, layers, config.lora_alpha / config.r, family)
 
 
@@ -52,14 +64,18 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
     Raises:
         UserError: a tensor, a name or the scaling differs from what was trained.
     """
-    pipeline = getattr(diffusers, family.pipeline_class)
-    loaded, metadata = pipeline.lora_state_dict(folder, weight_name=LORA_FILE, return_lora_metadata=True)
+    pipeline, file = _mixin(family), lora_file(family)
+    loaded, metadata = pipeline.lora_state_dict(folder, weight_name=file, return_lora_metadata=True)
     found = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
     wrong = sorted(layers.keys() ^ found.keys()) or [
         n for n, value in layers.items() if not torch.equal(found[n], value)
     ]
     skeleton = family.empty_transformer()
-    pipeline.load_lora_into_transformer(loaded, transformer=skeleton, metadata=metadata, low_cpu_mem_usage=True)
+    if family.expert is None:
+        pipeline.load_lora_into_transformer(loaded, transformer=skeleton, metadata=metadata, low_cpu_mem_usage=True)
+    else:  # by a whole pipeline, which has a switch for the second transformer
+        others = {each.component: family.empty_transformer() for each in family.experts.values()}
+        load_lora(family.pipeline(**others | {family.trained_component: skeleton}), family, folder)
     adapted = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     expected = {name.rpartition(".lora_")[0] for name in layers}
     wrong += sorted(adapted.keys() ^ expected)
@@ -68,27 +84,62 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
         raise UserError(
             f"the exported adapter differs from the trained one: {', '.join(wrong[:3])}",
             "report this with the versions of diffusers and peft; the checkpoint itself is intact",
-            str(folder / LORA_FILE),
+            str(folder / file),
         )
 
 
 def load_lora(pipeline: diffusers.DiffusionPipeline, family: Family, folder: Path) -> None:
     """Load an exported adapter into the pipeline's component that was trained."""
-    attrgetter(_loader(family))(pipeline)(folder, weight_name=LORA_FILE)
+    attrgetter(_loader(family))(pipeline)(folder, **_loading_arguments(family))
 
 
-def usage(family: Family, base: str, dtype: str, folder: Path) -> list[str]:
+def usage(base: str, dtype: str, parts: Sequence[tuple[Family, Path]]) -> list[str]:
     """See `Exporter.usage`."""
-    return [
-        f"pipe = diffusers.{family.pipeline_class}.from_pretrained({base}, torch_dtype={dtype})",
-        f'pipe.{_loader(family)}("{folder}", weight_name="{LORA_FILE}")',
-    ]
+    lines = [f"pipe = diffusers.{parts[0][0].pipeline_class}.from_pretrained({base}, torch_dtype={dtype})"]
+    for family, folder in parts:
+        arguments = "".join(f", {name}={value!r}" for name, value in _loading_arguments(family).items())
+        lines.append(f'pipe.{_loader(family)}("{folder}"{arguments})'.replace("'", '"'))
+    return lines
+
+
+def _loading_arguments(family: Family) -> dict[str, Any]:
+    """What the method that loads an adapter takes besides its folder."""
+    arguments: dict[str, Any] = {"weight_name": lora_file(family)}
+    if family.expert is not None:
+        arguments["adapter_name"] = f"{family.expert}_noise"
+        if family.trained_component == "transformer_2":
+            arguments["load_into_transformer_2"] = True
+    return arguments
+
+
+def _say_expert(file: Path, family: Family, expert: ExpertName) -> None:
+    """Add to a file's metadata which expert it is for, since the names of its tensors are the same for all."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    low, high = family.experts[expert].noise_range
+    facts = {"expert": f"{expert}_noise", "component": family.trained_component, "sigma_range": f"{low:g} to {high:g}"}
+    save_file(load_file(file), file, {**metadata, **facts})
+
+
+def _mixin(family: Family) -> Any:
+    """The pipeline class by which adapters are written and read: the family's own, or another if that has no methods for it.
+
+    These are methods of the class that know nothing of the model: the file has the same form.
+    """
+    pipeline = getattr(diffusers, family.pipeline_class)
+    return pipeline if _loads_adapters(pipeline) else diffusers.HunyuanVideoPipeline
+
+
+def _loads_adapters(pipeline: type[diffusers.DiffusionPipeline]) -> bool:
+    return hasattr(pipeline, "load_lora_weights")
 
 
 def _loader(family: Family) -> str:
-    """The method of a pipeline that loads an adapter. The pipeline's own loads into the component "transformer" only."""
+    """The method of a pipeline that loads an adapter: its own, if it has one, and if that knows the component."""
     component = family.trained_component
-    return "load_lora_weights" if component == "transformer" else f"{component}.load_lora_adapter"
+    has_own = _loads_adapters(getattr(diffusers, family.pipeline_class))
+    is_known = component == "transformer" or family.expert is not None
+    return "load_lora_weights" if has_own and is_known else f"{component}.load_lora_adapter"
 
 
 EXPORTER = Exporter("lora", lambda _: "lora", export_lora, usage, lambda _: "LoRA, verified by loading it back,")

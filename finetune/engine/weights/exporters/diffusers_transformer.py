@@ -1,5 +1,6 @@
 """All weights of the trained component as the folder that diffusers saves of it, verified by reading it back."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -27,13 +28,16 @@ def export_transformer(transformer: nn.Module, family: Family, folder: Path, run
                 raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(folder))
 
 
-def usage(family: Family, base: str, dtype: str, folder: Path) -> list[str]:
+def usage(base: str, dtype: str, parts: Sequence[tuple[Family, Path]]) -> list[str]:
     """See `Exporter.usage`."""
-    component = family.trained_component
-    return [
-        f'model = diffusers.{family.transformer_class}.from_pretrained("{folder}", torch_dtype={dtype})',
-        f"pipe = diffusers.{family.pipeline_class}.from_pretrained({base}, {component}=model, torch_dtype={dtype})",
+    first, _ = parts[0]
+    loaded = {family.trained_component: folder for family, folder in parts}
+    lines = [
+        f'{component} = diffusers.{first.transformer_class}.from_pretrained("{folder}", torch_dtype={dtype})'
+        for component, folder in loaded.items()
     ]
+    given = ", ".join(f"{component}={component}" for component in loaded)
+    return [*lines, f"pipe = diffusers.{first.pipeline_class}.from_pretrained({base}, {given}, torch_dtype={dtype})"]
 
 
 def _component(family: Family) -> str:

@@ -1,7 +1,7 @@
 """What a form of exported weights has to say, and the gathering of sharded weights that all forms begin with."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ class Exporter:
         folder: the name of its folder in the run's output, of a family.
         write: given (transformer, family, folder, runtime), writes and verifies. All ranks take part; raises UserError if
             what was written differs from what was trained.
-        usage: given (family, base, dtype, folder), the lines of Python that make `pipe` of the base model, as arguments of
-            `from_pretrained`, and of the folder; none if no line is known.
+        usage: given (base, dtype, parts), the lines of Python that make `pipe` of the base model, as arguments of
+            `from_pretrained`, and of each (family, folder) of the parts; none if no line is known.
         title: what it writes of a family, as the end of a run says it.
         is_small: whether each checkpoint has it, too, so that it can be used before the run's end.
     """
@@ -32,7 +32,7 @@ class Exporter:
     method: str
     folder: Callable[[Family], str]
     write: Callable[[nn.Module, Family, Path, Runtime], None]
-    usage: Callable[[Family, str, str, Path], list[str]] = lambda family, base, dtype, folder: []
+    usage: Callable[[str, str, Sequence[tuple[Family, Path]]], list[str]] = lambda base, dtype, parts: []
     title: Callable[[Family], str] = lambda family: "adapter"
     is_small: bool = True
 

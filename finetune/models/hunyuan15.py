@@ -1,0 +1,194 @@
+"""HunyuanVideo-1.5 (Tencent 2025), text-to-video.
+
+Training follows diffusers' HunyuanVideo15Pipeline in reverse: flow matching on VAE latents that are scaled by one factor. The
+text is encoded by Qwen2.5-VL, inside a chat template, and what stands in it in quotes also by ByT5, letter for letter, so that
+it can be written in the video. Beside the noised latents, the transformer takes those of given frames, and a mask of these.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    ClassifierFreeGuidance,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Transformer3DModel,
+)
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer
+
+from finetune.models import hunyuan15_transformer, tiny
+from finetune.models.batch import Tensors
+from finetune.models.family import Family
+from finetune.models.folder import ModelFolder
+from finetune.models.sample import SampleLike
+from finetune.models.text_mask import MARK, cut
+from finetune.recipe.schema import Data, Model, Prompt
+from finetune.runtime.errors import Problem
+
+_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+_GLYPHS = ("encoder_hidden_states_2", "encoder_attention_mask_2")
+
+
+class HunyuanVideo15(Family):
+    """HunyuanVideo-1.5, text-to-video."""
+
+    name = "hunyuan15"
+    title = "HunyuanVideo-1.5"
+    pipeline_classes = ("HunyuanVideo15Pipeline",)
+    transformer_class = "HunyuanVideo15Transformer3DModel"
+    attention_masks = "padding"
+    text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    components = ("scheduler", "guider", "vae", "transformer", *text_components)
+    text_arguments: ClassVar[dict[str, str]] = {
+        "encoder_hidden_states": "prompt_embeds",
+        "encoder_attention_mask": "prompt_embeds_mask",
+        "encoder_hidden_states_2": "prompt_embeds_2",
+        "encoder_attention_mask_2": "prompt_embeds_mask_2",
+    }
+
+    def __init__(self, folder: ModelFolder) -> None:
+        super().__init__(folder)
+        vae, transformer = folder.config("vae"), self.transformer_config
+        self.spatial, self.temporal = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
+        self.scaling_factor = vae["scaling_factor"]
+        self.patch, self.patch_t = transformer["patch_size"], transformer["patch_size_t"]
+
+    def problems(self, model: Model, data: Data) -> list[Problem]:
+        found = super().problems(model, data)
+        if self.transformer_config.get("use_meanflow"):
+            what = "this is a step-distilled checkpoint (use_meanflow): flow matching is not what it was trained for"
+            cure = "train on the checkpoint that it was distilled from; LoRAs of that one can be tried with this one"
+            found.append(Problem(what, str(self.folder.path / self.trained_component), cure))
+        return found
+
+    # Encoding
+
+    def text_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensors]:
+        pipeline = getattr(diffusers, self.pipeline_class)  # its helpers are static: it cannot be built without a VAE
+        tokenizer, encoder, tokenizer_2, encoder_2 = (
+            self._text_component(name, device, dtype) for name in self.text_components
+        )
+
+        @torch.no_grad()
+        def encode(caption: str) -> Tensors:
+            text, mask = pipeline._get_mllm_prompt_embeds(encoder, tokenizer, caption, device)
+            glyphs, glyph_mask = pipeline._get_byt5_prompt_embeds(tokenizer_2, encoder_2, caption, device)
+            tensors = text, mask, glyphs, glyph_mask
+            return dict(zip((*_TEXT, *_GLYPHS), (tensor[0].to(dtype) for tensor in tensors), strict=True))
+
+        return encode
+
+    def example_text(self, dtype: torch.dtype) -> Tensors:
+        config = self.transformer_config
+        return {
+            "encoder_hidden_states": torch.zeros(1000, config["text_embed_dim"], dtype=dtype),
+            "encoder_attention_mask": torch.ones(1000, dtype=dtype),
+            "encoder_hidden_states_2": torch.zeros(256, config["text_embed_2_dim"], dtype=dtype),
+            "encoder_attention_mask_2": torch.ones(256, dtype=dtype),
+        }
+
+    def normalise(self, z: Tensor) -> Tensor:
+        return z * self.scaling_factor
+
+    # Training
+
+    def adapt_transformer(self, transformer: HunyuanVideo15Transformer3DModel) -> HunyuanVideo15Transformer3DModel:
+        return hunyuan15_transformer.adapt(transformer)
+
+    def without_gradient(self, transformer: HunyuanVideo15Transformer3DModel) -> list[nn.Parameter]:
+        """The last block's text is thrown away, and with it what makes the text's queries and changes it after attention."""
+        last = transformer.transformer_blocks[-1]
+        modules = [last.attn.add_q_proj, last.attn.norm_added_q, last.attn.to_add_out, last.ff_context]
+        if not self.takes_image:
+            modules.append(transformer.image_embedder)
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def inputs(
+        self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
+    ) -> dict[str, Any]:
+        dtype = text["encoder_hidden_states"].dtype
+        latents = noisy.to(dtype)
+        given = torch.zeros_like(latents)
+        text, masks_text = cut(text, self.keeps_text_length)
+        text, masks_glyphs = self._cut_glyphs(text)
+        return {
+            "hidden_states": torch.cat([latents, given, given[:, :1]], 1),
+            "timestep": (level * 1000).to(dtype),
+            "image_embeds": None,
+            **text,
+            MARK: not (masks_text or masks_glyphs),
+        }
+
+    def _cut_glyphs(self, text: Tensors) -> tuple[Tensors, bool]:
+        """`cut` for glyphs, of which most captions have none.
+
+        None are zero tokens, not None, so that the weights of their embedder get a gradient on every rank.
+        """
+        if self.keeps_text_length or bool(text[_GLYPHS[1]].any()):
+            return cut(text, self.keeps_text_length, _GLYPHS)
+        return {**text, **{name: text[name][:, :0] for name in _GLYPHS}}, False
+
+    # Generating
+
+    def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
+        return {}
+
+    def prompt_components(self, prompt: Prompt) -> dict[str, Any]:
+        guider = getattr(diffusers, self.folder.class_name("guider")).from_config(self.folder.config("guider"))
+        return {"guider": guider if prompt.guidance is None else guider.new(guidance_scale=prompt.guidance)}
+
+    @classmethod
+    def tiny(cls, path: Path, seed: int = 0, variant: str | None = None) -> None:
+        torch.manual_seed(seed)
+        pipeline = getattr(diffusers, cls.pipeline_classes[0])
+        pipeline(**cls._tiny_components()).save_pretrained(path)
+
+    @classmethod
+    def _tiny_components(cls) -> dict[str, Any]:
+        tokenizer, tokenizer_2 = tiny.qwen_tokenizer(_system_message(), length=108), ByT5Tokenizer()
+        vae = AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(4, 4, 8, 8, 8),
+            layers_per_block=1,
+            spatial_compression_ratio=16,
+            temporal_compression_ratio=4,
+        )
+        vae.encoder.conv_out.conv.bias.data[4:] = -10  # low log-variances, as a trained VAE's posterior is narrow
+        tiny.scale_latents(vae, frames=17, size=64, at_once=1)  # its attention takes no more than one video
+        transformer = HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=32,
+            text_embed_2_dim=32,
+            image_embed_dim=16,
+            rope_axes_dim=(4, 6, 6),
+            target_size=64,
+            task_type="i2v" if cls.takes_image else "t2v",
+        )
+        return {
+            "text_encoder": tiny.qwen_encoder(tokenizer, width=32),
+            "tokenizer": tokenizer,
+            "transformer": transformer.to(
+                torch.bfloat16
+            ),  # half the size: the glyphs' embedder is 2048 wide in any config
+            "vae": vae,
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+            "text_encoder_2": tiny.t5_encoder(tokenizer_2, width=32),
+            "tokenizer_2": tokenizer_2,
+            "guider": ClassifierFreeGuidance(guidance_scale=6.0),
+        }
+
+
+def _system_message() -> str:
+    """What the chat template tells the text encoder before the caption: the default of the pipelines' own helper."""
+    helper = diffusers.HunyuanVideo15Pipeline._get_mllm_prompt_embeds
+    return inspect.signature(helper).parameters["system_message"].default
