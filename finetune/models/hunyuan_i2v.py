@@ -2,7 +2,8 @@
 
 Training follows diffusers' HunyuanVideoImageToVideoPipeline in reverse. Both kinds see the first frame in the text, which Llava
 encodes, and as the latents of that frame alone, without noise: not the clip's first latent frame, since the VAE's group norms
-span time. "latent_concat" (33 channels) has them beside the noised latents, with a mask; its pipeline generates four more frames
+span time. A sample whose image is dropped keeps these latents, and has a black image in its text, as the pipeline's negative
+prompts have. "latent_concat" (33 channels) has them beside the noised latents, with a mask; its pipeline generates four more frames
 in front, and drops them. "token_replace" (16 channels) has them in the place of the first latent frame.
 """
 
@@ -65,7 +66,6 @@ class HunyuanVideoImageToVideo(HunyuanVideo):
 
     def unused_keys(self) -> dict[str, str]:
         return super().unused_keys() | {
-            "data.image_dropout": "the pipeline never leaves the image out, and data.caption_dropout takes it out of the text",
             "vae.image_noise": "the model is given the image without noise",
         }
 

@@ -32,7 +32,8 @@ def prompted(family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[Mo
     def make(model: Model) -> Path:
         Image.fromarray(scene(5, 1, 64, 96)[0][0]).save(tmp_path / "first.png")
         lines = ["[[validation.prompts]]", f'text = "{PROMPT}"', f'negative = "{NEGATIVE}"', "steps = 2", "seed = 7"]
-        lines += ["guidance = 3.0"] + (["true_guidance = 2.0"] if model[0] == "hunyuan" else [])
+        lines += ["guidance = 3.0"] if model != ("hunyuan_i2v", "latent_concat") else []
+        lines += ["true_guidance = 2.0"] if model[0] in ("hunyuan", "hunyuan_i2v") else []
         lines += [f'image = "{tmp_path / "first.png"}"'] if model[0].endswith("i2v") else []
         path = tmp_path / "recipe.toml"
         path.write_text(family_recipe(*model).read_text() + "\n".join(lines))
@@ -64,18 +65,21 @@ def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -
     special = {"frame_rate": 25} if family.name.startswith("ltx") else {}
     if special and pipeline.vae.config.timestep_conditioning:
         special |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
-    special |= {"true_cfg_scale": 2.0} if family.name == "hunyuan" else {}
+    special |= {"true_cfg_scale": 2.0} if family.name in ("hunyuan", "hunyuan_i2v") else {}
     if family.name.startswith("hunyuan15"):
         pipeline.guider = pipeline.guider.new(guidance_scale=3.0)
     else:
         special |= {"guidance_scale": 3.0}
     special |= {"image": Image.open(prompt.image)} if prompt.image else {}
+    frames = 13 if family.name == "mochi" else 17
+    if pipeline.transformer.config.get("image_condition_type") == "latent_concat":
+        frames += 4  # that the pipeline drops
     frames = pipeline(
         prompt=PROMPT,
         negative_prompt=NEGATIVE,
         height=64,
         width=96,
-        num_frames=13 if family.name == "mochi" else 17,
+        num_frames=frames,
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(7),
         output_type="np",
