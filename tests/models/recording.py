@@ -173,7 +173,7 @@ def generate(
     if family.name.startswith("ltx"):
         arguments["frame_rate"] = fps
     if family.takes_image:
-        arguments["image"] = Image.fromarray(scene(0, *bucket)[0][0])
+        arguments.setdefault("image", Image.fromarray(scene(0, *bucket)[0][0]))
         if family.pipeline_class == "LTXConditionPipeline":
             arguments["image_cond_noise_scale"] = 0.0
     arguments = {"guidance_scale": GUIDANCE if getattr(family, "guided", False) else 1.0, **arguments}
