@@ -183,6 +183,15 @@ def test_no_level_lies_past_a_limit_by_one_ulp(settings: dict, shift: float | No
             assert (level - edge).abs().min() < 1e-5  # they reach up to it
 
 
+def test_no_level_is_nearer_to_the_ends_than_a_training_ever_draws() -> None:
+    """At 0, SD3's weights are infinite."""
+    objective = flow(sigma_sampling="uniform", weighting="sigma_sqrt")
+    for sigma_range in ((0.0, 0.01), (0.99, 1.0)):
+        level = restricted(objective, sigma_range).level(torch.tensor([0.0, 1e-6, 1 - 1e-6, 1.0]), 1)
+        assert level.min() >= 1e-6
+        assert level.max() <= 1 - 1e-6
+
+
 def test_the_limits_of_a_range_are_included_and_excluded() -> None:
     ours, edge = restricted(flow(sigma_sampling="uniform"), (0.25, 0.75)), torch.tensor([0.25, 0.75])
     assert ours.contains(edge).tolist() == [True, False]
