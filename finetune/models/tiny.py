@@ -155,9 +155,13 @@ def llava_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> LlavaForCon
         patch_size=2,
         projection_dim=16,
     )
+    text = _llama_config(tokenizer, width)
+    text.initializer_range = vision.initializer_range = (
+        0.2  # so that tokens of text and image differ by more than rounding
+    )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=_llama_config(tokenizer, width),
+        text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
         image_seq_length=576,
