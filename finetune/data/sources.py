@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from finetune.data import decode
 from finetune.data.images import load_image
 from finetune.recipe import Bucket
@@ -68,6 +71,11 @@ def frame_sources(
 def image_source(path_or_address: str, content: str) -> Source:
     """A condition image as it is, since pipelines resize it; `content` is the hash of its file, or its address."""
     return Source(("image", content), lambda: load_image(path_or_address))
+
+
+def fitted_source(source: Source, fit: Callable[[Image.Image, Bucket], Image.Image], shape: Bucket) -> Source:
+    """A condition image as `fit` gives it to the pipeline that generates a video of a shape."""
+    return Source((*source.fingerprint, str(shape)), lambda: np.asarray(fit(Image.fromarray(source.read()), shape)))
 
 
 def no_image_source() -> Source:

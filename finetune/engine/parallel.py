@@ -1,6 +1,8 @@
 """Turns a transformer into a trainable one. The order of the transformations is decided here and nowhere else."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from finetune.engine.savers import activation, compiled, lowbit
 from finetune.engine.savers.streaming import stream_blocks
 from finetune.engine.weights.loading import materialise, materialise_blocks, move_real, plain_name
 from finetune.models.adapters import ADAPTERS
+from finetune.models.building import stays_float32
 from finetune.models.family import Family
 from finetune.models.text_mask import why_masked
 from finetune.recipe.schema import Memory, Train
@@ -81,16 +84,68 @@ def _shard(transformer: nn.Module, lists: list[nn.ModuleList], layout: Layout, c
     shard = partial(
         fully_shard,
         mesh=data_mesh(mesh(runtime, layout.shard_size)),
-        mp_policy=precision.policy(compute),
         offload_policy=pinned if layout.offload == "sharded" else OffloadPolicy(),
     )
+    outside = {p for p in transformer.parameters() if layout.frozen_replicated and not p.requires_grad}
+    stays = stays_float32(transformer)
+    if any(stays(name) and p not in outside for name, p in transformer.named_parameters()):
+        _shard_by_dtype(shard, transformer, lists, layout, compute, outside)
+        return
+    shard = partial(shard, mp_policy=precision.policy(compute))
     if layout.frozen_replicated:
-        shard(transformer, ignored_params={p for p in transformer.parameters() if not p.requires_grad})
+        shard(transformer, ignored_params=outside)
         return
     for blocks in lists:
         for block in blocks:
             shard(block, reshard_after_forward=not layout.gathered_until_backward)
     shard(transformer)
+
+
+def _shard_by_dtype(
+    shard: Callable[..., Any],
+    transformer: nn.Module,
+    lists: list[nn.ModuleList],
+    layout: Layout,
+    compute: str,
+    outside: set[nn.Parameter],
+) -> None:
+    """The same for a model of which some parameters stay in float32, as Wan's time embedding and its blocks' modulation tables.
+
+    A unit has one dtype to compute in, and trains parameters of one dtype. So all that stays in float32 is one unit, the root's,
+    also what lies in blocks: it is little (29 million of Wan's 14 billion parameters), and whole on each rank from the beginning
+    of the forward pass to the end of the backward pass. Units within a block would not do: a table that is the block's own has
+    no module to be gathered for, and their hooks would run inside of checkpoints and compiled graphs.
+    """
+    stays = stays_float32(transformer)
+    # The root comes first: a unit is not given what lies in modules that are units already.
+    others = {p for name, p in transformer.named_parameters() if not stays(name)}
+    shard(transformer, mp_policy=precision.policy("float32"), ignored_params=others | outside)
+    shard = partial(
+        shard,
+        mp_policy=precision.policy(compute),
+        # Sharding has replaced the parameters.
+        ignored_params=outside | {p for name, p in transformer.named_parameters() if stays(name)},
+    )
+    left = others - outside
+    for block in (block for blocks in lists for block in blocks):
+        if not left.isdisjoint(block.parameters()):
+            shard(block, reshard_after_forward=not layout.gathered_until_backward)
+    for module in _largest_called(transformer, lists):
+        if not left.isdisjoint(module.parameters()):
+            shard(module, reshard_after_forward=False)  # as the root's other weights are
+    if missed := [name for name, p in transformer.named_parameters() if p in left]:
+        raise NotImplementedError(f"{', '.join(missed)}: these belong to no module that is called within the model")
+
+
+def _largest_called(module: nn.Module, lists: list[nn.ModuleList]) -> Iterator[nn.Module]:
+    """The largest modules within a module that are called, but for the lists of blocks."""
+    for child in module.children():
+        if child in lists:
+            continue
+        if type(child).forward is nn.Module.forward:  # a container
+            yield from _largest_called(child, lists)
+        else:
+            yield child
 
 
 def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,4 +1,6 @@
-"""Dtypes: frozen weights in compute precision, trained weights as the recipe says, reductions in float32."""
+"""Dtypes: frozen weights in compute precision, trained weights as the recipe says, reductions in float32. What diffusers keeps in
+float32 is stored and computed in it.
+"""
 
 import re
 
@@ -6,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from finetune.models.building import stays_float32
 from finetune.recipe.schema import Train
 from finetune.runtime.device import Device
 
@@ -18,10 +21,11 @@ def storage_dtype(train: Train) -> torch.dtype:
 
 
 def cast_trained_weights(model: nn.Module, weights: str) -> None:
-    """Cast the trained parameters in place to `weights`, "float32" or "bf16"."""
-    for parameter in model.parameters():
+    """Cast the trained parameters in place to `weights`, "float32" or "bf16", but for those that stay in float32."""
+    stays = stays_float32(model)
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPES[weights])
+            parameter.data = parameter.data.to(torch.float32 if stays(name) else DTYPES[weights])
 
 
 def compute_in_float8(lists: list[nn.ModuleList], high_precision: str, device: Device) -> None:

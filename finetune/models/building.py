@@ -28,11 +28,21 @@ def without_weights(cls: type[diffusers.ModelMixin], config: dict[str, Any], dty
     finally:
         torch.set_default_dtype(before)
         hook.remove()
-    kept, saved = set(model._keep_in_fp32_modules or ()), model.state_dict().keys()
+    stays, saved = stays_float32(model), model.state_dict().keys()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in saved:  # as `from_pretrained` does; non-persistent buffers keep their dtype
-            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+            tensor.data = tensor.data.to(torch.float32 if stays(name) else dtype)
     return model
+
+
+def stays_float32(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a tensor of a model, by its name, is in float32 whatever the dtype of the others.
+
+    The rule is that of `from_pretrained`: any part of the name is among the class's `_keep_in_fp32_modules`. It holds for an
+    adapter of such a module, too: peft gives it the dtype of its layer.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return lambda name: not kept.isdisjoint(name.split("."))
 
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:

@@ -1,16 +1,19 @@
-"""HunyuanVideo-1.5 (Tencent 2025), text-to-video.
+"""HunyuanVideo-1.5 (Tencent 2025), text-to-video and image-to-video.
 
-Training follows diffusers' HunyuanVideo15Pipeline in reverse: flow matching on VAE latents that are scaled by one factor. The
+Training follows diffusers' HunyuanVideo15 pipelines in reverse: flow matching on VAE latents that are scaled by one factor. The
 text is encoded by Qwen2.5-VL, inside a chat template, and what stands in it in quotes also by ByT5, letter for letter, so that
 it can be written in the video. Beside the noised latents, the transformer takes those of given frames, and a mask of these.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
@@ -18,18 +21,23 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Transformer3DModel,
 )
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+from PIL import Image
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from finetune.models import hunyuan15_transformer, tiny
 from finetune.models.batch import Tensors
+from finetune.models.encoder import Encoder, FileHash
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike
 from finetune.models.text_mask import MARK, cut
-from finetune.recipe.schema import Data, Model, Prompt
+from finetune.recipe import Bucket
+from finetune.recipe.schema import Data, Model, ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import Problem
 
+_IMAGE_TOKENS = 729  # a constant of the pipelines
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
 _GLYPHS = ("encoder_hidden_states_2", "encoder_attention_mask_2")
 
@@ -43,7 +51,7 @@ class HunyuanVideo15(Family):
     transformer_class = "HunyuanVideo15Transformer3DModel"
     attention_masks = "padding"
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-    components = ("scheduler", "guider", "vae", "transformer", *text_components)
+    components: ClassVar[tuple[str, ...]] = ("scheduler", "guider", "vae", "transformer", *text_components)
     text_arguments: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
         "encoder_attention_mask": "prompt_embeds_mask",
@@ -112,12 +120,11 @@ class HunyuanVideo15(Family):
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
     ) -> dict[str, Any]:
         dtype = text["encoder_hidden_states"].dtype
-        latents = noisy.to(dtype)
-        given = torch.zeros_like(latents)
+        given = condition["given"] if self.takes_image else torch.zeros_like(torch.cat([noisy, noisy[:, :1]], 1))
         text, masks_text = cut(text, self.keeps_text_length)
         text, masks_glyphs = self._cut_glyphs(text)
         return {
-            "hidden_states": torch.cat([latents, given, given[:, :1]], 1),
+            "hidden_states": torch.cat([noisy, given], 1).to(dtype),
             "timestep": (level * 1000).to(dtype),
             "image_embeds": None,
             **text,
@@ -171,7 +178,7 @@ class HunyuanVideo15(Family):
             text_embed_2_dim=32,
             image_embed_dim=16,
             rope_axes_dim=(4, 6, 6),
-            target_size=64,
+            target_size=80,
             task_type="i2v" if cls.takes_image else "t2v",
         )
         return {
@@ -186,6 +193,148 @@ class HunyuanVideo15(Family):
             "tokenizer_2": tokenizer_2,
             "guider": ClassifierFreeGuidance(guidance_scale=6.0),
         }
+
+
+class HunyuanVideo15ImageToVideo(HunyuanVideo15):
+    """HunyuanVideo-1.5, image-to-video: the image's latents are given at the first frame, and SigLIP's tokens beside the text.
+
+    The VAE is causal, so the image's latents are the first of its clip. The pipeline takes the video's size from the image.
+    """
+
+    name = "hunyuan15_i2v"
+    title = "HunyuanVideo-1.5 image-to-video"
+    pipeline_classes = ("HunyuanVideo15ImageToVideoPipeline",)
+    components = (*HunyuanVideo15.components, "image_encoder", "feature_extractor")
+    takes_image = True
+
+    def unused_keys(self) -> dict[str, str]:
+        return super().unused_keys() | {"vae.image_noise": f"the condition images of {self.title} have no noise"}
+
+    # Encoding
+
+    def encoders(self, dtype: torch.dtype, settings: Vae) -> tuple[Encoder, ...]:
+        load = partial(self.image_encoder, dtype=dtype)
+        siglip = Encoder("image_embeds", ("first_frame",), "last_hidden_state", self._image_fingerprint, load)
+        return (*super().encoders(dtype, settings), siglip)
+
+    def _image_fingerprint(self, file_hash: FileHash) -> list[Any]:
+        return [self.folder.fingerprint(name, file_hash) for name in ("image_encoder", "feature_extractor")]
+
+    def image_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[np.ndarray], Tensors]:
+        """Load SigLIP. Returns a function from an image, uint8 (H, W, 3), to its embeddings (tokens, D)."""
+        pipeline = getattr(diffusers, self.pipeline_class)
+        encoder = self.folder.load("image_encoder", SiglipVisionModel, dtype).to(device)
+        processor = self._feature_extractor()
+
+        @torch.no_grad()
+        def encode(image: np.ndarray) -> Tensors:
+            height, width = (side // self.spatial * self.spatial for side in image.shape[:2])
+            shown = Image.fromarray(image[:height, :width])  # without what `condition_image` adds
+            return {"embeds": pipeline._get_image_embeds(encoder, processor, shown, device)[0]}
+
+        return encode
+
+    def _feature_extractor(self) -> SiglipImageProcessor:
+        return SiglipImageProcessor.from_pretrained(self.folder.path / "feature_extractor")
+
+    def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
+        embeds = torch.zeros(_IMAGE_TOKENS, self.transformer_config["image_embed_dim"], dtype=dtype)
+        return super().example(bucket, dtype) | {"image_embeds": {"embeds": embeds}}
+
+    # Training
+
+    def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
+        given = torch.zeros(x0.shape[0] + 1, *x0.shape[1:])  # latents, and the mask of frames that they are given for
+        embeds = sample.encoded["image_embeds"]["embeds"]
+        if sample.image_dropped:
+            return {"given": given, "embeds": torch.zeros_like(embeds)}
+        given[:-1, 0] = self.normalise(sample.moments["mean"][:, 0].float())
+        given[-1, 0] = 1
+        return {"given": given, "embeds": embeds}
+
+    def inputs(
+        self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
+    ) -> dict[str, Any]:
+        inputs = super().inputs(noisy, level, text, condition, samples)
+        dropped = [sample.image_dropped for sample in samples]
+        kept = 0 if all(dropped) and not self.keeps_text_length else _IMAGE_TOKENS
+        embeds = condition["embeds"][:, :kept].to(inputs["hidden_states"].dtype)
+        return inputs | {
+            "image_embeds": embeds,
+            "timestep_r": None,
+            MARK: inputs[MARK] and not (kept and any(dropped)),
+        }
+
+    # Generating
+
+    def shape_arguments(self, shape: Bucket) -> dict[str, int]:
+        return {"num_frames": shape.frames}
+
+    def condition_image(self, image: Image.Image, shape: Bucket) -> Image.Image:
+        """The image, scaled to cover a video's frame and cropped to it; it has a row or column more where the pipeline would
+        else make another size of it. The pipeline's own crop takes that away.
+        """
+        fitted = self._processor.resize(image, height=shape.height, width=shape.width, resize_mode="crop")
+        height, width = self._image_size(shape) or shape[1:]
+        pixels = np.asarray(fitted)
+        return Image.fromarray(np.pad(pixels, ((0, height - shape.height), (0, width - shape.width), (0, 0)), "edge"))
+
+    def prompt_problem(self, prompt: Prompt) -> str | None:
+        if prompt.shape is not None and self._image_size(prompt.shape) is None:
+            return (
+                f"{self.title} takes the size from the image, and makes no {prompt.shape}; {self._near(prompt.shape)}"
+            )
+        return super().prompt_problem(prompt)
+
+    @property
+    def _processor(self) -> HunyuanVideo15ImageProcessor:
+        return HunyuanVideo15ImageProcessor(vae_scale_factor=self.spatial)
+
+    def _image_size(self, shape: Bucket) -> tuple[int, int] | None:
+        """(height, width) of an image of which the pipeline makes a video of a shape; None if it makes none."""
+        for height, width in (shape[1:], (shape.height + 1, shape.width), (shape.height, shape.width + 1)):
+            made = self._processor.calculate_default_height_width(height, width, self.transformer_config["target_size"])
+            if made == shape[1:]:
+                return height, width
+        return None
+
+    def _near(self, shape: Bucket) -> str:
+        """The shape nearest in its proportions that the pipeline makes, in words."""
+        size = self._processor.calculate_default_height_width(
+            shape.height, shape.width, self.transformer_config["target_size"]
+        )
+        return f"the nearest is {Bucket(shape.frames, *size)}. Clips of the shape can be trained on"
+
+    def encoded_components(self, encoded: Mapping[str, Tensors], device: torch.device) -> dict[str, Any]:
+        embeds = encoded["image_embeds"]["embeds"].to(device)
+        return {"feature_extractor": self._feature_extractor(), "image_encoder": _EncodedBySiglip(embeds)}
+
+    @classmethod
+    def _tiny_components(cls) -> dict[str, Any]:
+        config = SiglipVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=54,
+            patch_size=2,
+        )
+        return super()._tiny_components() | {
+            "image_encoder": SiglipVisionModel(config).eval(),
+            "feature_extractor": SiglipImageProcessor(size={"height": 54, "width": 54}),
+        }
+
+
+class _EncodedBySiglip(nn.Module):
+    """Stands for SigLIP in a pipeline that is given an image whose embeddings (tokens, D) are known."""
+
+    def __init__(self, embeds: Tensor) -> None:
+        super().__init__()
+        self.embeds = nn.Parameter(embeds, requires_grad=False)  # the pipeline asks the parameters for their dtype
+        self.device = embeds.device
+
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.embeds[None])
 
 
 def _system_message() -> str:

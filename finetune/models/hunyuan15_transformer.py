@@ -29,7 +29,7 @@ def adapt(transformer: HunyuanVideo15Transformer3DModel) -> HunyuanVideo15Transf
     transformer.text_mask = TextMask(transformer)
     transformer.forward = MethodType(forward, transformer)
     for block in transformer.transformer_blocks:
-        block.attn.processor = JointAttention()
+        block.attn.processor = PaddedJointAttention()
     return transformer
 
 
@@ -94,7 +94,7 @@ def refined(refiner: HunyuanVideo15TokenRefiner, text: Tensor, timestep: Tensor,
     return text
 
 
-class JointAttention:
+class PaddedJointAttention:
     """Attention of video and text tokens together, in which no token attends to those that a mask (B, 1, 1, S) leaves out."""
 
     def __call__(

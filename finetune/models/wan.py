@@ -303,10 +303,10 @@ class WanImageToVideo(Wan):
         if not self.sees_clip:
             return {}
         embeds = encoded["image_embeds"]["embeds"].to(device)
-        return {"image_processor": self._image_processor(), "image_encoder": _EncodedImage(embeds)}
+        return {"image_processor": self._image_processor(), "image_encoder": _EncodedByClip(embeds)}
 
 
-class _EncodedImage(nn.Module):
+class _EncodedByClip(nn.Module):
     """Stands for CLIP in a pipeline that is given images whose embeddings are known, since it does not take both."""
 
     def __init__(self, embeds: Tensor) -> None:

@@ -36,6 +36,7 @@ from finetune.planning.kernels import KIND
 from finetune.planning.trace import Trace
 
 _SMALL = 4096  # elements up to which a tensor keeps its values
+_OF_TRANSFORMERS = ("frozen weights", "trained weights", "load")  # the last of buffers, which nobody names
 _VALUES = "known_values"  # our attribute of fake tensors
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
@@ -59,15 +60,15 @@ class Accelerator(TorchDispatchMode):
         self._cache = DispatchCache(self.fake)
         self.reset_cost()
         self._known: dict[int, tuple[Trace, int]] = {}  # storage -> (where, bytes)
+        self._emptied: dict[int, str] = {}  # storage without bytes now -> its category before
 
     def __enter__(self) -> Accelerator:
         resize = torch.UntypedStorage.resize_
 
-        def traced(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP2 frees what it gathered by resizing
+        def traced(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
             if storage._cdata in self._known:
-                self._set(storage._cdata, size)
-                self.trace.name(storage._cdata, "gathered weights")
+                self._resized(storage._cdata, size)
             return result
 
         self._resize = resize
@@ -238,6 +239,18 @@ class Accelerator(TorchDispatchMode):
             for part in parts:
                 self.trace.name(part.untyped_storage()._cdata, category)
                 self.host.name(part.untyped_storage()._cdata, category)
+                if part.untyped_storage()._cdata in self._emptied:
+                    self._emptied[part.untyped_storage()._cdata] = category
+
+    def _resized(self, key: int, size: int) -> None:
+        """FSDP2 frees what it gathered by resizing. So does a transformer that leaves the device: what comes back is what left."""
+        live = self._known[key][0].live
+        if not size and key in live:
+            self._emptied[key] = live[key].category
+        self._set(key, size)
+        if size:
+            before = self._emptied.pop(key, None)
+            self.trace.name(key, before if before in _OF_TRANSFORMERS else "gathered weights")
 
     def _set(self, key: int, size: int) -> None:
         trace, _ = self._known[key]
@@ -247,6 +260,7 @@ class Accelerator(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         if key in self._known:
             trace, _ = self._known.pop(key)
+            self._emptied.pop(key, None)
             trace.resize(key, 0)
 
 

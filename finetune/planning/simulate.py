@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from finetune.data.loader import Sample
+from finetune.engine.companion import build_companion
 from finetune.engine.generate import Request, generate
 from finetune.engine.optimizers.low_bit import host_seconds
 from finetune.engine.precision import DTYPES
@@ -45,6 +46,7 @@ from finetune.training.job import build_state, is_background
 # Micro-batches of each step. The first allocates the optimizer's state; later steps behave like the second.
 STEPS = (1, 2)
 _DENOISING_STEPS = 2  # later steps behave like the second
+_STEPS_OF_TWO = 4  # with two transformers: enough to reach the second one
 _NOTICEABLE = 0.1  # share of a step from which host time is told
 _MOMENTS = 600  # of a phase in the picture
 _RUNNING = {  # what is running when a phase begins that encodes nothing
@@ -113,14 +115,20 @@ class Simulation:
                     encode(*_contents(encoder, bucket))
                     del encode
 
-    def training(self, buckets: list[Bucket]) -> StepState:
-        """Build the training, and take steps of each bucket: as many as it takes until memory repeats."""
+    def training(self, buckets: list[Bucket], other: Family | None = None) -> StepState:
+        """Build the training, and take steps of each bucket: as many as it takes until memory repeats.
+
+        Args:
+            other: the family opened on the other transformer that samples are generated with, if there is one.
+        """
         batches = {bucket: example_batch(self.recipe, self.family, bucket) for bucket in buckets}
         train = self.recipe.train
         count = train.global_batch_size // (self.runtime.data.size * train.micro_batch_size)
         with self._phase("load"):
             state = build_state(self.recipe, self.runtime, self.family, ZeroWeights(self.family))
             self._register_hooks(state)
+            if other is not None:
+                self._build_companion(state, other)
         for bucket, batch in batches.items():
             with self._phase("step", bucket):
                 costs = []
@@ -144,6 +152,12 @@ class Simulation:
         self._note_host_time(len(state.parameters))
         return state
 
+    def _build_companion(self, state: StepState, other: Family) -> None:
+        settings = self.recipe.train, self.recipe.adapter, self.recipe.memory, self.runtime
+        state.companion = build_companion(state.transformer, other, ZeroWeights(other), *settings)
+        self.accelerator.name(state.companion.transformer.parameters(), "frozen weights")
+        self.accelerator.name(state.companion.host, "transformers not in use")
+
     def _note_host_time(self, parameters: int) -> None:
         """Say so if torchao's updates would take more than a tenth of a step: of the bucket with the shortest one."""
         seconds, phase = min(
@@ -164,7 +178,7 @@ class Simulation:
         in training.
         """
         prompt = max(prompts, key=lambda each: (self.family.tokens(each.shape), _is_guided(each)))
-        prompt = prompt.model_copy(update={"steps": _DENOISING_STEPS})
+        prompt = prompt.model_copy(update={"steps": _STEPS_OF_TWO if state.companion else _DENOISING_STEPS})
         dtype = DTYPES[self.recipe.train.precision]
         encoded = self.family.example(prompt.shape, dtype)
         image = np.zeros((prompt.shape.height, prompt.shape.width, 3), np.uint8)
@@ -282,7 +296,7 @@ def simulate_all(
     prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
     with Simulation(recipe, family, hardware).running() as simulation:
         simulation.encoding(buckets)
-        state = simulation.training(buckets)
+        state = simulation.training(buckets, _other_expert(family) if prompts else None)
         if prompts:
             simulation.validation(state, prompts)
         simulation.export(state)
@@ -296,6 +310,12 @@ def _contents(encoder: Encoder, bucket: Bucket) -> list[Any]:
     frames = np.zeros((*bucket, 3), np.uint8)
     contents = {"caption": "a caption", "video": frames, "first_frame": frames[0], "last_frame": frames[-1]}
     return [contents[name] for name in encoder.sources]
+
+
+def _other_expert(family: Family) -> Family | None:
+    """The family, opened on the expert that is not trained; None if it has no experts."""
+    other = next((name for name in family.experts if name != family.expert), None)
+    return None if other is None else family.of_expert(other)
 
 
 def _is_guided(prompt: ResolvedPrompt) -> tuple[bool, bool]:

@@ -22,6 +22,7 @@ from finetune.data.sources import (
     Source,
     caption_source,
     file_source,
+    fitted_source,
     frame_sources,
     image_source,
     no_image_source,
@@ -156,7 +157,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
             datasets[-1].append(Item(clip.path, clip.caption, fit.bucket, fit.fps, keys, clip.columns, text_alone))
     if recipe.data.caption_dropout:
         work.append(encoders.text(""))
-    prompts = _prompts(recipe, encoders, cache, runtime, work)
+    prompts = _prompts(recipe, family, encoders, cache, runtime, work)
 
     if unreadable := _encode(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(list(chain.from_iterable(unreadable.values())))
@@ -211,7 +212,7 @@ def further_columns(encoders: Iterable[Encoder]) -> list[str]:
 
 
 def _prompts(
-    recipe: Recipe, encoders: _Encoders, cache: Cache, runtime: Runtime, work: list[_Encoding]
+    recipe: Recipe, family: Family, encoders: _Encoders, cache: Cache, runtime: Runtime, work: list[_Encoding]
 ) -> list[PreparedPrompt]:
     """The validation prompts. What has to be encoded for them is added to `work`. Collective."""
     with runtime.together():
@@ -221,7 +222,8 @@ def _prompts(
     wanted, contents = runtime.from_main((wanted, contents))
     for prompt in wanted:
         sources = [image_source(image, contents[image]) for image in prompt.images]
-        made, negative = encoders.prompt(prompt.text, sources), encoders.text(prompt.negative)
+        shown = [fitted_source(source, family.condition_image, prompt.shape) for source in sources]
+        made, negative = encoders.prompt(prompt.text, shown), encoders.text(prompt.negative)
         images = [
             _Encoding("image", digest(*source.fingerprint), image, (source,))
             for image, source in zip(prompt.images, sources, strict=True)

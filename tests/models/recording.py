@@ -60,6 +60,8 @@ class TinyModel:
         """A shape that is cheap to decode; one of CogVideoX knows a single shape."""
         if self.family.folder.config("transformer").get("use_learned_positional_embeddings"):
             return self.bucket
+        if self.family.name == "hunyuan15_i2v":  # whose pipeline makes shapes of about one area
+            return self.bucket._replace(frames=5)
         return Bucket({"mochi": 7, "hunyuan": 17, "hunyuan_i2v": 17}.get(self.family.name, 9), 32, 32)
 
     @property
@@ -173,7 +175,8 @@ def generate(
     if family.name.startswith("ltx"):
         arguments["frame_rate"] = fps
     if family.takes_image:
-        arguments.setdefault("image", Image.fromarray(scene(0, *bucket)[0][0]))
+        image = Image.fromarray(scene(0, *bucket)[0][0])
+        arguments = {"image": family.condition_image(image, bucket), **arguments}
         if family.pipeline_class == "LTXConditionPipeline":
             arguments["image_cond_noise_scale"] = 0.0
     arguments = {"guidance_scale": GUIDANCE if getattr(family, "guided", False) else 1.0, **arguments}
@@ -182,8 +185,9 @@ def generate(
         pipeline.guider = pipeline.guider.new(guidance_scale=arguments.pop("guidance_scale"))
     if "callback_on_step_end" in accepted:  # else the latents are those that the transformer is given
         arguments["callback_on_step_end"] = lambda pipe, index, t, tensors: held.append(tensors["latents"]) or {}
-    sizes = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
-    arguments = (sizes if output_type == "latent" else family.shape_arguments(bucket)) | arguments
+    arguments |= family.shape_arguments(bucket)
+    if output_type == "latent":
+        arguments["num_frames"] = bucket.frames
     with hooks(pipeline.transformer, before, after):
         frames = pipeline(
             prompt=prompt,
@@ -252,6 +256,14 @@ def image_mean(model: TinyModel, dtype: torch.dtype) -> Tensor:
     return pipeline.vae.encode(pixels[:, :, None]).latent_dist.mode()[0]
 
 
+@cache
+def encoded_clip(model: TinyModel, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """The clip whose first frame is the image, by the family's encoders, without its caption."""
+    sources = {"video": model.clip, "first_frame": model.clip[0]}
+    encoders = [each for each in model.family.encoders(dtype, Vae()) if sources.keys() >= set(each.sources)]
+    return {each.kind: each.load(CPU)(*(sources[name] for name in each.sources)) for each in encoders}
+
+
 @dataclass
 class Clip:
     """A sample whose noised latents and noise level are those of a step of a generation, and which begins with its image."""
@@ -283,9 +295,10 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
             moments = {"image_mean": image_mean(model, clip.text["encoder_hidden_states"].dtype)}
             if model.replaces_frame:
                 noisy[:, :, 0] = 1e3
-        sample = Sample(
-            {"video": moments, "text": clip.text}, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped
-        )
+        encoded = {"video": moments, "text": clip.text}
+        if model.family.name == "hunyuan15_i2v":
+            encoded |= encoded_clip(model, clip.text["encoder_hidden_states"].dtype)
+        sample = Sample(encoded, model.bucket, clip.fps, generator(), image_dropped=clip.image_dropped)
         samples.append(sample)
         conditions.append(model.family.condition(sample, x0, ObjectiveSettings(guidance=GUIDANCE)))
     level = torch.cat([clip.call.level for clip in clips])

@@ -34,7 +34,7 @@ def encoded_prompt(model: TinyModel, dtype: torch.dtype, caption: str) -> dict[s
     if isinstance(pipeline, diffusers.HunyuanVideoImageToVideoPipeline):  # its call decides about the image's tokens
         arguments = generate(model, pipeline, prompt=caption, steps=1).calls[0].kwargs
         return {name: arguments[name][0] for name in model.family.text_arguments}
-    if isinstance(pipeline, diffusers.HunyuanVideo15Pipeline):
+    if isinstance(pipeline, diffusers.HunyuanVideo15Pipeline | diffusers.HunyuanVideo15ImageToVideoPipeline):
         return dict(
             zip(HunyuanVideo15.text_arguments, (each[0] for each in pipeline.encode_prompt(caption)), strict=True)
         )
@@ -89,8 +89,8 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 @DTYPES
 def test_examples_have_the_shapes_and_dtypes_of_what_is_cached(model: TinyModel, dtype: torch.dtype) -> None:
     """So that memory can be planned from configs alone."""
-    video = scene(0, *model.small)[0]
-    sources = {"video": video, "caption": PROMPT, "first_frame": video[0], "last_frame": video[-1]}
+    clip = scene(0, *model.small)[0]
+    sources = {"video": clip, "caption": PROMPT, "first_frame": clip[0], "last_frame": clip[-1]}
     cached = {
         encoder.kind: encoder.load(CPU)(*(sources[name] for name in encoder.sources))
         for encoder in model.family.encoders(dtype, Vae())

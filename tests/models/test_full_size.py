@@ -145,6 +145,7 @@ def test_an_adapter_touches_every_block_and_nothing_else(family: Family, facts: 
         (("cogvideox", "cogvideox-5b"), 42 * 4 * 2 * 128 * 3072),
         (("ltx", "ltx-video"), 28 * 2 * 4 * 2 * 128 * 2048),  # self- and cross-attention, on text projected to 2048
         (("ltx", "ltx-video-0.9.7"), 48 * 2 * 4 * 2 * 128 * 4096),
+        (("hunyuan15", "hunyuanvideo-1.5-480p-t2v"), 54 * 4 * 2 * 128 * 2048),
         (("mochi", "mochi-1-preview"), 48 * 4 * 2 * 128 * 3072),
     ],
     indirect=["family"],
@@ -208,7 +209,8 @@ def test_the_published_configs_are_enough_for_a_batch(family: Family) -> None:
     moments = {name: torch.zeros(channels, frames, height, width) for name in ("mean", "logvar")}
     moments |= {f"image_{name}": value[:, :1] for name, value in moments.items()}
     sample = Sample(
-        encoded={"video": moments, "text": {name: torch.zeros(1, 1) for name in family.text_arguments}},
+        encoded=family.example(bucket, torch.float32)
+        | {"video": moments, "text": {name: torch.zeros(1, 1) for name in family.text_arguments}},
         bucket=bucket,
         fps=25.0,
         generator=torch.Generator(),
@@ -223,7 +225,10 @@ def test_the_published_configs_are_enough_for_a_batch(family: Family) -> None:
 
 @each_family
 def test_the_published_configs_are_enough_for_sampling(family: Family) -> None:
-    arguments = family.sampling_arguments(Prompt(text="a", guidance=3.0))
-    accepted = inspect.signature(getattr(diffusers, family.pipeline_class).__call__).parameters
-    assert set(arguments) <= set(accepted)
-    assert arguments["guidance_scale"] == 3.0
+    prompt = Prompt(text="a", guidance=3.0)
+    arguments, components = family.sampling_arguments(prompt), family.prompt_components(prompt)
+    pipeline = getattr(diffusers, family.pipeline_class)
+    assert set(arguments) <= set(inspect.signature(pipeline.__call__).parameters)
+    assert set(components) <= set(inspect.signature(pipeline.__init__).parameters)
+    scale = components["guider"].guidance_scale if "guider" in components else arguments["guidance_scale"]
+    assert scale == 3.0

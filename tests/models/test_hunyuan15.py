@@ -5,16 +5,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from closeness import assert_close_to_scale
-from recording import TinyModel, adapted, generator
+from closeness import FLOAT32, assert_close_to_scale
+from PIL import Image
+from recording import CPU, PROMPT, Clip, TinyModel, adapted, generator, hooks, recorded, training_inputs
 from torch import Tensor, nn
 
 from finetune.checks.model import open_family
+from finetune.data.synthetic import scene
 from finetune.models.hunyuan15 import HunyuanVideo15
 from finetune.models.text_mask import MARK, call
-from finetune.recipe import load_recipe
+from finetune.recipe import Bucket, load_recipe
 from finetune.recipe.schema import Prompt
 from finetune.runtime.errors import UserError
 
@@ -121,6 +124,66 @@ def test_compiled_blocks_get_text_at_its_full_length(model: TinyModel) -> None:
     batch = family.inputs(inputs["hidden_states"][:, :4], inputs["timestep"] / 1000, text, {}, [])
     assert batch[MARK] is False
     assert all(batch[name] is text[name] for name in text)
+
+
+# Image-to-video
+
+
+@pytest.fixture
+def i2v(tiny_model: Callable[..., Path]) -> TinyModel:
+    return TinyModel.open(tiny_model("hunyuan15_i2v"), "hunyuan15_i2v")
+
+
+def dropped(model: TinyModel, caption: str = PROMPT) -> Clip:
+    return Clip(recorded(model, prompt=caption), 1, model.text(caption), image_dropped=True)
+
+
+def test_a_dropped_image_is_text_to_video(i2v: TinyModel) -> None:
+    """In all that the transformer is given: no latents, no mask, no tokens of the image."""
+    given, without = training_inputs(i2v, Clip(recorded(i2v), 1, i2v.text(PROMPT))), training_inputs(i2v, dropped(i2v))
+    assert given["hidden_states"][:, 4:8, 0].any()
+    assert bool((given["hidden_states"][:, 8, 0] == 1).all())
+    assert given["image_embeds"].shape[1] == 729
+    assert not without["hidden_states"][:, 4:].any()
+    assert without["image_embeds"].shape[1] == 0
+    assert without[MARK] is given[MARK] is True
+    inputs = {name: value for name, value in without.items() if name not in (MARK, "image_embeds")}
+    with torch.no_grad():
+        ours = call(adapted(i2v), without)
+        theirs = i2v.pipeline().transformer(**inputs, image_embeds=torch.zeros(1, 729, 16), return_dict=False)[0]
+    assert_close_to_scale(ours, theirs, TOLERANCE)
+
+
+def test_images_dropped_from_some_samples_of_a_batch_leave_the_others_as_they_are(i2v: TinyModel) -> None:
+    clips = [Clip(recorded(i2v), 1, i2v.text(PROMPT)), dropped(i2v, "white stripes"), dropped(i2v)]
+    with torch.no_grad():
+        batch = training_inputs(i2v, *clips)
+        together = call(adapted(i2v), batch)
+        alone = [call(adapted(i2v), training_inputs(i2v, clip)) for clip in clips]
+    assert batch[MARK] is False
+    assert_close_to_scale(together, torch.cat(alone), TOLERANCE)
+    assert_close_to_scale(together[:1], clips[0].call.output, FLOAT32)
+
+
+def test_the_images_embedder_has_a_gradient_whichever_images_are_dropped(i2v: TinyModel) -> None:
+    transformer = adapted(i2v)
+    for clip in (Clip(recorded(i2v), 1, i2v.text(PROMPT)), dropped(i2v)):
+        transformer.zero_grad()
+        call(transformer, training_inputs(i2v, clip)).square().mean().backward()
+        gradients = [parameter.grad for parameter in transformer.image_embedder.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        assert any(bool(gradient.any()) for gradient in gradients) != clip.image_dropped
+
+
+@pytest.mark.parametrize("bucket", [Bucket(5, 64, 96), Bucket(5, 96, 64), Bucket(5, 64, 80)], ids=str)
+def test_a_prompts_image_is_encoded_as_the_pipeline_encodes_it(i2v: TinyModel, bucket: Bucket) -> None:
+    image = Image.fromarray(scene(3, 1, 150, 90)[0][0])
+    given = i2v.family.condition_image(image, bucket)
+    ours = i2v.family.image_encoder(CPU, torch.float32)(np.asarray(given))["embeds"]
+    pipeline, seen = i2v.pipeline(), []
+    with hooks(pipeline.transformer, lambda module, args, kwargs: seen.append(kwargs["image_embeds"]), lambda *_: None):
+        pipeline(prompt="a", image=given, num_frames=bucket.frames, num_inference_steps=1, output_type="latent")
+    assert torch.equal(ours, seen[0][0])
 
 
 # The checkpoint

@@ -1,14 +1,23 @@
 """A bucket is accepted exactly if the pipeline generates videos of its shape; a refusal names the nearest that is."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor, generate_crop_size_list
+from PIL import Image
 from recording import VARIANTS, TinyModel, generate, variant_id, variants
 
 from finetune.recipe import Bucket
+from finetune.recipe.schema import Prompt
 
 FIXED = ("cogvideox_i2v", "5b-I2V")  # learned positions, for one shape
-FREE = pytest.mark.parametrize("model", [each for each in VARIANTS if each != FIXED], ids=variant_id, indirect=True)
+BY_IMAGE = ("hunyuan15_i2v", None)  # of the size that its pipeline takes from the image
+FREE = pytest.mark.parametrize(
+    "model", [each for each in VARIANTS if each not in (FIXED, BY_IMAGE)], ids=variant_id, indirect=True
+)
 LENGTHS = [f"{frames}x32x32" for frames in (1, 2, 4, 5, 6, 7, 9, 10, 12, 13, 17, 25)]
 SIDES = [f"1x{sides}" for sides in ("16x32", "32x16", "48x64", "24x32", "32x40", "20x32", "33x32", "128x160")]
 
@@ -90,3 +99,49 @@ def test_of_text_to_video_only_1_5_is_limited_in_size(model: TinyModel) -> None:
         assert "at most 128 high and 128 wide; the nearest is 9x128x128" in problem
     else:
         assert problem is None
+
+
+@pytest.mark.parametrize("model", [BY_IMAGE], ids=variant_id, indirect=True)
+@pytest.mark.parametrize("sides", [(64, 96), (96, 64), (80, 80), (48, 128), (128, 48), (64, 64), (96, 96), (32, 160)])
+def test_a_prompt_is_accepted_exactly_if_the_pipeline_makes_its_shape_of_the_image(
+    model: TinyModel, sides: tuple[int, int]
+) -> None:
+    bucket = Bucket(5, *sides)
+    assert model.family.bucket_problem(bucket) is None  # it can be trained
+    prompt = Prompt(text="a", shape=str(bucket), image="first.png")
+    made = generated_shape(model, bucket)
+    problem = model.family.prompt_problem(prompt)
+    assert (problem is None) == (made == bucket)
+    if problem:
+        assert f"the nearest is {made}" in problem
+
+
+@pytest.mark.parametrize("model", [BY_IMAGE], ids=variant_id, indirect=True)
+@pytest.mark.parametrize("target, count", [(640, 121), (960, 181)])
+def test_every_shape_of_the_pipeline_can_be_asked_for(
+    model: TinyModel, tmp_path: Path, target: int, count: int
+) -> None:
+    """Its own rounding makes some of them from no image of exactly their size."""
+    folder = Path(shutil.copytree(model.folder, tmp_path / "model"))
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_size": target}))
+    family = TinyModel.open(folder, model.family.name).family
+    shapes, processor = generate_crop_size_list(target, 16), HunyuanVideo15ImageProcessor(vae_scale_factor=16)
+    assert len(shapes) == count
+    found = []
+    for height, width in shapes:
+        given = family.condition_image(Image.new("RGB", (300, 200)), Bucket(5, height, width))
+        found.append(processor.calculate_default_height_width(given.height, given.width, target))
+    assert found == shapes
+    assert any(processor.calculate_default_height_width(*shape, target) != shape for shape in shapes)
+
+
+@pytest.mark.parametrize("model", [BY_IMAGE], ids=variant_id, indirect=True)
+def test_the_pipeline_crops_what_is_added_to_an_image(model: TinyModel) -> None:
+    image = Image.fromarray(model.clip[0])
+    processor = HunyuanVideo15ImageProcessor(vae_scale_factor=16, do_resize=False)
+    for height, width in generate_crop_size_list(80, 16):
+        fitted = processor.resize(image, height=height, width=width, resize_mode="crop")
+        given = model.family.condition_image(image, Bucket(5, height, width))
+        assert given.height - height + given.width - width in (0, 1)
+        assert processor.resize(given, height=height, width=width, resize_mode="crop").tobytes() == fitted.tobytes()

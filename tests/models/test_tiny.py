@@ -16,15 +16,12 @@ def test_diffusers_generates_a_finite_video_from_the_folder_alone(model: TinyMod
     pipeline = DiffusionPipeline.from_pretrained(model.folder)
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline).__name__ == model.family.pipeline_class
-    bucket = model.small
-    image = (
-        {"image": Image.fromarray(model.clip[0]).resize((bucket.width, bucket.height))}
-        if model.family.takes_image
-        else {}
-    )
-    sizes = model.family.shape_arguments(bucket)
+    bucket, family = model.small, model.family
+    image = Image.fromarray(model.clip[0]).resize((bucket.width, bucket.height))
+    condition = {"image": family.condition_image(image, bucket)} if family.takes_image else {}
+    sizes = family.shape_arguments(bucket)
     made = pipeline(
-        prompt=PROMPT, **sizes, **image, num_inference_steps=2, generator=generator(), output_type="pt"
+        prompt=PROMPT, **sizes, **condition, num_inference_steps=2, generator=generator(), output_type="pt"
     ).frames
     assert made.shape == (1, bucket.frames, 3, bucket.height, bucket.width)
     assert made.isfinite().all()

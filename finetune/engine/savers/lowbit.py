@@ -36,12 +36,14 @@ def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str, 
     for blocks in lists:
         for block in blocks:
             for name, module in list(block.named_modules()):
-                if isinstance(module, nn.Linear) and not _is_kept(name, module, kind, high_precision):
+                if isinstance(module, nn.Linear) and not _is_kept(name, module, kind, high_precision, storage):
                     parent, _, child = name.rpartition(".")
                     setattr(block.get_submodule(parent), child, LowBitLinear(module, kind, storage))
 
 
-def _is_kept(name: str, linear: nn.Linear, kind: str, high_precision: str) -> bool:
+def _is_kept(name: str, linear: nn.Linear, kind: str, high_precision: str, storage: torch.dtype) -> bool:
+    if linear.weight.dtype != storage:  # it stays in float32
+        return True
     trained = any(parameter.requires_grad for parameter in linear.parameters())
     odd = linear.in_features % (BLOCK if kind == "nf4" else _ROW)
     return trained or bool(odd) or re.search(high_precision, name) is not None
