@@ -40,6 +40,7 @@ from finetune.runtime.errors import UserError
 _INTERLEAVE = {"latent_concat": 2, "token_replace": 4}  # of the image's 576 tokens every second, or every fourth
 _TEXT_TOKENS = 252
 _BLACK_INTERLEAVE = 2  # of the black image, whatever the kind
+HALVED = ("texture", "quantity", "atmosphere", "transitions")  # makes the template as long as with Llama's tokenizer
 
 
 def text_length(interleave: int) -> int:
@@ -161,8 +162,7 @@ class HunyuanVideoImageToVideo(HunyuanVideo):
     def tiny(cls, path: Path, seed: int = 0, variant: str | None = None) -> None:
         torch.manual_seed(seed)
         kind = variant or cls.variants[0]
-        halved = ("texture", "quantity", "atmosphere", "transitions")
-        tokenizer = tiny.llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"], begin=2, halved=halved)
+        tokenizer = tiny.llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"], begin=2, halved=HALVED)
         tokenizer_2 = tiny.clip_tokenizer()
         vae = AutoencoderKLHunyuanVideo(
             latent_channels=4,
