@@ -55,6 +55,11 @@ class Components:
         other.expert = name
         return other
 
+    def of_other_expert(self) -> Self | None:
+        """The same family, of which the expert is trained that this one does not train; None if there are no experts."""
+        other = next((name for name in self.experts if name != self.expert), None)
+        return None if other is None else self.of_expert(other)
+
     @classmethod
     def refusal(cls, folder: ModelFolder) -> str | None:
         """Why a folder's checkpoint is none of this family's; None if it is."""

@@ -296,7 +296,7 @@ def simulate_all(
     prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
     with Simulation(recipe, family, hardware).running() as simulation:
         simulation.encoding(buckets)
-        state = simulation.training(buckets, _other_expert(family) if prompts else None)
+        state = simulation.training(buckets, family.of_other_expert() if prompts else None)
         if prompts:
             simulation.validation(state, prompts)
         simulation.export(state)
@@ -310,12 +310,6 @@ def _contents(encoder: Encoder, bucket: Bucket) -> list[Any]:
     frames = np.zeros((*bucket, 3), np.uint8)
     contents = {"caption": "a caption", "video": frames, "first_frame": frames[0], "last_frame": frames[-1]}
     return [contents[name] for name in encoder.sources]
-
-
-def _other_expert(family: Family) -> Family | None:
-    """The family, opened on the expert that is not trained; None if it has no experts."""
-    other = next((name for name in family.experts if name != family.expert), None)
-    return None if other is None else family.of_expert(other)
 
 
 def _is_guided(prompt: ResolvedPrompt) -> tuple[bool, bool]:

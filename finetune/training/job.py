@@ -196,8 +196,8 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
     """The training of a recipe on a prepared dataset. Collective."""
     train = recipe.train
     state = build_state(recipe, runtime, family, family.transformer_weights())
-    if family.expert is not None and prepared.prompts:
-        state.companion = companion_of(recipe, runtime, state)
+    if prepared.prompts and (other := family.of_other_expert()):
+        state.companion = companion_of(recipe, runtime, state, other)
     runtime.device.reset_peak()
     return Job(
         recipe=recipe,
@@ -210,15 +210,15 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
     )
 
 
-def companion_of(recipe: Recipe, runtime: Runtime, state: StepState, weights: Weights | None = None) -> Companion:
+def companion_of(recipe: Recipe, runtime: Runtime, state: StepState, family: Family) -> Companion:
     """The other expert, for samples: as it has been trained so far, by its own folder in `output`, or as it was. Collective.
 
     Args:
-        weights: its pretrained ones, if they are not read from the model's folder.
+        family: opened on the other expert.
     """
-    trained = state.family
-    name = next(name for name in trained.experts if name != trained.expert)
-    family, own = trained.of_expert(name), of_expert(recipe, name)
+    name = family.expert
+    assert name is not None
+    own = of_expert(recipe, name)
     with runtime.together():
         saved = own.run_folder / RECIPE_FILE
         if saved.exists():  # it may have been trained with another rank
@@ -229,7 +229,7 @@ def companion_of(recipe: Recipe, runtime: Runtime, state: StepState, weights: We
         return build_companion(
             state.transformer,
             family,
-            weights or family.transformer_weights(),
+            family.transformer_weights(),
             own.train.model_copy(update={"precision": recipe.train.precision, "float8": recipe.train.float8}),
             own.adapter,
             recipe.memory,
