@@ -33,8 +33,10 @@ def prompted(family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[Mo
     def make(model: Model) -> Path:
         Image.fromarray(scene(5, 1, 64, 96)[0][0]).save(tmp_path / "first.png")
         lines = ["[[validation.prompts]]", f'text = "{PROMPT}"', f'negative = "{NEGATIVE}"', "steps = 2", "seed = 7"]
-        lines += ["guidance = 3.0"] + (["true_guidance = 2.0"] if model[0] == "hunyuan" else [])
+        lines += ["guidance = 3.0"] if model != ("hunyuan_i2v", "latent_concat") else []
+        lines += ["true_guidance = 2.0"] if model[0] in ("hunyuan", "hunyuan_i2v") else []
         lines += [f'image = "{tmp_path / "first.png"}"'] if model[0].endswith("i2v") else []
+        lines += [f'last_image = "{tmp_path / "first.png"}"'] if model == ("wan_i2v", "2.1-FLF2V") else []
         path = tmp_path / "recipe.toml"
         path.write_text(family_recipe(*model).read_text() + "\n".join(lines))
         return path
@@ -65,12 +67,12 @@ def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -
     special = {"frame_rate": 25} if family.name.startswith("ltx") else {}
     if special and pipeline.vae.config.timestep_conditioning:
         special |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
-    special |= {"true_cfg_scale": 2.0} if family.name == "hunyuan" else {}
+    special |= {"true_cfg_scale": 2.0} if family.name in ("hunyuan", "hunyuan_i2v") else {}
     if family.name.startswith("hunyuan15"):
         pipeline.guider = pipeline.guider.new(guidance_scale=3.0)
     else:
         special |= {"guidance_scale": 3.0}
-    special |= {"image": Image.open(prompt.image)} if prompt.image else {}
+    special |= dict(zip(("image", "last_image"), map(Image.open, prompt.images), strict=False))
     frames = pipeline(
         prompt=PROMPT,
         negative_prompt=NEGATIVE,

@@ -42,7 +42,10 @@ def test_a_plan_says_what_it_takes_and_whether_that_fits(finetune, recipe: Path)
     "family",
     [
         "cogvideox_i2v",
-        *(pytest.param(f, marks=pytest.mark.full) for f in ("cogvideox", "hunyuan", "hunyuan15", "mochi")),
+        *(
+            pytest.param(family, marks=pytest.mark.full)
+            for family in ("cogvideox", "hunyuan", "hunyuan15", "hunyuan_i2v", "mochi")
+        ),
     ],
 )
 def test_a_plan_goes_through_every_phase_of_a_run(
