@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from finetune.data.synthetic import scene
 from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
+from finetune.engine.weights.exporters.diffusers_lora import lora_file
 from finetune.recipe import Bucket
 from finetune.training.job import Job, export_weights
 from finetune.training.samples import request_of, validation_samples
@@ -36,7 +37,13 @@ def prompted(family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[Mo
         lines += ["guidance = 3.0"] if model != ("hunyuan_i2v", "latent_concat") else []
         lines += ["true_guidance = 2.0"] if model[0] in ("hunyuan", "hunyuan_i2v") else []
         lines += [f'image = "{tmp_path / "first.png"}"'] if model[0].endswith("i2v") else []
-        lines += [f'last_image = "{tmp_path / "first.png"}"'] if model == ("wan_i2v", "2.1-FLF2V") else []
+        if model == (
+            "wan_i2v",
+            "2.1-FLF2V",
+        ):  # in sizes of their own: the pipeline scales images, and CLIP sees them whole
+            for name, (seed, height, width) in {"first": (5, 50, 110), "last": (6, 70, 64)}.items():
+                Image.fromarray(scene(seed, 1, height, width)[0][0]).save(tmp_path / f"{name}.png")
+            lines += [f'last_image = "{tmp_path / "last.png"}"']
         path = tmp_path / "recipe.toml"
         path.write_text(family_recipe(*model).read_text() + "\n".join(lines))
         return path
@@ -56,14 +63,15 @@ def live_video(job: Job, tiling: bool = False) -> np.ndarray:
 def pipeline_video(job: Job, folder: Path | None = None, tiling: bool = False) -> np.ndarray:
     """The same by diffusers alone, from the model's folder and, if given, an exported adapter."""
     family, prompt = job.state.family, job.prepared.prompts[0].prompt
+    dtype = DTYPES[job.recipe.train.precision]
     pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
-        family.folder.path, dtype=DTYPES[job.recipe.train.precision]
+        family.folder.path, dtype={"default": dtype, "vae": family.vae_dtype or dtype}
     )
     pipeline.set_progress_bar_config(disable=True)
     if tiling:
         pipeline.vae.enable_tiling()
     if folder is not None:
-        load_adapter(pipeline, folder)
+        load_adapter(pipeline, folder, lora_file(family))
     special = {"frame_rate": 25} if family.name.startswith("ltx") else {}
     if special and pipeline.vae.config.timestep_conditioning:
         special |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
