@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE as WITH_IMAGE
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, LlamaConfig, T5Config
+from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedTokenizerBase, T5Config
 
 from finetune.models import tiny
 from finetune.models.folder import INDEX
+from finetune.models.hunyuan_i2v import HALVED
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "models" / "configs"
 FOLDERS = {  # a recipe's model.path -> its configs
@@ -20,6 +22,7 @@ FOLDERS = {  # a recipe's model.path -> its configs
     "zai-org/CogVideoX1.5-5B": "cogvideox-1.5-5b",
     "zai-org/CogVideoX1.5-5B-I2V": "cogvideox-1.5-5b-i2v",
     "hunyuanvideo-community/HunyuanVideo": "hunyuanvideo",
+    "hunyuanvideo-community/HunyuanVideo-I2V": "hunyuanvideo-i2v",
     "Lightricks/LTX-Video": "ltx-video",
     "Lightricks/LTX-Video-0.9.7-dev": "ltx-video-0.9.7",
     "genmo/mochi-1-preview": "mochi-1-preview",
@@ -43,6 +46,15 @@ LLAMA = LlamaConfig(  # Llama 3 8B, with the tokens that LLaVA adds
     num_attention_heads=32,
     num_key_value_heads=8,
 )
+CLIP_L_336 = CLIPVisionConfig(  # LLaVA's eye, openai/clip-vit-large-patch14-336
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
 CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 
 
@@ -50,7 +62,9 @@ def complete(path: str, folder: Path) -> Path:
     """Write all that `plan` reads of a published checkpoint to `folder`. `path` is a recipe's model.path."""
     shutil.copytree(CONFIGS / FOLDERS[path], folder, dirs_exist_ok=True)
     index = json.loads((folder / INDEX).read_text())
-    if "text_encoder_2" in index:
+    if "image_processor" in index:
+        tokenizers = _with_image(folder)
+    elif "text_encoder_2" in index:
         LLAMA.save_pretrained(folder / "text_encoder")
         CLIP_L.save_pretrained(folder / "text_encoder_2")
         tokenizers = {
@@ -68,3 +82,20 @@ def complete(path: str, folder: Path) -> Path:
         statistics = {"latents_mean": torch.zeros(128), "latents_std": torch.ones(128)}  # the values do not matter here
         save_file(statistics, folder / "vae" / "diffusion_pytorch_model.safetensors")
     return folder
+
+
+def _with_image(folder: Path) -> dict[str, PreTrainedTokenizerBase]:
+    """Write the configs of HunyuanVideo-I2V's encoders; returns its tokenizers."""
+    tokenizer = tiny.llama_tokenizer(WITH_IMAGE["template"], begin=2, halved=HALVED)
+    llava = LlavaConfig(
+        vision_config=CLIP_L_336,
+        text_config=LLAMA,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+    )
+    llava.save_pretrained(folder / "text_encoder")
+    CLIP_L.save_pretrained(folder / "text_encoder_2")
+    tiny.clip_image_processor(336).save_pretrained(folder / "image_processor")
+    return {"tokenizer": tokenizer, "tokenizer_2": tiny.clip_tokenizer()}

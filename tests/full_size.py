@@ -31,6 +31,12 @@ CHECKPOINTS = {
     "cogvideox-1.5-5b": Checkpoint(("cogvideox",), "5.57", {"transformer_blocks": 42}),
     "cogvideox-1.5-5b-i2v": Checkpoint(("cogvideox_i2v",), "5.57", {"transformer_blocks": 42}),
     "hunyuanvideo": Checkpoint(("hunyuan",), "12.8", {"transformer_blocks": 20, "single_transformer_blocks": 40}),
+    "hunyuanvideo-i2v": Checkpoint(
+        ("hunyuan_i2v",), "12.821", {"transformer_blocks": 20, "single_transformer_blocks": 40}
+    ),
+    "hunyuanvideo-i2v-33ch": Checkpoint(
+        ("hunyuan_i2v",), "12.811", {"transformer_blocks": 20, "single_transformer_blocks": 40}
+    ),
     "hunyuanvideo-1.5-480p-t2v": Checkpoint(("hunyuan15",), "8.327", {"transformer_blocks": 54}),
     "hunyuanvideo-1.5-720p-i2v": Checkpoint(("hunyuan15_i2v",), "8.327", {"transformer_blocks": 54}),
     "ltx-video": Checkpoint(("ltx", "ltx_i2v"), "1.92", {"transformer_blocks": 28}),

@@ -44,7 +44,11 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     if problems:
         raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
     family = cls(folder)
-    if wrong := family.problems(recipe.model, recipe.data):
+    wrong = family.problems(recipe.model, recipe.data)
+    if recipe.train.expert_steps and not family.experts:
+        what = f"this checkpoint of {family.title} has no experts with steps of their own"
+        wrong.append(Problem(what, "train.steps", "set train.steps to a number, and remove expert_steps"))
+    if wrong:
         raise UserError.of(wrong)
     family.select(recipe.model, recipe.data)
     transformer = family.empty_transformer()

@@ -103,6 +103,10 @@ def _plan(recipe: Recipe, family: Family, hardware: Hardware, arguments: argpars
     clip, caption = (size / 2**20 for size in cache_bytes(family, buckets[0], DTYPES[recipe.train.precision]))
     if arguments.plot and not arguments.json:
         plan.notes.append(f"drawn: {arguments.plot}")
+    if other := family.of_other_expert():
+        plan.notes.append(
+            f"this is the {family.expert}-noise expert's training; the {other.expert}-noise one takes as much, by itself"
+        )
     plan.notes.append(f"cache: {clip:.1f} MiB for each clip of {buckets[0]}, {caption:.2f} MiB for each caption")
     print(json.dumps(plan.as_json(), indent=1) if arguments.json else "\n".join(plan.lines()))
     return 0 if plan.fits is not False else DOES_NOT_FIT

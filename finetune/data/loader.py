@@ -34,6 +34,7 @@ class Item:
         fps: frame rate that it is trained at.
         keys: kind -> key in the cache.
         columns: the manifest's values for the clip besides video and caption, by column.
+        text_alone: key of its text without the image that the text is encoded with, for samples without; None if it has none.
     """
 
     path: Path
@@ -42,6 +43,12 @@ class Item:
     fps: float
     keys: Mapping[str, str]
     columns: Mapping[str, str] = field(default_factory=dict)
+    text_alone: str | None = None
+
+    @property
+    def all_keys(self) -> list[str]:
+        """The keys of all that is cached for it, of any kind."""
+        return [*self.keys.values(), *filter(None, [self.text_alone])]
 
 
 @dataclass(frozen=True)
@@ -148,15 +155,17 @@ class MicroBatches(Dataset):
         item = self.items[items[position]]
         generator = seeds.generator(self.seed, "sample", step, position)
         dropped = torch.rand((), generator=generator).item() < self.dropout.caption
-        image_dropped = torch.rand((), generator=seeds.generator(self.seed, "image", step, position)).item()
-        keys = {**item.keys, "text": self.dropout.unconditional_key} if dropped else item.keys
+        drawn = torch.rand((), generator=seeds.generator(self.seed, "image", step, position)).item()
+        image_dropped = drawn < self.dropout.image
+        text = item.text_alone if image_dropped and item.text_alone else item.keys["text"]
+        keys = {**item.keys, "text": self.dropout.unconditional_key if dropped else text}
         return Sample(
             encoded={kind: self.cache.read(kind, key) for kind, key in keys.items()},
             bucket=item.bucket,
             fps=item.fps,
             generator=generator,
             stratum=(position, self.split.global_batch),
-            image_dropped=image_dropped < self.dropout.image,
+            image_dropped=image_dropped,
             columns=item.columns,
         )
 

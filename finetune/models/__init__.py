@@ -26,6 +26,7 @@ FAMILIES = {
     "hunyuan": "finetune.models.hunyuan:HunyuanVideo",
     "hunyuan15": "finetune.models.hunyuan15:HunyuanVideo15",
     "hunyuan15_i2v": "finetune.models.hunyuan15:HunyuanVideo15ImageToVideo",
+    "hunyuan_i2v": "finetune.models.hunyuan_i2v:HunyuanVideoImageToVideo",
     "ltx": "finetune.models.ltx:LTXVideo",
     "ltx_i2v": "finetune.models.ltx:LTXImageToVideo",
     "mochi": "finetune.models.mochi:Mochi",

@@ -182,6 +182,6 @@ class Components:
         import transformers
 
         cls = getattr(transformers, self.folder.class_name(name))
-        if name.startswith("tokenizer"):
+        if not self.folder.has_weights(name):
             return cls.from_pretrained(self.folder.path / name)
         return self.folder.load(name, cls, dtype).to(device)

@@ -236,7 +236,7 @@ class Family(Components, ABC):
             u = torch.stack(drawn).clamp(LEAST_U, 1 - LEAST_U)
         level = objective.level(u, self.tokens(samples[0].bucket))
         noisy, target = objective.noised(torch.stack(x0), torch.stack(noise), level)
-        text, condition = stacked([sample.text for sample in samples]), stacked(conditions)
+        text, condition = text_mask.stacked([sample.text for sample in samples]), stacked(conditions)
         target = self.target(target)
         inputs = self.inputs(noisy, level, text, condition, samples)
         term = Term(target, objective.weight(level), self.counted(condition, target))

@@ -42,6 +42,10 @@ class ModelFolder:
         entry = self.index.get(component)
         return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
+    def has_weights(self, component: str) -> bool:
+        """Whether a component of this name has weights: tokenizers, schedulers and processors of images have none."""
+        return _config_name(component) == "config.json"
+
     def class_name(self, component: str) -> str:
         """Name of the class that a component was saved from."""
         return self.index[component][1]
@@ -79,7 +83,7 @@ class ModelFolder:
                 is_tokenizer = component.startswith("tokenizer")
                 if not is_tokenizer:
                     self.config(component)
-                files = self.weight_files(component) if _config_name(component) == "config.json" else []
+                files = self.weight_files(component) if self.has_weights(component) else []
             except UserError as error:
                 found += error.problems
                 continue
@@ -108,7 +112,7 @@ class ModelFolder:
 
     def fingerprint(self, component: str, file_hash: Callable[[Path], str]) -> list[Any]:
         """JSON values that a component's output depends on: its config, and the hashes of its files."""
-        if _config_name(component) != "config.json":  # without weights
+        if not self.has_weights(component):
             files = sorted(file for file in (self.path / component).iterdir() if file.is_file())
             return [[file.name, file_hash(file)] for file in files]
         config = {

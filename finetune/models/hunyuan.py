@@ -2,8 +2,7 @@
 
 Training follows diffusers' HunyuanVideoPipeline in reverse: flow matching on VAE latents that are scaled by one factor.
 The text is encoded by Llama, inside a prompt template, and by CLIP, pooled. The checkpoint is guidance-distilled, so the
-model takes a guidance scale as an input. Image-to-video would add the image's tokens in `encode_text` and the first
-frame in `condition`.
+model takes a guidance scale as an input.
 """
 
 from collections.abc import Sequence
@@ -40,8 +39,8 @@ class HunyuanVideo(Family):
     pipeline_classes = ("HunyuanVideoPipeline",)
     transformer_class = "HunyuanVideoTransformer3DModel"
     attention_masks = "padding"
-    text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-    components = ("scheduler", "vae", "transformer", *text_components)
+    text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    components: ClassVar[tuple[str, ...]] = ("scheduler", "vae", "transformer", *text_components)
     text_arguments: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
         "encoder_attention_mask": "prompt_attention_mask",
@@ -90,7 +89,7 @@ class HunyuanVideo(Family):
         return transformer
 
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
-        return {"guidance": torch.tensor(settings.guidance)}
+        return {"guidance": torch.tensor(settings.guidance)} if self.guided else {}
 
     def inputs(
         self, noisy: Tensor, level: Tensor, text: Tensors, condition: Tensors, samples: Sequence[SampleLike]
@@ -100,7 +99,8 @@ class HunyuanVideo(Family):
         return {
             "hidden_states": noisy.to(dtype),
             "timestep": level * 1000,
-            "guidance": condition["guidance"].to(dtype) * 1000.0,  # rounded before the product, as in the pipeline
+            # Rounded before the product, as in the pipeline.
+            "guidance": condition["guidance"].to(dtype) * 1000.0 if self.guided else None,
             **text,
             MARK: not needs_mask,
         }
@@ -110,6 +110,8 @@ class HunyuanVideo(Family):
         return arguments if prompt.true_guidance is None else arguments | {"true_cfg_scale": prompt.true_guidance}
 
     def prompt_problem(self, prompt: Prompt) -> str | None:
+        if prompt.guidance is not None and not self.guided:
+            return "this checkpoint has no embedded guidance: remove `guidance`, or set `true_guidance` in its place"
         if prompt.negative and prompt.true_guidance is None:
             return "HunyuanVideo's embedded guidance uses no negative prompt: set `true_guidance`, or remove `negative`"
         return super().prompt_problem(prompt)

@@ -6,10 +6,12 @@ length, which those of one sample have, no token is left to be masked, and the b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from finetune.models.batch import Tensors
 
@@ -20,6 +22,8 @@ video; or in attention to text alone, whose length is a multiple of 128.
 
 MARK = "text_needs_no_mask"
 """The name of the batch's input, a bool, that `call` takes out before the transformer is called."""
+
+_BY_TOKEN = ("encoder_hidden_states", "encoder_attention_mask")  # tensors of text with a row for each token
 
 
 class TextMask:
@@ -54,10 +58,23 @@ def why_masked(masks: Masks, micro_batch_size: int, keeps_length: bool) -> str |
     return "attention to captions always has a mask" if masks == "cross" else None
 
 
-_NAMES = ("encoder_hidden_states", "encoder_attention_mask")
+def stacked(texts: Sequence[Tensors]) -> Tensors:
+    """Texts of several samples with the batch first. Those with fewer tokens than another are padded with masked ones."""
+    longest = max((len(text[name]) for text in texts for name in _BY_TOKEN if name in text), default=0)
+    batches = [padded({name: tensor[None] for name, tensor in text.items()}, longest) for text in texts]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def cut(text: Tensors, keep_length: bool, names: tuple[str, str] = _NAMES) -> tuple[Tensors, bool]:
+def padded(text: Tensors, length: int) -> Tensors:
+    """The text of a batch with masked tokens at its end, until there are `length`; see `cut`. Other tensors are left alone."""
+    longer = {}
+    for name in _BY_TOKEN:
+        if name in text and (missing := length - text[name].shape[1]):
+            longer[name] = pad(text[name], (0, 0) * (text[name].ndim - 2) + (0, missing))
+    return {**text, **longer}
+
+
+def cut(text: Tensors, keep_length: bool, names: tuple[str, str] = _BY_TOKEN) -> tuple[Tensors, bool]:
     """(the text of a batch, cut to its longest caption, whether a mask is needed).
 
     Args:

@@ -21,6 +21,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextConfig,
@@ -43,23 +45,35 @@ CORPUS = (
 )
 
 
+_SPECIAL = r"<\|\w+\|>|<image>"  # tokens by themselves in a template
+
+
 def t5_tokenizer(max_length: int) -> PreTrainedTokenizerBase:
     """A T5 tokenizer (Unigram, like the original) of the words and characters in CORPUS, weighted by their frequency."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *_pieces(CORPUS)]
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=max_length)
 
 
-def llama_tokenizer(template: str) -> PreTrainedTokenizerBase:
-    """A tokenizer with Llama 3's special tokens. Each word of the template is one token, to leave room for the caption."""
-    special = ["<|end_of_text|>", "<unk>", "<|begin_of_text|>", *sorted(set(re.findall(r"<\|\w+\|>", template)))]
-    words = re.sub(r"<\|\w+\|>", " ", template)
-    vocabulary = [*((token, 0.0) for token in special), *_pieces([*CORPUS, *re.findall(r"\w+|[^\w\s]", words)])]
+def llama_tokenizer(template: str, begin: int = 4, halved: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+    """A tokenizer with Llama 3's special tokens. Each word of the template is one token, to leave room for the caption.
+
+    Pipelines drop as many tokens as the template has with Llama 3's tokenizer. Here it has fewer, so there are more of others.
+
+    Args:
+        begin: begin-of-text tokens that precede the text.
+        halved: words of the template that are two tokens.
+    """
+    named = sorted(set(re.findall(_SPECIAL, template)))
+    special = ["<|end_of_text|>", "<unk>", "<|begin_of_text|>", *named]
+    words = [word for word in re.findall(r"\w+|[^\w\s]", re.sub(_SPECIAL, " ", template)) if word not in halved]
+    pieces = dict(_pieces([*CORPUS, *words])) | {
+        half: -5.0 for word in halved for half in (f"\N{LOWER ONE EIGHTH BLOCK}{word[:2]}", word[2:])
+    }
+    vocabulary = [*((token, 0.0) for token in special), *sorted(pieces.items())]
     tokenizer = Tokenizer(Unigram(vocabulary, unk_id=1))
     tokenizer.pre_tokenizer = Sequence([Punctuation(), WhitespaceSplit(), Metaspace()])
-    # The pipeline drops the first 95 tokens, the template's length in Llama 3's tokens. Here the template is three tokens
-    # shorter, so three more begin-of-text tokens precede it.
     tokenizer.post_processor = TemplateProcessing(
-        single="<|begin_of_text|> " * 4 + "$A", special_tokens=[("<|begin_of_text|>", 2)]
+        single="<|begin_of_text|> " * begin + "$A", special_tokens=[("<|begin_of_text|>", 2)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -114,7 +128,11 @@ def _pieces(captions: Iterable[str]) -> list[tuple[str, float]]:
 
 def llama_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> LlamaModel:
     """A Llama of three layers, because the pipeline takes the hidden state before the last two."""
-    config = LlamaConfig(
+    return LlamaModel(_llama_config(tokenizer, width)).eval()
+
+
+def _llama_config(tokenizer: PreTrainedTokenizerBase, width: int) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
@@ -124,7 +142,37 @@ def llama_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> LlamaModel:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.pad_token_id,
     )
-    return LlamaModel(config).eval()
+
+
+def llava_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> LlavaForConditionalGeneration:
+    """The same Llama, which sees images of 48 x 48 pixels as 576 tokens, as many as the real one makes of 336 x 336."""
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=48,
+        patch_size=2,
+        projection_dim=16,
+    )
+    text = _llama_config(tokenizer, width)
+    text.initializer_range = vision.initializer_range = (
+        0.2  # so that tokens of text and image differ by more than rounding
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def clip_image_processor(size: int = 32) -> CLIPImageProcessor:
+    """CLIP's scaling and cropping of images to a square of `size` pixels."""
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def qwen_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> Qwen2_5_VLTextModel:
@@ -174,11 +222,6 @@ def clip_image_encoder(width: int) -> CLIPVisionModel:
         patch_size=8,
     )
     return CLIPVisionModel(config).eval()
-
-
-def clip_image_processor() -> CLIPImageProcessor:
-    """Scales and crops images for `clip_image_encoder`."""
-    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
 def umt5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> UMT5EncoderModel:

@@ -99,6 +99,11 @@ class _Encoders:
         sources = {"caption": caption_source(text), **dict.fromkeys(FRAMES, no_image_source())}
         return self.encoding("text", sources, text)
 
+    @property
+    def text_has_image(self) -> bool:
+        """Whether text is encoded with an image."""
+        return not set(FRAMES).isdisjoint(self.by_kind["text"].sources)
+
     def prompt(self, text: str, images: Sequence[Source]) -> dict[str, _Encoding]:
         """The items of a prompt and its images, by kind: of those that are made of no more."""
         sources = {"caption": caption_source(text), **dict(zip(FRAMES, images, strict=False))}
@@ -138,6 +143,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         split = split_heldout(usable, recipe)
     work: list[_Encoding] = []
     datasets: list[list[Item]] = []
+    drops_image = recipe.data.image_dropout > 0 and encoders.text_has_image
     for part in split:
         datasets.append([])
         for entry in part:
@@ -145,7 +151,10 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
             work += made.values()
             keys = {kind: each.key for kind, each in made.items()}
             clip, fit = entry.clip, entry.fit
-            datasets[-1].append(Item(clip.path, clip.caption, fit.bucket, fit.fps, keys, clip.columns))
+            alone = encoders.text(clip.caption) if drops_image and part is split[0] else None
+            work += [alone] if alone else []
+            text_alone = alone.key if alone else None
+            datasets[-1].append(Item(clip.path, clip.caption, fit.bucket, fit.fps, keys, clip.columns, text_alone))
     if recipe.data.caption_dropout:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
@@ -159,7 +168,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         with host_threads(runtime, used=on_cpu):
             failed |= _encode(work, kind, partial(encoder.load, device), cache, runtime)
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
-    train, heldout = ([item for item in items if not failed.keys() & item.keys.values()] for items in datasets)
+    train, heldout = ([item for item in items if failed.keys().isdisjoint(item.all_keys)] for items in datasets)
     require(train, recipe.data.path)
     _refuse_shared(train, heldout)
     return Prepared(cache, train, heldout, encoders.text("").key, prompts)

@@ -86,8 +86,8 @@ class Train(Table):
     steps: Annotated[int, Field(ge=1)] = Free(1000)
     """Optimizer steps in all."""
     expert_steps: dict[ExpertName, Annotated[int, Field(ge=1)]] = Free({})
-    """Steps of an expert that is to have another number of them, like {high = 500}; `steps = {high = 500, low = 1000}` says the
-    same."""
+    """Steps of an expert that is to have another number of them than `steps`, like {high = 500}. `steps = {high = 500, low = 1000}`
+    says it in one; an expert that is not named there takes the largest number."""
     global_batch_size: Annotated[int, Field(ge=1)] = 1
     """Samples of one optimizer step, over all ranks. Gradient accumulation follows from it."""
     micro_batch_size: Annotated[int, Field(ge=1)] = Free(1)

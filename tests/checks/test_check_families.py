@@ -24,9 +24,12 @@ def refusal(family_recipe: Callable[..., Path], family: str, *overrides: str, va
     [
         ("cogvideox_i2v", "cogvideox", "cogvideox"),
         ("cogvideox", "cogvideox_i2v", "cogvideox_i2v"),
+        ("hunyuan", "hunyuan_i2v", "hunyuan_i2v"),
         ("hunyuan", "mochi", "mochi"),
         ("mochi", "ltx", "ltx"),
         ("ltx_i2v", "hunyuan", "hunyuan"),
+        ("hunyuan", "hunyuan15", "hunyuan15"),
+        ("hunyuan15", "hunyuan15_i2v", "hunyuan15_i2v"),
     ],
 )
 def test_a_checkpoint_of_another_family_names_the_right_one(
@@ -146,6 +149,8 @@ def test_an_ltx_checkpoint_does_both(
     "family, variant, bucket, nearest",
     [
         ("hunyuan", None, "16x64x100", "17x64x96"),
+        ("hunyuan15", None, "16x64x100", "17x64x96"),
+        ("hunyuan_i2v", "token_replace", "1x64x100", "5x64x96"),
         ("mochi", None, "17x64x96", "19x64x96"),
         ("cogvideox", "5b", "13x64x88", "17x64x96"),
         ("cogvideox", "1.5-5B", "17x160x96", "17x128x96"),
@@ -173,6 +178,9 @@ def test_a_bucket_that_is_illegal_names_the_nearest(
         ("cogvideox", "data.image_dropout=0.1"),
         ("mochi", "vae.image_noise=true"),
         ("ltx_i2v", "vae.image_noise=true"),
+        ("hunyuan15_i2v", "vae.image_noise=true"),
+        ("hunyuan_i2v", "vae.image_noise=true"),
+        ("hunyuan_i2v", "objective.guidance=6"),  # "latent_concat", which has no embedded guidance
         ("ltx", "objective.guidance=6"),
         ("wan", "data.image_dropout=0.1"),
         ("wan", "objective.guidance=6"),
@@ -195,7 +203,11 @@ def test_a_setting_that_means_nothing_to_the_family_is_refused(
         ("cogvideox_i2v", '{text = "a", image = "nowhere.png"}', "no such condition image"),
         ("mochi", '{text = "a", true_guidance = 2.0}', "takes no `true_guidance`"),
         ("hunyuan", '{text = "a", negative = "b"}', "uses no negative prompt"),
+        ("hunyuan15", '{text = "a", true_guidance = 2.0}', "takes no `true_guidance`"),
+        ("hunyuan15_i2v", '{text = "a", image = "x.png", shape = "17x96x96"}', "the nearest is 17x80x80"),
         ("wan_i2v", '{text = "a", image = "x.png", last_image = "x.png"}', "remove `last_image`"),
+        ("hunyuan_i2v", '{text = "a"}', "needs a condition image"),
+        ("hunyuan_i2v", '{text = "a", image = "x.png", guidance = 6.0}', "has no embedded guidance"),
         ("hunyuan", '{text = "a", shape = "18x64x96"}', "18x64x96: HunyuanVideo needs 4k + 1 frames"),
     ],
 )
@@ -222,6 +234,7 @@ PADDED, COMPILED_PADDED = "captions of a micro-batch that differ in length", "co
     "family, kernel, overrides, why, cure",
     [
         ("hunyuan", "flash", [TWO], PADDED, "train.micro_batch_size = 1"),
+        ("hunyuan15", "flash", [TWO], PADDED, "train.micro_batch_size = 1"),
         ("mochi", "fa3", [TWO], PADDED, "train.micro_batch_size = 1"),
         ("mochi", "flash", [ONE, COMPILED], COMPILED_PADDED, "memory.compile = false"),
         ("hunyuan", "cudnn", [TWO], "gradients may be NaN with a mask", "train.micro_batch_size = 1"),
@@ -258,6 +271,7 @@ def test_a_prompt_has_as_many_images_as_wan_takes(
         ("wan", "flash", [TWO, COMPILED]),
         ("wan_i2v", "cudnn", [TWO]),
         ("hunyuan", "flash", [ONE]),
+        ("hunyuan15_i2v", "flash", [ONE]),
         ("mochi", "cudnn", [ONE]),
         ("hunyuan", "efficient", [TWO]),
         ("mochi", "math", [TWO, COMPILED]),

@@ -50,7 +50,7 @@ def test_an_image_is_fetched_from_an_address(tmp_path: Path, address: str) -> No
 def test_a_video_gives_its_first_frame_as_training_sees_it(clips: Path) -> None:
     video = sorted(clips.glob("*.mp4"))[0]
     info = decode.probe(video)
-    first = decode.decode(video, info, Bucket(17), info.fps)[0]
+    first = decode.decode(video, info, Bucket(17, info.height, info.width), info.fps)[0]
     assert np.array_equal(load_image(str(video)), first)
 
 

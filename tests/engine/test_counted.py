@@ -12,7 +12,8 @@ from torch import Tensor
 from finetune.models.batch import Batch
 from finetune.training.job import Job
 
-GIVEN_FRAME = [model for model in MODELS if model[0] == "ltx_i2v"]
+LTX_I2V = [model for model in MODELS if model[0] == "ltx_i2v"]
+GIVEN_FRAME = [*LTX_I2V, ("hunyuan_i2v", "token_replace"), ("wan_i2v", "2.2-5B")]
 
 TOLERANCE = {"rtol": 1e-5, "atol": 0}  # relative to each loss: nothing cancels in a mean of squares
 
@@ -33,7 +34,7 @@ def excluded(batch: Batch) -> Tensor:
     return batch.only.counted.expand_as(batch.only.target) == 0
 
 
-@given_frame
+@pytest.mark.parametrize("batch", LTX_I2V, indirect=True, ids=lambda model: model[1])
 def test_the_first_latent_frame_is_not_counted_unless_the_image_is_dropped(batch: Batch) -> None:
     first = 2 * 3  # tokens of a 64x96 frame
     whole = [not sample.any() for sample in excluded(batch)]

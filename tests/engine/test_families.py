@@ -9,13 +9,13 @@ import pytest
 import torch
 from closeness import assert_close_to_scale
 from every_family import Model, every_family, every_transformer, every_transformer_with
+from exports import load_adapter
 from families_worker import METHODS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from finetune.engine.precision import DTYPES
 from finetune.engine.step import StepResult
-from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
 from finetune.models import family_class
 from finetune.models.folder import ModelFolder
 from finetune.models.mochi import MaskedAttention
@@ -125,14 +125,6 @@ def exported(job: Job, folder: Path) -> nn.Module:
     return pipeline.transformer
 
 
-def load_adapter(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
-    """Not every pipeline has a method for it; the transformer's is diffusers' own, too."""
-    if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(folder)
-    else:
-        pipeline.transformer.load_lora_adapter(folder, weight_name=LORA_FILE)
-
-
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.full)])
 @every_family
 @every_method
@@ -170,13 +162,15 @@ def test_mochis_own_attention_predicts_what_the_trained_model_predicts(
 
 
 # Linear layers of the blocks in which an adapter changes nothing, since what they lead to is dropped.
+_LAST_TEXT = {
+    f"transformer_blocks.1.{name}"
+    for name in ("attn.add_q_proj", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
+}
 WITHOUT_EFFECT = {
     # The last block returns video alone: what its text tokens look at is computed and thrown away.
     "mochi": {"transformer_blocks.1.attn1.add_q_proj"},
-    "hunyuan15": {
-        f"transformer_blocks.1.{name}"
-        for name in ("attn.add_q_proj", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
-    },
+    "hunyuan15": _LAST_TEXT,
+    "hunyuan15_i2v": _LAST_TEXT,
 }
 
 

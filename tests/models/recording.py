@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune.data.loader import Sample
 from finetune.data.synthetic import scene
-from finetune.models import FAMILIES, family_class
+from finetune.models import FAMILIES, family_class, text_mask
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.recipe import Bucket
@@ -64,13 +64,22 @@ class TinyModel:
             return self.bucket
         if self.family.name == "hunyuan15_i2v":  # whose pipeline makes shapes of about one area
             return self.bucket._replace(frames=5)
-        return Bucket({"mochi": 7, "hunyuan": 17}.get(self.family.name, 9), 32, 32)
+        return Bucket({"mochi": 7, "hunyuan": 17, "hunyuan_i2v": 17}.get(self.family.name, 9), 32, 32)
+
+    @property
+    def replaces_frame(self) -> bool:
+        return self.family.folder.config("transformer").get("image_condition_type") == "token_replace"
+
+    @property
+    def drops_frame(self) -> bool:
+        """Whether the pipeline generates a latent frame in front, and drops it."""
+        return self.family.folder.config("transformer").get("image_condition_type") == "latent_concat"
 
     @property
     def given_frames(self) -> int:
         """Latent frames that the pipeline is given, and training does not count."""
         has_own_timesteps = self.family.takes_image and self.family.folder.index.get("expand_timesteps")
-        return int(self.family.name == "ltx_i2v" or bool(has_own_timesteps))
+        return int(self.family.name == "ltx_i2v" or bool(has_own_timesteps) or self.replaces_frame)
 
     @property
     def cuts_timesteps(self) -> bool:
@@ -94,9 +103,9 @@ class TinyModel:
     def pipeline(self, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
         return _pipeline(self.pipeline_class, self.folder, dtype, self.family.vae_dtype or dtype)
 
-    def text(self, caption: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """A caption as the family encodes it."""
-        return _text(self, caption, dtype)
+    def text(self, caption: str, dtype: torch.dtype = torch.float32, with_image: bool = True) -> dict[str, Tensor]:
+        """A caption as the family encodes it, with the clip's first frame if it sees that."""
+        return _text(self, caption, dtype, with_image)
 
 
 @cache
@@ -107,8 +116,10 @@ def _pipeline(cls: type, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtyp
 
 
 @cache
-def _text(model: TinyModel, caption: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    return model.family.text_encoder(CPU, dtype)(caption)
+def _text(model: TinyModel, caption: str, dtype: torch.dtype, with_image: bool) -> dict[str, Tensor]:
+    (encoder,) = (each for each in model.family.encoders(dtype, Vae()) if each.kind == "text")
+    sources = {"caption": caption, "first_frame": model.clip[0] if with_image else None}
+    return encoder.load(CPU)(*(sources[name] for name in encoder.sources))
 
 
 @dataclass
@@ -153,6 +164,8 @@ def generate(
 ) -> Generation:
     """Run a pipeline and record it; without classifier-free guidance, on the clip's first frame if it takes an image.
 
+    Latents are those of a bucket as training has it, videos those of a bucket as it is asked for.
+
     Args:
         answer: what the transformer answers in place of its own output, in the output's layout.
     """
@@ -180,19 +193,21 @@ def generate(
             arguments["image_cond_noise_scale"] = 0.0
     if family.last_image:
         arguments = {"last_image": Image.fromarray(scene(0, *bucket)[0][-1]), **arguments}
-    arguments = {"guidance_scale": GUIDANCE if family.name == "hunyuan" else 1.0, **arguments}
+    arguments = {"guidance_scale": GUIDANCE if getattr(family, "guided", False) else 1.0, **arguments}
     accepted = inspect.signature(type(pipeline).__call__).parameters
     if "guidance_scale" not in accepted:
         pipeline.guider = pipeline.guider.new(guidance_scale=arguments.pop("guidance_scale"))
     if "callback_on_step_end" in accepted:  # else the latents are those that the transformer is given
         arguments["callback_on_step_end"] = lambda pipe, index, t, tensors: held.append(tensors["latents"]) or {}
+    arguments |= family.shape_arguments(bucket)
+    if output_type == "latent":
+        arguments["num_frames"] = bucket.frames
     with contextlib.ExitStack() as stack:
         for transformer in transformers.values():
             stack.enter_context(hooks(transformer, before, after))
         frames = pipeline(
             prompt=prompt,
             num_inference_steps=steps,
-            **family.shape_arguments(bucket),
             **arguments,
             generator=generator(),
             output_type=output_type,
@@ -260,6 +275,14 @@ def drawn_image(model: TinyModel, pipeline: diffusers.DiffusionPipeline) -> Tens
     return pipeline.vae.encode(pixels).latent_dist.sample(generator())
 
 
+@torch.no_grad()
+def image_mean(model: TinyModel, dtype: torch.dtype) -> Tensor:
+    """The mean (C, 1, H, W) of the posterior of HunyuanVideo's condition image."""
+    pipeline = model.pipeline(dtype)
+    pixels = pipeline.video_processor.preprocess(Image.fromarray(model.clip[0]), *model.bucket[1:]).to(dtype)
+    return pipeline.vae.encode(pixels[:, :, None]).latent_dist.mode()[0]
+
+
 @cache
 def encoded_clip(model: TinyModel, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
     """The clip whose first frame is the image, by the family's encoders, without its caption."""
@@ -296,6 +319,10 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
         if model.family.name == "ltx_i2v" and not clip.image_dropped:
             x0[:, 0] = clip.generation.calls[0].latents[0, :, 0]
             noisy[:, :, 0] = 1e3  # training noises the whole clip, and puts the image back
+        if model.family.name == "hunyuan_i2v":
+            moments = {"image_mean": image_mean(model, clip.text["encoder_hidden_states"].dtype)}
+            if model.replaces_frame:
+                noisy[:, :, 0] = 1e3
         encoded = {"video": moments}
         if model.family.name in ("hunyuan15_i2v", "wan_i2v"):
             encoded |= encoded_clip(model, clip.text["encoder_hidden_states"].dtype)
@@ -306,7 +333,8 @@ def training_inputs(model: TinyModel, *clips: Clip) -> dict[str, Any]:
         samples.append(sample)
         conditions.append(model.family.condition(sample, x0, ObjectiveSettings(guidance=GUIDANCE)))
     level = torch.cat([clip.call.level for clip in clips])
-    return model.family.inputs(noisy, level, stacked([clip.text for clip in clips]), stacked(conditions), samples)
+    text = text_mask.stacked([clip.text for clip in clips])
+    return model.family.inputs(noisy, level, text, stacked(conditions), samples)
 
 
 def stacked(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
-from finetune.training.exported_videos import check_trained, load_trained
+from finetune.training.exported_videos import check_trained, load_trained, trained_parts
 from finetune.training.job import Job
 from finetune.training.output import Results
 from finetune.training.samples import validation_samples
@@ -105,7 +105,7 @@ def test_its_adapter_is_exported_and_verified(make_job: Callable[..., Job], tmp_
     train(job, 0, 1)
     folder = Results(job).export()
     assert folder == (tmp_path / "run" / "lora").absolute()
-    check_trained(folder, job.state.family)
+    check_trained(job.state.family, folder)
     weights = load_file(folder / "pytorch_lora_weights.safetensors")
     assert max(weight.abs().max() for name, weight in weights.items() if "lora_B" in name) > 0
 
@@ -130,7 +130,7 @@ def test_what_is_exported_is_loaded_into_it(make_job: Callable[..., Job], method
     pipeline = WanPipeline(None, None, None, None, transformer_2=base)
     with torch.no_grad():
         (before,) = family.predict(base, inputs).values()
-        load_trained(pipeline, folder, family, job.recipe, job.state.runtime)
+        load_trained(pipeline, family, folder, job.recipe, job.state.runtime)
         (loaded,) = family.predict(pipeline.transformer_2, inputs).values()
         (trained,) = family.predict(job.state.transformer.eval(), inputs).values()
     assert_close_to_scale(loaded, trained)
@@ -155,7 +155,7 @@ def test_the_end_of_a_run_names_it(
 
 def test_a_folder_without_its_weights_is_said_to_have_none_of_it(make_job: Callable[..., Job], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nor a transformer_2 in it"):
-        check_trained(tmp_path, make_job().state.family)
+        trained_parts(tmp_path, make_job().state.family)
 
 
 def original(folder: Path) -> dict[str, torch.Tensor]:

@@ -28,9 +28,12 @@ COGVIDEOX_I2V = pytest.mark.parametrize("model", variants("cogvideox_i2v"), ids=
 
 
 @torch.no_grad()
-def encoded_prompt(pipeline: diffusers.DiffusionPipeline, caption: str) -> dict[str, Tensor]:
+def encoded_prompt(model: TinyModel, dtype: torch.dtype, caption: str) -> dict[str, Tensor]:
     """What `encode_prompt` makes of a caption, by the names of the transformer's arguments."""
-    names = ["encoder_hidden_states", "encoder_attention_mask"]
+    names, pipeline = ["encoder_hidden_states", "encoder_attention_mask"], model.pipeline(dtype)
+    if isinstance(pipeline, diffusers.HunyuanVideoImageToVideoPipeline):  # its call decides about the image's tokens
+        arguments = generate(model, pipeline, prompt=caption, steps=1).calls[0].kwargs
+        return {name: arguments[name][0] for name in model.family.text_arguments}
     if isinstance(pipeline, diffusers.HunyuanVideo15Pipeline | diffusers.HunyuanVideo15ImageToVideoPipeline):
         return dict(
             zip(HunyuanVideo15.text_arguments, (each[0] for each in pipeline.encode_prompt(caption)), strict=True)
@@ -47,7 +50,7 @@ def encoded_prompt(pipeline: diffusers.DiffusionPipeline, caption: str) -> dict[
 def unconditional_text(model: TinyModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the pipeline gives its transformer beside the prompt's tensors when it guides without a negative prompt."""
     guidance, call = {"guidance_scale": 3.0}, 0
-    if model.family.name == "hunyuan":  # guided by a second call, if there is a negative prompt
+    if model.family.name in ("hunyuan", "hunyuan_i2v"):  # guided by a second call, if there is a negative prompt
         guidance, call = {"true_cfg_scale": 3.0, "negative_prompt": ""}, 1
     if model.family.name.startswith(("hunyuan15", "wan")):
         call = 1
@@ -71,14 +74,14 @@ def test_captions_are_encoded_as_the_pipeline_encodes_prompts(
     model: TinyModel, caption: str, dtype: torch.dtype
 ) -> None:
     ours = model.text(caption, dtype)
-    assert_text_equal(ours, encoded_prompt(model.pipeline(dtype), caption))
+    assert_text_equal(ours, encoded_prompt(model, dtype, caption))
     assert ours.keys() == model.family.text_arguments.keys()
     assert ours["encoder_hidden_states"].dtype == dtype
 
 
 @DTYPES
 def test_the_empty_caption_is_the_pipelines_unconditional_input(model: TinyModel, dtype: torch.dtype) -> None:
-    assert_text_equal(model.text("", dtype), unconditional_text(model, dtype))
+    assert_text_equal(model.text("", dtype, with_image=False), unconditional_text(model, dtype))
 
 
 def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
@@ -115,7 +118,7 @@ def test_mochis_zeroed_empty_prompt_is_kept(model: TinyModel, tmp_path: Path) ->
     zeroing = TinyModel.open(folder, "mochi")
     assert zeroing.pipeline().config.force_zeros_for_empty_prompt
     assert_text_equal(zeroing.text(""), unconditional_text(zeroing, torch.float32))
-    assert_text_equal(zeroing.text(PROMPT), encoded_prompt(zeroing.pipeline(), PROMPT))
+    assert_text_equal(zeroing.text(PROMPT), encoded_prompt(zeroing, torch.float32, PROMPT))
     assert not zeroing.text("")["encoder_attention_mask"].any()
     assert model.text("")["encoder_attention_mask"].any()
 
@@ -131,6 +134,8 @@ def as_video(frames: np.ndarray) -> Tensor:
 def decoded_by_pipeline(model: TinyModel, latents: Tensor, bucket: Bucket) -> Tensor:
     """Have the pipeline generate latents (C, F, H, W), and decode them; video (1, F, 3, H, W) in [0, 1]."""
     objective, noise = model.family.objective(ObjectiveSettings()), []
+    if model.drops_frame:
+        bucket = bucket._replace(frames=bucket.frames - model.family.temporal)
 
     def answer(call: Call) -> Tensor:
         noise.append(call.latents.clone())
@@ -155,8 +160,9 @@ def test_latents_decode_to_what_a_posterior_sample_decodes_to(model: TinyModel) 
             "timestep_conditioning", False
         )  # the pipeline decodes at 0 if it is told nothing
         expected = pipeline.vae.decode(z, *([torch.zeros(1)] if timed else []), return_dict=False)[0]
-    expected = pipeline.video_processor.postprocess_video(expected, output_type="pt")
-    assert video.shape == (1, bucket.frames, 3, bucket.height, bucket.width)
+    dropped = 4 if model.drops_frame else 0
+    expected = pipeline.video_processor.postprocess_video(expected[:, :, dropped:], output_type="pt")
+    assert video.shape == (1, bucket.frames - dropped, 3, bucket.height, bucket.width)
     assert expected.std() > 1e-3
     assert_close_to_scale(video, expected)
 

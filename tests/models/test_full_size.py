@@ -198,7 +198,14 @@ def check_shards(family: Family, facts: Checkpoint, runtime: distributed.Runtime
     assert len(blocks) == sum(facts.blocks.values())
     assert all(isinstance(block, FSDPModule) for block in blocks)
     units = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
-    assert len(units) == len(blocks) + 1  # and the root
+    others = [unit for unit in units if unit not in blocks]
+    if (
+        transformer._keep_in_fp32_modules
+    ):  # then the root is the unit of these, and what else is not in blocks has its own
+        assert others[0] is transformer
+        assert not {module for block in blocks for module in block.modules()} & set(others)
+    else:
+        assert others == [transformer]
     assert parameters(transformer) - sum(map(parameters, blocks)) < 0.1 * parameters(transformer)
 
 

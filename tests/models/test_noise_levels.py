@@ -20,7 +20,7 @@ from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings
 
 FLOW_MATCHING = pytest.mark.parametrize(
-    "model", variants("hunyuan", "hunyuan15", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True
+    "model", variants("hunyuan", "hunyuan15", "hunyuan_i2v", "ltx", "ltx_i2v", "mochi"), ids=variant_id, indirect=True
 )
 
 

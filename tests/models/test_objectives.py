@@ -15,7 +15,7 @@ from finetune.models.batch import Batch
 from finetune.recipe.schema import ObjectiveSettings
 
 COGVIDEOX = pytest.mark.parametrize("model", variants("cogvideox", "cogvideox_i2v"), ids=variant_id, indirect=True)
-GIVEN_FRAME = [*variants("ltx_i2v"), ("wan_i2v", "2.2-5B")]
+GIVEN_FRAME = [*variants("ltx_i2v"), ("hunyuan_i2v", "token_replace"), ("wan_i2v", "2.2-5B")]
 UNSHIFTED = {"shift": 1.0}
 
 
@@ -95,7 +95,10 @@ def test_every_timestep_is_drawn_and_equally_often(model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", variants("hunyuan", "hunyuan15", "ltx", "ltx_i2v", "mochi", "wan"), ids=variant_id, indirect=True
+    "model",
+    variants("hunyuan", "hunyuan15", "hunyuan_i2v", "ltx", "ltx_i2v", "mochi", "wan"),
+    ids=variant_id,
+    indirect=True,
 )
 def test_flow_matching_is_logit_normal_if_nothing_is_said(model: TinyModel) -> None:
     assert torch.equal(drawn(model, 20), drawn(model, 20, sigma_sampling="logit_normal"))
@@ -152,7 +155,9 @@ def test_everything_counts_where_no_frame_is_given(model: TinyModel) -> None:
     assert model.family.batch(samples(model, 2), model.family.objective(ObjectiveSettings())).only.counted is None
 
 
-@pytest.mark.parametrize("model", GIVEN_FRAME, ids=variant_id, indirect=True)
+@pytest.mark.parametrize(
+    "model", [each for each in GIVEN_FRAME if each[0] != "hunyuan_i2v"], ids=variant_id, indirect=True
+)
 def test_all_but_the_given_frame_counts(model: TinyModel) -> None:
     """And the given frame's tokens are at timestep 0; a sample whose image is dropped is like text-to-video."""
     with_image, dropped = samples(model, 1)[0], samples(model, 1, image_dropped=True)[0]
@@ -167,3 +172,12 @@ def test_all_but_the_given_frame_counts(model: TinyModel) -> None:
     assert torch.equal(timestep == 0, given.bool())
     assert (timestep[1] == timestep[1, 0]).all()
     assert torch.equal(batch.only.target[0], batch.only.target[1])  # the draws do not depend on it
+
+
+@pytest.mark.parametrize("model", [("hunyuan_i2v", "token_replace")], ids=variant_id, indirect=True)
+def test_the_frame_that_hunyuans_image_replaces_does_not_count(model: TinyModel) -> None:
+    batch = model.family.batch(samples(model, 2), model.family.objective(ObjectiveSettings()))
+    counted = batch.only.counted.expand_as(batch.only.target)
+    expected = torch.ones_like(counted)
+    expected[:, :, 0] = 0
+    assert torch.equal(counted, expected)

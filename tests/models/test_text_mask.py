@@ -19,7 +19,7 @@ from finetune.recipe import load_recipe
 from finetune.runtime import seeds
 from finetune.training.job import Job
 
-FAMILIES = pytest.mark.parametrize("name", ["hunyuan", "hunyuan15", "mochi"])
+FAMILIES = pytest.mark.parametrize("name", ["hunyuan", "hunyuan15", "hunyuan_i2v", "mochi"])
 BuildJob = Callable[..., Job]
 
 
@@ -44,8 +44,13 @@ def attention_masks(tokens: int) -> Iterator[list[bool]]:
 
 def lengths(job: Job, micro_step: int) -> list[int]:
     """How many tokens the captions of a micro-batch have."""
-    items = [job.prepared.train[job.order.plan(0).items[p]] for p in job.split.positions(micro_step)]
-    return [int(job.prepared.cache.read("text", item.keys["text"])["encoder_attention_mask"].sum()) for item in items]
+    keys = []
+    for position in job.split.positions(micro_step):
+        item = job.prepared.train[job.order.plan(0).items[position]]
+        drawn = torch.rand((), generator=seeds.generator(job.recipe.train.seed, "image", 0, position)).item()
+        dropped = item.text_alone if drawn < job.recipe.data.image_dropout else None
+        keys.append(dropped or item.keys["text"])
+    return [int(job.prepared.cache.read("text", key)["encoder_attention_mask"].sum()) for key in keys]
 
 
 @FAMILIES

@@ -56,7 +56,7 @@ def test_it_takes_a_few_megabytes(model: TinyModel) -> None:
     assert sum(map(len, contents_of(model.folder).values())) < limit
 
 
-@pytest.mark.parametrize("name", ["cogvideox", "cogvideox_i2v", "ltx", "ltx_i2v", "wan", "wan_i2v"])
+@pytest.mark.parametrize("name", ["cogvideox", "cogvideox_i2v", "hunyuan_i2v", "ltx", "ltx_i2v", "wan", "wan_i2v"])
 def test_variants_of_a_family_differ(name: str, tiny_model: Callable[..., Path]) -> None:
     files = ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json")
     folders = [tiny_model(name, variant) for variant in family_class(name).variants]

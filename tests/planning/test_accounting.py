@@ -10,7 +10,11 @@ import pytest
 from processes import ROOT
 
 FAMILIES = ["ltx", "cogvideox", "hunyuan", "mochi"]
-WITH_THEIR_TRANSFORMERS = ["ltx_i2v", "cogvideox_i2v"]  # with other inputs: savers make no further difference
+WITH_THEIR_TRANSFORMERS = [
+    "ltx_i2v",
+    "cogvideox_i2v",
+    "hunyuan_i2v",
+]  # with other inputs: savers make no further difference
 SAVERS = {
     "plain": [],
     "not checkpointed": ["memory.activation_checkpointing=none"],
@@ -37,10 +41,12 @@ OF_LTX = {
     "efficient attention": ["memory.attention=efficient"],
 }
 SHORT = [(family, saver) for family in FAMILIES for saver in SAVERS if saver != "every second block" or family == "ltx"]
-SHORT += [("ltx", saver) for saver in OF_LTX] + [(family, "plain") for family in WITH_THEIR_TRANSFORMERS]
-LONG = [
-    (family, saver) for family in FAMILIES + WITH_THEIR_TRANSFORMERS for saver in SAVERS if (family, saver) not in SHORT
+SHORT += [("ltx", saver) for saver in OF_LTX] + [
+    (family, "plain") for family in ("ltx_i2v", "cogvideox_i2v", "wan_i2v")
 ]
+SHORT += [("hunyuan15", "full")]  # with a forward pass of its own, and weights without gradients
+ALL = [*FAMILIES, *WITH_THEIR_TRANSFORMERS, "hunyuan15", "hunyuan15_i2v"]
+LONG = [(family, saver) for family in ALL for saver in SAVERS if (family, saver) not in SHORT]
 CASES = [*SHORT, *(pytest.param(*case, marks=pytest.mark.full) for case in LONG)]
 ON_THE_HOST = (
     300  # bytes of numbers that are on the CPU beside a GPU: AdamW counts its steps there, torchao has its rates

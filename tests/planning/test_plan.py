@@ -39,7 +39,14 @@ def test_a_plan_says_what_it_takes_and_whether_that_fits(finetune, recipe: Path)
 
 # ltx, as every other test here; the others take their own encoders and VAEs
 @pytest.mark.parametrize(
-    "family", ["cogvideox_i2v", *(pytest.param(f, marks=pytest.mark.full) for f in ("cogvideox", "hunyuan", "mochi"))]
+    "family",
+    [
+        "cogvideox_i2v",
+        *(
+            pytest.param(family, marks=pytest.mark.full)
+            for family in ("cogvideox", "hunyuan", "hunyuan15", "hunyuan_i2v", "mochi")
+        ),
+    ],
 )
 def test_a_plan_goes_through_every_phase_of_a_run(
     finetune, family_recipe: Callable[..., Path], family: str, tmp_path: Path

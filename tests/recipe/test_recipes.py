@@ -24,6 +24,7 @@ MODELS = {
     "cogvideox_1.5_5b": "cogvideox-1.5-5b",
     "cogvideox_1.5_5b_i2v": "cogvideox-1.5-5b-i2v",
     "hunyuan": "hunyuanvideo",
+    "hunyuan_i2v": "hunyuanvideo-i2v",
     "ltx": "ltx-video",
     "ltx_i2v": "ltx-video",
     "ltx_13b": "ltx-video-0.9.7",
@@ -57,7 +58,7 @@ each_recipe = pytest.mark.parametrize("name", RECIPES)
 def test_these_are_all_the_recipes() -> None:
     found = {str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*.toml")}
     assert found == {f"{name}.toml" for name in [*RECIPES, "quickstart"]}
-    assert len(found) == 23
+    assert len(found) == 25
 
 
 @each_recipe
