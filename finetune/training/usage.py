@@ -49,6 +49,7 @@ def _usage(job: Job, folder: Path) -> list[str]:
         lines.append(f"pipe.vae.to({family.vae_dtype})")
     size = ", ".join(f"{name}={value}" for name, value in family.shape_arguments(shape).items())
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
+    image += 'last_image=load_image("last_frame.png"), ' if family.last_image else ""
     device = job.state.runtime.device.kind
     lines.append(f'video = pipe.to("{device}")(prompt="your prompt", {image}{size}).frames[0]')
     lines.append(f'export_to_video(video, "video.mp4", fps={job.recipe.data.fps or 25:g})')
