@@ -242,7 +242,8 @@ class WanImageToVideo(Wan):
         """Load CLIP. Returns a function from one or two images, uint8 (H, W, 3), to their embeddings (images, tokens, D)."""
         import transformers
 
-        encoder = self.folder.load("image_encoder", transformers.CLIPVisionModel, dtype).to(device)
+        cls = getattr(transformers, self.folder.class_name("image_encoder"))
+        encoder = self.folder.load("image_encoder", cls, dtype).to(device)
         pipeline = self.pipeline(image_encoder=encoder, image_processor=self._image_processor())
 
         @torch.no_grad()
@@ -254,7 +255,8 @@ class WanImageToVideo(Wan):
     def _image_processor(self) -> Any:
         import transformers
 
-        return transformers.CLIPImageProcessor.from_pretrained(self.folder.path / "image_processor")
+        cls = getattr(transformers, self.folder.class_name("image_processor"))
+        return cls.from_pretrained(self.folder.path / "image_processor")
 
     def _image_fingerprint(self, file_hash: FileHash) -> list[Any]:
         return [self.folder.fingerprint(name, file_hash) for name in ("image_encoder", "image_processor")]

@@ -78,9 +78,9 @@ def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers
     """Load the whole pipeline onto the device, in the recipe's precision."""
     diffusers.utils.logging.disable_progress_bar()
     cls = getattr(diffusers, family.pipeline_class)
-    pipeline = cls.from_pretrained(family.folder.path, dtype=DTYPES[recipe.train.precision])
-    if family.vae_dtype is not None:
-        pipeline.vae.to(family.vae_dtype)
+    dtype = DTYPES[recipe.train.precision]
+    dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
+    pipeline = cls.from_pretrained(family.folder.path, dtype=dtypes)
     if recipe.validation.tiling:
         pipeline.vae.enable_tiling()
     pipeline.set_progress_bar_config(disable=True)

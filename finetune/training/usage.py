@@ -41,12 +41,13 @@ def _usage(job: Job, folder: Path) -> list[str]:
     source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
     helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"
     lines = ["import torch, diffusers", f"from diffusers.utils import {helpers}  # pip install imageio imageio-ffmpeg"]
-    loading = exporter_of(job.recipe.train.method).usage(source, dtype, _parts(job, folder))
+    mixed = family.vae_dtype is not None and dtype != str(family.vae_dtype)
+    dtypes = f'{{"default": {dtype}, "vae": {family.vae_dtype}}}' if mixed else dtype
+    base = f"{source}, torch_dtype={dtypes}"
+    loading = exporter_of(job.recipe.train.method).usage(base, dtype, _parts(job, folder))
     if not loading:
         return []
     lines += loading
-    if family.vae_dtype is not None and dtype != str(family.vae_dtype):
-        lines.append(f"pipe.vae.to({family.vae_dtype})")
     size = ", ".join(f"{name}={value}" for name, value in family.shape_arguments(shape).items())
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
     image += 'last_image=load_image("last_frame.png"), ' if family.last_image else ""

@@ -95,7 +95,7 @@ def load_lora(pipeline: diffusers.DiffusionPipeline, family: Family, folder: Pat
 
 def usage(base: str, dtype: str, parts: Sequence[tuple[Family, Path]]) -> list[str]:
     """See `Exporter.usage`."""
-    lines = [f"pipe = diffusers.{parts[0][0].pipeline_class}.from_pretrained({base}, torch_dtype={dtype})"]
+    lines = [f"pipe = diffusers.{parts[0][0].pipeline_class}.from_pretrained({base})"]
     for family, folder in parts:
         arguments = "".join(f", {name}={value!r}" for name, value in _loading_arguments(family).items())
         lines.append(f'pipe.{_loader(family)}("{folder}"{arguments})'.replace("'", '"'))

@@ -37,7 +37,7 @@ def usage(base: str, dtype: str, parts: Sequence[tuple[Family, Path]]) -> list[s
         for component, folder in loaded.items()
     ]
     given = ", ".join(f"{component}={component}" for component in loaded)
-    return [*lines, f"pipe = diffusers.{first.pipeline_class}.from_pretrained({base}, {given}, torch_dtype={dtype})"]
+    return [*lines, f"pipe = diffusers.{first.pipeline_class}.from_pretrained({base}, {given})"]
 
 
 def _component(family: Family) -> str:

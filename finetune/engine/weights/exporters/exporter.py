@@ -23,8 +23,8 @@ class Exporter:
         folder: the name of its folder in the run's output, of a family.
         write: given (transformer, family, folder, runtime), writes and verifies. All ranks take part; raises UserError if
             what was written differs from what was trained.
-        usage: given (base, dtype, parts), the lines of Python that make `pipe` of the base model, as arguments of
-            `from_pretrained`, and of each (family, folder) of the parts; none if no line is known.
+        usage: given (base, dtype, parts), the lines of Python that make `pipe` of the base model, as arguments of the pipeline's
+            `from_pretrained`, and of each (family, folder) of the parts, weights in `dtype`; none if no line is known.
         title: what it writes of a family, as the end of a run says it.
         is_small: whether each checkpoint has it, too, so that it can be used before the run's end.
     """
