@@ -12,6 +12,7 @@ from finetune.models.folder import ModelFolder, resolve
 from finetune.models.noise_range import Restricted
 from finetune.models.text_mask import why_masked
 from finetune.recipe import Recipe
+from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import is_set
 from finetune.runtime.errors import Problem, UserError
@@ -45,9 +46,7 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
         raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
     family = cls(folder)
     wrong = family.problems(recipe.model, recipe.data)
-    if recipe.train.expert_steps and not family.experts:
-        what = f"this checkpoint of {family.title} has no experts with steps of their own"
-        wrong.append(Problem(what, "train.steps", "set train.steps to a number, and remove expert_steps"))
+    wrong += _expert_problems(recipe, family)
     if wrong:
         raise UserError.of(wrong)
     family.select(recipe.model, recipe.data)
@@ -60,6 +59,25 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     if wrong := list(_resident_problems(recipe, family, transformer)):
         raise UserError.of(wrong)
     return family
+
+
+def _expert_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
+    """Steps and ranges of experts that there are not, or that a recipe leaves open."""
+    steps, ranges = recipe.train.expert_steps, recipe.objective.expert_ranges
+    if not family.experts:
+        for key, table in (("train.steps", steps), ("objective.sigma_range", ranges)):
+            if table:
+                what = f"this checkpoint of {family.title} has no experts that this could differ for"
+                yield Problem(what, key, "write one value in place of the table")
+        return
+    trained = recipe.model.experts or list(family.experts)
+    missing = [name for name in trained if name not in steps]
+    if steps and missing and recipe.train.steps == max(steps.values()):
+        what = f"the table of steps does not name the expert {missing[0]!r}, which is trained, too"
+        yield Problem(what, "train.steps", "name both, or set model.experts to the one that is to be trained")
+    if recipe.objective.sigma_range and len(trained) > 1:
+        cure = "write a table: {high = [0.8, 1.0], low = [0.0, 0.9]}; or set model.experts to the one that it is for"
+        yield Problem("one range of noise levels for two experts", "objective.sigma_range", cure)
 
 
 def _weight_problems(family: Family, transformer: nn.Module) -> Iterator[Problem]:
@@ -99,7 +117,9 @@ def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     yield from _unused(recipe, family)
     yield from _attention_problems(recipe, family)
     yield from _shape_problems(recipe, family)
-    yield from _noise_problems(recipe, family)
+    for each in recipes_of_experts(recipe, list(family.experts)):
+        experts = each.model.experts
+        yield from _noise_problems(each, family.of_expert(experts[0]) if experts and family.experts else family)
 
 
 def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:

@@ -178,7 +178,8 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.objective.sigma_min >= recipe.objective.sigma_max:
         yield Problem("sigma_min is not below sigma_max", "objective.sigma_min", "lower it")
-    if (sigma_range := recipe.objective.sigma_range) and sigma_range[0] >= sigma_range[1]:
+    ranges = [recipe.objective.sigma_range, *recipe.objective.expert_ranges.values()]
+    for sigma_range in (each for each in ranges if each and each[0] >= each[1]):
         low, high = sigma_range
         what = f"in the range {sigma_range}, {low} is not below {high}"
         yield Problem(what, "objective.sigma_range", "name the lower limit first, and a higher one second")

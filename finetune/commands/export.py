@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 
 if TYPE_CHECKING:
+    from finetune.engine.weights.checkpoint import Checkpoints
+    from finetune.engine.weights.exporters.exporter import Exporter
     from finetune.models.family import Family
     from finetune.runtime.distributed import Runtime
 
@@ -40,19 +43,32 @@ def run(arguments: argparse.Namespace) -> int:
             recipes = recipes_of_experts(recipe, list(opened.experts))
             for each in recipes:
                 check_same_run(each)
-        for each in recipes:
-            family = opened if each.model.experts is None else opened.of_expert(each.model.experts[0])
-            export_one(
-                each, family, arguments.out if len(recipes) == 1 else arguments.out / each.run_folder.name, runtime
-            )
+        exporter = exporter_of(recipe.train.method, arguments.format)
+        found = [(each, open_checkpoints(each, runtime)) for each in recipes]
+        steps = [sound_checkpoint(checkpoints, arguments.step) for _, checkpoints in found]
+        for (each, checkpoints), step in zip(found, steps, strict=True):
+            if step is None:  # before anything is written
+                cure = "train first" if len(recipes) == 1 else "train it, or set model.experts to the one that is there"
+                raise UserError("there is no checkpoint yet", cure, str(checkpoints.folder))
+            family, out = opened, arguments.out
+            if each.model.experts:
+                family = opened.of_expert(each.model.experts[0])
+            if len(recipes) > 1:  # as training has it
+                out = out / each.run_folder.name / exporter.folder(family)
+            export_one(each, family, checkpoints, step, out, exporter, runtime)
+            gc.collect()  # one's weights, before another's
+            runtime.device.empty_cache()
         return 0
 
-    def export_one(recipe: Recipe, family: Family, out: Path, runtime: Runtime) -> None:
-        exporter = exporter_of(recipe.train.method, arguments.format)
-        checkpoints = open_checkpoints(recipe, runtime)
-        step = sound_checkpoint(checkpoints, arguments.step)
-        if step is None:
-            raise UserError("there is no checkpoint yet", "train first", str(checkpoints.folder))
+    def export_one(
+        recipe: Recipe,
+        family: Family,
+        checkpoints: Checkpoints,
+        step: int,
+        out: Path,
+        exporter: Exporter,
+        runtime: Runtime,
+    ) -> None:
         state = build_state(recipe, runtime, family, family.transformer_weights())
         # The weights alone: moments would need memory, and the ranks that they were saved by.
         checkpoints.load(step, state.parts[:1])

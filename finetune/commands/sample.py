@@ -16,7 +16,7 @@ from finetune.runtime.errors import UserError
 if TYPE_CHECKING:
     from finetune.runtime.distributed import Runtime
 
-_OF_PROMPT = ("shape", "steps", "seed", "image")  # options that describe --prompt
+_OF_PROMPT = ("shape", "steps", "seed", "image", "last_image")  # options that describe --prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
     parser.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
     parser.add_argument("--image", help="condition image of --prompt, for image-to-video")
+    parser.add_argument(
+        "--last-image", help="the image that the video of --prompt ends with, where the model takes one"
+    )
     parser.add_argument("--shape", help="frames x height x width of --prompt")
     parser.add_argument("--steps", type=int, help="denoising steps of --prompt")
     parser.add_argument("--seed", type=int, help="seed of --prompt")

@@ -271,7 +271,8 @@ class Family(Components, ABC):
 
     def sampling_arguments(self, prompt: Prompt) -> dict[str, Any]:
         """Arguments of the pipeline's call for a prompt that depend on the family."""
-        return {} if prompt.guidance is None else {"guidance_scale": prompt.guidance}
+        scales = {"guidance_scale": prompt.guidance, "guidance_scale_2": prompt.guidance_2}
+        return {name: scale for name, scale in scales.items() if scale is not None}
 
     def prompt_components(self, prompt: Prompt) -> dict[str, Any]:
         """Components of the pipeline that hold what it takes of a prompt in other ways than as arguments of its call."""
@@ -288,6 +289,8 @@ class Family(Components, ABC):
                 return f"set `last_image`, which {self.title} takes here"
             could = self.takes_image and self.last_image_problem(True) is None
             return "remove `last_image`" + (", or set data.last_image = true" if could else "")
+        if prompt.guidance_2 is not None and not self.experts:
+            return f"{self.title} has no second expert here: remove `guidance_2`"
         if prompt.true_guidance is not None and not self.takes_true_guidance:
             return f"{self.title} takes no `true_guidance`: use `guidance`"
         return None

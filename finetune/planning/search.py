@@ -197,7 +197,7 @@ def _probe(recipe: Recipe, family: Family, bucket: Bucket, hardware: Hardware, c
     full, chosen = min(blocks), _changed(recipe, changes)
 
     def figures(depth: int) -> _Figures:
-        shallow = type(family)(_ShallowFolder(family, [depth * count // full for count in blocks]))
+        shallow = family.on(_ShallowFolder(family, [depth * count // full for count in blocks]))
         load, step = simulate(chosen, shallow, [bucket], replace(hardware, capacity=None)).phases
         host = hardware.processes * max(load.host.requested, step.host.requested)
         return _Figures(load.device.allocated, step.device.allocated, host, step.seconds or 0.0)

@@ -17,8 +17,14 @@ def recipes_of_experts(recipe: Recipe, experts: Sequence[ExpertName]) -> list[Re
 
 
 def of_expert(recipe: Recipe, name: ExpertName) -> Recipe:
-    """The recipe of one expert: its steps, and by `Recipe.run_folder` a folder of its own."""
-    train = recipe.train.model_copy(
-        update={"steps": recipe.train.expert_steps.get(name, recipe.train.steps), "expert_steps": {}}
+    """The recipe of one expert: its steps and its range, and by `Recipe.run_folder` a folder of its own."""
+    train, objective = recipe.train, recipe.objective
+    steps = train.expert_steps.get(name, train.steps)
+    sigma_range = objective.expert_ranges.get(name, objective.sigma_range)
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"experts": [name]}),
+            "train": train.model_copy(update={"steps": steps, "expert_steps": {}}),
+            "objective": objective.model_copy(update={"sigma_range": sigma_range, "expert_ranges": {}}),
+        }
     )
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"experts": [name]}), "train": train})

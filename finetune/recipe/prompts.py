@@ -20,6 +20,7 @@ _NAMES = {
     "image_path": "image",
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
+    "guidance_scale_2": "guidance_2",
     "frame_rate": "fps",
 }
 _SIZES = ("num_frames", "height", "width")

@@ -31,6 +31,22 @@ AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", 
 
 
 ExpertName = Literal["high", "low"]
+SigmaRange = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)]
+
+
+def _of_experts(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a value, or of a table that has one for each expert."""
+    table = {"type": "object", "properties": {"high": schema, "low": schema}, "additionalProperties": False}
+    return {"anyOf": [schema, table]}
+
+
+_STEPS_SCHEMA = {"type": "integer", "minimum": 1}
+_RANGE_SCHEMA = {
+    "type": "array",
+    "items": {"type": "number", "minimum": 0, "maximum": 1},
+    "minItems": 2,
+    "maxItems": 2,
+}
 
 
 class Model(Table):
@@ -83,7 +99,7 @@ class Vae(Table):
 class Train(Table):
     method: Literal["lora", "full"] = "lora"
     """Train a low-rank adapter, or all weights."""
-    steps: Annotated[int, Field(ge=1)] = Free(1000)
+    steps: Annotated[int, Field(ge=1), WithJsonSchema(_of_experts(_STEPS_SCHEMA))] = Free(1000)
     """Optimizer steps in all."""
     expert_steps: dict[ExpertName, Annotated[int, Field(ge=1)]] = Free({})
     """Steps of an expert that is to have another number of them than `steps`, like {high = 500}. `steps = {high = 500, low = 1000}`
@@ -109,6 +125,8 @@ class Train(Table):
     def _steps_of_experts(cls, values: Any) -> Any:
         """`steps` as a table is `expert_steps`, and the most of them."""
         if isinstance(values, dict) and isinstance(steps := values.get("steps"), dict) and "expert_steps" not in values:
+            if not steps:
+                raise ValueError("the table names no expert: write {high = 500, low = 1000}, or one number")
             counts = [count for count in steps.values() if isinstance(count, int)]
             return {**values, "steps": max(counts, default=1), "expert_steps": steps}
         return values
@@ -143,13 +161,25 @@ class ObjectiveSettings(Table):
     """Least sigma; the distribution is rescaled to the limits, not cut off."""
     sigma_max: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Largest sigma."""
-    sigma_range: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None = None
+    sigma_range: Annotated[SigmaRange | None, WithJsonSchema(_of_experts(_RANGE_SCHEMA))] = None
     """Train only sigma in [low, high), after the shift, distributed as if all others were drawn again; 1 as the upper limit is
-    included. Unset: the range that the checkpoint is for, all of sigma if it is for no other."""
+    included. Unset: the range that the checkpoint is for, all of sigma if it is for no other. Of two experts, a table has that of
+    each: {high = [0.8, 1.0], low = [0.0, 0.9]}."""
+    expert_ranges: dict[ExpertName, SigmaRange] = Field(default={})
+    """The same ranges of experts; one that has none is trained on its own. `sigma_range` as a table says it in one."""
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     """Loss weight as a function of sigma."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Embedded guidance scale that the model is told, for guidance-distilled checkpoints (HunyuanVideo)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ranges_of_experts(cls, values: Any) -> Any:
+        """`sigma_range` as a table is `expert_ranges`."""
+        if isinstance(values, dict) and isinstance(values.get("sigma_range"), dict) and "expert_ranges" not in values:
+            rest = {name: value for name, value in values.items() if name != "sigma_range"}
+            return {**rest, "expert_ranges": values["sigma_range"]}
+        return values
 
 
 class Schedule(Table):
@@ -235,6 +265,8 @@ class Prompt(Table):
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=0)] | None = None
     """Guidance scale; unset: the pipeline's default."""
+    guidance_2: Annotated[float, Field(ge=0)] | None = None
+    """Wan 2.2 A14B: guidance scale of the low-noise expert; unset: `guidance` for both."""
     true_guidance: Annotated[float, Field(gt=1)] | None = None
     """HunyuanVideo: classifier-free guidance with the negative prompt, beside the embedded `guidance`."""
     image: str | None = None

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-from finetune.checks.output import read_saved
 from finetune.data.cache import digest
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
-from finetune.engine.companion import Companion, build_companion
 from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizers import build_optimizer
 from finetune.engine.optimizers.in_backward import InBackward
@@ -33,11 +31,9 @@ from finetune.models.family import Family
 from finetune.models.objective import Objective
 from finetune.models.weights import Weights
 from finetune.preparation.encode import Prepared
-from finetune.recipe import RECIPE_FILE, Recipe
-from finetune.recipe.experts import of_expert
+from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
-from finetune.runtime.logging import say
 
 
 @dataclass
@@ -95,17 +91,8 @@ class Job:
         return taken
 
     def identity(self) -> dict[str, str]:
-        """What a checkpoint continues besides its recipe: the clips and captions in their order, and the base weights."""
-        family = self.state.family
-        base = family.folder.fingerprint(
-            family.trained_component, lambda file: f"{file.resolve().name} {file.stat().st_size}"
-        )
-        # Video and text come first, as checkpoints have them that know no other kind.
-        kinds = ["video", "text", *(kind for kind in self.prepared.train[0].keys if kind not in ("video", "text"))]
-        clips: list[Any] = [[item.keys[kind] for kind in kinds] for item in self.prepared.train]
-        if read := family.columns:  # which reach the batch without being encoded
-            clips += [[item.columns.get(name, "") for name in read] for item in self.prepared.train]
-        return {"clips": digest(clips), "base": digest(base)}
+        """See the function of this name."""
+        return identity(self.state.family, self.prepared)
 
     def _check_identity(self, facts: dict) -> None:
         outside = ", or the code of the family" if is_outside(self.recipe.model.family) else ""
@@ -157,6 +144,23 @@ class Job:
         return heldout_loss(self.state, self.objective, self.prepared.heldout, self.prepared.cache, quantiles)
 
 
+def identity(family: Family, prepared: Prepared) -> dict[str, str]:
+    """What a checkpoint continues besides its recipe: the clips and captions in their order, and the base weights."""
+    # Video and text come first, as checkpoints have them that know no other kind.
+    kinds = ["video", "text", *(kind for kind in prepared.train[0].keys if kind not in ("video", "text"))]
+    clips: list[Any] = [[item.keys[kind] for kind in kinds] for item in prepared.train]
+    if read := family.columns:  # which reach the batch without being encoded
+        clips += [[item.columns.get(name, "") for name in read] for item in prepared.train]
+    return {"clips": digest(clips), "base": base_weights(family)}
+
+
+def base_weights(family: Family) -> str:
+    """What tells the pretrained weights of the trained component from others."""
+    return digest(
+        family.folder.fingerprint(family.trained_component, lambda file: f"{file.resolve().name} {file.stat().st_size}")
+    )
+
+
 def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weights) -> StepState:
     """Build the transformer, make it trainable, read its weights, and put optimizer and schedule around it. Collective.
 
@@ -196,8 +200,6 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
     """The training of a recipe on a prepared dataset. Collective."""
     train = recipe.train
     state = build_state(recipe, runtime, family, family.transformer_weights())
-    if prepared.prompts and (other := family.of_other_expert()):
-        state.companion = companion_of(recipe, runtime, state, other)
     runtime.device.reset_peak()
     return Job(
         recipe=recipe,
@@ -208,34 +210,6 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
         checkpoints=open_checkpoints(recipe, runtime),
     )
-
-
-def companion_of(recipe: Recipe, runtime: Runtime, state: StepState, family: Family) -> Companion:
-    """The other expert, for samples: as it has been trained so far, by its own folder in `output`, or as it was. Collective.
-
-    Args:
-        family: opened on the other expert.
-    """
-    name = family.expert
-    assert name is not None
-    own = of_expert(recipe, name)
-    with runtime.together():
-        saved = own.run_folder / RECIPE_FILE
-        if saved.exists():  # it may have been trained with another rank
-            own = own.model_copy(update={"train": read_saved(saved).train, "lora": read_saved(saved).lora})
-    with Checkpoints(checkpoints_folder(own), None, runtime, verify=own.checkpoint.verify) as checkpoints:
-        step = checkpoints.newest()
-        say(f"samples: the {name}-noise expert is {'as it was' if step is None else f'that of its step {step}'}")
-        return build_companion(
-            state.transformer,
-            family,
-            family.transformer_weights(),
-            own.train.model_copy(update={"precision": recipe.train.precision, "float8": recipe.train.float8}),
-            own.adapter,
-            recipe.memory,
-            runtime,
-            None if step is None else lambda part: checkpoints.load(step, [part]),
-        )
 
 
 def open_checkpoints(recipe: Recipe, runtime: Runtime) -> Checkpoints:

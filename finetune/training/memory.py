@@ -107,7 +107,8 @@ def fit_command(recipe: Recipe, runtime: Runtime, *more: str) -> str:
     Args:
         more: further arguments of `plan`.
     """
-    named = ["--recipe", str(recipe.run_folder / RECIPE_FILE)]
+    of_both = recipe.output / RECIPE_FILE  # where experts are trained one after the other
+    named = ["--recipe", str(of_both if of_both.exists() else recipe.run_folder / RECIPE_FILE)]
     arguments = [*named, *gpu_arguments(runtime, runtime.device.available_memory), *more]
     return f"python -m finetune plan {shlex.join(arguments)} --fit"
 

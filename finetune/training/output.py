@@ -7,12 +7,12 @@ from typing import Any
 from finetune.checks.output import check_output, has_checkpoints, read_saved
 from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
+from finetune.preparation.encode import Prepared
 from finetune.recipe import RECIPE_FILE, Recipe, write_recipe
 from finetune.recipe.load import changes
-from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.files import FolderLock, atomic, free_name, writing
 from finetune.runtime.logging import say
-from finetune.training.job import Job, checkpoints_folder, export_weights
+from finetune.training.job import Job, checkpoints_folder, export_weights, identity
 from finetune.training.samples import SHEET, forget_samples, has_prompts, has_samples, samples_folder
 
 STARTS, RESULTS = "starts", "results.json"
@@ -51,13 +51,19 @@ def keep_recipe(recipe: Recipe, done: int) -> None:
             write_recipe(recipe, partial, f"The effective recipe of a start of this run, after step {done}.")
 
 
-def is_over(recipe: Recipe, family: Family) -> bool:
-    """Whether a run has all its results and the checkpoint of its last step, as far as its folder shows without any weights."""
+def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
+    """Whether a run of these clips and weights has all its results and the checkpoint of its last step, as far as its folder shows
+    without any weights.
+    """
     steps = recipe.train.steps
-    wanted = [checkpoints_folder(recipe) / f"step_{steps:08d}" / "trainer.json"]
-    if validation_prompts(recipe.validation, recipe.data.buckets[0]):
-        wanted.append(samples_folder(recipe, steps) / SHEET)
-    return all(file.is_file() for file in wanted) and _are_exported(recipe, results_folder(recipe, family))
+    if prepared.prompts and not (samples_folder(recipe, steps) / SHEET).is_file():
+        return False
+    try:
+        facts = json.loads((checkpoints_folder(recipe) / f"step_{steps:08d}" / "trainer.json").read_text())
+        continues = {name: facts[name] for name in ("clips", "base")} == identity(family, prepared)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # a start of the run says what is wrong
+    return continues and _are_exported(recipe, results_folder(recipe, family))
 
 
 def results_folder(recipe: Recipe, family: Family) -> Path:

@@ -2,8 +2,9 @@
 
 import gc
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache, partial
 
 import torch
 
@@ -12,12 +13,13 @@ from finetune.checks.output import check_output
 from finetune.checks.settings import check_cpu, check_device, check_recipe, refuse_large_model
 from finetune.engine.attention import explained
 from finetune.models.family import Family
-from finetune.preparation.encode import prepare
-from finetune.recipe import Recipe
+from finetune.preparation.encode import Prepared, prepare
+from finetune.recipe import RECIPE_FILE, Recipe, write_recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.runtime.device import why_no_accelerator
 from finetune.runtime.distributed import Runtime, describe
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
 from finetune.tracking.trackers import check_metrics
@@ -57,52 +59,73 @@ def train(
         for each in recipes:
             check_output(each)
         if len(recipes) > 1 and resume_step is not None:
-            cure = "name one of them: --set model.experts=" + " or ".join(f'["{name}"]' for name in family.experts)
+            cure = "name one of them: --set model.experts=" + " or ".join(family.experts)
             raise UserError("each expert has steps of its own", cure, "--resume-step")
         if runtime.device.is_cpu and not any_size_on_cpu:
             refuse_large_model(family)
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     if runtime.device.is_cpu:
         say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
+    prepared = cache(partial(prepare, recipe, family, runtime))  # once: experts are trained on the same clips
+    with runtime.together():
+        if runtime.is_main and len(recipes) > 1:
+            with atomic(recipe.output / RECIPE_FILE) as partial_file:
+                write_recipe(recipe, partial_file, "The recipe of the runs in this folder, one for each expert.")
     for each in recipes:
-        status = _train_one(each, runtime, family, start_plan, resume_step, is_only=len(recipes) == 1)
+        status = _train_one(each, runtime, family, prepared, start_plan, resume_step, is_last=each is recipes[-1])
         if status:
             return status
     return 0
 
 
 def _train_one(
-    recipe: Recipe, runtime: Runtime, family: Family, start_plan: StartPlan, resume_step: int | None, is_only: bool
+    recipe: Recipe,
+    runtime: Runtime,
+    family: Family,
+    prepared: Callable[[], Prepared],
+    start_plan: StartPlan,
+    resume_step: int | None,
+    is_last: bool,
 ) -> int:
     """Train one transformer; returns the process's exit status.
 
     Args:
-        is_only: whether it is the only one of this start. Else one that has all its results is passed over before any weight is
-            read.
+        prepared: prepares the clips when it is first called.
+        is_last: whether no other expert is to be trained after it. Else one that has all its results is passed over before
+            any weight is read.
     """
     if recipe.model.experts:
         (name,) = recipe.model.experts
         family = family.of_expert(name)
-        low, high = family.experts[name].noise_range
+        low, high = recipe.objective.sigma_range or family.experts[name].noise_range
         say(f"the {name}-noise expert ({family.trained_component}, sigma {low:g} to {high:g}), in {recipe.run_folder}")
+        clips = None if is_last else prepared()
         with runtime.together():
-            over = runtime.is_main and not is_only and is_over(recipe, family)
+            over = runtime.is_main and clips is not None and is_over(recipe, family, clips)
         if runtime.from_main(over):
             say(f"it is finished: {recipe.train.steps} steps and all results")
             return 0
     runtime.device.record_memory()
     try:
         with start_plan(recipe, family, runtime) as plan:
-            return _train(recipe, runtime, family, plan, resume_step)
+            return _train(recipe, runtime, family, prepared, plan, resume_step, is_last)
     finally:
         gc.collect()  # the weights and the optimizer's state, before another expert's
         runtime.device.empty_cache()
 
 
-def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan, resume_step: int | None) -> int:
+def _train(
+    recipe: Recipe,
+    runtime: Runtime,
+    family: Family,
+    prepare_once: Callable[[], Prepared],
+    plan: MemoryPlan,
+    resume_step: int | None,
+    is_last: bool,
+) -> int:
     """The training of a recipe that is known to be sound."""
     runtime.doing("preparing the clips")
-    prepared = prepare(recipe, family, runtime)
+    prepared = prepare_once()
     with runtime.together():
         lock = claim_output(recipe) if runtime.is_main else nullcontext()
     with lock, ExitStack() as stack:
@@ -128,7 +151,7 @@ def _train(recipe: Recipe, runtime: Runtime, family: Family, plan: MemoryPlan, r
         with runtime.together():
             if runtime.is_main:
                 keep_recipe(recipe, done)
-        return _go_on(job, done, plan)
+        return _go_on(job, done, plan, is_last)
 
 
 def _is_finished(job: Job) -> bool:
@@ -142,8 +165,13 @@ def _is_finished(job: Job) -> bool:
     return True
 
 
-def _go_on(job: Job, done: int, plan: MemoryPlan) -> int:
-    """Train from step `done` to the end, and make the results; returns the process's exit status."""
+def _go_on(job: Job, done: int, plan: MemoryPlan, is_last: bool) -> int:
+    """Train from step `done` to the end, and make the results; returns the process's exit status.
+
+    Args:
+        is_last: whether this start trains no other expert after this one. Else a stop that came too late for this one is obeyed
+            before the other begins.
+    """
     recipe, results = job.recipe, Results(job)
     steps = recipe.train.steps
     if done == steps and _is_finished(job):
@@ -164,6 +192,11 @@ def _go_on(job: Job, done: int, plan: MemoryPlan) -> int:
         say(f"stopped by {signal_.name}; the same command goes on from step {max(job.checkpoints.steps(), default=0)}")
         return 128 + signal_
     say_usage(job, exported)
+    (asked,) = job.state.runtime.any(stop.requested)
+    if asked and not is_last:
+        signal_ = stop.signal or signal.SIGTERM
+        say(f"stopped by {signal_.name}; the same command goes on with the other expert")
+        return 128 + signal_
     return 0
 
 

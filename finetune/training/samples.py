@@ -12,6 +12,7 @@ from finetune.preparation.encode import PreparedPrompt
 from finetune.recipe import Recipe
 from finetune.tracking.media import contact_sheet, strip, write_video
 from finetune.training.job import Job
+from finetune.training.other_expert import add_other_expert
 
 SHEET = "contact_sheet.png"  # written when all videos are
 
@@ -50,6 +51,7 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
             write_video(frames, path, prompt.prompt.fps)
         made.append((f"{prompt.prompt.text}  (seed {seed})", path, strip(frames)))
 
+    add_other_expert(job)
     with runtime.together():
         requests = [request_of(job, prompt, seed) for _, prompt, seed in mine]
         idle = job.idle_batch()

@@ -95,8 +95,8 @@ def test_the_files_say_which_expert_they_are_for(both: Run) -> None:
         (file,) = (both.output / expert / "lora").iterdir()
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
-        facts = {name: metadata[name] for name in ("expert", "component", "sigma_range")}
-        assert facts == {"expert": f"{expert}_noise", "component": component, "sigma_range": levels}
+        facts = {name: metadata[name] for name in ("expert", "component", "denoises")}
+        assert facts == {"expert": f"{expert}_noise", "component": component, "denoises": f"sigma {levels}"}
         assert "lora_adapter_metadata" in metadata  # rank and alpha, as diffusers reads them
 
 
@@ -154,7 +154,7 @@ def test_exports_of_both(both: Run, recipe: Path, finetune: Finetune, tmp_path: 
     assert done.returncode == 0, done.stderr
     for expert in STEPS:
         name = f"pytorch_lora_weights_{expert}_noise.safetensors"
-        assert load_file(tmp_path / "out" / expert / name).keys() == lora(both.output, expert).keys()
+        assert load_file(tmp_path / "out" / expert / "lora" / name).keys() == lora(both.output, expert).keys()
 
 
 def test_two_machines_may_train_one_each(recipe: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from finetune.models.family import Family
 from finetune.recipe.schema import ExpertName
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import atomic
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # of all names in the file: diffusers has one form, also for a component of another name
@@ -74,8 +75,8 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
     if family.expert is None:
         pipeline.load_lora_into_transformer(loaded, transformer=skeleton, metadata=metadata, low_cpu_mem_usage=True)
     else:  # by a whole pipeline, which has a switch for the second transformer
-        others = {each.component: family.empty_transformer() for each in family.experts.values()}
-        load_lora(family.pipeline(**others | {family.trained_component: skeleton}), family, folder)
+        both = dict.fromkeys((each.component for each in family.experts.values()), skeleton)
+        load_lora(family.pipeline(**both), family, folder)
     adapted = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     expected = {name.rpartition(".lora_")[0] for name in layers}
     wrong += sorted(adapted.keys() ^ expected)
@@ -117,8 +118,13 @@ def _say_expert(file: Path, family: Family, expert: ExpertName) -> None:
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     low, high = family.experts[expert].noise_range
-    facts = {"expert": f"{expert}_noise", "component": family.trained_component, "sigma_range": f"{low:g} to {high:g}"}
-    save_file(load_file(file), file, {**metadata, **facts})
+    facts = {
+        "expert": f"{expert}_noise",
+        "component": family.trained_component,
+        "denoises": f"sigma {low:g} to {high:g}",
+    }
+    with atomic(file) as partial:
+        save_file(load_file(file), partial, {**metadata, **facts})
 
 
 def _mixin(family: Family) -> Any:

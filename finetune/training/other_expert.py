@@ -1,0 +1,85 @@
+"""The expert that a run does not train, for its samples: as it has been trained so far, or as it was."""
+
+from finetune.checks.output import read_saved
+from finetune.engine.companion import Companion, build_companion
+from finetune.engine.parts import Part
+from finetune.engine.weights.checkpoint import Checkpoints
+from finetune.models.family import Family
+from finetune.recipe import RECIPE_FILE, Recipe
+from finetune.recipe.experts import of_expert
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import UserError
+from finetune.runtime.logging import say
+from finetune.training.job import Job, base_weights, checkpoints_folder
+
+
+def add_other_expert(job: Job) -> None:
+    """Have the other expert beside the trained one from now on, if the model has two and it is not there yet. Collective."""
+    family = job.state.family.of_other_expert()
+    if family is not None and job.state.companion is None:
+        job.state.companion = _companion(job, family)
+
+
+def _companion(job: Job, family: Family) -> Companion:
+    """The expert that a family was opened on, from its own folder in `output`, where another machine may just be training it."""
+    recipe, runtime = job.recipe, job.state.runtime
+    own = _own_recipe(recipe, family, runtime)
+    with Checkpoints(checkpoints_folder(own), None, runtime, verify=own.checkpoint.verify) as checkpoints:
+        step = _usable_step(checkpoints, family, runtime)
+        whose = "as it was" if step is None else f"that of its step {step}"
+        say(f"samples: the {family.expert}-noise expert is {whose}")
+
+        def take_up(part: Part) -> None:
+            assert step is not None
+            try:
+                checkpoints.load(step, [part])
+            except UserError as error:
+                cure = "start again: the run that trains it may just have replaced this checkpoint; or leave out validation.prompts"
+                raise UserError(
+                    f"the other expert cannot be read ({error})", cure, str(checkpoints.path(step))
+                ) from error
+
+        return build_companion(
+            job.state.transformer,
+            family,
+            family.transformer_weights(),
+            own.train.model_copy(update={"precision": recipe.train.precision, "float8": recipe.train.float8}),
+            own.adapter,
+            recipe.memory,
+            runtime,
+            None if step is None else take_up,
+        )
+
+
+def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
+    """The recipe that the other expert is trained by, which may have another method or rank. Rank 0 reads it. Collective."""
+    assert family.expert is not None
+    own = of_expert(recipe, family.expert)
+    with runtime.together():
+        saved = own.run_folder / RECIPE_FILE
+        if runtime.is_main and saved.exists():
+            found = read_saved(saved)
+            own = own.model_copy(update={"train": found.train, "lora": found.lora})
+    return runtime.from_main(own)
+
+
+def _usable_step(checkpoints: Checkpoints, family: Family, runtime: Runtime) -> int | None:
+    """The step of its newest checkpoint; None if it has none, or none of these base weights, or only damaged ones. Collective."""
+    try:
+        step = checkpoints.newest()
+    except UserError as error:
+        say(f"warning: the other expert is taken as it was, because no checkpoint of it can be used ({error})")
+        return None
+    if step is None:
+        return None
+    with runtime.together():
+        try:
+            is_ours = not runtime.is_main or checkpoints.facts(step).get("base") == base_weights(family)
+        except (OSError, ValueError):
+            is_ours = False
+    if runtime.from_main(is_ours):
+        return step
+    say(
+        f"warning: {checkpoints.path(step)} is of other weights than those in model.path: the expert is taken as it was"
+    )
+    return None
