@@ -96,7 +96,7 @@ def test_nothing_is_left_uninitialised(
     try:
         family = open_model(("cogvideox", None))
         transformer = family.build_transformer(torch.float32)
-        transformer = parallelize(transformer, family, Train(), Lora(rank=4), memory, runtime)
+        transformer = parallelize(transformer, family, Train(precision="float32"), Lora(rank=4), memory, runtime)
         load_weights(transformer, family.transformer_weights(), torch.device("cpu"))
     finally:
         torch.use_deterministic_algorithms(False)
