@@ -8,10 +8,24 @@ import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE as WITH_IMAGE
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedTokenizerBase, T5Config
+from transformers import (
+    ByT5Tokenizer,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLTextConfig,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    T5Config,
+    UMT5Config,
+)
 
 from finetune.models import tiny
 from finetune.models.folder import INDEX
+from finetune.models.hunyuan15 import system_message
 from finetune.models.hunyuan_i2v import HALVED
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "models" / "configs"
@@ -26,9 +40,29 @@ FOLDERS = {  # a recipe's model.path -> its configs
     "Lightricks/LTX-Video": "ltx-video",
     "Lightricks/LTX-Video-0.9.7-dev": "ltx-video-0.9.7",
     "genmo/mochi-1-preview": "mochi-1-preview",
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": "hunyuanvideo-1.5-480p-t2v",
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": "hunyuanvideo-1.5-480p-i2v",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-t2v-1.3b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-14b",
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "wan2.1-i2v-14b",
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": "wan2.1-flf2v-14b",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "wan2.2-ti2v-5b",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan2.2-t2v-a14b",
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "wan2.2-i2v-a14b",
 }
 T5_XXL = T5Config(  # google/t5-v1_1-xxl's encoder
     vocab_size=32128,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+    is_encoder_decoder=False,
+    use_cache=False,
+)
+UMT5_XXL = UMT5Config(  # google/umt5-xxl's encoder
+    vocab_size=256384,
     d_model=4096,
     d_kv=64,
     d_ff=10240,
@@ -58,23 +92,41 @@ CLIP_L_336 = CLIPVisionConfig(  # LLaVA's eye, openai/clip-vit-large-patch14-336
 CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 
 
+QWEN = Qwen2_5_VLTextConfig(  # Qwen2.5-VL 7B
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+)
+BYT5_SMALL = T5Config(
+    vocab_size=384,
+    d_model=1472,
+    d_kv=64,
+    d_ff=3584,
+    num_layers=12,
+    num_heads=6,
+    feed_forward_proj="gated-gelu",
+    is_encoder_decoder=False,
+    use_cache=False,
+)
+SIGLIP = SiglipVisionConfig(  # so400m-patch14-384
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+)
+
+
 def complete(path: str, folder: Path) -> Path:
     """Write all that `plan` reads of a published checkpoint to `folder`. `path` is a recipe's model.path."""
     shutil.copytree(CONFIGS / FOLDERS[path], folder, dirs_exist_ok=True)
     index = json.loads((folder / INDEX).read_text())
-    if "image_processor" in index:
-        tokenizers = _with_image(folder)
-    elif "text_encoder_2" in index:
-        LLAMA.save_pretrained(folder / "text_encoder")
-        CLIP_L.save_pretrained(folder / "text_encoder_2")
-        tokenizers = {
-            "tokenizer": tiny.llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"]),
-            "tokenizer_2": tiny.clip_tokenizer(),
-        }
-    else:
-        T5_XXL.save_pretrained(folder / "text_encoder")
-        tokenizers = {"tokenizer": tiny.t5_tokenizer(max_length=256)}
-    for name, tokenizer in tokenizers.items():
+    for name, tokenizer in _with_encoders(folder, index).items():
         tokenizer.save_pretrained(folder / name)
         index[name] = ["transformers", type(tokenizer).__name__]  # small, since encoders pad to a fixed length
     (folder / INDEX).write_text(json.dumps(index))
@@ -84,7 +136,33 @@ def complete(path: str, folder: Path) -> Path:
     return folder
 
 
-def _with_image(folder: Path) -> dict[str, PreTrainedTokenizerBase]:
+def _with_encoders(folder: Path, index: dict[str, list[str | None]]) -> dict[str, PreTrainedTokenizerBase]:
+    """Write configs of the text encoders, and of an image encoder if there is one; returns tokenizers."""
+    kind = index["text_encoder"][1]
+    if kind == "LlamaModel":
+        LLAMA.save_pretrained(folder / "text_encoder")
+        CLIP_L.save_pretrained(folder / "text_encoder_2")
+        template = DEFAULT_PROMPT_TEMPLATE["template"]
+        return {"tokenizer": tiny.llama_tokenizer(template), "tokenizer_2": tiny.clip_tokenizer()}
+    if kind == "LlavaForConditionalGeneration":
+        return _with_llava(folder)
+    if kind == "Qwen2_5_VLTextModel":
+        QWEN.save_pretrained(folder / "text_encoder")
+        BYT5_SMALL.save_pretrained(folder / "text_encoder_2")
+        if "image_encoder" in index:
+            SIGLIP.save_pretrained(folder / "image_encoder")
+            SiglipImageProcessor(size={"height": 384, "width": 384}).save_pretrained(folder / "feature_extractor")
+        return {"tokenizer": tiny.qwen_tokenizer(system_message(), length=108), "tokenizer_2": ByT5Tokenizer()}
+    if kind == "UMT5EncoderModel":
+        UMT5_XXL.save_pretrained(folder / "text_encoder")
+        if (folder / "image_encoder").exists():  # whose config is among those that are published
+            CLIPImageProcessor().save_pretrained(folder / "image_processor")
+        return {"tokenizer": tiny.t5_tokenizer(max_length=512)}
+    T5_XXL.save_pretrained(folder / "text_encoder")
+    return {"tokenizer": tiny.t5_tokenizer(max_length=256)}
+
+
+def _with_llava(folder: Path) -> dict[str, PreTrainedTokenizerBase]:
     """Write the configs of HunyuanVideo-I2V's encoders; returns its tokenizers."""
     tokenizer = tiny.llama_tokenizer(WITH_IMAGE["template"], begin=2, halved=HALVED)
     llava = LlavaConfig(

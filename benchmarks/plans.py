@@ -1,4 +1,4 @@
-"""The figures of `plan` for every recipe at full size, run as a user would, and how long it takes.
+"""The figures of `plan` for recipes at full size, run as a user would, and how long it takes.
 
 `python -m benchmarks.plans [--gpus 1 8 64] [--only cogvideox_5b_lora ...]`. Writes benchmarks/results/plans.md.
 """
@@ -24,7 +24,7 @@ PHASES = ["encode text", "encode video", "load", "step", "validation", "export"]
 HEAD = ["recipe", "GPUs", *PHASES, "host of a node", "a step on A100, by peak rates", "took"]
 
 TITLE = """\
-# Every recipe, planned
+# Recipes, planned phase by phase
 
 `python -m benchmarks.plans`: GiB reserved by each GPU in each phase (the largest bucket, the recipe's own settings,
 its global batch rounded up to the GPUs), simulated on one core of a CPU with full-size configs. None is measured yet.
@@ -43,8 +43,6 @@ def main() -> None:
     )
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     with tempfile.TemporaryDirectory() as folder:
-        image = Path(folder) / "first_frame.png"
-        Image.new("RGB", (1360, 768)).save(image)
         for name in names:
             for gpus in arguments.gpus:
                 cells = _plan(name, gpus, Path(folder))
@@ -54,25 +52,33 @@ def main() -> None:
 
 
 def _plan(name: str, gpus: int, folder: Path) -> list[str]:
-    file = ROOT / "recipes" / f"{name}.toml"
-    recipe = load_recipe(file)
-    model = complete(recipe.model.path, folder / name)
-    size = -(-recipe.train.global_batch_size // gpus) * gpus
-    prompts = [prompt.model_dump(mode="json", exclude_none=True) for prompt in recipe.validation.prompts]
-    for prompt in prompts:
-        if "image" in prompt:
-            prompt["image"] = str(folder / "first_frame.png")
-    settings = [
-        f"model.path={json.dumps(str(model))}",
-        f"train.global_batch_size={size}",
-        f"validation.prompts={_toml(prompts)}",
-    ]
+    file, settings = full_size_settings(name, gpus, folder)
     start = time.perf_counter()
     plan = planned("--recipe", file, "--gpus", gpus, settings=settings)
     took = time.perf_counter() - start
     phases = {kind: phase for kind in PHASES for phase in plan["phases"] if phase["kind"] == kind}
     reserved = [gib(phases[kind]["device"]["reserved"]) if kind in phases else "" for kind in PHASES]
     return [*reserved, gib(plan["host_bytes"]), f"{phases['step']['seconds']:.1f} s", f"{took:.0f} s"]
+
+
+def full_size_settings(name: str, gpus: int, folder: Path) -> tuple[Path, list[str]]:
+    """A recipe's file, and settings that open it on its published model without weights, written to `folder`, with prompts
+    whose images are there and a global batch that divides by the GPUs.
+    """
+    file = ROOT / "recipes" / f"{name}.toml"
+    recipe = load_recipe(file)
+    model = complete(recipe.model.path, folder / name)
+    size = -(-recipe.train.global_batch_size // gpus) * gpus
+    image = folder / "frame.png"
+    Image.new("RGB", (1360, 768)).save(image)
+    prompts = [prompt.model_dump(mode="json", exclude_none=True) for prompt in recipe.validation.prompts]
+    for prompt in prompts:
+        prompt.update((key, str(image)) for key in ("image", "last_image") if key in prompt)
+    return file, [
+        f"model.path={json.dumps(str(model))}",
+        f"train.global_batch_size={size}",
+        f"validation.prompts={_toml(prompts)}",
+    ]
 
 
 def planned(*arguments: object, settings: Sequence[str] = ()) -> dict:

@@ -38,6 +38,7 @@ CHECKPOINTS = {
         ("hunyuan_i2v",), "12.811", {"transformer_blocks": 20, "single_transformer_blocks": 40}
     ),
     "hunyuanvideo-1.5-480p-t2v": Checkpoint(("hunyuan15",), "8.327", {"transformer_blocks": 54}),
+    "hunyuanvideo-1.5-480p-i2v": Checkpoint(("hunyuan15_i2v",), "8.327", {"transformer_blocks": 54}),
     "hunyuanvideo-1.5-720p-i2v": Checkpoint(("hunyuan15_i2v",), "8.327", {"transformer_blocks": 54}),
     "ltx-video": Checkpoint(("ltx", "ltx_i2v"), "1.92", {"transformer_blocks": 28}),
     "ltx-video-0.9.1": Checkpoint(("ltx", "ltx_i2v"), "1.92", {"transformer_blocks": 28}),

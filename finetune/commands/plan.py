@@ -87,7 +87,7 @@ def _check_options(arguments: argparse.Namespace, gpus: int) -> None:
         return
     if arguments.device_memory is None and arguments.gpu is None:
         raise UserError("how much memory a GPU has is not said", "give --device-memory 24GiB, or --gpu NAME", "--fit")
-    if unused := [name for name in ("json", "plot", "all_buckets") if getattr(arguments, name)]:
+    if unused := [name for name in ("plot", "all_buckets") if getattr(arguments, name)]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         raise UserError("--fit does not take these", "plan the recipe that it writes with them", options)
     if arguments.write and not arguments.write.absolute().parent.is_dir():
@@ -117,13 +117,17 @@ def _fit(recipe: Recipe, family: Family, hardware: Hardware, arguments: argparse
     from finetune.runtime.files import atomic
 
     found = fit(recipe, family, hardware, say)
-    print("\n".join(found.lines()))
+    told = "is not written"
     if arguments.write and found.fits:
         with atomic(arguments.write) as partial:
             write_recipe(found.recipe, partial, "Found by plan --fit, with every default spelled out.")
-        print(f"\nwritten to {arguments.write}")
-    elif arguments.write:
-        print(f"\n{arguments.write} is not written")
+        told = "is written"
+    if arguments.json:
+        print(json.dumps(found.as_json(), indent=1))
+        return 0 if found.fits else DOES_NOT_FIT
+    print("\n".join(found.lines()))
+    if arguments.write:
+        print(f"\n{arguments.write} {told}")
     return 0 if found.fits else DOES_NOT_FIT
 
 

@@ -157,7 +157,7 @@ class HunyuanVideo15(Family):
 
     @classmethod
     def _tiny_components(cls) -> dict[str, Any]:
-        tokenizer, tokenizer_2 = tiny.qwen_tokenizer(_system_message(), length=108), ByT5Tokenizer()
+        tokenizer, tokenizer_2 = tiny.qwen_tokenizer(system_message(), length=108), ByT5Tokenizer()
         vae = AutoencoderKLHunyuanVideo15(
             latent_channels=4,
             block_out_channels=(4, 4, 8, 8, 8),
@@ -337,7 +337,7 @@ class _EncodedBySiglip(nn.Module):
         return SimpleNamespace(last_hidden_state=self.embeds[None])
 
 
-def _system_message() -> str:
+def system_message() -> str:
     """What the chat template tells the text encoder before the caption: the default of the pipelines' own helper."""
     helper = diffusers.HunyuanVideo15Pipeline._get_mllm_prompt_embeds
     return inspect.signature(helper).parameters["system_message"].default

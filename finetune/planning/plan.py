@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.planning.gpus import Gpu, Hardware
+from finetune.planning.gpus import GPUS, Gpu, Hardware
 from finetune.planning.trace import Peak
 from finetune.recipe import Bucket
 from finetune.runtime.device import PeakMemory
@@ -25,6 +25,7 @@ class Phase:
         kind: "encode text" or another kind of item, "load", "step", "validation", or "export".
         shape: of the bucket or prompt that is encoded, trained or generated; None if the phase has none.
         flops, seconds: of an optimizer step on one GPU; the time is estimated by the roofline model. None for other phases.
+        seconds_on: the same time on every GPU of `GPUS`, by its name, whatever its memory. Empty for other phases.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Phase:
     host: Peak
     flops: int | None = None
     seconds: float | None = None
+    seconds_on: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -41,7 +43,10 @@ class Phase:
 
     def with_cost(self, cost: Cost, gpu: Gpu | None, overlaps: bool) -> Phase:
         """The same phase with the FLOPs of a step, and with its time if there is a GPU; for `overlaps` see `Cost.seconds`."""
-        return replace(self, flops=cost.flops, seconds=cost.seconds(gpu, overlaps) if gpu else None)
+        seconds_on = {name: cost.seconds(each, overlaps) for name, each in GPUS.items()}
+        return replace(
+            self, flops=cost.flops, seconds=cost.seconds(gpu, overlaps) if gpu else None, seconds_on=seconds_on
+        )
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ class Plan:
                 Peak(**each["host"]),
                 each["flops"],
                 each["seconds"],
+                each["seconds_on"],
             )
             for each in figures["phases"]
         ]

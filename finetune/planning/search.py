@@ -88,6 +88,10 @@ class SearchResult:
     plan: Plan
     fits: bool
 
+    def as_json(self) -> dict[str, Any]:
+        """The plan's figures, whether these settings fit, and the keys of the recipe that change; None where one is removed."""
+        return {**self.plan.as_json(), "fits": self.fits, "changes": self.changes}
+
     def lines(self) -> list[str]:
         """The plan, and the recipe's lines that change."""
         peak = f"{self.plan.highest.device.reserved / GIB:.2f} GiB"

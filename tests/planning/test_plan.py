@@ -67,6 +67,8 @@ def test_a_plan_goes_through_every_phase_of_a_run(
     assert "VAE" in parts[names[4]]
     assert plan["phases"][3]["flops"] > 0
     assert plan["phases"][3]["seconds"] > 0
+    assert plan["phases"][3]["seconds_on"]["A100"] == plan["phases"][3]["seconds"]
+    assert plan["phases"][3]["seconds_on"]["RTX 3060"] > plan["phases"][3]["seconds"]
 
 
 def test_captions_that_are_encoded_on_the_cpu_take_nothing_of_the_gpu(finetune, recipe: Path) -> None:
@@ -105,6 +107,13 @@ def test_where_nothing_fits_the_smallest_is_named(finetune, recipe: Path, tmp_pa
     assert not found.exists()
     assert "nothing fits; these settings take least" in done.stdout
     assert "[memory]" in done.stdout
+
+
+def test_what_fit_finds_is_told_as_json(finetune, recipe: Path) -> None:
+    found = planned(finetune, recipe, "--device-memory", "24GiB", "--fit")
+    assert found["fits"] is True
+    assert found["changes"] == {"memory.activation_checkpointing": "none"}
+    assert [phase["kind"] for phase in found["phases"]] == ["encode text", "encode video", "load", "step", "export"]
 
 
 def test_fit_needs_to_know_how_much_there_is(finetune, recipe: Path) -> None:

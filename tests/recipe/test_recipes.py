@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -30,6 +31,16 @@ MODELS = {
     "ltx_13b": "ltx-video-0.9.7",
     "ltx_13b_i2v": "ltx-video-0.9.7",
     "mochi": "mochi-1-preview",
+    "wan_1.3b": "wan2.1-t2v-1.3b",
+    "wan_14b": "wan2.1-t2v-14b",
+    "wan_14b_i2v": "wan2.1-i2v-14b",
+    "wan_14b_flf2v": "wan2.1-flf2v-14b",
+    "wan2.2_5b": "wan2.2-ti2v-5b",
+    "wan2.2_5b_i2v": "wan2.2-ti2v-5b",
+    "wan2.2_a14b": "wan2.2-t2v-a14b",
+    "wan2.2_a14b_i2v": "wan2.2-i2v-a14b",
+    "hunyuan15": "hunyuanvideo-1.5-480p-t2v",
+    "hunyuan15_i2v": "hunyuanvideo-1.5-480p-i2v",
 }
 RECIPES = {f"{model}_{method}": checkpoint for model, checkpoint in MODELS.items() for method in ("lora", "full")}
 
@@ -38,17 +49,23 @@ def read(name: str, *overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes" / f"{name}.toml", overrides)
 
 
-@pytest.fixture
-def family(tmp_path: Path) -> Callable[[str], Family]:
-    """Open a recipe's family on its checkpoint's published configs."""
-    return lambda name: open_full_size(read(name).model.family, RECIPES[name], tmp_path / "model")
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    """Open a recipe's family on its checkpoint's published configs, once."""
+
+    @cache
+    def opened(name: str, checkpoint: str) -> Family:
+        return open_full_size(name, checkpoint, tmp_path_factory.mktemp("checkpoint") / "model")
+
+    return lambda name: opened(read(name).model.family, RECIPES[name])
 
 
 @pytest.fixture
 def at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder to start in that has what recipes name by a relative path."""
     (tmp_path / "data").mkdir()
-    Image.new("RGB", (96, 64)).save(tmp_path / "data" / "first_frame.png")
+    for name in ("first_frame", "last_frame"):
+        Image.new("RGB", (96, 64)).save(tmp_path / "data" / f"{name}.png")
     monkeypatch.chdir(tmp_path)
 
 
@@ -58,7 +75,7 @@ each_recipe = pytest.mark.parametrize("name", RECIPES)
 def test_these_are_all_the_recipes() -> None:
     found = {str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*.toml")}
     assert found == {f"{name}.toml" for name in [*RECIPES, "quickstart"]}
-    assert len(found) == 25
+    assert len(found) == 45
 
 
 @each_recipe
@@ -75,7 +92,13 @@ def test_it_fits_its_checkpoint(name: str, family: Callable[[str], Family], at_s
 @each_recipe
 def test_its_family_trains_its_checkpoint(name: str, family: Callable[[str], Family]) -> None:
     opened = family(name)
-    assert opened.folder.pipeline_class in opened.pipeline_classes
+    assert opened.refusal(opened.folder) is None
+
+
+@each_recipe
+def test_its_checkpoint_leads_to_it(name: str, family: Callable[[str], Family]) -> None:
+    opened = family(name)
+    assert opened.recipe_for(opened.folder) in (None, name.rpartition("_")[0])
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("_lora")])
@@ -89,7 +112,7 @@ def test_it_is_called_after_its_method_and_writes_to_a_folder_of_its_name(name: 
     recipe = read(name)
     assert recipe.train.method == name.rpartition("_")[2]
     assert recipe.output == Path("runs") / name
-    assert recipe.model.family.endswith("_i2v") == ("_i2v_" in name)
+    assert recipe.model.family.endswith("_i2v") == ("_i2v_" in name or "_flf2v_" in name)
 
 
 @each_recipe
