@@ -34,12 +34,8 @@ ROOT = Path(__file__).parent.parent
 CLIPS = 5  # of the demo's twelve
 GLOBAL_BATCH = 2
 EXPORTS = {"lora": "lora", "full": "transformer"}  # folders in a run's output
-MEASURED = (
-    "seconds_per_step",
-    "samples_per_second",
-    "peak_memory",
-    "checkpoint_wait",
-)  # prefixes of keys that differ from run to run
+# Prefixes of keys that differ from run to run.
+MEASURED = ("seconds_per_step", "samples_per_second", "peak_memory", "checkpoint_wait")
 EQUAL = "equal"
 TAIL = 15  # lines shown of a command that failed
 

@@ -21,6 +21,7 @@ from finetune.engine.precision import DTYPES
 from finetune.engine.weights.exporters.diffusers_lora import lora_file
 from finetune.recipe import Bucket
 from finetune.training.job import Job, export_weights
+from finetune.training.other_expert import add_other_expert
 from finetune.training.samples import request_of, validation_samples
 
 PROMPT = "a red ball moves to the left over a dark floor"
@@ -37,10 +38,8 @@ def prompted(family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[Mo
         lines += ["guidance = 3.0"] if model != ("hunyuan_i2v", "latent_concat") else []
         lines += ["true_guidance = 2.0"] if model[0] in ("hunyuan", "hunyuan_i2v") else []
         lines += [f'image = "{tmp_path / "first.png"}"'] if model[0].endswith("i2v") else []
-        if model == (
-            "wan_i2v",
-            "2.1-FLF2V",
-        ):  # in sizes of their own: the pipeline scales images, and CLIP sees them whole
+        # In sizes of their own: the pipeline scales images, and CLIP sees them whole.
+        if model == ("wan_i2v", "2.1-FLF2V"):
             for name, (seed, height, width) in {"first": (5, 50, 110), "last": (6, 70, 64)}.items():
                 Image.fromarray(scene(seed, 1, height, width)[0][0]).save(tmp_path / f"{name}.png")
             lines += [f'last_image = "{tmp_path / "last.png"}"']
@@ -56,6 +55,7 @@ def live_video(job: Job, tiling: bool = False) -> np.ndarray:
     made: list[np.ndarray] = []
     requests: list[Request] = [request_of(job, job.prepared.prompts[0], seed=7)]
     dtype = DTYPES[job.recipe.train.precision]
+    add_other_expert(job)
     generate(job.state, requests, job.idle_batch(), tiling, dtype, lambda index, frames: made.append(frames))
     return made[0]
 
