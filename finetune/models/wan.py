@@ -3,7 +3,7 @@
 Training follows diffusers' pipelines in reverse: flow matching on normalised VAE latents, UMT5 embeddings of 512 tokens whose
 padding is zeros. The float timestep 1000 sigma is what the pipelines' integers are cut from.
 
-Image-to-video of 2.1 and A14B concatenates the noised latents' channels with a mask and with latents of the video [image, black
+Image-to-video of 2.1 and A14B concatenates the noised latents' channels with a mask and with latents of the video [image, grey
 ...]; 2.1 attends to the image's CLIP embeddings besides. In TI2V-5B each token has a timestep of its own: the first latent frame is
 the image's, clean, at timestep 0 and out of the loss. A14B has two transformers, of which one denoises above the boundary of
 model_index.json and the other below.
@@ -226,7 +226,7 @@ class WanImageToVideo(Wan):
         self, device: torch.device, dtype: torch.dtype, settings: Vae
     ) -> Callable[[np.ndarray], Tensors]:
         """Load the VAE. Returns a function from uint8 frames (F, H, W, 3) to the mode, (C, F', H', W'), of what is given of them:
-        the first and perhaps the last one, with black ones in between.
+        the first and perhaps the last one, with grey ones in between, which are zeros.
         """
         vae = self.load_vae(dtype, settings.tiling).to(device)
 
