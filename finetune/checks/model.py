@@ -52,8 +52,11 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
         raise UserError.of(wrong)
     family.select(recipe.model, recipe.data)
     transformer = family.empty_transformer()
-    about_weights = _weight_problems(family, transformer) if with_weights else []
-    if wrong := [*family_problems(recipe, family), *about_weights]:
+    experts = [family.of_expert(name) for name in recipe.model.experts or family.experts] or [family]
+    about_weights = [problem for each in experts if with_weights for problem in _weight_problems(each)]
+    about_noise = [problem for each in experts for problem in _noise_problems(recipe, each)]
+    found = [*family_problems(recipe, family), *about_noise, *about_weights]
+    if wrong := list(dict.fromkeys(found)):
         raise UserError.of(wrong)
     if recipe.adapter is not None:
         ADAPTERS[recipe.train.method].check(transformer, family, recipe.adapter)
@@ -62,8 +65,9 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     return family
 
 
-def _weight_problems(family: Family, transformer: nn.Module) -> Iterator[Problem]:
-    """Where the transformer's config and the headers of its weights tell different models."""
+def _weight_problems(family: Family) -> Iterator[Problem]:
+    """Where the trained transformer's config and the headers of its weights tell different models."""
+    transformer = family.empty_transformer()
     component, weights = family.trained_component, family.transformer_weights()
     where = str(family.folder.path / component)
     cure = f"download the {component} again; its config.json and its weights belong together"

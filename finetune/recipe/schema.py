@@ -108,7 +108,12 @@ class Train(Table):
     @classmethod
     def _steps_of_experts(cls, values: Any) -> Any:
         """`steps` as a table is `expert_steps`, and the most of them."""
-        if isinstance(values, dict) and isinstance(steps := values.get("steps"), dict) and "expert_steps" not in values:
+        if (
+            isinstance(values, dict)
+            and isinstance(steps := values.get("steps"), dict)
+            and steps
+            and "expert_steps" not in values
+        ):
             counts = [count for count in steps.values() if isinstance(count, int)]
             return {**values, "steps": max(counts, default=1), "expert_steps": steps}
         return values
