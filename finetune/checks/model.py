@@ -51,7 +51,8 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
         raise UserError.of(wrong)
     family.select(recipe.model, recipe.data)
     transformer = family.empty_transformer()
-    about_weights = _weight_problems(family, transformer) if with_weights else []
+    experts = [family.of_expert(name) for name in recipe.model.experts or family.experts] or [family]
+    about_weights = [problem for each in experts if with_weights for problem in _weight_problems(each)]
     if wrong := [*family_problems(recipe, family), *about_weights]:
         raise UserError.of(wrong)
     if recipe.adapter is not None:
@@ -71,6 +72,15 @@ def _expert_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
                 yield Problem(what, key, "write one value in place of the table")
         return
     trained = recipe.model.experts or list(family.experts)
+    if len(set(trained)) < len(trained):
+        yield Problem(f"{trained} names an expert twice", "model.experts", "name each once")
+    for key, table in (("train.expert_steps", steps), ("objective.expert_ranges", ranges)):
+        if idle := [name for name in table if name not in trained]:
+            yield Problem(f"the expert {idle[0]!r} is not trained, so this has no effect", key, "remove its entry")
+    for each in recipes_of_experts(recipe, list(family.experts)):
+        if recipe.schedule.warmup_steps > each.train.steps:
+            what = f"{recipe.schedule.warmup_steps} warm-up steps, but only {each.train.steps} steps of one expert"
+            yield Problem(what, "schedule.warmup_steps", f"set it to at most {each.train.steps}")
     missing = [name for name in trained if name not in steps]
     if steps and missing and recipe.train.steps == max(steps.values()):
         what = f"the table of steps does not name the expert {missing[0]!r}, which is trained, too"
@@ -80,8 +90,9 @@ def _expert_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
         yield Problem("one range of noise levels for two experts", "objective.sigma_range", cure)
 
 
-def _weight_problems(family: Family, transformer: nn.Module) -> Iterator[Problem]:
-    """Where the transformer's config and the headers of its weights tell different models."""
+def _weight_problems(family: Family) -> Iterator[Problem]:
+    """Where the trained transformer's config and the headers of its weights tell different models."""
+    transformer = family.empty_transformer()
     component, weights = family.trained_component, family.transformer_weights()
     where = str(family.folder.path / component)
     cure = f"download the {component} again; its config.json and its weights belong together"

@@ -86,6 +86,12 @@ class Wan(Family):
             what = "it has a transformer_2, and model_index.json does not say from which noise on it denoises"
             cure = 'put "boundary_ratio" back: 0.875 for text-to-video, 0.9 for image-to-video'
             return [Problem(what, where, cure)]
+        is_number = isinstance(boundary, float | int) and not isinstance(boundary, bool)
+        if boundary is not None and not (is_number and 0 < boundary < 1):
+            what = f"the boundary between its experts is no noise level between 0 and 1: boundary_ratio = {boundary!r}"
+            return [
+                Problem(what, f"{where}/model_index.json", "set it: 0.875 for text-to-video, 0.9 for image-to-video")
+            ]
         found = super().problems(model, data)
         if boundary is not None and not has_two:
             what = f"it has a boundary between two experts ({boundary}) and no transformer_2"

@@ -103,8 +103,10 @@ def test_a_wan_5b_checkpoint_does_both(
     [
         ({"transformer_2": [None, None]}, "no transformer_2"),
         ({"boundary_ratio": None}, "does not say from which noise on it denoises"),
+        ({"boundary_ratio": 1.5}, "no noise level between 0 and 1"),
+        ({"boundary_ratio": "0.875"}, "no noise level between 0 and 1"),
     ],
-    ids=["no transformer_2", "no boundary"],
+    ids=["no transformer_2", "no boundary", "boundary too high", "boundary of text"],
 )
 def test_half_an_a14b_is_refused(
     family_recipe: Callable[..., Path],
@@ -129,6 +131,20 @@ def test_a_wan_checkpoint_without_its_image_encoder_is_refused(
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"image_encoder": [None, None]}))
     assert "no image_encoder" in refusal(family_recipe, "wan_i2v", f"model.path={folder}", variant="2.1")
+
+
+def test_the_expert_that_is_trained_second_is_checked_before_the_first_is_trained(
+    family_recipe: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = refusal(family_recipe, "wan", "objective.sigma_min=0.9", variant="2.2-A14B")
+    assert "there is no noise level in [0.0, 0.875]" in text
+    recipe = family_recipe("wan", "2.2-A14B")
+    assert open_family(load_recipe(recipe, ["objective.sigma_min=0.9", "model.experts=high"])).expert == "high"
+
+    model, weights = tmp_path / "model", "diffusion_pytorch_model.safetensors"
+    shutil.copytree(tiny_model("wan", "2.2-A14B"), model)
+    shutil.copy(tiny_model("wan", "2.2-5B") / "transformer" / weights, model / "transformer_2" / weights)
+    assert "transformer_2: " in refusal(family_recipe, "wan", f"model.path={model}", variant="2.2-A14B")
 
 
 def test_a14b_takes_a_last_image_if_the_recipe_says_so(family_recipe: Callable[..., Path]) -> None:
