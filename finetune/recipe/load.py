@@ -257,9 +257,10 @@ def _typed(text: str, annotation: Any) -> Any:
         if any(isinstance(part, type) and issubclass(part, BaseModel) for part in get_args(annotation)):
             return text  # a string that stands for a list of tables
         try:
-            return tomli.loads(f"value = [{text}]")["value"]
+            value = tomli.loads(f"value = [{text}]")["value"]
         except tomli.TOMLDecodeError:
             return [part.strip() for part in text.split(",")]
+        return value[0] if text.startswith("{") and len(value) == 1 else value  # a table in a list's place
     try:
         value = tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:

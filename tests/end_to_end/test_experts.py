@@ -1,6 +1,7 @@
 """Two experts in one recipe are two trainings: each as if it were alone, and in the folder of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,6 +156,20 @@ def test_exports_of_both(both: Run, recipe: Path, finetune: Finetune, tmp_path: 
     for expert in STEPS:
         name = f"pytorch_lora_weights_{expert}_noise.safetensors"
         assert load_file(tmp_path / "out" / expert / "lora" / name).keys() == lora(both.output, expert).keys()
+
+
+def test_a_finished_expert_is_not_passed_over_with_other_captions(
+    both: Run, recipe: Path, few_clips: Path, tmp_path: Path
+) -> None:
+    clips = tmp_path / "clips"
+    shutil.copytree(few_clips, clips)
+    min(clips.glob("*.txt")).write_text("another caption")
+    settings = (*SETTINGS, f"data.path={clips}")
+    shutil.copytree(both.output, tmp_path / "output")
+    again = Run(recipe, tmp_path / "output", 0, settings)
+    assert again.wait() == 2
+    assert "it is finished" not in again.said
+    assert "data.path" in again.said
 
 
 def test_two_machines_may_train_one_each(recipe: Path, tmp_path: Path) -> None:
