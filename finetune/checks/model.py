@@ -74,9 +74,6 @@ def _expert_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     trained = recipe.model.experts or list(family.experts)
     if len(set(trained)) < len(trained):
         yield Problem(f"{trained} names an expert twice", "model.experts", "name each once")
-    for key, table in (("train.expert_steps", steps), ("objective.expert_ranges", ranges)):
-        if idle := [name for name in table if name not in trained]:
-            yield Problem(f"the expert {idle[0]!r} is not trained, so this has no effect", key, "remove its entry")
     for each in recipes_of_experts(recipe, list(family.experts)):
         if recipe.schedule.warmup_steps > each.train.steps:
             what = f"{recipe.schedule.warmup_steps} warm-up steps, but only {each.train.steps} steps of one expert"

@@ -18,8 +18,6 @@ RANGES = "objective.sigma_range={high = [0.8, 1.0], low = [0.0, 0.9]}"
     [
         (["objective.sigma_range=[0.8, 1.0]"], "objective.sigma_range", "one range of noise levels for two experts"),
         (["train.steps={high = 3}"], "train.steps", "does not name the expert 'low'"),
-        (["model.experts=low", "train.expert_steps={high = 3}"], "train.expert_steps", "'high' is not trained"),
-        (["model.experts=high", RANGES], "objective.expert_ranges", "'low' is not trained"),
         (['model.experts=["low", "low"]'], "model.experts", "names an expert twice"),
         (
             ["train.steps={high = 2, low = 9}", "schedule.warmup_steps=3", "schedule.name=cosine"],
@@ -36,6 +34,14 @@ def test_what_means_nothing_for_its_experts_is_refused(
     assert [problem.where for problem in error.value.problems] == [where]
     assert what in error.value.problems[0].what
     assert error.value.problems[0].cure
+
+
+def test_a_recipe_of_both_trains_one_by_name(family_recipe: Callable[..., Path]) -> None:
+    """So two machines start from one file."""
+    settings = ["model.experts=low", RANGES, "train.steps={high = 3, low = 4}"]
+    recipe = load_recipe(family_recipe("wan", "2.2-A14B"), settings)
+    (low,) = recipes_of_experts(recipe, list(open_family(recipe).experts))
+    assert (low.train.steps, low.objective.sigma_range) == (4, [0.0, 0.9])
 
 
 @pytest.mark.parametrize("setting", ["train.steps={high = 3, low = 4}", RANGES])
