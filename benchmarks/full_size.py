@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
@@ -50,28 +51,18 @@ FOLDERS = {  # a recipe's model.path -> its configs
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan2.2-t2v-a14b",
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "wan2.2-i2v-a14b",
 }
-T5_XXL = T5Config(  # google/t5-v1_1-xxl's encoder
-    vocab_size=32128,
-    d_model=4096,
-    d_kv=64,
-    d_ff=10240,
-    num_layers=24,
-    num_heads=64,
-    feed_forward_proj="gated-gelu",
-    is_encoder_decoder=False,
-    use_cache=False,
-)
-UMT5_XXL = UMT5Config(  # google/umt5-xxl's encoder
-    vocab_size=256384,
-    d_model=4096,
-    d_kv=64,
-    d_ff=10240,
-    num_layers=24,
-    num_heads=64,
-    feed_forward_proj="gated-gelu",
-    is_encoder_decoder=False,
-    use_cache=False,
-)
+_XXL: dict[str, Any] = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "use_cache": False,
+}
+T5_XXL = T5Config(vocab_size=32128, **_XXL)  # google/t5-v1_1-xxl's encoder
+UMT5_XXL = UMT5Config(vocab_size=256384, **_XXL)  # google/umt5-xxl's encoder
 LLAMA = LlamaConfig(  # Llama 3 8B, with the tokens that LLaVA adds
     vocab_size=128320,
     hidden_size=4096,

@@ -78,7 +78,8 @@ class Movable:
         away = self._on_device()
         is_known = [ref() for ref in self._known] == [held.storage for held in away]
         if not is_known:
-            self._known, self.host = [], []  # frees the old copies first
+            self.device.synchronize()  # with what may still be copied from the old copies, which are freed first
+            self._known, self.host = [], []
             self.host = self._host_memory(away)
             self._known = [weakref.ref(held.storage) for held in away]
         for held, host in zip(away, self.host, strict=True):

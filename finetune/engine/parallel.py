@@ -21,6 +21,7 @@ from finetune.models.text_mask import why_masked
 from finetune.recipe.schema import Memory, Train
 from finetune.recipe.table import Table
 from finetune.runtime.distributed import Runtime, data_mesh, mesh
+from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 
 
@@ -134,7 +135,11 @@ def _shard_by_dtype(
         if not left.isdisjoint(module.parameters()):
             shard(module, reshard_after_forward=False)  # as the root's other weights are
     if missed := [name for name, p in transformer.named_parameters() if p in left]:
-        raise NotImplementedError(f"{', '.join(missed)}: these belong to no module that is called within the model")
+        raise UserError(
+            f"{', '.join(missed[:3])}: beside modules that stay in float32, these weights belong to none that is called",
+            "have the family put them into a module with a forward pass of its own, in `adapt_transformer`",
+            "model.family",
+        )
 
 
 def _largest_called(module: nn.Module, lists: list[nn.ModuleList]) -> Iterator[nn.Module]:

@@ -178,7 +178,8 @@ class Components:
     def _transformer_class(self) -> type[diffusers.ModelMixin]:
         return getattr(diffusers, self.transformer_class)
 
-    def _text_component(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    def transformers_component(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+        """An encoder, tokenizer or processor of the class in transformers that the folder names. Encoders are on the device."""
         import transformers
 
         cls = getattr(transformers, self.folder.class_name(name))

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from finetune.models.batch import Tensors
 
@@ -36,3 +38,17 @@ class Encoder:
     variant: Any
     fingerprint: Callable[[FileHash], list[Any]]
     load: Callable[[torch.device], Encode]
+
+
+class EncodedImage(nn.Module):
+    """Stands for an image encoder in a pipeline that is given images whose embeddings (images, tokens, D) are known: pipelines do
+    not take both. Whichever of its hidden states a pipeline asks for, it gets these.
+    """
+
+    def __init__(self, embeds: Tensor) -> None:
+        super().__init__()
+        self.embeds = nn.Parameter(embeds, requires_grad=False)  # pipelines ask the parameters for their dtype
+        self.device = embeds.device
+
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.embeds, hidden_states=[self.embeds, self.embeds])

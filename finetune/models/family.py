@@ -126,7 +126,9 @@ class Family(Components, ABC):
 
     def text_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensors]:
         """Load the text encoders. Returns a function from a caption to the transformer's text tensors, without batch dimension."""
-        pipeline = self.pipeline(**{name: self._text_component(name, device, dtype) for name in self.text_components})
+        pipeline = self.pipeline(
+            **{name: self.transformers_component(name, device, dtype) for name in self.text_components}
+        )
 
         @torch.no_grad()
         def encode(caption: str) -> Tensors:

@@ -120,14 +120,7 @@ class HunyuanVideo(Family):
     def tiny(cls, path: Path, seed: int = 0, variant: str | None = None) -> None:
         torch.manual_seed(seed)
         tokenizer, tokenizer_2 = tiny.llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"]), tiny.clip_tokenizer()
-        vae = AutoencoderKLHunyuanVideo(
-            latent_channels=4,
-            block_out_channels=(8, 8, 16, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-        )
-        vae.quant_conv.bias.data[4:] = -10  # low log-variances, as a trained VAE's posterior is narrow
-        tiny.scale_latents(vae, frames=17, size=64)
+        vae = tiny_vae()
         transformer = HunyuanVideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
@@ -150,6 +143,19 @@ class HunyuanVideo(Family):
             text_encoder_2=tiny.clip_encoder(tokenizer_2, width=32),
             tokenizer_2=tokenizer_2,
         ).save_pretrained(path)
+
+
+def tiny_vae() -> AutoencoderKLHunyuanVideo:
+    """A VAE of random weights whose latents have about unit variance."""
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    vae.quant_conv.bias.data[4:] = -10  # low log-variances, as a trained VAE's posterior is narrow
+    tiny.scale_latents(vae, frames=17, size=64)
+    return vae
 
 
 class JointAttention(HunyuanVideoAttnProcessor2_0):

@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import diffusers
@@ -28,7 +27,7 @@ from transformers import ByT5Tokenizer, SiglipImageProcessor, SiglipVisionConfig
 
 from finetune.models import hunyuan15_transformer, tiny
 from finetune.models.batch import Tensors
-from finetune.models.encoder import Encoder, FileHash
+from finetune.models.encoder import EncodedImage, Encoder, FileHash
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike
@@ -37,6 +36,7 @@ from finetune.recipe import Bucket
 from finetune.recipe.schema import Data, Model, ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import Problem
 
+_SIGLIP = ("image_encoder", "feature_extractor")
 _IMAGE_TOKENS = 729  # a constant of the pipelines
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
 _GLYPHS = ("encoder_hidden_states_2", "encoder_attention_mask_2")
@@ -79,7 +79,7 @@ class HunyuanVideo15(Family):
     def text_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[str], Tensors]:
         pipeline = getattr(diffusers, self.pipeline_class)  # its helpers are static: it cannot be built without a VAE
         tokenizer, encoder, tokenizer_2, encoder_2 = (
-            self._text_component(name, device, dtype) for name in self.text_components
+            self.transformers_component(name, device, dtype) for name in self.text_components
         )
 
         @torch.no_grad()
@@ -196,15 +196,16 @@ class HunyuanVideo15(Family):
 
 
 class HunyuanVideo15ImageToVideo(HunyuanVideo15):
-    """HunyuanVideo-1.5, image-to-video: the image's latents are given at the first frame, and SigLIP's tokens beside the text.
+    """HunyuanVideo-1.5, image-to-video.
 
-    The VAE is causal, so the image's latents are the first of its clip. The pipeline takes the video's size from the image.
+    The image's latents are given at the first frame, and SigLIP's tokens beside the text. The VAE is causal, so the image's
+    latents are the first of its clip. The pipeline takes the video's size from the image.
     """
 
     name = "hunyuan15_i2v"
     title = "HunyuanVideo-1.5 image-to-video"
     pipeline_classes = ("HunyuanVideo15ImageToVideoPipeline",)
-    components = (*HunyuanVideo15.components, "image_encoder", "feature_extractor")
+    components = (*HunyuanVideo15.components, *_SIGLIP)
     takes_image = True
 
     def unused_keys(self) -> dict[str, str]:
@@ -218,13 +219,12 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
         return (*super().encoders(dtype, settings), siglip)
 
     def _image_fingerprint(self, file_hash: FileHash) -> list[Any]:
-        return [self.folder.fingerprint(name, file_hash) for name in ("image_encoder", "feature_extractor")]
+        return [self.folder.fingerprint(name, file_hash) for name in _SIGLIP]
 
     def image_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[[np.ndarray], Tensors]:
         """Load SigLIP. Returns a function from an image, uint8 (H, W, 3), to its embeddings (tokens, D)."""
         pipeline = getattr(diffusers, self.pipeline_class)
-        encoder = self.folder.load("image_encoder", SiglipVisionModel, dtype).to(device)
-        processor = self._feature_extractor()
+        encoder, processor = (self.transformers_component(name, device, dtype) for name in _SIGLIP)
 
         @torch.no_grad()
         def encode(image: np.ndarray) -> Tensors:
@@ -233,9 +233,6 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
             return {"embeds": pipeline._get_image_embeds(encoder, processor, shown, device)[0]}
 
         return encode
-
-    def _feature_extractor(self) -> SiglipImageProcessor:
-        return SiglipImageProcessor.from_pretrained(self.folder.path / "feature_extractor")
 
     def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
         embeds = torch.zeros(_IMAGE_TOKENS, self.transformer_config["image_embed_dim"], dtype=dtype)
@@ -307,7 +304,8 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
 
     def encoded_components(self, encoded: Mapping[str, Tensors], device: torch.device) -> dict[str, Any]:
         embeds = encoded["image_embeds"]["embeds"].to(device)
-        return {"feature_extractor": self._feature_extractor(), "image_encoder": _EncodedBySiglip(embeds)}
+        processor = self.transformers_component("feature_extractor", device, embeds.dtype)
+        return {"feature_extractor": processor, "image_encoder": EncodedImage(embeds[None])}
 
     @classmethod
     def _tiny_components(cls) -> dict[str, Any]:
@@ -323,18 +321,6 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
             "image_encoder": SiglipVisionModel(config).eval(),
             "feature_extractor": SiglipImageProcessor(size={"height": 54, "width": 54}),
         }
-
-
-class _EncodedBySiglip(nn.Module):
-    """Stands for SigLIP in a pipeline that is given an image whose embeddings (tokens, D) are known."""
-
-    def __init__(self, embeds: Tensor) -> None:
-        super().__init__()
-        self.embeds = nn.Parameter(embeds, requires_grad=False)  # the pipeline asks the parameters for their dtype
-        self.device = embeds.device
-
-    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=self.embeds[None])
 
 
 def system_message() -> str:

@@ -16,7 +16,6 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoTransformer3DModel,
@@ -30,7 +29,7 @@ from finetune.models import tiny
 from finetune.models.batch import Tensors
 from finetune.models.encoder import Encode, Encoder
 from finetune.models.folder import ModelFolder
-from finetune.models.hunyuan import HunyuanVideo
+from finetune.models.hunyuan import HunyuanVideo, tiny_vae
 from finetune.models.sample import SampleLike, nearest_bucket
 from finetune.models.text_mask import padded
 from finetune.recipe import Bucket
@@ -94,7 +93,9 @@ class HunyuanVideoImageToVideo(HunyuanVideo):
 
         Without a frame, it is what the pipeline guides away from: a black image, of which both kinds take every second token.
         """
-        pipeline = self.pipeline(**{name: self._text_component(name, device, dtype) for name in self.text_components})
+        pipeline = self.pipeline(
+            **{name: self.transformers_component(name, device, dtype) for name in self.text_components}
+        )
 
         @torch.no_grad()
         def encode(caption: str, frame: np.ndarray | None) -> Tensors:
@@ -164,14 +165,7 @@ class HunyuanVideoImageToVideo(HunyuanVideo):
         kind = variant or cls.variants[0]
         tokenizer = tiny.llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"], begin=2, halved=HALVED)
         tokenizer_2 = tiny.clip_tokenizer()
-        vae = AutoencoderKLHunyuanVideo(
-            latent_channels=4,
-            block_out_channels=(8, 8, 16, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-        )
-        vae.quant_conv.bias.data[4:] = -10  # low log-variances, as a trained VAE's posterior is narrow
-        tiny.scale_latents(vae, frames=17, size=64)
+        vae = tiny_vae()
         transformer = HunyuanVideoTransformer3DModel(
             in_channels=4 if kind == "token_replace" else 2 * 4 + 1,
             out_channels=4,

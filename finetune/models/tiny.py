@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -224,35 +225,29 @@ def clip_image_encoder(width: int) -> CLIPVisionModel:
     return CLIPVisionModel(config).eval()
 
 
-def umt5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> UMT5EncoderModel:
-    """A two-layer UMT5 encoder."""
-    config = UMT5Config(
-        vocab_size=len(tokenizer),
-        d_model=width,
-        d_kv=8,
-        d_ff=2 * width,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
-    return UMT5EncoderModel(config).eval()
-
-
 def t5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> T5EncoderModel:
     """A two-layer T5 encoder with gated GELU, as in v1.1."""
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=width,
-        d_kv=8,
-        d_ff=2 * width,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-        tie_word_embeddings=False,
-    )
-    return T5EncoderModel(config).eval()
+    return T5EncoderModel(T5Config(**_t5_settings(tokenizer, width))).eval()
+
+
+def umt5_encoder(tokenizer: PreTrainedTokenizerBase, width: int) -> UMT5EncoderModel:
+    """The same of UMT5."""
+    return UMT5EncoderModel(UMT5Config(**_t5_settings(tokenizer, width))).eval()
+
+
+def _t5_settings(tokenizer: PreTrainedTokenizerBase, width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 2 * width,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "tie_word_embeddings": False,
+    }
 
 
 @torch.no_grad()

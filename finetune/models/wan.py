@@ -12,7 +12,6 @@ model_index.json and the other below.
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import diffusers
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.models import tiny
 from finetune.models.batch import Tensors
 from finetune.models.components import Expert
-from finetune.models.encoder import Encoder, FileHash
+from finetune.models.encoder import EncodedImage, Encoder, FileHash
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike, nearest_bucket
@@ -34,6 +33,7 @@ from finetune.recipe.schema import Data, ExpertName, Model, ObjectiveSettings, V
 from finetune.runtime.errors import Problem
 
 TEXT_LENGTH = 512  # tokens; with fewer, 2.1 image-to-video would take image tokens for text
+_CLIP = ("image_encoder", "image_processor")
 _SPATIAL, _TEMPORAL = 8, 4  # compression of VAEs whose configs do not say it
 
 
@@ -167,7 +167,7 @@ class WanImageToVideo(Wan):
     name = "wan_i2v"
     title = "Wan image-to-video"
     pipeline_classes = ("WanImageToVideoPipeline",)
-    optional_components = ("transformer_2", "image_encoder", "image_processor")
+    optional_components = ("transformer_2", *_CLIP)
     variants = ("2.1", "2.1-FLF2V", "2.2-A14B", "2.2-5B")
     takes_image = True
 
@@ -190,7 +190,7 @@ class WanImageToVideo(Wan):
 
     def problems(self, model: Model, data: Data) -> list[Problem]:
         found = super().problems(model, data)
-        if self.sees_clip and not (self.folder.has("image_encoder") and self.folder.has("image_processor")):
+        if self.sees_clip and not all(map(self.folder.has, _CLIP)):
             what = (
                 "its transformer attends to CLIP's image embeddings, and it has no image_encoder or no image_processor"
             )
@@ -246,11 +246,7 @@ class WanImageToVideo(Wan):
 
     def image_encoder(self, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensors]:
         """Load CLIP. Returns a function from one or two images, uint8 (H, W, 3), to their embeddings (images, tokens, D)."""
-        import transformers
-
-        cls = getattr(transformers, self.folder.class_name("image_encoder"))
-        encoder = self.folder.load("image_encoder", cls, dtype).to(device)
-        pipeline = self.pipeline(image_encoder=encoder, image_processor=self._image_processor())
+        pipeline = self.pipeline(**{name: self.transformers_component(name, device, dtype) for name in _CLIP})
 
         @torch.no_grad()
         def encode(*images: np.ndarray) -> Tensors:
@@ -258,14 +254,8 @@ class WanImageToVideo(Wan):
 
         return encode
 
-    def _image_processor(self) -> Any:
-        import transformers
-
-        cls = getattr(transformers, self.folder.class_name("image_processor"))
-        return cls.from_pretrained(self.folder.path / "image_processor")
-
     def _image_fingerprint(self, file_hash: FileHash) -> list[Any]:
-        return [self.folder.fingerprint(name, file_hash) for name in ("image_encoder", "image_processor")]
+        return [self.folder.fingerprint(name, file_hash) for name in _CLIP]
 
     def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
         example = super().example(bucket, dtype)
@@ -319,18 +309,8 @@ class WanImageToVideo(Wan):
         if not self.sees_clip:
             return {}
         embeds = encoded["image_embeds"]["embeds"].to(device)
-        return {"image_processor": self._image_processor(), "image_encoder": _EncodedByClip(embeds)}
-
-
-class _EncodedByClip(nn.Module):
-    """Stands for CLIP in a pipeline that is given images whose embeddings are known, since it does not take both."""
-
-    def __init__(self, embeds: Tensor) -> None:
-        super().__init__()
-        self.embeds, self.device = embeds, embeds.device
-
-    def forward(self, pixel_values: Tensor, output_hidden_states: bool) -> SimpleNamespace:
-        return SimpleNamespace(hidden_states=[self.embeds, None])
+        processor = self.transformers_component("image_processor", device, embeds.dtype)
+        return {"image_processor": processor, "image_encoder": EncodedImage(embeds)}
 
 
 def _is_5b(folder: ModelFolder) -> bool:

@@ -94,7 +94,7 @@ def test_nothing_in_it_depends_on_data(model: TinyModel) -> None:
     transformer = model.family.empty_transformer()
     on_meta = {name: value.to("meta") for name, value in inputs.items()}
     assert transformer(**on_meta).sample.shape == shape
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match="meta tensors"):
         diffusers_own = type(transformer).from_config(transformer.config).to("meta")
         diffusers_own(**on_meta)
 
