@@ -13,5 +13,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     for name in FAMILIES:
         cls = family_class(name)
-        print(f"{name:14} {(cls.__doc__ or '').strip()} {', '.join(cls.variants)}".rstrip())
+        what = (cls.__doc__ or "").strip().partition("\n")[0]
+        print(f"{name:14} {what}" + (f" --variant: {', '.join(cls.variants)}" if cls.variants else ""))
     return 0

@@ -40,7 +40,12 @@ def comparison(folders: Sequence[Path]) -> list[str]:
     rows = [_COLUMNS, *(_row(run) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*lines, "", "held-out loss at the first and at the last measurement, and how it changed"]
+    return [
+        *lines,
+        "",
+        "Held-out loss at the first and at the last measurement, and how it changed. `inside` is of the noise levels that",
+        "a run trains, `outside` of all others: compare runs of the same held-out clips, noise levels and steps.",
+    ]
 
 
 def _run_folders(given: Path) -> list[Path]:

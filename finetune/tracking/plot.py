@@ -1,8 +1,9 @@
 """The loss curve of a run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from finetune.recipe.schema import ExpertName
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 from finetune.tracking.trackers import METRICS_FILE, read_metrics
@@ -19,7 +20,9 @@ def plot_losses(run: Path) -> Path:
     """
     metrics = run / METRICS_FILE
     if not metrics.is_file():
-        raise UserError("there are no metrics of a run", "give the run's output folder", str(metrics))
+        experts = [str(run / name) for name in get_args(ExpertName) if (run / name / METRICS_FILE).is_file()]
+        cure = f"give the folder of an expert: {' or '.join(experts)}" if experts else "give the run's output folder"
+        raise UserError("there are no metrics of a run", cure, str(metrics))
     rows = read_metrics(metrics)
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     heldout = [(row["step"], row["heldout_loss"], row["heldout_zero_loss"]) for row in rows if "heldout_loss" in row]
