@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def losses(output: Path, expert: str) -> list[dict]:
     return [{key: row[key] for key in kept if key in row} for row in rows(output / expert, "step")]
 
 
-@pytest.mark.parametrize("expert", ["high", "low"])
+@pytest.mark.parametrize("expert", [pytest.param("high", marks=pytest.mark.full), "low"])
 def test_each_expert_is_trained_as_if_it_were_alone(both: Run, recipe: Path, tmp_path: Path, expert: str) -> None:
     alone = Run(recipe, tmp_path / "alone", 2, (*SETTINGS, f'model.experts=["{expert}"]'))
     assert alone.wait() == 0, alone.said
@@ -89,6 +90,16 @@ def test_a_run_that_is_killed_goes_on_at_the_right_expert(both: Run, recipe: Pat
         assert [row["loss"] for row in rows(broken.output / expert)] == [
             row["loss"] for row in rows(both.output / expert)
         ]
+
+
+def test_a_stop_ends_the_run_before_the_other_expert(recipe: Path, tmp_path: Path) -> None:
+    """The first expert has made its steps, and is exported or generates its samples."""
+    run = Run(recipe, tmp_path / "stopped", 0, SETTINGS)
+    run.wait_until(lambda: (run.output / "high" / "results.json").exists())
+    run.process.terminate()
+    assert run.wait() == 128 + signal.SIGTERM, run.said
+    assert "stopped by SIGTERM; the same command goes on" in run.said
+    assert not (run.output / "low").exists()
 
 
 def test_the_files_say_which_expert_they_are_for(both: Run) -> None:
