@@ -4,7 +4,7 @@ Ranks share the work, and nothing is encoded twice. A run that was killed contin
 """
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,23 +16,23 @@ from torch import Tensor
 
 from finetune.data.cache import Cache, digest
 from finetune.data.images import is_address, missing_image
-from finetune.data.loader import Item
+from finetune.data.loader import Item, Variant
 from finetune.data.sources import (
     FRAMES,
+    Piece,
     Source,
     caption_source,
     file_source,
     fitted_source,
-    frame_sources,
     image_source,
     no_image_source,
-    video_source,
+    video_sources,
 )
 from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encode, Encoder
 from finetune.models.family import Family
-from finetune.preparation.inspect import InspectedClip, inspect_clips, refuse_or_skip, require, split_heldout
+from finetune.preparation.inspect import InspectedClip, inspect_data, refuse_or_skip, require
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.runtime.distributed import Runtime, host_threads
@@ -110,18 +110,40 @@ class _Encoders:
         made = {kind: each for kind, each in self.by_kind.items() if sources.keys() >= set(each.sources)}
         return {kind: self.encoding(kind, sources, text) for kind in made}
 
-    def encodings(self, entry: InspectedClip) -> dict[str, _Encoding]:
-        """The items of a clip, by kind."""
-        clip, fit = entry.clip, entry.fit
+    def encodings(self, entry: InspectedClip, start: int, caption: str) -> dict[str, _Encoding]:
+        """The items of one piece of a clip with one of its captions, by kind.
+
+        Args:
+            start: the first frame of the piece, at the frame rate of training.
+        """
+        clip, piece = entry.clip, Piece(entry.fit.bucket, entry.fit.fps, start)
         sources = {
-            "video": video_source(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
-            "caption": caption_source(clip.caption),
-            **frame_sources(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
+            "caption": caption_source(caption),
+            **video_sources(clip.path, entry.hash, entry.info, piece),
+            **{column: file_source(clip.file(column), found, piece) for column, found in entry.files.items()},
         }
-        for column, file_hash in entry.files.items():
-            sources[column] = file_source(clip.file(column), file_hash, fit.bucket, fit.fps)
-        notes = {kind: clip.caption if kind == "text" else str(clip.path) for kind in self.by_kind}
+        notes = {kind: caption if kind == "text" else str(clip.path) for kind in self.by_kind}
         return {kind: self.encoding(kind, sources, note) for kind, note in notes.items()}
+
+    def items(self, entry: InspectedClip, alone: bool) -> Iterator[tuple[Item, list[_Encoding]]]:
+        """What a clip is trained as, each with all that is encoded for it.
+
+        Args:
+            alone: whether captions are encoded without the clip's image, too.
+        """
+        clip, fit, starts = entry.clip, entry.fit, entry.windows.starts
+        for turns in [starts] if entry.windows.take_turns else [(start,) for start in starts]:
+            windows, work = [], []
+            for start in turns:
+                variants = []
+                for caption in clip.captions:
+                    made = self.encodings(entry, start, caption)
+                    by_itself = [self.text(caption)] if alone else []
+                    work += [*made.values(), *by_itself]
+                    keys = {kind: each.key for kind, each in made.items()}
+                    variants.append(Variant(caption, keys, by_itself[0].key if by_itself else None))
+                windows.append(tuple(variants))
+            yield Item(clip.path, fit.bucket, fit.fps, tuple(windows), clip.columns, entry.source), work
 
 
 def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
@@ -135,26 +157,11 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         if runtime.is_main:
             cache.sweep()
     encoders = _open_encoders(recipe, family, cache, runtime)
-    columns = further_columns(encoders.by_kind.values())
-    usable = inspect_clips(recipe.data, recipe.data.path, cache, runtime, columns)
-    if named := recipe.validation.heldout:
-        split = usable, inspect_clips(recipe.data, named, cache, runtime, columns)
-    else:
-        split = split_heldout(usable, recipe)
-    work: list[_Encoding] = []
-    datasets: list[list[Item]] = []
+    dataset = inspect_data(recipe, cache, runtime, further_columns(encoders.by_kind.values()))
     drops_image = recipe.data.image_dropout > 0 and encoders.text_has_image
-    for part in split:
-        datasets.append([])
-        for entry in part:
-            made = encoders.encodings(entry)
-            work += made.values()
-            keys = {kind: each.key for kind, each in made.items()}
-            clip, fit = entry.clip, entry.fit
-            alone = encoders.text(clip.caption) if drops_image and part is split[0] else None
-            work += [alone] if alone else []
-            text_alone = alone.key if alone else None
-            datasets[-1].append(Item(clip.path, clip.caption, fit.bucket, fit.fps, keys, clip.columns, text_alone))
+    made = [pair for entry in dataset.train for pair in encoders.items(entry, drops_image)]
+    held = [pair for entry in dataset.heldout for pair in encoders.items(entry, alone=False)]
+    work = [each for _, encodings in (*made, *held) for each in encodings]
     if recipe.data.caption_dropout:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
@@ -168,9 +175,8 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         with host_threads(runtime, used=on_cpu):
             failed |= _encode(work, kind, partial(encoder.load, device), cache, runtime)
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
-    train, heldout = ([item for item in items if failed.keys().isdisjoint(item.all_keys)] for items in datasets)
-    require(train, recipe.data.path)
-    _refuse_shared(train, heldout)
+    train, heldout = ([item for item, _ in part if failed.keys().isdisjoint(item.all_keys)] for part in (made, held))
+    require(train, recipe.data.datasets[0].path)
     return Prepared(cache, train, heldout, encoders.text("").key, prompts)
 
 
@@ -243,16 +249,6 @@ def _image_content(source: str, cache: Cache) -> str:
 
 def _pixels(image: np.ndarray) -> dict[str, Tensor]:
     return {"pixels": torch.from_numpy(image.copy())}
-
-
-def _refuse_shared(train: Sequence[Item], heldout: Sequence[Item]) -> None:
-    trained = {item.keys["video"] for item in train}
-    if both := [
-        Problem("this held-out clip is trained on, too", str(item.path))
-        for item in heldout
-        if item.keys["video"] in trained
-    ]:
-        raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
 
 
 def _not_finite(work: _Encoding) -> Problem:
