@@ -3,16 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from finetune.checks.buckets import resolve_buckets
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
+from finetune.models.family import Family
 from finetune.preparation.encode import encoders_of, further_columns
 from finetune.preparation.inspect import inspect_data
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.shapes import with_stated_buckets
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
 
@@ -25,7 +28,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
     cache, columns = Cache(recipe.data.cache), []
-    recipes = [recipe]
+    recipes, family = [recipe], None
     with _collected(problems):
         family = open_family(recipe)
         recipes = recipes_of_experts(recipe, list(family.experts))
@@ -33,11 +36,20 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     for each in recipes:
         with _collected(problems):
             check_output(each)
+    recipe = _with_buckets(recipe, family, runtime, problems)
     with _collected(problems):
         inspect_data(recipe, cache, runtime, columns)
     with _collected(problems):
         _load_images(recipe)
     return problems
+
+
+def _with_buckets(recipe: Recipe, family: Family | None, runtime: Runtime, problems: list[Problem]) -> Recipe:
+    """The recipe with the buckets of its clips; of a model that cannot be opened, with those that it states. Collective."""
+    with _collected(problems):
+        if family is not None:
+            return resolve_buckets(recipe, family, runtime)
+    return with_stated_buckets(recipe)
 
 
 @contextmanager

@@ -32,12 +32,15 @@ class BucketFit:
         return self.frames_available - self.bucket.frames
 
 
-def fit_to_bucket(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str) -> BucketFit:
+def fit_to_bucket(
+    clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str, found: bool = False
+) -> BucketFit:
     """Choose the bucket that loses least of a clip: nearest aspect ratio, then most frames, then largest picture not enlarged.
 
     Args:
         fps: the frame rate to train at; None keeps the clip's own.
         where: the clip's name, for the error.
+        found: whether the buckets were found for data.area, for the error.
     Raises:
         UserError: the clip is shorter than every bucket.
     """
@@ -47,9 +50,12 @@ def fit_to_bucket(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None,
     if not possible:
         faster = "raise data.fps, " if fps and fps < clip.fps else ""
         shortest = min(bucket.frames for bucket in buckets)
+        add = f"a length of at most {available} to data.frames"
+        if not found:
+            add = f"a bucket of at most {available} frames to data.buckets"
         raise UserError(
             f"{available} frame{'s' if available > 1 else ''} at {rate:g} fps, but the shortest bucket has {shortest}",
-            f"add a bucket of at most {available} frames to data.buckets, {faster}or remove the clip",
+            f"add {add}, {faster}or remove the clip",
             where,
         )
 

@@ -76,7 +76,7 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
     problems: list[Problem] = []
     for number, source in (*sources, *held):
         try:
-            found.append((source.path, _inspect(data, source, number, seed, cache, runtime, columns)))
+            found.append((source.path, inspect_dataset(data, source, number, seed, cache, runtime, columns)))
         except UserError as error:  # the same on every rank
             problems += [each for each in error.problems if each not in problems]
     if problems:
@@ -91,7 +91,7 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
     return Dataset(*split, found)
 
 
-def _inspect(
+def inspect_dataset(
     data: Data, source: DataSource, number: int, seed: int, cache: Cache, runtime: Runtime, columns: Sequence[str]
 ) -> Inspection:
     """Inspect one dataset. Collective; returns the same on every rank."""
@@ -118,7 +118,7 @@ def _inspect(
         try:
             entry = _known(facts, clip.path)
             info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
-            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
+            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), data.area is not None)
             files = {column: _known(facts, clip.file(column))["hash"] for column in columns}
             windows = windows_of(fit, data, seed, entry["hash"])
             result.clips.append(InspectedClip(clip, entry["hash"], info, fit, files, windows, number))

@@ -84,6 +84,8 @@ def differences(ours: Recipe, other: Recipe) -> list[str]:
 
 def _changes(ours: Recipe, other: Recipe) -> Iterator[tuple[str, str]]:
     left, right = flat_values(ours), flat_values(other)
+    if not (ours.data.buckets and other.data.buckets):  # of one, they are not found yet: `data.area` says as much
+        left["data.buckets"] = right["data.buckets"] = []
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key):
             yield key, f"{key} = {right.get(key, 'unset')!r} there, {left.get(key, 'unset')!r} here"
