@@ -160,9 +160,14 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         device = torch.device("cpu") if on_cpu else runtime.device.torch_device
         with host_threads(runtime, used=on_cpu):
             failed |= fill(work, kind, partial(encoder.load, device), cache, runtime)
+    texts = [encoders.text("").key, *chain.from_iterable((*each.keys.values(), each.negative_key) for each in prompts)]
+    if needed := list(chain.from_iterable(failed[key] for key in dict.fromkeys(texts) if key in failed)):
+        raise UserError.of(needed)  # no clip can be left out for it: the training would miss it later
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
     train, heldout = ([item for item, _ in part if failed.keys().isdisjoint(item.all_keys)] for part in (made, held))
     require(train, recipe.data.datasets[0].path)
+    if held:
+        require(heldout, recipe.validation.heldout or recipe.data.datasets[0].path)
     return Prepared(cache, train, heldout, encoders.text("").key, prompts)
 
 
