@@ -52,9 +52,10 @@ _RANGE_SCHEMA = {
 class Model(Table):
     family: str
     """Which model family: see `python -m finetune families`; or one of your own, as "package.module:Class"."""
-    path: str
-    """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json)."""
-    revision: str = "main"
+    path: str = Free(...)
+    """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json). A run is resumed wherever the model lies: its
+    weights are known by their content."""
+    revision: str = Free("main")
     """Branch, tag or commit on the Hub; without meaning for a folder."""
     experts: Annotated[list[ExpertName], Field(min_length=1)] | None = None
     """Which transformers of a checkpoint with two (Wan 2.2 A14B) are trained, one after the other, each in a folder of its own
@@ -62,7 +63,7 @@ class Model(Table):
 
 
 class Data(Table):
-    path: PathText
+    path: PathText = Free(...)
     """A folder of videos with side-car .txt captions, a folder with prompts.txt and videos.txt, or a .csv, .json or .jsonl file."""
     buckets: Annotated[list[BucketText], Field(min_length=1)]
     """Training shapes, frames x height x width, like ["49x512x768"]. Each clip goes to the one that fits it best."""

@@ -146,8 +146,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_no_tensor(store: Cache, it
         item.write_bytes(damaged)
         try:
             found = store.read("video", KEY)
-        except UserError as error:
-            assert "run the same command again: it is encoded anew" in str(error)
+        except UserError:
             assert not store.has("video", KEY)
             noticed += 1
         else:
