@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from finetune.data import decode
 from finetune.data.buckets import BucketFit, fit_to_bucket
-from finetune.data.cache import Cache, content_hash, digest
+from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
+from finetune.data.file_facts import content_hash
 from finetune.data.manifest import read_manifest
 from finetune.data.windows import Windows, windows_of
 from finetune.recipe import Recipe
@@ -110,8 +111,7 @@ def _inspect(
         facts |= share
     cache.files.entries |= {str(p.resolve()): entry for p, entry in facts.items() if isinstance(entry, dict)}
     with runtime.together():
-        if runtime.is_main:
-            cache.files.save()
+        cache.files.save()
 
     result = Inspection(problems=[*manifest.problems, *problems], unused=list(manifest.unused))
     for clip in clips:

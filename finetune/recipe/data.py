@@ -10,7 +10,7 @@ from finetune.recipe.values import BucketText, PathText
 
 
 class DataSource(Table):
-    path: PathText
+    path: PathText = Free(...)
     """As `data.path`."""
     repeats: Annotated[float, Field(ge=0)] = 1.0
     """How often an epoch takes each of its clips. Of a fraction, like 0.25 or 2.5, every epoch takes another share, so that all
@@ -24,7 +24,7 @@ class DataSource(Table):
 
 
 class Data(Table):
-    path: PathText | None = None
+    path: PathText | None = Free(None)
     """A folder of videos with side-car .txt captions, a folder with prompts.txt and videos.txt, or a .csv, .json or .jsonl file."""
     sources: list[DataSource] = Field(default=[])
     """Instead of `path`: several datasets, each a table [[data.sources]]."""
