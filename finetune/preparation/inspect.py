@@ -10,7 +10,7 @@ from finetune.data import decode
 from finetune.data.buckets import BucketFit, fit_to_bucket
 from finetune.data.cache import Cache, content_hash, digest
 from finetune.data.clip import Clip
-from finetune.data.manifest import read_manifest
+from finetune.data.manifest import describe_unused, read_manifest
 from finetune.recipe import Recipe
 from finetune.recipe.schema import Data
 from finetune.runtime.distributed import Runtime
@@ -43,7 +43,8 @@ def inspect_clips(
         UserError: lists clips that cannot be used, unless data.bad_clips is "skip"; or no clip is left.
     """
     with runtime.together():
-        clips = read_manifest(path, data.video_column, data.caption_column, data.id_token)
+        manifest = read_manifest(path, data.video_column, data.caption_column, data.id_token)
+        clips = manifest.clips
         videos = {clip.path for clip in clips}
         paths = sorted(videos | _further_files(clips, columns))
         # All ranks share this work, also those that will train on the same samples.
@@ -57,7 +58,7 @@ def inspect_clips(
             cache.files.save()
 
     usable: list[InspectedClip] = []
-    problems: list[Problem] = []
+    problems = list(manifest.problems)
     for clip in clips:
         try:
             entry = _known(facts, clip.path)
@@ -69,6 +70,8 @@ def inspect_clips(
             problems += error.problems
     refuse_or_skip(problems, data.bad_clips, "used")
     require(usable, path)
+    for line in describe_unused(manifest, path):
+        say(line)
     _report(path, usable)
     return usable
 
