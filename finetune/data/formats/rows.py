@@ -105,8 +105,8 @@ def read_parquet(path: Path) -> Rows:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        cure = 'pip install "finetune[parquet]" (or pyarrow), or save the table as .csv or .jsonl'
-        raise UserError("pyarrow is needed to read Parquet, and is not installed", cure, str(path)) from None
+        cure = 'in the checkout: pip install -e ".[parquet]"; or save the table as .csv or .jsonl'
+        raise UserError("pyarrow is not installed, which reads Parquet", cure, str(path)) from None
     try:
         with parquet.ParquetFile(path) as file:
             names = [field.name for field in file.schema_arrow if not _has_bytes(field.type)]
