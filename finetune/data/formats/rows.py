@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finetune.data.formats.format import read_text, text_fault
+from finetune.recipe.text import load_json
 from finetune.runtime.errors import Problem, UserError
 
 Rows = list[tuple[str, object]]
@@ -85,18 +86,6 @@ def read_json(path: Path) -> Rows:
     if not isinstance(entries, list):
         raise UserError("not a list", 'write [{"video": ..., "caption": ...}, ...]', str(path))
     return [(f"{path.name}, entry {index + 1}", entry) for index, entry in enumerate(entries)]
-
-
-def load_json(text: str) -> object:
-    """What a JSON text says. Raises JSONDecodeError, also for text that is nested too deeply or has numbers too long for Python."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", text, 0) from None
-    except ValueError:
-        raise json.JSONDecodeError("a number has too many digits", text, 0) from None
 
 
 def read_parquet(path: Path) -> Rows:

@@ -20,8 +20,9 @@ from finetune.data.formats.format import (
     read_text,
 )
 from finetune.data.formats.listing import is_media, list_files
-from finetune.data.formats.rows import load_json, other_columns
+from finetune.data.formats.rows import other_columns
 from finetune.data.formats.text_columns import lists_files
+from finetune.recipe.text import load_json
 from finetune.runtime.errors import Problem, UserError
 
 _SUFFIXES = frozenset({".txt", ".caption", ".json"})
@@ -126,7 +127,7 @@ def _add_clips(
         try:
             if car in bad:
                 raise UserError.of([bad[car]])
-            captions, more = _content(car, columns)
+            captions, more = _content(car, files[0], columns)
         except UserError as error:
             problems += [Problem(p.what, f"{car} (of {files[0].name})", p.cure) for p in error.problems]
             continue
@@ -165,7 +166,7 @@ def _cure_of_none(file: Path, cars: Sequence[Path], columns: Columns) -> str:
     return f"write {file.with_suffix('.txt').name} beside it"
 
 
-def _content(car: Path, columns: Columns) -> tuple[tuple[str, ...] | None, dict[str, str]]:
+def _content(car: Path, clip: Path, columns: Columns) -> tuple[tuple[str, ...] | None, dict[str, str]]:
     """The captions of a side-car, None if it has none, and other columns. Raises UserError for captions that cannot be used."""
     text = read_text(car, _LARGEST)
     others: dict[str, str] = {}
@@ -173,7 +174,7 @@ def _content(car: Path, columns: Columns) -> tuple[tuple[str, ...] | None, dict[
         written, others = _of_json(car, text, columns)
         if written is None:
             return None, {}
-    elif _has_many(car):
+    elif _has_many(car) and normalised(car.stem) != normalised(clip.stem):  # not of a.captions.mp4
         written = [line for line in text.split("\n") if line.strip()] or [None]
     else:
         written = [" ".join(text.split())]
