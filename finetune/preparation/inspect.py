@@ -11,12 +11,12 @@ from finetune.data.buckets import BucketFit, fit_to_bucket
 from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
 from finetune.data.file_facts import content_hash
-from finetune.data.manifest import read_manifest
+from finetune.data.manifest import describe_unused, read_manifest
 from finetune.data.windows import Windows, windows_of
 from finetune.recipe import Recipe
 from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 from finetune.runtime.logging import say
 
 _NAMED = 3  # files that a line names of many
@@ -78,6 +78,8 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
     for number, source in (*sources, *held):
         try:
             found.append((source.path, _inspect(data, source, number, seed, cache, runtime, columns)))
+        except LostPeer:
+            raise
         except UserError as error:  # the same on every rank
             problems += [each for each in error.problems if each not in problems]
     if problems:
@@ -226,11 +228,11 @@ def _report(path: Path, found: Inspection) -> None:
     shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
     where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
     say(f"{path}: {len(clips)} clips, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
-    for line in (*_copies(clips), *_unused(found.unused)):
-        say(f"{path}: {line}")
+    for line in (*_copies(clips, path), *describe_unused(found.unused, path)):
+        say(line)
 
 
-def _copies(clips: Sequence[InspectedClip]) -> Iterator[str]:
+def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
     """How many clips are the same file, byte for byte, as another."""
     same: dict[str, list[Path]] = defaultdict(list)
     for entry in clips:
@@ -240,16 +242,7 @@ def _copies(clips: Sequence[InspectedClip]) -> Iterator[str]:
     if copies:
         count = sum(len(paths) - 1 for paths in copies)
         are = "s are copies" if count > 1 else " is a copy"
-        yield f"{count} clip{are} of others, byte for byte: {_some([' = '.join(map(str, paths)) for paths in copies])}"
-
-
-def _unused(files: Sequence[Problem]) -> Iterator[str]:
-    """Which files of the folder are not used, by the reason."""
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for each in files:
-        reasons[each.what].append(each.where)
-    for reason, names in reasons.items():
-        yield f"not used, {reason}: {_some(names)}"
+        yield f"{path}: {count} clip{are} of others, byte for byte: {_some([' = '.join(map(str, paths)) for paths in copies])}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from finetune.recipe.schema import Recipe, free_keys
 from finetune.recipe.table import tables_of
+from finetune.recipe.text import read_utf8
 from finetune.runtime.errors import Problem, UserError
 
 RECIPE_FILE = "recipe.toml"  # in a run's folder: the effective recipe
@@ -32,16 +33,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_utf8(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.5)
         cure = f"did you mean {path.parent / near[0]}?" if near else "give --recipe the path of a .toml file"
         raise UserError("no such recipe", cure, str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot be read as a recipe ({error})", "give --recipe a TOML text file", str(path)) from None
     try:
         values = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # TOMLDecodeError, numbers of too many digits, arrays nested too deeply
         raise UserError(f"not valid TOML: {error}", "mend the line; strings need quotes", str(path)) from None
 
     lines = _key_lines(text)

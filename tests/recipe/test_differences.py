@@ -139,7 +139,10 @@ def test_a_free_key_of_tables_in_a_list_may_change_and_others_may_not(written) -
 
 
 def test_no_other_key_is_free() -> None:
-    assert free_keys() == {override.partition("=")[0] for override in FREE} | {"validation.prompts", "data.sources.path"}
+    assert free_keys() == {override.partition("=")[0] for override in FREE} | {
+        "validation.prompts",
+        "data.sources.path",
+    }
 
 
 @pytest.mark.parametrize(
