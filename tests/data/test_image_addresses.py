@@ -1,4 +1,4 @@
-"""Images are fetched from http(s) only, within a time limit and a size limit, and whatever a server does is an error with a cure."""
+"""Images are fetched from http(s) only, within limits of time and size, and whatever a server does is an error with a cure."""
 
 import http.server
 import io
@@ -139,7 +139,7 @@ def test_a_slow_server_is_not_waited_for(serve: Callable, part: str) -> None:
         handler.end_headers()
         handler.drip(b"1\r\nx\r\n" if part == "chunks" else b"x")
 
-    with pytest.raises(UserError, match="cannot be fetched .*(more than 0.5 seconds|timed out)"):
+    with pytest.raises(UserError, match=r"cannot be fetched .*(more than 0.5 seconds|timed out)"):
         fetch(serve(answer), seconds=0.5)
 
 

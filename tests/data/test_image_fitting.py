@@ -143,7 +143,7 @@ def test_images_that_are_cut_off_are_found_by_probing(tmp_path: Path, suffix: st
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 192, 3), np.uint8)).save(path)
     data = path.read_bytes()
     path.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
-    with pytest.raises(UserError, match="empty|no image can be read") as caught:
+    with pytest.raises(UserError, match=r"empty|no image can be read") as caught:
         probe_image(path)
     assert str(path) in str(caught.value)
 
@@ -165,7 +165,7 @@ def test_damaged_images_are_read_or_refused_by_name(tmp_path: Path, suffix: str,
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(smooth(40, 60)).save(path, **({} if suffix in ("gif", "bmp") else {"exif": exif}))
-    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    whole, refused = np.frombuffer(path.read_bytes(), np.uint8), []
     for _ in range(count):
         data = whole.copy()
         places = draw.integers(0, len(data), draw.integers(1, 6))
@@ -176,4 +176,5 @@ def test_damaged_images_are_read_or_refused_by_name(tmp_path: Path, suffix: str,
             assert decode_image(path, Bucket(1, 32, 32)).shape == (1, 32, 32, 3)
             assert info.height > 0 < info.width
         except UserError as error:
-            assert str(path) in str(error)
+            refused.append(str(error))
+    assert all(str(path) in message for message in refused)

@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor
+from PIL import Image, ImageCms, ImageColor, ImageFile
 
 from finetune.runtime.errors import UserError
 
@@ -13,7 +13,7 @@ _SDR_PRIMARIES = (1, 2, 5, 6, 7)  # BT.709, unknown, BT.601: code points of ITU-
 _HDR_TRANSFERS = (16, 18)  # PQ, HLG
 
 
-def undeclared(image: Image.Image, head: bytes) -> str | None:
+def undeclared(image: ImageFile.ImageFile, head: bytes) -> str | None:
     """What is wrong with colours that a file declares where Pillow does not look: HDR and wide gamut in AVIF and PNG.
 
     Args:
@@ -34,7 +34,7 @@ def undeclared(image: Image.Image, head: bytes) -> str | None:
     return None
 
 
-def srgb(image: Image.Image, background: str, where: str) -> Image.Image:
+def srgb(image: ImageFile.ImageFile, background: str, where: str) -> Image.Image:
     """Decode an image and convert it to sRGB, mode "RGB", in front of a background. EXIF orientation is not applied.
 
     Args:
@@ -49,7 +49,7 @@ def srgb(image: Image.Image, background: str, where: str) -> Image.Image:
     return colour
 
 
-def _split(image: Image.Image, where: str) -> tuple[Image.Image, Image.Image | None]:
+def _split(image: ImageFile.ImageFile, where: str) -> tuple[Image.Image, Image.Image | None]:
     """Colours as "L", "RGB" or "CMYK", and the opacity as "L"; None if all is opaque."""
     has_16_bits = any(";16" in str(tile.args) for tile in image.tile)  # of which Pillow keeps the upper 8 of colours
     image.load()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from finetune.data.images.colours import srgb, undeclared
 from finetune.runtime.errors import Problem, UserError
@@ -118,7 +118,7 @@ def checked_size(file: BinaryIO, where: str) -> tuple[int, int]:
         return whole.height, whole.width
 
 
-def _upright(image: Image.Image, where: str, background: str) -> Image.Image:
+def _upright(image: ImageFile.ImageFile, where: str, background: str) -> Image.Image:
     colours = srgb(image, background, where)
     turn = _TURNS.get(_orientation(image))
     return colours if turn is None else colours.transpose(turn)
@@ -133,7 +133,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _open(file: BinaryIO, where: str) -> Image.Image:
+def _open(file: BinaryIO, where: str) -> ImageFile.ImageFile:
     """An image whose header is read and allowed, before anything is decoded."""
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
