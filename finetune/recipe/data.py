@@ -51,6 +51,8 @@ class Data(Table):
     """Probability that an image-to-video sample is trained without its condition image."""
     last_image: bool | None = None
     """Image-to-video between two images: each clip's last frame is a condition, too; unset: as the checkpoint was made for."""
+    background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
+    """What is seen where an image is transparent: "white", "black", "grey", or a colour like "#1a2b3c"."""
     bad_clips: Literal["refuse", "skip"] = Free("refuse")
     """What to do with clips that cannot be decoded or fill no bucket: end with a list of them, or go on without."""
     cache: PathText = Free(Path("cache"))
