@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.data import decode
+from finetune.data import column_files, decode
 from finetune.data.images import load_image
 from finetune.recipe import Bucket
 
@@ -37,12 +37,21 @@ class SourceFile:
     Attributes:
         start: seconds into the file at which the clip begins.
         bucket, fps: the clip's, whose frames the encoding has to match.
+        clip: the clip's video, for messages.
+        info: the file's size and length, of a mask, a control or a reference video or image; None of other files.
     """
 
     path: Path
     start: float
     bucket: Bucket
     fps: float
+    clip: Path
+    info: decode.VideoInfo | None = None
+
+    def frames(self) -> np.ndarray:
+        """The file's frames, uint8 (F, H, W, 3), at the clip's times and in its bucket; one frame of an image."""
+        assert self.info is not None
+        return column_files.read_frames(self.path, self.info, self.bucket, self.fps, self.start)
 
 
 def caption_source(text: str) -> Source:
@@ -83,6 +92,7 @@ def no_image_source() -> Source:
     return Source(("no image",), lambda: None)
 
 
-def file_source(path: Path, content_hash: str, bucket: Bucket, fps: float) -> Source:
-    """A file that the manifest names beside the video."""
-    return Source((content_hash, str(bucket), fps, _START), lambda: SourceFile(path, 0.0, bucket, fps))
+def file_source(column: str, file: SourceFile, content_hash: str) -> Source:
+    """A file that the manifest names beside the video: frames of a control or reference video, else a `SourceFile`."""
+    fingerprint = content_hash, str(file.bucket), file.fps, _START
+    return Source(fingerprint, file.frames if column in column_files.FRAME_COLUMNS else lambda: file)

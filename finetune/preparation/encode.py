@@ -4,7 +4,7 @@ Ranks share the work, and nothing is encoded twice. A run that was killed contin
 """
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -20,6 +20,7 @@ from finetune.data.loader import Item
 from finetune.data.sources import (
     FRAMES,
     Source,
+    SourceFile,
     caption_source,
     file_source,
     fitted_source,
@@ -32,6 +33,7 @@ from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encode, Encoder
 from finetune.models.family import Family
+from finetune.preparation.columns import further_columns, mask_encoder
 from finetune.preparation.inspect import InspectedClip, inspect_clips, refuse_or_skip, require, split_heldout
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
@@ -40,7 +42,12 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.tracking.progress import ProgressLine
 
 _ROUND = 4  # items that a rank encodes between two collectives, so that ranks wait little and errors show early
-_LABELS = {"text": "encoding captions", "video": "encoding clips", "image": "reading images"}
+_LABELS = {
+    "text": "encoding captions",
+    "video": "encoding clips",
+    "image": "reading images",
+    "mask": "encoding masks",
+}
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,12 @@ class _Encoders:
             **frame_sources(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
         }
         for column, file_hash in entry.files.items():
-            sources[column] = file_source(clip.file(column), file_hash, fit.bucket, fit.fps)
-        notes = {kind: clip.caption if kind == "text" else str(clip.path) for kind in self.by_kind}
+            file = SourceFile(clip.file(column), 0.0, fit.bucket, fit.fps, clip.path, entry.pictures.get(column))
+            sources[column] = file_source(column, file, file_hash)
+        kinds = [
+            kind for kind, each in self.by_kind.items() if not each.optional or sources.keys() >= set(each.sources)
+        ]
+        notes = {kind: clip.caption if kind == "text" else str(clip.path) for kind in kinds}
         return {kind: self.encoding(kind, sources, note) for kind, note in notes.items()}
 
 
@@ -193,22 +204,23 @@ def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtim
 
 
 def encoders_of(family: Family, recipe: Recipe) -> tuple[Encoder, ...]:
-    """A family's encoders for a recipe. Raises UserError if their kinds are not as `Family.encoders` says."""
+    """A family's encoders for a recipe, and that of masks, unless the family reads masks itself.
+
+    Raises:
+        UserError: their kinds are not as `Family.encoders` says.
+    """
     encoders = family.encoders(DTYPES[recipe.train.precision], recipe.vae)
     kinds = [encoder.kind for encoder in encoders]
-    if len(set(kinds)) < len(kinds) or not {"text", "video"} <= set(kinds) or "image" in kinds:
+    if len(set(kinds)) < len(kinds) or not {"text", "video"} <= set(kinds) or not {"image", "mask"}.isdisjoint(kinds):
         raise UserError(
             f"{type(family).__name__}.encoders lists the kinds {', '.join(kinds)}",
-            'list "text" and "video", each kind once, and none called "image", which is that of prompts\' images',
+            'list "text" and "video", each kind once, and none called "image" or "mask": the kinds of prompts\' images, and of '
+            "masks that weigh the loss",
             "model.family",
         )
-    return encoders
-
-
-def further_columns(encoders: Iterable[Encoder]) -> list[str]:
-    """What encoders read besides video and caption: columns of the manifest."""
-    named = chain.from_iterable(encoder.sources for encoder in encoders)
-    return [name for name in dict.fromkeys(named) if name not in ("video", "caption", *FRAMES)]
+    if any("mask" in encoder.sources for encoder in encoders):
+        return encoders
+    return (*encoders, mask_encoder(family))
 
 
 def _prompts(

@@ -10,7 +10,9 @@ from finetune.data import decode
 from finetune.data.buckets import BucketFit, fit_to_bucket
 from finetune.data.cache import Cache, content_hash, digest
 from finetune.data.clip import Clip
+from finetune.data.column_files import PICTURES, picture_facts
 from finetune.data.manifest import read_manifest
+from finetune.preparation.columns import check_pictures, optional_columns, pictured, say_columns
 from finetune.recipe import Recipe
 from finetune.recipe.schema import Data
 from finetune.runtime.distributed import Runtime
@@ -21,7 +23,8 @@ from finetune.runtime.logging import say
 class InspectedClip(NamedTuple):
     """A clip that can be trained on, with the hash of its file, its size and duration, and its bucket.
 
-    `files` has the hash of each further file that the manifest names for it, by column.
+    `files` has the hash of each further file that the manifest names for it, by column; `pictures` the size and length of those
+    that are masks, control or reference videos or images.
     """
 
     clip: Clip
@@ -29,6 +32,7 @@ class InspectedClip(NamedTuple):
     info: decode.VideoInfo
     fit: BucketFit
     files: Mapping[str, str]
+    pictures: Mapping[str, decode.VideoInfo]
 
 
 def inspect_clips(
@@ -45,9 +49,14 @@ def inspect_clips(
     with runtime.together():
         clips = read_manifest(path, data.video_column, data.caption_column, data.id_token)
         videos = {clip.path for clip in clips}
-        paths = sorted(videos | _further_files(clips, columns))
+        read = [*columns, *optional_columns(columns)]
+        paths = sorted(videos | _further_files(clips, read, columns))
+        pictures = pictured(clips, read) - videos
         # All ranks share this work, also those that will train on the same samples.
-        mine = {file: _inspect(file, cache, file in videos) for file in paths[runtime.rank :: runtime.world_size]}
+        mine = {
+            file: _inspect(file, cache, file in videos, file in pictures)
+            for file in paths[runtime.rank :: runtime.world_size]
+        }
     facts: dict[Path, dict | UserError] = {}
     for share in runtime.gather(mine):
         facts |= share
@@ -61,16 +70,24 @@ def inspect_clips(
     for clip in clips:
         try:
             entry = _known(facts, clip.path)
-            info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
+            info = _info(entry)
             fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
-            files = {column: _known(facts, clip.file(column))["hash"] for column in columns}
-            usable.append(InspectedClip(clip, entry["hash"], info, fit, files))
+            known = {column: _known(facts, clip.file(column)) for column in read if column in clip.columns}
+            shown = {column: _info(known[column]) for column in known if column in PICTURES}
+            check_pictures(clip, info, fit, shown)
+            files = {column: each["hash"] for column, each in known.items()}
+            usable.append(InspectedClip(clip, entry["hash"], info, fit, files, shown))
         except UserError as error:
             problems += error.problems
     refuse_or_skip(problems, data.bad_clips, "used")
     require(usable, path)
     _report(path, usable)
+    say_columns(path, [entry.clip for entry in usable], columns)
     return usable
+
+
+def _info(entry: Mapping) -> decode.VideoInfo:
+    return decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
 
 
 def _known(facts: Mapping[Path, dict | UserError], file: Path) -> dict:
@@ -118,29 +135,31 @@ def require(found: Sequence, path: Path) -> None:
         raise UserError("not one usable clip is left", "add clips that can be decoded and fill a bucket", str(path))
 
 
-def _further_files(clips: Sequence[Clip], columns: Sequence[str]) -> set[Path]:
-    """The files that clips name in columns. Raises UserError for those that are not there."""
+def _further_files(clips: Sequence[Clip], columns: Sequence[str], required: Sequence[str]) -> set[Path]:
+    """The files that clips name in columns. Raises UserError for those that are not there, and for clips without a required one."""
     problems: list[Problem] = []
     for clip, column in ((clip, column) for clip in clips for column in columns):
         if column not in clip.columns:
+            if column not in required:
+                continue
             cure = f"add a column {column!r} with the path of its file"
             problems.append(Problem(f"the clip has no {column!r}, which this model is trained on", clip.where, cure))
         elif not clip.file(column).is_file():
             problems.append(Problem("no such file", f"{clip.file(column)} (from {clip.where})", "mend the path"))
     if problems:
         raise UserError.of(problems)
-    return {clip.file(column) for clip in clips for column in columns}
+    return {clip.file(column) for clip in clips for column in columns if column in clip.columns}
 
 
-def _inspect(file: Path, cache: Cache, is_video: bool) -> dict | UserError:
-    """A file's hash, and the `VideoInfo` fields of a video, remembered as long as the file does not change.
+def _inspect(file: Path, cache: Cache, is_video: bool, is_picture: bool) -> dict | UserError:
+    """A file's hash, and the `VideoInfo` fields of a video or a picture, remembered as long as the file does not change.
 
     Returns what is wrong with a file that is no video it can be trained on.
     """
     try:
         known = cache.files.get(file)
-        if known is None or (is_video and "frames" not in known):
-            facts = asdict(decode.probe(file)) if is_video else {}
+        if known is None or ((is_video or is_picture) and "frames" not in known):
+            facts = asdict(decode.probe(file)) if is_video else picture_facts(file) if is_picture else {}
             known = cache.files.put(file, hash=content_hash(file), **facts)
         return known
     except UserError as error:

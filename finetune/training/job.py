@@ -147,8 +147,9 @@ class Job:
 def identity(family: Family, prepared: Prepared) -> dict[str, str]:
     """What a checkpoint continues besides its recipe: the clips and captions in their order, and the base weights."""
     # Video and text come first, as checkpoints have them that know no other kind.
-    kinds = ["video", "text", *(kind for kind in prepared.train[0].keys if kind not in ("video", "text"))]
-    clips: list[Any] = [[item.keys[kind] for kind in kinds] for item in prepared.train]
+    kinds = dict.fromkeys(["video", "text", *(kind for item in prepared.train for kind in item.keys)])
+    # A clip may lack a kind, such as a mask.
+    clips: list[Any] = [[item.keys.get(kind) for kind in kinds] for item in prepared.train]
     if read := family.columns:  # which reach the batch without being encoded
         clips += [[item.columns.get(name, "") for name in read] for item in prepared.train]
     return {"clips": digest(clips), "base": base_weights(family)}
