@@ -92,6 +92,6 @@ def cover(image: np.ndarray, bucket: Bucket) -> np.ndarray:
     scale = max(bucket.height / image.shape[0], bucket.width / image.shape[1])
     height, width = (max(least, round(side * scale)) for least, side in zip(bucket[1:], image.shape, strict=False))
     if (height, width) != image.shape[:2]:
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
     return image[top : top + bucket.height, left : left + bucket.width]
