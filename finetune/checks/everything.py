@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
@@ -11,7 +10,7 @@ from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
 from finetune.preparation.columns import further_columns
 from finetune.preparation.encode import encoders_of
-from finetune.preparation.inspect import inspect_clips, split_heldout
+from finetune.preparation.inspect import inspect_data
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
@@ -35,12 +34,8 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     for each in recipes:
         with _collected(problems):
             check_output(each)
-    inspect = partial(inspect_clips, recipe.data, cache=cache, runtime=runtime, columns=columns)
-    if recipe.validation.heldout:
-        with _collected(problems):
-            inspect(path=recipe.validation.heldout)
     with _collected(problems):
-        split_heldout(inspect(path=recipe.data.path), recipe)
+        inspect_data(recipe, cache, runtime, columns)
     with _collected(problems):
         _load_images(recipe)
     return problems

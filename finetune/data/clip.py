@@ -23,6 +23,10 @@ class Clip:
     columns: Mapping[str, str] = field(default_factory=dict)
     folder: Path = Path()
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption,)
+
     def file(self, column: str) -> Path:
         """The path of the file that a column names."""
         return self.folder / Path(self.columns[column]).expanduser()

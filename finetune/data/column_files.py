@@ -43,33 +43,36 @@ def picture_facts(path: Path) -> dict:
     return asdict(probe_picture(path))
 
 
-def check_picture(column: str, file: Path, info: VideoInfo, clip: Path, shown: VideoInfo, fit: BucketFit) -> None:
+def check_picture(
+    column: str, file: Path, info: VideoInfo, clip: Path, shown: VideoInfo, fit: BucketFit, frames: int
+) -> None:
     """Raise UserError if a file of a column does not go with its clip: it is shorter, or has another aspect ratio.
 
     Args:
         info: the file's.
         shown: the clip's.
+        frames: how many of the clip's first frames are used, at the frame rate of training.
     """
-    name, frames = f"{file} ({column} of {clip})", fit.bucket.frames
+    named, where = f"its {column} {file}", str(clip)
     if column != "reference":  # which is another picture
         width = info.height * shown.width / shown.height
         if abs(info.width - width) > max(_ROUNDED, _SAME_ASPECT * width):
             raise UserError(
-                f"it is {info.width}x{info.height} pixels, and the clip {shown.width}x{shown.height}, of another aspect ratio",
+                f"{named} is {info.width}x{info.height} pixels, and the clip {shown.width}x{shown.height}, of another aspect ratio",
                 f"scale or crop it to the clip's aspect ratio: it is fitted into {fit.bucket} as the clip is",
-                name,
+                where,
             )
     if is_image(file):
-        if column == "control" and frames > 1:
-            raise UserError(
-                f"it is an image, and the clip has {frames} frames", "name a video of the clip's length", name
-            )
+        if column == "control" and fit.bucket.frames > 1:
+            what = f"{named} is an image, and the clip is trained with {fit.bucket.frames} frames"
+            raise UserError(what, "name a video that is as long as the clip", where)
         return
     if (available := info.frames_at(fit.fps)) < frames:
+        or_image = ", or use an image, which holds for all frames" if column == MASK else ""
         raise UserError(
-            f"it has {available} frame{'s' if available > 1 else ''} at {fit.fps:g} fps, and the clip is trained with {frames}",
-            "make it as long as the clip" + (", or use an image, which holds for all frames" if column == MASK else ""),
-            name,
+            f"{named} has {available} frame{'s' if available > 1 else ''} at {fit.fps:g} fps, and {frames} of the clip are used",
+            f"make it as long as the clip{or_image}",
+            where,
         )
 
 
@@ -82,8 +85,7 @@ def read_frames(path: Path, info: VideoInfo, bucket: Bucket, fps: float, start: 
         UserError: the file cannot be read.
     """
     if not is_image(path):
-        assert not start  # decoding from a later time on comes with `decode.decode`'s own `start`
-        return decode.decode(path, info, bucket, fps)
+        return decode.decode(path, info, bucket, fps, start)
     return cover(load_image(str(path)), bucket)[None]
 
 

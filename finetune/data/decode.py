@@ -104,7 +104,7 @@ def _video_stream(container: av.container.InputContainer, path: Path) -> av.Vide
     return container.streams.video[0]
 
 
-def frame_indices(times: Sequence[float], tick: float, fps: float, count: int) -> list[int]:
+def frame_indices(times: Sequence[float], tick: float, fps: float, count: int, start: float = 0.0) -> list[int]:
     """Indices of the frames that are on screen at 0, 1/fps, 2/fps, ... seconds.
 
     Args:
@@ -115,10 +115,10 @@ def frame_indices(times: Sequence[float], tick: float, fps: float, count: int) -
         `count` indices into `times`, non-decreasing.
     """
     slack = min(_TICK_SLACK * tick, _FRAME_SLACK / fps)
-    return [max(0, bisect_right(times, k / fps + slack) - 1) for k in range(count)]
+    return [max(0, bisect_right(times, start + k / fps + slack) - 1) for k in range(count)]
 
 
-def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarray:
+def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float, start: float = 0.0) -> np.ndarray:
     """Decode the first `bucket.frames` frames at `fps`, scaled to cover the bucket and cropped at the centre.
 
     Returns:
@@ -133,10 +133,10 @@ def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarra
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            packets = _packets(container, stream, bucket.frames / fps)
+            packets = _packets(container, stream, start + bucket.frames / fps)
             ticks = sorted(packet.pts for packet in packets if _is_shown(packet))
             times = [float((tick - ticks[0]) * stream.time_base) for tick in ticks]
-            wanted = frame_indices(times, float(stream.time_base), fps, bucket.frames)
+            wanted = frame_indices(times, float(stream.time_base), fps, bucket.frames, start)
             for frame in chain.from_iterable(stream.decode(packet) for packet in (*packets, None)):
                 if frame.pts is None or frame.pts < shown:  # such as H.264 with B-frames in AVI
                     cure = f"convert it: ffmpeg -i {path.name} {path.stem}.mp4"

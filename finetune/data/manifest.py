@@ -1,6 +1,6 @@
 """Finds the clips of a dataset with their captions, whatever kind of dataset it is."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.clip import VIDEO_SUFFIXES, Clip
@@ -9,7 +9,14 @@ from finetune.data.formats.format import Columns
 from finetune.runtime.errors import Problem, UserError
 
 
-def read_manifest(path: Path, video_column: str, caption_column: str, id_token: str = "") -> list[Clip]:
+@dataclass(frozen=True)
+class Manifest:
+    clips: tuple[Clip, ...]
+    problems: tuple[Problem, ...] = ()
+    unused: tuple[Problem, ...] = ()
+
+
+def read_manifest(path: Path, video_column: str, caption_column: str, id_token: str = "") -> Manifest:
     """Find the clips of a dataset, in an order that depends on names and lines only.
 
     Args:
@@ -40,7 +47,7 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
         raise UserError.of(missing, f"{path}: {len(missing)} of {len(clips)} videos are missing:")
     if id_token:
         clips = [replace(clip, caption=f"{id_token} {clip.caption}") for clip in clips]
-    return clips
+    return Manifest(tuple(clips))
 
 
 def _read(path: Path, columns: Columns) -> list[Clip]:

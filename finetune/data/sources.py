@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from finetune.data import column_files, decode
+from finetune.data.clip import Clip
 from finetune.data.images import load_image
 from finetune.recipe import Bucket
 
-_START = "head"  # every source is read from its beginning
 FRAMES = ("first_frame", "last_frame")  # sources that every clip has, and that a prompt's images stand for
 
 
@@ -28,6 +28,30 @@ class Source:
 
     fingerprint: tuple[Any, ...]
     read: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The piece of a clip that is trained on.
+
+    Attributes:
+        fps: frame rate of training.
+        start: its first frame, counted at this rate.
+    """
+
+    bucket: Bucket
+    fps: float
+    start: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time of its first frame."""
+        return self.start / self.fps
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """JSON values for a cache key."""
+        return str(self.bucket), self.fps, self.start or "head"
 
 
 @dataclass(frozen=True)
@@ -59,21 +83,18 @@ def caption_source(text: str) -> Source:
     return Source((text,), lambda: text)
 
 
-def video_source(path: Path, content_hash: str, info: decode.VideoInfo, bucket: Bucket, fps: float) -> Source:
-    """The first frames of a video, as many as the bucket has, at `fps` frames a second."""
-    fingerprint = content_hash, str(bucket), fps, _START
-    return Source(fingerprint, lambda: decode.decode(path, info, bucket, fps))
+def video_sources(path: Path, content_hash: str, info: decode.VideoInfo, piece: Piece) -> dict[str, Source]:
+    """A piece of a video: its frames, and the first and the last of them, as a family takes them for condition images."""
+    identity = content_hash, *piece.fingerprint
+    first = Bucket(1, piece.bucket.height, piece.bucket.width)
 
+    def frames(bucket: Bucket) -> np.ndarray:
+        return decode.decode(path, info, bucket, piece.fps, piece.seconds)
 
-def frame_sources(
-    path: Path, content_hash: str, info: decode.VideoInfo, bucket: Bucket, fps: float
-) -> dict[str, Source]:
-    """The first and the last of a video's frames in a bucket, as a family takes them for condition images."""
-    identity = content_hash, str(bucket), fps, _START
-    first = Bucket(1, bucket.height, bucket.width)
     return {
-        "first_frame": Source((*identity, "first frame"), lambda: decode.decode(path, info, first, fps)[0]),
-        "last_frame": Source((*identity, "last frame"), lambda: decode.decode(path, info, bucket, fps)[-1]),
+        "video": Source(identity, lambda: frames(piece.bucket)),
+        "first_frame": Source((*identity, "first frame"), lambda: frames(first)[0]),
+        "last_frame": Source((*identity, "last frame"), lambda: frames(piece.bucket)[-1]),
     }
 
 
@@ -92,7 +113,8 @@ def no_image_source() -> Source:
     return Source(("no image",), lambda: None)
 
 
-def file_source(column: str, file: SourceFile, content_hash: str) -> Source:
+def file_source(column: str, clip: Clip, content_hash: str, info: decode.VideoInfo | None, piece: Piece) -> Source:
     """A file that the manifest names beside the video: frames of a control or reference video, else a `SourceFile`."""
-    fingerprint = content_hash, str(file.bucket), file.fps, _START
-    return Source(fingerprint, file.frames if column in column_files.FRAME_COLUMNS else lambda: file)
+    file = SourceFile(clip.file(column), piece.seconds, piece.bucket, piece.fps, clip.path, info)
+    read = file.frames if column in column_files.FRAME_COLUMNS else lambda: file
+    return Source((content_hash, *piece.fingerprint), read)

@@ -42,14 +42,14 @@ def encode_mask(file: SourceFile, family: Family) -> Tensors:
         UserError: the mask is black, or black wherever the family does not give the model the clip itself; names mask and clip.
     """
     levels = torch.from_numpy(decode_mask(file))  # uint8 (F or 1, H, W)
-    where = f"{file.path} (mask of {file.clip})"
+    named, where = f"its mask {file.path} is", str(file.clip)
     if not bool((levels > 255 * loss_mask.DARK).any()):
-        raise UserError("the mask is black, so nothing of the clip would count", "paint white what counts", where)
+        raise UserError(f"{named} black, so nothing of the clip would count", "paint white what counts", where)
     given = 1 + (family.given_frames - 1) * family.temporal if family.given_frames else 0  # frames of the video
     asked = levels.expand(file.bucket.frames, -1, -1)[given:]
     if not bool((asked > 255 * loss_mask.DARK).any()):
         raise UserError(
-            f"the mask is white only in the first {'frame' if given == 1 else f'{given} frames'}, which {family.title} is given, "
+            f"{named} white only in the first {'frame' if given == 1 else f'{given} frames'}, which {family.title} is given, "
             "so nothing of the clip would count",
             "paint white what counts in later frames",
             where,
@@ -62,16 +62,20 @@ def optional_columns(required: Sequence[str]) -> list[str]:
     return [] if MASK in required else [MASK]
 
 
-def check_pictures(clip: Clip, shown: VideoInfo, fit: BucketFit, pictures: Mapping[str, VideoInfo]) -> None:
+def check_pictures(
+    clip: Clip, shown: VideoInfo, fit: BucketFit, pictures: Mapping[str, VideoInfo], frames: int
+) -> None:
     """Raise UserError if a clip's mask, control or reference does not go with it.
 
     Args:
-        pictures: size and length of each such file of the clip, by column.
+        shown: the clip's size and length.
+        pictures: those of each such file of the clip, by column.
+        frames: how many of the clip's first frames are used, at the frame rate of training.
     """
     problems: list[Problem] = []
     for column, info in pictures.items():
         try:
-            check_picture(column, clip.file(column), info, clip.path, shown, fit)
+            check_picture(column, clip.file(column), info, clip.path, shown, fit, frames)
         except UserError as error:
             problems += error.problems
     if problems:

@@ -9,7 +9,8 @@ import tomli
 from pydantic import ValidationError
 
 from finetune.recipe.bucket import Bucket
-from finetune.recipe.schema import BucketText, Prompt, Validation, split_prompts
+from finetune.recipe.schema import Prompt, Validation, split_prompts
+from finetune.recipe.values import BucketText
 from finetune.runtime.errors import Problem, UserError
 
 # finetrainers' names in a JSON file of validation prompts

@@ -149,7 +149,7 @@ def identity(family: Family, prepared: Prepared) -> dict[str, str]:
     # Video and text come first, as checkpoints have them that know no other kind.
     kinds = dict.fromkeys(["video", "text", *(kind for item in prepared.train for kind in item.keys)])
     # A clip may lack a kind, such as a mask.
-    clips: list[Any] = [[item.keys.get(kind) for kind in kinds] for item in prepared.train]
+    clips: list[Any] = [[each.keys.get(kind) for each in item.variants for kind in kinds] for item in prepared.train]
     if read := family.columns:  # which reach the batch without being encoded
         clips += [[item.columns.get(name, "") for name in read] for item in prepared.train]
     return {"clips": digest(clips), "base": base_weights(family)}
@@ -207,9 +207,20 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         state=state,
         objective=family.training_objective(recipe.objective),
         prepared=prepared,
-        order=Order([item.bucket for item in prepared.train], train.global_batch_size, train.seed),
+        order=order_of(recipe, prepared),
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
         checkpoints=open_checkpoints(recipe, runtime),
+    )
+
+
+def order_of(recipe: Recipe, prepared: Prepared) -> Order:
+    """The order in which a recipe's training takes its clips."""
+    return Order(
+        [item.bucket for item in prepared.train],
+        recipe.train.global_batch_size,
+        recipe.train.seed,
+        [item.source for item in prepared.train],
+        [source.repeats for source in recipe.data.datasets],
     )
 
 

@@ -26,7 +26,7 @@ def test_a_kind_of_dataset_from_outside_is_read(
     file = tmp_path / "clips.tsv"
     file.write_text("".join(f"{video}\tclip {number}\n" for number, video in enumerate(videos)))
     monkeypatch.setitem(FORMATS, "tsv", DatasetFormat(locate, read, ".tsv"))
-    found = read_manifest(file, "video", "caption", id_token="TOK")
+    found = read_manifest(file, "video", "caption", id_token="TOK").clips
     assert [(clip.path, clip.caption) for clip in found] == [
         (video, f"TOK clip {number}") for number, video in enumerate(videos)
     ]

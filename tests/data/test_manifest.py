@@ -29,7 +29,8 @@ def pairs(path: Path, video: str = "video", caption: str = "caption", token: str
     """(path inside the dataset, caption) of each clip."""
     folder = path if path.is_dir() else path.parent
     return [
-        (clip.path.relative_to(folder).as_posix(), clip.caption) for clip in read_manifest(path, video, caption, token)
+        (clip.path.relative_to(folder).as_posix(), clip.caption)
+        for clip in read_manifest(path, video, caption, token).clips
     ]
 
 
@@ -114,7 +115,7 @@ def test_absolute_paths_are_kept(dataset, tmp_path_factory: pytest.TempPathFacto
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "a.mp4"
     elsewhere.touch()
     folder = dataset({"metadata.csv": f"video,caption\n{elsewhere},x\n"})
-    assert [clip.path for clip in read_manifest(folder, "video", "caption")] == [elsewhere]
+    assert [clip.path for clip in read_manifest(folder, "video", "caption").clips] == [elsewhere]
 
 
 def test_a_caption_line_with_unusual_separators_is_one_line(dataset) -> None:

@@ -1,6 +1,7 @@
 """Masks, control and reference files that a manifest names beside its clips, from the file to what is trained."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,27 @@ def test_a_mask_is_read_at_the_clips_times_and_in_its_size(
     torch.testing.assert_close(cached_mask(prepared(), WIDE), of_ltx(expected.copy()), rtol=0, atol=1.5 / 255)
 
 
+def test_each_window_of_a_clip_has_its_piece_of_the_mask(
+    dataset: Callable[..., Path], folder: Path, few_clips: Path, prepared: Prepare
+) -> None:
+    """And a mask that ends before the last window does is refused."""
+    levels = (10 + np.arange(25) * 9).astype(np.uint8)
+    mask = np.broadcast_to(levels[:, None, None], (25, 128, 192))
+    write_video(folder / "mask.mkv", mask, 25)
+    dataset({WIDE: {"mask": "mask.mkv"}})
+    settings = ["data.window=all", "data.overlap=0.5"]
+    made = prepared(*settings)
+    assert len(made.train) == 2
+    for item, start in zip(made.train, (0, 8), strict=True):
+        expected = np.broadcast_to(levels[start : start + 17, None, None], (17, 64, 96))
+        found = made.cache.read("mask", item.keys["mask"])["mask"]
+        torch.testing.assert_close(found, of_ltx(expected.copy()), rtol=0, atol=1.5 / 255)
+    write_video(folder / "mask.mkv", mask[:24], 25)
+    with pytest.raises(UserError, match=r"its mask .* has 24 frames at 25 fps, and 25 of the clip are used"):
+        prepared(*settings)
+    prepared()
+
+
 def test_a_mask_is_cropped_as_its_clip_is(
     recipe_file: Path, dataset: Callable[..., Path], folder: Path, prepared: Prepare
 ) -> None:
@@ -228,8 +250,8 @@ def test_a_mask_that_is_shorter_than_its_clip_is_refused(
     write_video(folder / "short.mkv", quadrant(10, 64, 96), 24)
     dataset({SMALL: {"mask": "short.mkv"}, "vp9.webm": {}})
     message = said()
-    assert f"{folder / 'short.mkv'} (mask of {few_clips / SMALL})" in message
-    assert "it has 10 frames at 24 fps, and the clip is trained with 17" in message
+    what = f"its mask {folder / 'short.mkv'} has 10 frames at 24 fps, and 17 of the clip are used"
+    assert f"{few_clips / SMALL}: {what}" in message
 
 
 def test_a_mask_of_another_aspect_ratio_is_refused(
@@ -238,8 +260,7 @@ def test_a_mask_of_another_aspect_ratio_is_refused(
     Image.new("L", (64, 64), 255).save(folder / "square.png")
     dataset({SMALL: {"mask": "square.png"}, "vp9.webm": {}})
     message = said()
-    assert f"{folder / 'square.png'} (mask of {few_clips / SMALL})" in message
-    assert "it is 64x64 pixels, and the clip 96x64" in message
+    assert f"{few_clips / SMALL}: its mask {folder / 'square.png'} is 64x64 pixels, and the clip 96x64" in message
 
 
 def test_a_mask_that_is_no_picture_is_refused(
@@ -262,7 +283,20 @@ def test_a_black_mask_is_refused(
         record(np.zeros((17, 64, 96, 3), dtype=np.uint8), folder / name, RECORDINGS[1])
     dataset({SMALL: {"mask": name}, "vp9.webm": {}})
     message = said(by_check=False)
-    assert f"{folder / name} (mask of {few_clips / SMALL}): the mask is black" in message
+    assert f"{few_clips / SMALL}: its mask {folder / name} is black" in message
+
+
+def test_a_black_mask_of_copies_is_refused_with_each(
+    dataset: Callable[..., Path], folder: Path, few_clips: Path, prepared: Prepare
+) -> None:
+    for name in ("one.mp4", "two.mp4"):
+        shutil.copy(few_clips / SMALL, folder / name)
+    Image.new("L", (96, 64)).save(folder / "black.png")
+    rows = [{"video": name, "caption": "a ball", "mask": "black.png"} for name in ("one.mp4", "two.mp4")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError) as error:
+        prepared()
+    assert {each.where for each in error.value.problems} == {str(folder / "one.mp4"), str(folder / "two.mp4")}
 
 
 def test_a_mask_that_is_white_in_the_given_frame_alone_is_refused_where_it_is_given(
@@ -274,7 +308,7 @@ def test_a_mask_that_is_white_in_the_given_frame_alone_is_refused_where_it_is_gi
     dataset({SMALL: {"mask": "first.mkv"}, "vp9.webm": {}})
     torch.testing.assert_close(cached_mask(prepared(), SMALL), of_ltx(first), rtol=0, atol=1e-6)
     message = said(by_check=False, family=LTXImageToVideo)
-    assert f"{folder / 'first.mkv'} (mask of {few_clips / SMALL}): the mask is white only in the first frame" in message
+    assert f"{few_clips / SMALL}: its mask {folder / 'first.mkv'} is white only in the first frame" in message
 
 
 def test_a_mask_that_is_not_there_is_named(dataset: Callable[..., Path], folder: Path, prepared: Prepare) -> None:
@@ -372,9 +406,11 @@ def test_a_control_file_that_is_an_image_is_refused(
     Image.new("L", (96, 64), 100).save(folder / "still.png")
     steered_rows[SMALL]["control"] = "still.png"
     dataset(steered_rows)
-    with pytest.raises(UserError, match="it is an image, and the clip has 17 frames") as error:
+    with pytest.raises(
+        UserError, match=r"its control .*still\.png is an image, and the clip is trained with 17"
+    ) as error:
         prepared(family=Steered)
-    assert error.value.problems[0].where == f"{folder / 'still.png'} (control of {few_clips / SMALL})"
+    assert error.value.problems[0].where == str(few_clips / SMALL)
 
 
 def test_columns_that_a_family_does_not_read_are_said(
