@@ -8,7 +8,8 @@ from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
-from finetune.preparation.encode import encoders_of, further_columns
+from finetune.preparation.columns import further_columns
+from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import inspect_data
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.data import decode
+from finetune.data import column_files, decode
+from finetune.data.clip import Clip
 from finetune.data.images import load_image
 from finetune.recipe import Bucket
 
@@ -60,12 +61,21 @@ class SourceFile:
     Attributes:
         start: seconds into the file at which the clip begins.
         bucket, fps: the clip's, whose frames the encoding has to match.
+        clip: the clip's video, for messages.
+        info: the file's size and length, of a mask, a control or a reference video or image; None of other files.
     """
 
     path: Path
     start: float
     bucket: Bucket
     fps: float
+    clip: Path
+    info: decode.VideoInfo | None = None
+
+    def frames(self) -> np.ndarray:
+        """The file's frames, uint8 (F, H, W, 3), at the clip's times and in its bucket; one frame of an image."""
+        assert self.info is not None
+        return column_files.read_frames(self.path, self.info, self.bucket, self.fps, self.start)
 
 
 def caption_source(text: str) -> Source:
@@ -103,7 +113,8 @@ def no_image_source() -> Source:
     return Source(("no image",), lambda: None)
 
 
-def file_source(path: Path, content_hash: str, piece: Piece) -> Source:
-    """A file that the manifest names beside the video."""
-    named = SourceFile(path, piece.seconds, piece.bucket, piece.fps)
-    return Source((content_hash, *piece.fingerprint), lambda: named)
+def file_source(column: str, clip: Clip, content_hash: str, info: decode.VideoInfo | None, piece: Piece) -> Source:
+    """A file that the manifest names beside the video: frames of a control or reference video, else a `SourceFile`."""
+    file = SourceFile(clip.file(column), piece.seconds, piece.bucket, piece.fps, clip.path, info)
+    read = file.frames if column in column_files.FRAME_COLUMNS else lambda: file
+    return Source((content_hash, *piece.fingerprint), read)

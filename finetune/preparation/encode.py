@@ -3,7 +3,7 @@
 Ranks share the work, and nothing is encoded twice. A run that was killed continues where it stopped.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -31,6 +31,7 @@ from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
+from finetune.preparation.columns import further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
 from finetune.preparation.inspect import InspectedClip, inspect_data, refuse_or_skip, require
 from finetune.recipe import Recipe
@@ -106,9 +107,13 @@ class _Encoders:
         sources = {
             "caption": caption_source(caption),
             **video_sources(clip.path, entry.hash, entry.info, piece),
-            **{column: file_source(clip.file(column), found, piece) for column, found in entry.files.items()},
         }
-        notes = {kind: caption if kind == "text" else str(clip.path) for kind in self.by_kind}
+        for column, found in entry.files.items():
+            sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece)
+        kinds = [
+            kind for kind, each in self.by_kind.items() if not each.optional or sources.keys() >= set(each.sources)
+        ]
+        notes = {kind: caption if kind == "text" else str(clip.path) for kind in kinds}
         return {kind: self.encoding(kind, sources, note) for kind, note in notes.items()}
 
     def items(self, entry: InspectedClip, alone: bool) -> Iterator[tuple[Item, list[Encoding]]]:
@@ -190,22 +195,23 @@ def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtim
 
 
 def encoders_of(family: Family, recipe: Recipe) -> tuple[Encoder, ...]:
-    """A family's encoders for a recipe. Raises UserError if their kinds are not as `Family.encoders` says."""
+    """A family's encoders for a recipe, and that of masks, unless the family reads masks itself.
+
+    Raises:
+        UserError: their kinds are not as `Family.encoders` says.
+    """
     encoders = family.encoders(DTYPES[recipe.train.precision], recipe.vae)
     kinds = [encoder.kind for encoder in encoders]
-    if len(set(kinds)) < len(kinds) or not {"text", "video"} <= set(kinds) or "image" in kinds:
+    if len(set(kinds)) < len(kinds) or not {"text", "video"} <= set(kinds) or not {"image", "mask"}.isdisjoint(kinds):
         raise UserError(
             f"{type(family).__name__}.encoders lists the kinds {', '.join(kinds)}",
-            'list "text" and "video", each kind once, and none called "image", which is that of prompts\' images',
+            'list "text" and "video", each kind once, and none called "image" or "mask": the kinds of prompts\' images, and of '
+            "masks that weigh the loss",
             "model.family",
         )
-    return encoders
-
-
-def further_columns(encoders: Iterable[Encoder]) -> list[str]:
-    """What encoders read besides video and caption: columns of the manifest."""
-    named = chain.from_iterable(encoder.sources for encoder in encoders)
-    return [name for name in dict.fromkeys(named) if name not in ("video", "caption", *FRAMES)]
+    if any("mask" in encoder.sources for encoder in encoders):
+        return encoders
+    return (*encoders, mask_encoder(family))
 
 
 def _prompts(

@@ -17,7 +17,12 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.shared_work import SharedWork, shared_work
 from finetune.tracking.progress import ProgressLine
 
-_LABELS = {"text": "encoding captions", "video": "encoding clips", "image": "reading images"}
+_LABELS = {
+    "text": "encoding captions",
+    "video": "encoding clips",
+    "image": "reading images",
+    "mask": "encoding masks",
+}
 
 
 @dataclass(frozen=True)

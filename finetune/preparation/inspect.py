@@ -10,9 +10,11 @@ from finetune.data import decode
 from finetune.data.buckets import BucketFit, fit_to_bucket
 from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
+from finetune.data.column_files import PICTURES, picture_facts
 from finetune.data.file_facts import content_hash
 from finetune.data.manifest import describe_unused, read_manifest
 from finetune.data.windows import Windows, windows_of
+from finetune.preparation.columns import check_pictures, optional_columns, pictured, say_columns
 from finetune.recipe import Recipe
 from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
@@ -25,7 +27,8 @@ _NAMED = 3  # files that a line names of many
 class InspectedClip(NamedTuple):
     """A clip that can be trained on, with the hash of its file, its size and duration, its bucket, and its pieces.
 
-    `files` has the hash of each further file that the manifest names for it, by column; `source` is the number of its dataset.
+    `files` has the hash of each further file that the manifest names for it, by column; `pictures` the size and length of those
+    that are masks, control or reference videos or images; `source` is the number of its dataset.
     """
 
     clip: Clip
@@ -33,6 +36,7 @@ class InspectedClip(NamedTuple):
     info: decode.VideoInfo
     fit: BucketFit
     files: Mapping[str, str]
+    pictures: Mapping[str, decode.VideoInfo]
     windows: Windows = Windows((0,))
     source: int = 0
 
@@ -88,6 +92,7 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
     for path, each in found:
         require(each.clips, path)
         _report(path, each)
+        say_columns(path, [entry.clip for entry in each.clips], columns)
     train = [clip for _, each in found[: len(sources)] for clip in each.clips]
     split = (train, found[-1][1].clips) if named else split_heldout(train, recipe)
     _refuse_shared(*split)
@@ -101,11 +106,13 @@ def _inspect(
     with runtime.together():
         manifest = read_manifest(source.path, **data.reading(source))
         clips, problems = _with_files(manifest.clips, columns)
-        further = {clip.file(column) for clip in clips for column in columns}
+        read = [*columns, *optional_columns(columns)]
+        further = {clip.file(column) for clip in clips for column in read if column in clip.columns}
+        pictures = pictured(clips, read)
         videos = {clip.path for clip in clips}
         # All ranks share this work, also those that will train on the same samples.
         mine = {
-            file: _facts(file, cache, file in videos)
+            file: _facts(file, cache, file in videos, file in pictures)
             for file in sorted(videos | further)[runtime.rank :: runtime.world_size]
         }
     facts: dict[Path, dict | UserError] = {}
@@ -119,14 +126,21 @@ def _inspect(
     for clip in clips:
         try:
             entry = _known(facts, clip.path)
-            info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
+            info = _info(entry)
             fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
-            files = {column: _known(facts, clip.file(column))["hash"] for column in columns}
             windows = windows_of(fit, data, seed, entry["hash"])
-            result.clips.append(InspectedClip(clip, entry["hash"], info, fit, files, windows, number))
+            known = {column: _known(facts, clip.file(column)) for column in read if column in clip.columns}
+            shown = {column: _info(known[column]) for column in known if column in PICTURES}
+            check_pictures(clip, info, fit, shown, max(windows.starts) + fit.bucket.frames)
+            files = {column: each["hash"] for column, each in known.items()}
+            result.clips.append(InspectedClip(clip, entry["hash"], info, fit, files, shown, windows, number))
         except UserError as error:
             result.problems.extend(error.problems)
     return result
+
+
+def _info(entry: Mapping) -> decode.VideoInfo:
+    return decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
 
 
 def _known(facts: Mapping[Path, dict | UserError], file: Path) -> dict:
@@ -185,10 +199,11 @@ def _refuse_shared(train: Sequence[InspectedClip], heldout: Sequence[InspectedCl
 
 
 def _with_files(clips: Sequence[Clip], columns: Sequence[str]) -> tuple[list[Clip], list[Problem]]:
-    """The clips that name a file in each of the columns, and what is wrong with the others."""
+    """The clips that name a file in each of the columns, and no missing one in an optional one; what is wrong with the others."""
     whole, problems = [], []
     for clip in clips:
-        lacking = [problem for column in columns if (problem := _lacks(clip, column))]
+        named = [*columns, *(column for column in optional_columns(columns) if column in clip.columns)]
+        lacking = [problem for column in named if (problem := _lacks(clip, column))]
         problems += lacking
         whole += [] if lacking else [clip]
     return whole, problems
@@ -203,15 +218,15 @@ def _lacks(clip: Clip, column: str) -> Problem | None:
     return None
 
 
-def _facts(file: Path, cache: Cache, is_video: bool) -> dict | UserError:
-    """A file's hash, and the `VideoInfo` fields of a video, remembered as long as the file does not change.
+def _facts(file: Path, cache: Cache, is_video: bool, is_picture: bool) -> dict | UserError:
+    """A file's hash, and the `VideoInfo` fields of a video or a picture, remembered as long as the file does not change.
 
     Returns what is wrong with a file that is no video it can be trained on.
     """
     try:
         known = cache.files.get(file)
-        if known is None or (is_video and "frames" not in known):
-            facts = asdict(decode.probe(file)) if is_video else {}
+        if known is None or ((is_video or is_picture) and "frames" not in known):
+            facts = asdict(decode.probe(file)) if is_video else picture_facts(file) if is_picture else {}
             known = cache.files.put(file, hash=content_hash(file), **facts)
         return known
     except UserError as error:

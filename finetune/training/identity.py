@@ -31,8 +31,9 @@ def shared_identity(family: Family, prepared: Prepared, runtime: Runtime) -> dic
 def identity(family: Family, prepared: Prepared) -> dict[str, str]:
     """The clips and captions in their order, and the base weights. The first time, weights of a folder are read whole."""
     # Video and text come first, as checkpoints have them that know no other kind.
-    kinds = ["video", "text", *(kind for kind in prepared.train[0].keys if kind not in ("video", "text"))]
-    clips: list[Any] = [[each.keys[kind] for each in item.variants for kind in kinds] for item in prepared.train]
+    kinds = dict.fromkeys(["video", "text", *(kind for item in prepared.train for kind in item.keys)])
+    # A clip may lack a kind, such as a mask.
+    clips: list[Any] = [[each.keys.get(kind) for each in item.variants for kind in kinds] for item in prepared.train]
     columns = [[item.columns.get(name, "") for name in family.columns] for item in prepared.train]
     listed = [digest(*each)[:_DIGITS] for each in zip(clips, columns, strict=True)]
     return {
