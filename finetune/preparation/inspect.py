@@ -61,7 +61,8 @@ def inspect_clips(
     for clip in clips:
         try:
             entry = _known(facts, clip.path)
-            info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
+            info = decode.VideoInfo.of(entry)
+            assert info  # as _inspect has made sure
             fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
             files = {column: _known(facts, clip.file(column))["hash"] for column in columns}
             usable.append(InspectedClip(clip, entry["hash"], info, fit, files))
@@ -139,7 +140,7 @@ def _inspect(file: Path, cache: Cache, is_video: bool) -> dict | UserError:
     """
     try:
         known = cache.files.get(file)
-        if known is None or (is_video and "frames" not in known):
+        if known is None or (is_video and decode.VideoInfo.of(known) is None):
             facts = asdict(decode.probe(file)) if is_video else {}
             known = cache.files.put(file, hash=content_hash(file), **facts)
         return known
