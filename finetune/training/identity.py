@@ -9,6 +9,7 @@ from finetune.data.cache import Cache, digest
 from finetune.data.file_facts import is_named_by_content
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
+from finetune.preparation.former import clips_digest
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
@@ -30,18 +31,19 @@ def shared_identity(family: Family, prepared: Prepared, runtime: Runtime) -> dic
 
 def identity(family: Family, prepared: Prepared) -> dict[str, str]:
     """The clips and captions in their order, and the base weights. The first time, weights of a folder are read whole."""
-    # Video and text come first, as checkpoints have them that know no other kind.
-    kinds = dict.fromkeys(["video", "text", *(kind for item in prepared.train for kind in item.keys)])
-    # A clip may lack a kind, such as a mask.
-    clips: list[Any] = [[each.keys.get(kind) for each in item.variants for kind in kinds] for item in prepared.train]
-    columns = [[item.columns.get(name, "") for name in family.columns] for item in prepared.train]
-    listed = [digest(*each)[:_DIGITS] for each in zip(clips, columns, strict=True)]
+    items = prepared.train
     return {
-        CLIPS: digest(clips + columns if family.columns else clips),  # columns reach the batch without being encoded
-        CLIP_LIST: "".join(listed),
+        CLIPS: clips_digest(items, family.columns),
+        CLIP_LIST: "".join(clips_digest([item], family.columns)[:_DIGITS] for item in items),
         BASE: _base_by_size(family),
         BASE_CONTENT: _base_content(family, prepared.cache),
     }
+
+
+def other_clips(facts: Mapping[str, Any], family: Family, prepared: Prepared) -> bool:
+    """Whether a checkpoint was trained on other clips or captions. That an earlier version decoded them counts for nothing."""
+    by_any_decoder = ({}, prepared.former) if prepared.former else ({},)
+    return facts.get(CLIPS) not in [clips_digest(prepared.train, family.columns, names) for names in by_any_decoder]
 
 
 def other_base(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:

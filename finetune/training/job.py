@@ -32,7 +32,15 @@ from finetune.preparation.encode import Prepared
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
-from finetune.training.identity import BASE, CLIPS, clips_that_differ, other_base, say_if_not_compared, shared_identity
+from finetune.training.identity import (
+    BASE,
+    CLIPS,
+    clips_that_differ,
+    other_base,
+    other_clips,
+    say_if_not_compared,
+    shared_identity,
+)
 
 
 @dataclass
@@ -100,7 +108,11 @@ class Job:
             )
         found = self.identity
         for is_other, what, told in (
-            (facts[CLIPS] != found[CLIPS], f"clips or captions{outside}", clips_that_differ(facts, found)),
+            (
+                other_clips(facts, self.state.family, self.prepared),
+                f"clips or captions{outside}",
+                clips_that_differ(facts, found),
+            ),
             (other_base(facts, found), "weights in model.path", ""),
         ):
             if is_other:
