@@ -10,14 +10,15 @@ from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
 from finetune.models.family import Family
-from finetune.preparation.encode import encoders_of, further_columns
+from finetune.preparation.columns import further_columns
+from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import inspect_data
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.shapes import with_stated_buckets
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 
 
 def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
@@ -57,6 +58,8 @@ def _collected(problems: list[Problem]) -> Iterator[None]:
     """Add what is wrong inside the block to `problems`, each once, and go on."""
     try:
         yield
+    except LostPeer:
+        raise  # it would wait for ever in the next block
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
 

@@ -12,6 +12,7 @@ from finetune.data.decode import VideoInfo
 from finetune.recipe.bucket import Area, Bucket
 from finetune.runtime.errors import UserError
 
+Sized = tuple[VideoInfo, bool]
 IsLegal = Callable[[Bucket], bool]
 _FARTHEST = 256  # frames: how far away a legal length is looked for
 _EQUAL = 1e-6  # of one clip's picture: what sums of cropped shares may differ by through rounding
@@ -19,8 +20,8 @@ _NONE = (math.inf, -1)
 
 
 def find_buckets(
-    clips: Iterable[VideoInfo],
-    heldout: Iterable[VideoInfo],
+    clips: Iterable[Sized],
+    heldout: Iterable[Sized],
     area: Area,
     frames: Sequence[int],
     count: int,
@@ -34,25 +35,27 @@ def find_buckets(
     held-out clips have no part in the choice of the shapes. Clips that are shorter than every length are passed over.
 
     Args:
+        clips: those to train on, each with whether it is an image.
+        heldout: the same of those that are held out.
         area: a legal shape; no other has more pixels.
         fps: the frame rate to train at; None keeps each clip's own.
     """
     shortest = [Bucket(min(frames), *area)]
-    usable, others = (Counter(clip for clip in part if _fits(clip, shortest, fps)) for part in (clips, heldout))
+    usable, others = (Counter(clip for clip in part if _fits(*clip, shortest, fps)) for part in (clips, heldout))
     chosen = best_shapes(
-        [clip.width / clip.height for clip in usable.elements()], shapes(area, frames, is_legal), count
+        [clip.width / clip.height for clip, _ in usable.elements()], shapes(area, frames, is_legal), count
     )
     possible = sorted((Bucket(length, *shape) for length in set(frames) for shape in chosen), key=_by_length(area))
     found: Counter[Bucket] = Counter()
     for part, weight in ((usable, 1), (others, 0)):
-        for clip, copies in part.items() if possible else ():
-            found[fit_to_bucket(clip, possible, fps, "").bucket] += weight * copies
+        for (clip, is_image), copies in part.items() if possible else ():
+            found[fit_to_bucket(clip, possible, fps, "", is_image).bucket] += weight * copies
     return {bucket: found[bucket] for bucket in possible if bucket in found}
 
 
-def _fits(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None) -> bool:
+def _fits(clip: VideoInfo, is_image: bool, buckets: Sequence[Bucket], fps: float | None) -> bool:
     try:
-        fit_to_bucket(clip, buckets, fps, "")
+        fit_to_bucket(clip, buckets, fps, "", is_image)
     except UserError:
         return False
     return True

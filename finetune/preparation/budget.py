@@ -6,13 +6,14 @@ from finetune.data.bucket_budget import find_buckets
 from finetune.data.cache import Cache
 from finetune.data.decode import VideoInfo
 from finetune.models.family import Family
-from finetune.preparation.encode import encoders_of, further_columns
+from finetune.preparation.columns import further_columns
+from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import inspect_dataset
 from finetune.recipe import Recipe
 from finetune.recipe.data import DataSource
 from finetune.recipe.shapes import with_buckets, with_stated_buckets
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import UserError
+from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.logging import say
 
 
@@ -52,10 +53,12 @@ def with_found_buckets(recipe: Recipe, family: Family, runtime: Runtime) -> Reci
 
 def _sizes(
     stated: Recipe, number: int, source: DataSource, cache: Cache, runtime: Runtime, columns: Sequence[str]
-) -> list[VideoInfo]:
-    """The usable clips of a dataset; none if it cannot be read. Collective."""
+) -> list[tuple[VideoInfo, bool]]:
+    """The usable clips of a dataset, and whether each is an image; none if it cannot be read. Collective."""
     try:
         found = inspect_dataset(stated.data, source, number, stated.train.seed, cache, runtime, columns)
+    except LostPeer:
+        raise
     except UserError:  # on every rank: `inspect_data` raises it again, with the problems of the other datasets
         return []
-    return [entry.info for entry in found.clips]
+    return [(entry.info, entry.clip.is_image) for entry in found.clips]
