@@ -12,7 +12,7 @@ from finetune.data.decode import VideoInfo
 from finetune.recipe.bucket import Area, Bucket
 from finetune.runtime.errors import UserError
 
-Sized = tuple[VideoInfo, bool]
+SizedClip = tuple[VideoInfo, bool]
 IsLegal = Callable[[Bucket], bool]
 _FARTHEST = 256  # frames: how far away a legal length is looked for
 _EQUAL = 1e-6  # of one clip's picture: what sums of cropped shares may differ by through rounding
@@ -20,8 +20,8 @@ _NONE = (math.inf, -1)
 
 
 def find_buckets(
-    clips: Iterable[Sized],
-    heldout: Iterable[Sized],
+    clips: Iterable[SizedClip],
+    heldout: Iterable[SizedClip],
     area: Area,
     frames: Sequence[int],
     count: int,
