@@ -65,6 +65,8 @@ class Data(Table):
         if (self.path is None) == (not self.sources):
             what = "both `path` and [[data.sources]]" if self.sources else "no `path`"
             raise ValueError(f'{what}: write path = "...", or a table [[data.sources]] for each of several datasets')
+        if self.sources and not any(source.repeats for source in self.sources):
+            raise ValueError("every source has repeats = 0: give one of them more")
         if not self.buckets:
             raise ValueError('no `buckets`: write the training shapes, like buckets = ["49x512x768"]')
         return self
