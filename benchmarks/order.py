@@ -1,7 +1,7 @@
-"""What the order of samples costs with many clips: processor time and memory of building it, of an epoch's shuffle, and of a resume.
+"""What the order of samples costs with many clips: building it, an epoch's shuffle, and a resume.
 
-`python -m benchmarks.order [--items 100000]`. The clips are of two sources, one of them taken one and a half times an epoch, in nine
-buckets, eight a step. A resume plans a step of the hundredth epoch first.
+`python -m benchmarks.order [--items 100000]` prints processor time and memory. The clips are of two sources, one of them taken one
+and a half times an epoch, in nine buckets, eight a step. A resume plans a step of the hundredth epoch first.
 """
 
 import argparse
