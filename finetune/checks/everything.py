@@ -15,7 +15,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 
 
 def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
@@ -46,6 +46,8 @@ def _collected(problems: list[Problem]) -> Iterator[None]:
     """Add what is wrong inside the block to `problems`, each once, and go on."""
     try:
         yield
+    except LostPeer:
+        raise  # it would wait for ever in the next block
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
 

@@ -3,7 +3,6 @@
 They are read at the clip's times, and scaled and cropped into the clip's bucket as the clip is.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from finetune.data import decode
 from finetune.data.buckets import BucketFit
 from finetune.data.clip import VIDEO_SUFFIXES
 from finetune.data.decode import VideoInfo
-from finetune.data.images import load_image
+from finetune.data.images import load_image, probe_image
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
@@ -31,16 +30,8 @@ def is_image(path: Path) -> bool:
 
 
 def probe_picture(path: Path) -> VideoInfo:
-    """The size of a video or an image; an image has one frame and no duration. Raises UserError if it is neither."""
-    if not is_image(path):
-        return decode.probe(path)
-    height, width, _ = load_image(str(path)).shape
-    return VideoInfo(height, width, 1, 0.0)
-
-
-def picture_facts(path: Path) -> dict:
-    """What is remembered of a file: the fields of its `VideoInfo`."""
-    return asdict(probe_picture(path))
+    """The size of a video or an image, which has one frame. Raises UserError if it is neither."""
+    return probe_image(path) if is_image(path) else decode.probe(path)
 
 
 def check_picture(

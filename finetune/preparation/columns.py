@@ -9,7 +9,7 @@ import torch
 
 from finetune.data.buckets import BucketFit
 from finetune.data.clip import Clip
-from finetune.data.column_files import FRAME_COLUMNS, MASK, PICTURES, check_picture
+from finetune.data.column_files import FRAME_COLUMNS, MASK, check_picture
 from finetune.data.decode import VideoInfo
 from finetune.data.masks import decode_mask
 from finetune.data.sources import FRAMES, SourceFile
@@ -80,12 +80,6 @@ def check_pictures(
             problems += error.problems
     if problems:
         raise UserError.of(problems)
-
-
-def pictured(clips: Sequence[Clip], columns: Sequence[str]) -> set[Path]:
-    """The files in columns of pictures, whose size and length have to be known."""
-    read = [column for column in PICTURES if column in columns]
-    return {clip.file(column) for clip in clips for column in read if column in clip.columns}
 
 
 def say_columns(path: Path, clips: Sequence[Clip], required: Sequence[str]) -> None:

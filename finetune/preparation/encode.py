@@ -3,8 +3,8 @@
 Ranks share the work, and nothing is encoded twice. A run that was killed continues where it stopped.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,11 +21,11 @@ from finetune.data.sources import (
     Piece,
     Source,
     caption_source,
+    clip_sources,
     file_source,
     fitted_source,
     image_source,
     no_image_source,
-    video_sources,
 )
 from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
@@ -33,6 +33,7 @@ from finetune.models.encoder import Encoder
 from finetune.models.family import Family
 from finetune.preparation.columns import further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
+from finetune.preparation.former import Names, former_names, keeps_former, renamed
 from finetune.preparation.inspect import InspectedClip, inspect_data, refuse_or_skip, require
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
@@ -58,28 +59,43 @@ class PreparedPrompt:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains and validates on: items and prompts, and the cache that they are in."""
+    """What a run trains and validates on: items and prompts, and the cache that they are in.
+
+    `former` has the keys by which an earlier version of the decoder named items.
+    """
 
     cache: Cache
     train: list[Item]
     heldout: list[Item]
     unconditional_key: str
     prompts: list[PreparedPrompt]
+    former: Names = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Encoders:
-    """A family's encoders by kind, and the digest of what their outputs depend on besides the clip."""
+    """A family's encoders by kind, and the digest of what their outputs depend on besides the clip.
+
+    `background` is seen where images are transparent.
+    """
 
     by_kind: dict[str, Encoder]
     fingerprints: dict[str, str]
+    background: str
 
     def encoding(self, kind: str, sources: Mapping[str, Source], note: str) -> Encoding:
         """The item of a kind that is made of a clip's sources."""
         encoder = self.by_kind[kind]
         taken = tuple(sources[name] for name in encoder.sources)
-        identity = chain.from_iterable(source.fingerprint for source in taken)
-        return Encoding(kind, digest(kind, encoder.variant, self.fingerprints[kind], *identity), note, taken)
+
+        def key(identities: Iterable[tuple]) -> str:
+            return digest(kind, encoder.variant, self.fingerprints[kind], *chain.from_iterable(identities))
+
+        now = key(source.fingerprint for source in taken)
+        former = None
+        if any(source.former for source in taken):
+            former = key(source.former or source.fingerprint for source in taken)
+        return Encoding(kind, now, note, taken, former)
 
     def text(self, text: str) -> Encoding:
         """A caption or prompt by itself, without an image."""
@@ -106,7 +122,7 @@ class _Encoders:
         clip, piece = entry.clip, Piece(entry.fit.bucket, entry.fit.fps, start)
         sources = {
             "caption": caption_source(caption),
-            **video_sources(clip.path, entry.hash, entry.info, piece),
+            **clip_sources(clip, entry.hash, entry.info, piece, self.background),
         }
         for column, found in entry.files.items():
             sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece)
@@ -137,9 +153,11 @@ class _Encoders:
             yield Item(clip.path, fit.bucket, fit.fps, tuple(windows), clip.columns, entry.source), work
 
 
-def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
+def prepare(recipe: Recipe, family: Family, runtime: Runtime, begun: Collection[str] = ()) -> Prepared:
     """Inspect the datasets and encode what the cache does not have yet. Collective; returns the same on every rank.
 
+    Args:
+        begun: digests of the clips that checkpoints of the run were trained with, as `clips_digest` makes them.
     Raises:
         UserError: lists everything that is wrong with the clips.
     """
@@ -153,6 +171,10 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     made = [pair for entry in dataset.train for pair in encoders.items(entry, drops_image)]
     held = [pair for entry in dataset.heldout for pair in encoders.items(entry, alone=False)]
     work = [each for _, encodings in (*made, *held) for each in encodings]
+    names = former_names(work)
+    if keeps_former(work, [item for item, _ in made], family.columns, begun, cache, runtime):
+        made, held = ([(renamed(item, names), encodings) for item, encodings in part] for part in (made, held))
+        work, names = [each for each in work if not each.former], {}
     if recipe.data.caption_dropout:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
@@ -173,7 +195,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     require(train, recipe.data.datasets[0].path)
     if held:
         require(heldout, recipe.validation.heldout or recipe.data.datasets[0].path)
-    return Prepared(cache, train, heldout, encoders.text("").key, prompts)
+    return Prepared(cache, train, heldout, encoders.text("").key, prompts, names)
 
 
 def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Encoders:
@@ -191,7 +213,7 @@ def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtim
                     *map(cache.file_hash, code_of(family)),
                 ]
             hashed = {each.kind: digest(*each.fingerprint(cache.file_hash), precision, *code) for each in listed}
-    return _Encoders({each.kind: each for each in listed}, runtime.from_main(hashed))
+    return _Encoders({each.kind: each for each in listed}, runtime.from_main(hashed), recipe.data.background)
 
 
 def encoders_of(family: Family, recipe: Recipe) -> tuple[Encoder, ...]:

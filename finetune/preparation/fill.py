@@ -27,12 +27,16 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """One item to encode, and the sources that its encoder takes. `note` says what it is made from, for people."""
+    """One item to encode, and the sources that its encoder takes. `note` says what it is made from, for people.
+
+    `former` is its key by an earlier version of the decoder, if that was another.
+    """
 
     kind: str
     key: str
     note: str
     sources: tuple[Source, ...]
+    former: str | None = None
 
 
 def fill(

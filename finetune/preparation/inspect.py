@@ -2,22 +2,23 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from finetune.data import decode
 from finetune.data.buckets import BucketFit, fit_to_bucket
-from finetune.data.cache import Cache, content_hash, digest
+from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
-from finetune.data.column_files import PICTURES, picture_facts
-from finetune.data.manifest import read_manifest
+from finetune.data.column_files import PICTURES
+from finetune.data.manifest import describe_unused, read_manifest
 from finetune.data.windows import Windows, windows_of
-from finetune.preparation.columns import check_pictures, optional_columns, pictured, say_columns
+from finetune.preparation.columns import check_pictures, optional_columns, say_columns
+from finetune.preparation.facts import read_facts, uses_of
 from finetune.recipe import Recipe
 from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 from finetune.runtime.logging import say
 
 _NAMED = 3  # files that a line names of many
@@ -81,6 +82,8 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
     for number, source in (*sources, *held):
         try:
             found.append((source.path, _inspect(data, source, number, seed, cache, runtime, columns)))
+        except LostPeer:
+            raise
         except UserError as error:  # the same on every rank
             problems += [each for each in error.problems if each not in problems]
     if problems:
@@ -104,49 +107,23 @@ def _inspect(
         manifest = read_manifest(source.path, **data.reading(source))
         clips, problems = _with_files(manifest.clips, columns)
         read = [*columns, *optional_columns(columns)]
-        further = {clip.file(column) for clip in clips for column in read if column in clip.columns}
-        pictures = pictured(clips, read)
-        videos = {clip.path for clip in clips}
-        # All ranks share this work, also those that will train on the same samples.
-        mine = {
-            file: _facts(file, cache, file in videos, file in pictures)
-            for file in sorted(videos | further)[runtime.rank :: runtime.world_size]
-        }
-    facts: dict[Path, dict | UserError] = {}
-    for share in runtime.gather(mine):
-        facts |= share
-    cache.files.entries |= {str(p.resolve()): entry for p, entry in facts.items() if isinstance(entry, dict)}
-    with runtime.together():
-        if runtime.is_main:
-            cache.files.save()
+        uses = uses_of(clips, read, PICTURES)
+    facts = read_facts(uses, cache, runtime)
 
     result = Inspection(problems=[*manifest.problems, *problems], unused=list(manifest.unused))
     for clip in clips:
         try:
-            entry = _known(facts, clip.path)
-            info = _info(entry)
-            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
-            windows = windows_of(fit, data, seed, entry["hash"])
-            known = {column: _known(facts, clip.file(column)) for column in read if column in clip.columns}
-            shown = {column: _info(known[column]) for column in known if column in PICTURES}
+            info, content = facts.info(clip.path), facts.hash(clip.path)
+            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image)
+            windows = windows_of(fit, data, seed, content)
+            named = {column: clip.file(column) for column in read if column in clip.columns}
+            shown = {column: facts.info(file) for column, file in named.items() if column in PICTURES}
             check_pictures(clip, info, fit, shown, max(windows.starts) + fit.bucket.frames)
-            files = {column: each["hash"] for column, each in known.items()}
-            result.clips.append(InspectedClip(clip, entry["hash"], info, fit, files, shown, windows, number))
+            files = {column: facts.hash(file) for column, file in named.items()}
+            result.clips.append(InspectedClip(clip, content, info, fit, files, shown, windows, number))
         except UserError as error:
             result.problems.extend(error.problems)
     return result
-
-
-def _info(entry: Mapping) -> decode.VideoInfo:
-    return decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
-
-
-def _known(facts: Mapping[Path, dict | UserError], file: Path) -> dict:
-    """What is known of a file. Raises the UserError that its inspection has ended with."""
-    found = facts[file]
-    if isinstance(found, UserError):
-        raise found
-    return found
 
 
 def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list[InspectedClip], list[InspectedClip]]:
@@ -216,21 +193,6 @@ def _lacks(clip: Clip, column: str) -> Problem | None:
     return None
 
 
-def _facts(file: Path, cache: Cache, is_video: bool, is_picture: bool) -> dict | UserError:
-    """A file's hash, and the `VideoInfo` fields of a video or a picture, remembered as long as the file does not change.
-
-    Returns what is wrong with a file that is no video it can be trained on.
-    """
-    try:
-        known = cache.files.get(file)
-        if known is None or ((is_video or is_picture) and "frames" not in known):
-            facts = asdict(decode.probe(file)) if is_video else picture_facts(file) if is_picture else {}
-            known = cache.files.put(file, hash=content_hash(file), **facts)
-        return known
-    except UserError as error:
-        return error
-
-
 def _report(path: Path, found: Inspection) -> None:
     """Say in a line each how many clips every bucket has and what is lost of them, which are copies, and which files are unused."""
     clips = found.clips
@@ -241,11 +203,11 @@ def _report(path: Path, found: Inspection) -> None:
     shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
     where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
     say(f"{path}: {len(clips)} clips, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
-    for line in (*_copies(clips), *_unused(found.unused)):
-        say(f"{path}: {line}")
+    for line in (*_copies(clips, path), *describe_unused(found.unused, path)):
+        say(line)
 
 
-def _copies(clips: Sequence[InspectedClip]) -> Iterator[str]:
+def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
     """How many clips are the same file, byte for byte, as another."""
     same: dict[str, list[Path]] = defaultdict(list)
     for entry in clips:
@@ -255,16 +217,7 @@ def _copies(clips: Sequence[InspectedClip]) -> Iterator[str]:
     if copies:
         count = sum(len(paths) - 1 for paths in copies)
         are = "s are copies" if count > 1 else " is a copy"
-        yield f"{count} clip{are} of others, byte for byte: {_some([' = '.join(map(str, paths)) for paths in copies])}"
-
-
-def _unused(files: Sequence[Problem]) -> Iterator[str]:
-    """Which files of the folder are not used, by the reason."""
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for each in files:
-        reasons[each.what].append(each.where)
-    for reason, names in reasons.items():
-        yield f"not used, {reason}: {_some(names)}"
+        yield f"{path}: {count} clip{are} of others, byte for byte: {_some([' = '.join(map(str, paths)) for paths in copies])}"
 
 
 def _some(names: Sequence[str]) -> str:
