@@ -105,6 +105,7 @@ class Family(Components, ABC):
         """The encoders of a clip, one for each kind of cached item, in the order in which they run.
 
         Every family has the kinds "text", of the caption and perhaps frames, and "video"; "image" is the kind of prompts' images.
+        The kind "mask", of loss masks, comes on top, unless an encoder here takes the source "mask".
         The key of a cached item has an outside family's name and the code of `code_of` in it, but not of what that imports.
 
         Args:
