@@ -124,13 +124,15 @@ class _Encoders:
         return {kind: self.encoding(kind, sources, note) for kind, note in notes.items()}
 
 
-def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
+def prepare(recipe: Recipe, family: Family, runtime: Runtime, cache: Cache | None = None) -> Prepared:
     """Inspect the datasets and encode what the cache does not have yet. Collective; returns the same on every rank.
 
+    Args:
+        cache: another one than that of the recipe.
     Raises:
         UserError: lists everything that is wrong with the clips.
     """
-    cache = Cache(recipe.data.cache)
+    cache = cache or Cache(recipe.data.cache)
     with runtime.together():
         if runtime.is_main:
             cache.sweep()
