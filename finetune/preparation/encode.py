@@ -124,11 +124,18 @@ class _Encoders:
         return {kind: self.encoding(kind, sources, note) for kind, note in notes.items()}
 
 
-def prepare(recipe: Recipe, family: Family, runtime: Runtime, cache: Cache | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    family: Family,
+    runtime: Runtime,
+    cache: Cache | None = None,
+    before_encoding: Callable[[Cache, Sequence[Item]], None] | None = None,
+) -> Prepared:
     """Inspect the datasets and encode what the cache does not have yet. Collective; returns the same on every rank.
 
     Args:
         cache: another one than that of the recipe.
+        before_encoding: called on rank 0 with what is to be trained on, before anything is encoded; it may raise UserError.
     Raises:
         UserError: lists everything that is wrong with the clips.
     """
@@ -161,6 +168,9 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime, cache: Cache | Non
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
 
+    with runtime.together():
+        if before_encoding and runtime.is_main:
+            before_encoding(cache, datasets[0])
     if unreadable := _encode(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(list(chain.from_iterable(unreadable.values())))
     failed: dict[str, list[Problem]] = {}

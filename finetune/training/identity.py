@@ -1,15 +1,20 @@
 """What a checkpoint continues besides its recipe: clips, captions and base weights, known by content and not by place."""
 
+import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.data.cache import Cache, digest
 from finetune.data.file_facts import is_named_by_content
+from finetune.data.loader import Item
+from finetune.models import is_outside
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
+from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
 
@@ -24,23 +29,50 @@ _DIGITS = 8  # of each clip in CLIP_LIST
 def shared_identity(family: Family, prepared: Prepared, runtime: Runtime) -> dict[str, str]:
     """The identity as rank 0 finds it, on every rank. Collective."""
     with runtime.together():
-        found = identity(family, prepared) if runtime.is_main else {}
+        found = identity(family, prepared.train, prepared.cache) if runtime.is_main else {}
     return runtime.from_main(found)
 
 
-def identity(family: Family, prepared: Prepared) -> dict[str, str]:
+def identity(family: Family, items: Sequence[Item], cache: Cache) -> dict[str, str]:
     """The clips and captions in their order, and the base weights. The first time, weights of a folder are read whole."""
     # Video and text come first, as checkpoints have them that know no other kind.
-    kinds = ["video", "text", *(kind for kind in prepared.train[0].keys if kind not in ("video", "text"))]
-    clips: list[Any] = [[item.keys[kind] for kind in kinds] for item in prepared.train]
-    columns = [[item.columns.get(name, "") for name in family.columns] for item in prepared.train]
+    kinds = ["video", "text", *(kind for kind in items[0].keys if kind not in ("video", "text"))]
+    clips: list[Any] = [[item.keys[kind] for kind in kinds] for item in items]
+    columns = [[item.columns.get(name, "") for name in family.columns] for item in items]
     listed = [digest(*each)[:_DIGITS] for each in zip(clips, columns, strict=True)]
     return {
         CLIPS: digest(clips + columns if family.columns else clips),  # columns reach the batch without being encoded
         CLIP_LIST: "".join(listed),
         BASE: _base_by_size(family),
-        BASE_CONTENT: _base_content(family, prepared.cache),
+        BASE_CONTENT: _base_content(family, cache),
     }
+
+
+def check_identity(facts: Mapping[str, Any], found: Mapping[str, str], recipe: Recipe) -> None:
+    """Refuse to go on from a checkpoint, whose trainer.json has `facts`, with other clips or base weights than those it had."""
+    if facts[CLIPS] != found[CLIPS]:
+        raise _other(recipe, facts, _clips(recipe), _clips_that_differ(facts, found))
+    if other_base(facts, found):
+        raise _other(recipe, facts, "weights in model.path")
+
+
+def check_before_encoding(recipe: Recipe, family: Family, cache: Cache, items: Sequence[Item]) -> None:
+    """The same, of a run's newest checkpoint, as far as it is certain before clips are encoded, which may take hours.
+
+    A clip that will fail to be encoded is not known yet, so only clips that are gone are refused.
+    """
+    newest = max((recipe.run_folder / "checkpoints").glob("step_*/trainer.json"), default=None)
+    try:
+        facts = json.loads(newest.read_text()) if newest and items else {}
+    except (OSError, ValueError):
+        return  # a start of the run says what is wrong
+    if not isinstance(facts, dict) or not {"step", CLIPS, BASE, CLIP_LIST, BASE_CONTENT} <= facts.keys():
+        return
+    found = identity(family, items, cache)
+    if _counted(facts) - _counted(found):
+        raise _other(recipe, facts, _clips(recipe), _clips_that_differ(facts, found))
+    if other_base(facts, found):
+        raise _other(recipe, facts, "weights in model.path")
 
 
 def other_base(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
@@ -65,19 +97,32 @@ def say_if_not_compared(facts: Mapping[str, Any], family: Family) -> None:
         )
 
 
-def clips_that_differ(facts: Mapping[str, Any], found: Mapping[str, str]) -> str:
+def _other(recipe: Recipe, facts: Mapping[str, Any], what: str, told: str = "") -> UserError:
+    return UserError(
+        f"the {what} are not those that the checkpoint of step {facts['step']} was trained with{told}",
+        "put them back to resume, or set `output` to a new folder for a new training",
+        str(recipe.run_folder),
+    )
+
+
+def _clips(recipe: Recipe) -> str:
+    return "clips or captions" + (", or the code of the family" if is_outside(recipe.model.family) else "")
+
+
+def _clips_that_differ(facts: Mapping[str, Any], found: Mapping[str, str]) -> str:
     """How many clips were added and removed since a checkpoint, in words; empty if it has not noted them."""
     if CLIP_LIST not in facts:
         return ""
-    before, now = (Counter(_parts(each[CLIP_LIST])) for each in (facts, found))
+    before, now = _counted(facts), _counted(found)
     added, removed = (now - before).total(), (before - now).total()
     if not added + removed:
         return ": they are the same in another order"
     return f": {added} are new and {removed} are gone, where a changed one is both"
 
 
-def _parts(text: str) -> list[str]:
-    return [text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS)]
+def _counted(facts: Mapping[str, Any]) -> Counter[str]:
+    text = str(facts[CLIP_LIST])
+    return Counter(text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS))
 
 
 def _base_by_size(family: Family) -> str:

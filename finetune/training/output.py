@@ -61,7 +61,7 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
         return False
     try:
         facts = json.loads((checkpoints_folder(recipe) / f"step_{steps:08d}" / "trainer.json").read_text())
-        found = identity(family, prepared)
+        found = identity(family, prepared.train, prepared.cache)
         continues = facts[CLIPS] == found[CLIPS] and not other_base(facts, found)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # a start of the run says what is wrong

@@ -2,7 +2,7 @@
 
 import gc
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 
@@ -11,6 +11,8 @@ import torch
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_cpu, check_device, check_recipe, refuse_large_model
+from finetune.data.cache import Cache
+from finetune.data.loader import Item
 from finetune.engine.attention import explained
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared, prepare
@@ -23,6 +25,7 @@ from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
 from finetune.tracking.trackers import check_metrics
+from finetune.training.identity import check_before_encoding
 from finetune.training.job import Job, build
 from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
@@ -66,7 +69,14 @@ def train(
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     if runtime.device.is_cpu:
         say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
-    prepared = cache(partial(prepare, recipe, family, runtime))  # once: experts are trained on the same clips
+
+    def before_encoding(items_cache: Cache, items: Sequence[Item]) -> None:
+        for each in recipes:
+            trained = family.of_expert(each.model.experts[0]) if each.model.experts else family
+            check_before_encoding(each, trained, items_cache, items)
+
+    # Once: experts are trained on the same clips.
+    prepared = cache(partial(prepare, recipe, family, runtime, before_encoding=before_encoding))
     with runtime.together():
         if runtime.is_main and len(recipes) > 1:
             with atomic(recipe.output / RECIPE_FILE) as partial_file:
