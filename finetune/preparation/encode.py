@@ -3,7 +3,7 @@
 Ranks share the work, and nothing is encoded twice. A run that was killed continues where it stopped.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.cache import Cache, digest
+from finetune.data.decode import DECODER
 from finetune.data.images import is_address, missing_image
 from finetune.data.loader import Item, Variant
 from finetune.data.sources import (
@@ -33,7 +34,7 @@ from finetune.models.encoder import Encoder
 from finetune.models.family import Family
 from finetune.preparation.columns import further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
-from finetune.preparation.former import Names, former_names, keeps_former, renamed
+from finetune.preparation.former import NOT_BEGUN, Begun, Names, former_names, keeps_former, renamed
 from finetune.preparation.inspect import InspectedClip, inspect_data, refuse_or_skip, require
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
@@ -61,7 +62,7 @@ class PreparedPrompt:
 class Prepared:
     """What a run trains and validates on: items and prompts, and the cache that they are in.
 
-    `former` has the keys by which an earlier version of the decoder named items.
+    `decoder` is the version of the decoder of clips, and `former` has the keys by which an earlier one named items.
     """
 
     cache: Cache
@@ -70,6 +71,7 @@ class Prepared:
     unconditional_key: str
     prompts: list[PreparedPrompt]
     former: Names = field(default_factory=dict)
+    decoder: int = DECODER
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,22 @@ class _Encoders:
             yield Item(clip.path, fit.bucket, fit.fps, tuple(windows), clip.columns, entry.source), work
 
 
-def prepare(recipe: Recipe, family: Family, runtime: Runtime, begun: Collection[str] = ()) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    family: Family,
+    runtime: Runtime,
+    cache: Cache | None = None,
+    begun: Begun = NOT_BEGUN,
+) -> Prepared:
     """Inspect the datasets and encode what the cache does not have yet. Collective; returns the same on every rank.
 
     Args:
-        begun: digests of the clips that checkpoints of the run were trained with, as `clips_digest` makes them.
+        cache: another one than that of the recipe.
+        begun: the run's checkpoints, which may keep clips as an earlier version decoded them, or refuse others.
     Raises:
         UserError: lists everything that is wrong with the clips.
     """
-    cache = Cache(recipe.data.cache)
+    cache = cache or Cache(recipe.data.cache)
     with runtime.together():
         if runtime.is_main:
             cache.sweep()
@@ -171,14 +180,17 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime, begun: Collection[
     made = [pair for entry in dataset.train for pair in encoders.items(entry, drops_image)]
     held = [pair for entry in dataset.heldout for pair in encoders.items(entry, alone=False)]
     work = [each for _, encodings in (*made, *held) for each in encodings]
-    names = former_names(work)
-    if keeps_former(work, [item for item, _ in made], family.columns, begun, cache, runtime):
+    names, decoder = former_names(work), DECODER
+    if keeps_former(work, [item for item, _ in made], family.columns, begun.earlier, cache, runtime):
         made, held = ([(renamed(item, names), encodings) for item, encodings in part] for part in (made, held))
-        work, names = [each for each in work if not each.former], {}
+        work, names, decoder = [each for each in work if not each.former], {}, 1
     if recipe.data.caption_dropout:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
 
+    with runtime.together():
+        if runtime.is_main:
+            begun.check(cache, [item for item, _ in made], names)
     if unreadable := fill(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(list(chain.from_iterable(unreadable.values())))
     failed: dict[str, list[Problem]] = {}
@@ -195,7 +207,7 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime, begun: Collection[
     require(train, recipe.data.datasets[0].path)
     if held:
         require(heldout, recipe.validation.heldout or recipe.data.datasets[0].path)
-    return Prepared(cache, train, heldout, encoders.text("").key, prompts, names)
+    return Prepared(cache, train, heldout, encoders.text("").key, prompts, names, decoder)
 
 
 def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Encoders:
