@@ -9,6 +9,7 @@ from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
+from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.encode import encoders_of, further_columns
 from finetune.preparation.inspect import inspect_clips, split_heldout
 from finetune.recipe import Recipe
@@ -26,7 +27,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
     cache, columns = Cache(recipe.data.cache), []
-    recipes = [recipe]
+    recipes, family, clips = [recipe], None, []
     with _collected(problems):
         family = open_family(recipe)
         recipes = recipes_of_experts(recipe, list(family.experts))
@@ -37,9 +38,15 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     inspect = partial(inspect_clips, recipe.data, cache=cache, runtime=runtime, columns=columns)
     if recipe.validation.heldout:
         with _collected(problems):
-            inspect(path=recipe.validation.heldout)
+            clips += inspect(path=recipe.validation.heldout)
     with _collected(problems):
-        split_heldout(inspect(path=recipe.data.path), recipe)
+        usable = inspect(path=recipe.data.path)
+        clips += usable
+        split_heldout(usable, recipe)
+    with _collected(problems), runtime.together():
+        if family and runtime.is_main:
+            prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
+            say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], family)
     with _collected(problems):
         _load_images(recipe)
     return problems

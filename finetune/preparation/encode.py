@@ -31,6 +31,7 @@ from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
+from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.fill import Encoding, fill
 from finetune.preparation.inspect import InspectedClip, inspect_clips, refuse_or_skip, require, split_heldout
 from finetune.recipe import Recipe
@@ -145,6 +146,11 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
 
+    with runtime.together():
+        if runtime.is_main:  # of texts that are new to the cache: other starts have said it
+            new = {each.note for each in work if each.kind == "text" and not cache.path("text", each.key).exists()}
+            captions = [*captions_of(chain(*split)), *prompt_texts(each.prompt for each in prompts)]
+            say_cut_captions([each for each in captions if each[1] in new], family)
     if unreadable := fill(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(list(chain.from_iterable(unreadable.values())))
     failed: dict[str, list[Problem]] = {}
