@@ -163,12 +163,20 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     if needed := list(chain.from_iterable(failed[key] for key in dict.fromkeys(texts) if key in failed)):
         raise UserError.of(needed)  # no clip can be left out for it: the training would miss it later
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
-    train, heldout = ([item for item in items if failed.keys().isdisjoint(item.all_keys)] for items in datasets)
+    train, heldout = (
+        [(entry, item) for entry, item in zip(part, items, strict=True) if failed.keys().isdisjoint(item.all_keys)]
+        for part, items in zip(split, datasets, strict=True)
+    )
     require(train, recipe.data.path)
-    if split[1]:
-        require(heldout, recipe.validation.heldout or recipe.data.path)
-    _refuse_shared(train, heldout)
-    return Prepared(cache, train, heldout, encoders.text("").key, prompts)
+    if recipe.validation.heldout:
+        require(heldout, recipe.validation.heldout)
+    elif recipe.validation.heldout_clips and not heldout:  # others take their place
+        items = {id(entry): item for entry, item in train}
+        split = split_heldout([entry for entry, _ in train], recipe)
+        train, heldout = ([(entry, items[id(entry)]) for entry in part] for part in split)
+    trained, held = [item for _, item in train], [item for _, item in heldout]
+    _refuse_shared(trained, held)
+    return Prepared(cache, trained, held, encoders.text("").key, prompts)
 
 
 def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Encoders:

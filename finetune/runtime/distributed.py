@@ -170,7 +170,7 @@ def start(timeout_seconds: float, on_cpu: bool = False) -> Runtime:
     backend = "gloo" if device.is_cpu else f"cpu:gloo,{device.kind}:{dist.get_default_backend_for_device(device.kind)}"
     timeout = timedelta(seconds=timeout_seconds)
     if not has_peers:
-        store = dist.HashStore()
+        store: dist.Store = dist.HashStore()
         dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
     else:
         # torchrun's store outlives a restart (--max_restarts), with the addresses of processes that are gone.
