@@ -25,6 +25,7 @@ from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import VPrediction
 from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample
+from finetune.models.text_limit import TextLimit
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Vae
 
@@ -74,6 +75,9 @@ class CogVideoX(Family):
     def encode_text(self, pipeline: diffusers.DiffusionPipeline, caption: str, device: torch.device) -> Tensors:
         embeds, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds}
+
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        return (TextLimit(226),)  # the default of `encode_prompt`
 
     def example_text(self, dtype: torch.dtype) -> Tensors:
         length = self.config.get("max_text_seq_length", 226)

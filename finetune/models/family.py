@@ -24,6 +24,7 @@ from finetune.models.encoder import Encoder, FileHash
 from finetune.models.noise_range import restricted
 from finetune.models.objective import LEAST_U, FlowMatching, Objective, recipe_shift
 from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample, stacked
+from finetune.models.text_limit import TextLimit
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import UserError
@@ -141,6 +142,10 @@ class Family(Components, ABC):
         """Encode one caption with the pipeline's `encode_prompt`: tensors (1, ...) by the names of the transformer's arguments."""
         embeds, mask, _, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        """How much of a caption each text encoder reads; none if that is not known."""
+        return ()
 
     def video_encoder(self, device: torch.device, dtype: torch.dtype, settings: Vae) -> Callable[[np.ndarray], Tensors]:
         """Load the VAE. Returns a function from uint8 frames (F, H, W, 3) to the posterior's moments, each (C, F', H', W').

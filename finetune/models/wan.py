@@ -28,6 +28,7 @@ from finetune.models.encoder import EncodedImage, Encoder, FileHash
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike, nearest_bucket
+from finetune.models.text_limit import TextLimit
 from finetune.recipe import Bucket
 from finetune.recipe.schema import Data, ExpertName, Model, ObjectiveSettings, Vae
 from finetune.runtime.errors import Problem
@@ -103,6 +104,9 @@ class Wan(Family):
             caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH, device=device
         )
         return {"encoder_hidden_states": embeds}
+
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        return (TextLimit(TEXT_LENGTH, content=_cleaned),)
 
     def example_text(self, dtype: torch.dtype) -> Tensors:
         return {"encoder_hidden_states": torch.zeros(TEXT_LENGTH, self.transformer_config["text_dim"], dtype=dtype)}
@@ -315,6 +319,15 @@ class WanImageToVideo(Wan):
         embeds = encoded["image_embeds"]["embeds"].to(device)
         processor = self.transformers_component("image_processor", device, embeds.dtype)
         return {"image_processor": processor, "image_encoder": EncodedImage(embeds)}
+
+
+def _cleaned(caption: str) -> str:
+    """A caption as the pipelines tokenize it."""
+    from diffusers.pipelines.wan.pipeline_wan import (
+        prompt_clean,
+    )  # with the text encoder's code, which training needs not
+
+    return prompt_clean(caption)
 
 
 def _is_5b(folder: ModelFolder) -> bool:
