@@ -112,9 +112,9 @@ def _has_bytes(kind: object) -> bool:
     return "binary" in str(kind)
 
 
-def other_columns(row: Mapping[object, object], named: Sequence[str]) -> dict[str, str]:
+def other_columns(row: Mapping[str, object], named: Sequence[str]) -> dict[str, str]:
     """A row's other columns as text: strings are stripped, other values are written as JSON."""
-    texts = dict(_texts((name, value) for name, value in row.items() if isinstance(name, str) and name not in named))
+    texts = dict(_texts((name, value) for name, value in row.items() if name not in named))
     return {name: text for name, text in texts.items() if text not in ("", "null")}
 
 
