@@ -2,20 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
-from finetune.preparation.encode import encoders_of, further_columns
-from finetune.preparation.inspect import inspect_clips, split_heldout
+from finetune.preparation.columns import further_columns
+from finetune.preparation.encode import encoders_of
+from finetune.preparation.inspect import inspect_data
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 
 
 def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
@@ -34,12 +34,8 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     for each in recipes:
         with _collected(problems):
             check_output(each)
-    inspect = partial(inspect_clips, recipe.data, cache=cache, runtime=runtime, columns=columns)
-    if recipe.validation.heldout:
-        with _collected(problems):
-            inspect(path=recipe.validation.heldout)
     with _collected(problems):
-        split_heldout(inspect(path=recipe.data.path), recipe)
+        inspect_data(recipe, cache, runtime, columns)
     with _collected(problems):
         _load_images(recipe)
     return problems
@@ -50,6 +46,8 @@ def _collected(problems: list[Problem]) -> Iterator[None]:
     """Add what is wrong inside the block to `problems`, each once, and go on."""
     try:
         yield
+    except LostPeer:
+        raise  # it would wait for ever in the next block
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
 

@@ -54,10 +54,10 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
     return replace(manifest, clips=clips, unused=(*manifest.unused, *left_over))
 
 
-def describe_unused(manifest: Manifest, path: Path) -> list[str]:
+def describe_unused(unused: Iterable[Problem], path: Path) -> list[str]:
     """A line for each reason for which files and rows of the dataset at `path` are not used, with the first names and cure."""
     by_reason: dict[str, list[Problem]] = defaultdict(list)
-    for problem in manifest.unused:
+    for problem in unused:
         by_reason[problem.what].append(problem)
     reasons = sorted(by_reason.items(), key=lambda item: len(item[1]), reverse=True)
     lines = []

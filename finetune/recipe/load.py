@@ -3,7 +3,7 @@
 import difflib
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -76,18 +76,29 @@ def flat_values(recipe: Recipe) -> dict[str, Any]:
 
 def changes(ours: Recipe, other: Recipe) -> list[str]:
     """Every key whose value differs, as text with both values."""
-    return [text for _, text in _changes(ours, other)]
+    return [text for _, text in _changes(flat_values(ours), flat_values(other))]
 
 
 def differences(ours: Recipe, other: Recipe) -> list[str]:
     """The changes that would make it another training, and so must not happen when a run is resumed."""
-    free = free_keys()
+    free = free_keys(type(ours))
     is_free = lambda key: any(key == name or key.startswith(name + ".") for name in free)  # noqa: E731
-    return [text for key, text in _changes(ours, other) if not is_free(key)]
+    left, right = (
+        {key: _fixed(key, value, free) for key, value in flat_values(each).items()} for each in (ours, other)
+    )
+    return [text for key, text in _changes(left, right) if not is_free(key)]
 
 
-def _changes(ours: Recipe, other: Recipe) -> Iterator[tuple[str, str]]:
-    left, right = flat_values(ours), flat_values(other)
+def _fixed(key: str, value: Any, free: Collection[str]) -> Any:
+    """A value without what may change in it: the free keys of the tables in a list."""
+    if not isinstance(value, list):
+        return value
+    fixed = lambda table: {name: inner for name, inner in table.items() if f"{key}.{name}" not in free}  # noqa: E731
+    return [fixed(each) if isinstance(each, dict) else each for each in value]
+
+
+def _changes(left: dict[str, Any], right: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys whose values differ, of recipes as `table.key` -> value, and text with both values."""
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key):
             yield key, f"{key} = {right.get(key, 'unset')!r} there, {left.get(key, 'unset')!r} here"
