@@ -93,6 +93,8 @@ class _Window:
                     if filled == len(self.wanted):
                         break
                 else:
+                    if place is not None and index < self.wanted[0]:
+                        raise _Elsewhere  # there is no key frame behind the place that was sought
                     raise self._broken(self.wanted[filled], "the stream ends early")
                 if source.was_damaged():
                     raise self._broken(index, "a frame that it refers to is damaged")

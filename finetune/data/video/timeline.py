@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-_JITTER = 1e-3  # seconds: as far as phones and cameras write a time from where it should be
+_JITTER = 1.25e-3  # seconds: as far as phones and cameras write a time from where it should be
 _SHARE = 0.45  # of a frame: times that are further off belong to another frame
 _HOLE = 0.25  # seconds: a single gap of this length in a clip of constant rate is a hole in the file
 
@@ -57,7 +57,9 @@ def constant_rate(ticks: np.ndarray, tick: Fraction, announced: Iterable[Fractio
 
     A time may be off by a tick, to which the container rounds, and by a millisecond; and by less than half a frame.
     """
-    fitted = Fraction(len(ticks) - 1, int(ticks[-1] - ticks[0])) / tick
+    order = np.arange(len(ticks)) - (len(ticks) - 1) / 2
+    slope = float(order @ (ticks - ticks[0])) / float(order @ order)  # least squares: ticks from frame to frame
+    fitted = 1 / (Fraction(slope).limit_denominator(10**6) * tick)
     usual = [Fraction(round(fitted)), Fraction(round(fitted * Fraction(1001, 1000)) * 1000, 1001)]
     near = [rate for rate in sorted(usual, key=lambda rate: abs(rate - fitted)) if rate]
     for rate in [*announced, *near, fitted]:
