@@ -216,7 +216,10 @@ def test_interlaced_video_is_deinterlaced(ffmpeg: Ffmpeg, name: str) -> None:
 
 # --- high dynamic range and wide gamut --------------------------------------------------------------------------------
 
-HDR_LINE = "zscale=t=linear:npl=100:agamma=false,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,zscale=t=bt709:m=gbr:r=pc,format=gbrp"
+HDR_LINE = (
+    "zscale=t=linear:npl=100:agamma=false,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
+    "zscale=t=bt709:m=gbr:r=pc,format=gbrp"
+)
 WIDE_LINE = "zscale=p=bt709:t=bt709:m=gbr:r=pc,format=gbrp"
 WIDE = {  # tags of primaries, transfer and matrix; the oracle's filters; what is said
     "pq.mkv": (("bt2020", "smpte2084", "bt2020nc"), HDR_LINE, "tone-mapped from PQ, BT.2020"),
