@@ -85,13 +85,22 @@ class Family(Components, ABC):
         frames, height, width = self.latent_shape(bucket)
         return frames // self.patch_t * (height // self.patch) * (width // self.patch)
 
+    @property
+    def least_frames(self) -> int:
+        """The fewest frames that it can be trained at. Families whose first frame is given in full may need more than one."""
+        return 1
+
     def bucket_problem(self, bucket: Bucket) -> str | None:
         """Why the model cannot be trained at a bucket, with the nearest bucket that works; None if it can."""
         frames, side = self.temporal, self.spatial * self.patch
-        nearest = nearest_bucket(bucket, frames, side)
+        nearest = nearest_bucket(bucket._replace(frames=max(bucket.frames, self.least_frames)), frames, side)
         if nearest == bucket:
             return None
-        return f"{self.title} needs {frames}k + 1 frames and sides that {side} divides; the nearest is {nearest}"
+        needed = f"{frames}k + 1 frames{self._least_frames_reason()} and sides that {side} divides"
+        return f"{self.title} needs {needed}; the nearest is {nearest}"
+
+    def _least_frames_reason(self) -> str:
+        return f", at least {self.least_frames} because those of its images are given," if self.least_frames > 1 else ""
 
     def unused_keys(self) -> dict[str, str]:
         """Recipe keys that have no effect with this checkpoint, each with the reason."""
@@ -313,6 +322,8 @@ class Family(Components, ABC):
             return f"{self.title} needs a condition image: set `image` to a file, an http(s) address or a training clip"
         if prompt.images and not self.takes_image:
             return f"{self.title} takes no condition image: remove `image`"
+        if self.takes_image and self.least_frames == 1 and prompt.shape is not None and prompt.shape.frames == 1:
+            return "one frame would be the condition image itself: set `shape` to one with more frames"
         if bool(prompt.last_image) != self.last_image:
             if self.last_image:
                 return f"set `last_image`, which {self.title} takes here"

@@ -224,6 +224,10 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
     components = (*HunyuanVideo15.components, *_SIGLIP)
     takes_image = True
 
+    @property
+    def least_frames(self) -> int:
+        return self.temporal + 1
+
     def unused_keys(self) -> dict[str, str]:
         return super().unused_keys() | {"vae.image_noise": f"the condition images of {self.title} have no noise"}
 

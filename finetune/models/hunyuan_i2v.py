@@ -30,7 +30,7 @@ from finetune.models.batch import Tensors
 from finetune.models.encoder import Encode, Encoder
 from finetune.models.folder import ModelFolder
 from finetune.models.hunyuan import HunyuanVideo, llama_limit, tiny_vae
-from finetune.models.sample import SampleLike, nearest_bucket
+from finetune.models.sample import SampleLike
 from finetune.models.text_limit import TextLimit
 from finetune.models.text_mask import padded
 from finetune.recipe import Bucket
@@ -70,18 +70,9 @@ class HunyuanVideoImageToVideo(HunyuanVideo):
             "vae.image_noise": "the model is given the image without noise",
         }
 
-    def bucket_problem(self, bucket: Bucket) -> str | None:
-        if not self.replaces_frame:
-            return super().bucket_problem(bucket)
-        frames, side = self.temporal, self.spatial * self.patch
-        nearest = nearest_bucket(bucket, frames, side)
-        nearest = nearest._replace(frames=max(nearest.frames, 1 + frames))
-        if nearest == bucket:
-            return None
-        return (
-            f"{self.title} needs {frames}k + 1 frames, of which the first is given, and sides that {side} divides; "
-            f"the nearest is {nearest}"
-        )
+    @property
+    def least_frames(self) -> int:
+        return self.temporal + 1
 
     # Encoding
 

@@ -169,7 +169,8 @@ class LTXImageToVideo(LTXVideo):
 
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         given = torch.zeros(x0.shape[1:])
-        given[0] = 0.0 if sample.image_dropped else 1.0
+        # A single frame is an image to be made, as in Lightricks' trainer (_create_first_frame_conditioning_mask).
+        given[0] = 0.0 if sample.image_dropped or x0.shape[1] == 1 else 1.0
         return {"given": given, "x0": x0}
 
     def inputs(
