@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from finetune.checks.buckets import resolve_buckets
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
+from finetune.models.family import Family
 from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.columns import further_columns
 from finetune.preparation.encode import encoders_of
@@ -15,6 +17,7 @@ from finetune.preparation.inspect import inspect_data
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.shapes import with_stated_buckets
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, Problem, UserError
 
@@ -35,6 +38,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     for each in recipes:
         with _collected(problems):
             check_output(each)
+    recipe = _with_buckets(recipe, family, runtime, problems)
     with _collected(problems):
         found = inspect_data(recipe, cache, runtime, columns)
         clips = [*found.train, *found.heldout]
@@ -45,6 +49,14 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     with _collected(problems):
         _load_images(recipe)
     return problems
+
+
+def _with_buckets(recipe: Recipe, family: Family | None, runtime: Runtime, problems: list[Problem]) -> Recipe:
+    """The recipe with the buckets of its clips; of a model that cannot be opened, with those that it states. Collective."""
+    with _collected(problems):
+        if family is not None:
+            return resolve_buckets(recipe, family, runtime)
+    return with_stated_buckets(recipe)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
     problems: list[Problem] = []
     for number, source in (*sources, *held):
         try:
-            found.append((source.path, _inspect(data, source, number, seed, cache, runtime, columns)))
+            found.append((source.path, inspect_dataset(data, source, number, seed, cache, runtime, columns)))
         except LostPeer:
             raise
         except UserError as error:  # the same on every rank
@@ -99,7 +99,7 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
     return Dataset(*split, found)
 
 
-def _inspect(
+def inspect_dataset(
     data: Data, source: DataSource, number: int, seed: int, cache: Cache, runtime: Runtime, columns: Sequence[str]
 ) -> Inspection:
     """Inspect one dataset. Collective; returns the same on every rank."""
@@ -114,7 +114,7 @@ def _inspect(
     for clip in clips:
         try:
             info, content = facts.info(clip.path), facts.hash(clip.path)
-            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image)
+            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image, data.area is not None)
             windows = windows_of(fit, data, seed, content)
             named = {column: clip.file(column) for column in read if column in clip.columns}
             shown = {column: facts.info(file) for column, file in named.items() if column in PICTURES}

@@ -8,6 +8,7 @@ from functools import cache, partial
 
 import torch
 
+from finetune.checks.buckets import resolve_buckets
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_cpu, check_device, check_recipe, refuse_large_model
@@ -67,6 +68,8 @@ def train(
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     if runtime.device.is_cpu:
         say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
+    recipe = resolve_buckets(recipe, family, runtime)
+    recipes = recipes_of_experts(recipe, list(family.experts))
     # Once: experts are trained on the same clips.
     prepared = cache(partial(prepare, recipe, family, runtime, begun=begun(recipes, family)))
     with runtime.together():
