@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
@@ -9,7 +10,8 @@ from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
 from finetune.preparation.encode import encoders_of, further_columns
-from finetune.preparation.inspect import inspect_data
+from finetune.preparation.inspect import accept, inspect_datasets
+from finetune.preparation.report import write_report
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
@@ -17,15 +19,16 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
 
 
-def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
+def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None = None) -> list[Problem]:
     """Everything that is wrong with recipe, output folder, model folder and clips. Collective.
 
     Args:
         gpus: how many the training is for; `runtime.context_size` of them share each sample.
+        report: the folder for a page that shows what becomes of every clip, which is written whatever is wrong.
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
     cache, columns = Cache(recipe.data.cache), []
-    recipes = [recipe]
+    recipes, family = [recipe], None
     with _collected(problems):
         family = open_family(recipe)
         recipes = recipes_of_experts(recipe, list(family.experts))
@@ -34,7 +37,13 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
         with _collected(problems):
             check_output(each)
     with _collected(problems):
-        inspect_data(recipe, cache, runtime, columns)
+        inspected = inspect_datasets(recipe, cache, runtime, columns)
+        accepted: list[Problem] = []
+        with _collected(accepted):
+            accept(recipe, inspected)
+        problems += accepted
+        if report:
+            write_report(report, recipe, inspected, family, accepted, runtime)
     with _collected(problems):
         _load_images(recipe)
     return problems
