@@ -9,14 +9,15 @@ from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
-from finetune.preparation.encode import encoders_of, further_columns
+from finetune.preparation.columns import further_columns
+from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import accept, inspect_datasets
 from finetune.preparation.report import write_report
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 
 
 def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None = None) -> list[Problem]:
@@ -40,7 +41,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
         inspected = inspect_datasets(recipe, cache, runtime, columns)
         accepted: list[Problem] = []
         with _collected(accepted):
-            accept(recipe, inspected)
+            accept(recipe, inspected, columns)
         problems += accepted
         if report:
             write_report(report, recipe, inspected, family, accepted, runtime)
@@ -54,6 +55,8 @@ def _collected(problems: list[Problem]) -> Iterator[None]:
     """Add what is wrong inside the block to `problems`, each once, and go on."""
     try:
         yield
+    except LostPeer:
+        raise  # it would wait for ever in the next block
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
 

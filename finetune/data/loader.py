@@ -181,9 +181,9 @@ class MicroBatches(Dataset):
         plan = self.order.plan(step)
         try:
             samples = [self._sample(step, position, plan) for position in self.split.positions(micro_step)]
+            return self.assemble(samples)
         except UserError as error:
             return error  # raised by the consumer: exceptions of a worker arrive as text
-        return self.assemble(samples)
 
     def _sample(self, step: int, position: int, plan: StepPlan) -> Sample:
         number = plan.items[position]

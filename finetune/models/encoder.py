@@ -29,8 +29,10 @@ class Encoder:
             besides the sources: the contents of the components, and settings.
         load: loads the components onto a device and returns `encode`. This takes the content of each source (uint8 frames
             (F, H, W, 3) of a video, the text of a caption, uint8 pixels (H, W, 3) of a frame or of an image in its own size,
-            a `SourceFile` for any other) and returns tensors without a batch dimension. Text without its image, which
+            uint8 frames (F, H, W, 3) of a "control" or "reference" video, with F = 1 of an image, and a `SourceFile` for any
+            other column) and returns tensors without a batch dimension. Text without its image, which
             unconditional and negative prompts have, is encoded of a caption and None.
+        optional: whether clips may lack the sources: such a clip has no item of this kind, nor has a sample of it.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class Encoder:
     variant: Any
     fingerprint: Callable[[FileHash], list[Any]]
     load: Callable[[torch.device], Encode]
+    optional: bool = False
 
 
 class EncodedImage(nn.Module):

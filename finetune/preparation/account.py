@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.data.decode import VideoInfo
 from finetune.preparation.inspect import InspectedClip, Inspection, heldout_hashes
 from finetune.recipe import Bucket, Recipe
 from finetune.runtime.errors import Problem
@@ -188,13 +187,6 @@ def relative_name(path: Path, dataset: Path) -> str:
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
-def resampled(info: VideoInfo, fps: float, count: int, start: float) -> tuple[int, int]:
-    """(frames of a window that repeat the one before, frames of the clip within it that are left out)."""
-    shown = [int((start + k / fps) * info.fps + 0.5 - 1e-6) for k in range(count)]
-    different = len(set(shown))
-    return count - different, shown[-1] - shown[0] + 1 - different
-
-
 def _settings(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     data = recipe.data
     window = {"random": f'"random", {data.windows} windows', "all": f'"all", overlap {data.overlap:g}'}
@@ -208,7 +200,7 @@ def _settings(recipe: Recipe) -> tuple[tuple[str, str], ...]:
 
 def _clip(entry: InspectedClip, number: int, names: Mapping[str, dict[Path, str]], is_heldout: bool) -> ClipAccount:
     clip, info, fit, windows = entry.clip, entry.info, entry.fit, entry.windows
-    changed = [resampled(info, fit.fps, fit.bucket.frames, start / fit.fps) for start in windows.starts]
+    resampled = [info.resampled(fit.fps, fit.bucket.frames, start / fit.fps) for start in windows.starts]
     same = names[entry.hash]
     return ClipAccount(
         entry,
@@ -226,9 +218,9 @@ def _clip(entry: InspectedClip, number: int, names: Mapping[str, dict[Path, str]
         windows.unused(fit),
         fit.cropped,
         fit.enlarged,
-        sum(repeated for repeated, _ in changed),
-        sum(left_out for _, left_out in changed),
-        (),
+        sum(each.repeated for each in resampled),
+        sum(each.left_out for each in resampled),
+        info.changes,
         tuple(name for path, name in same.items() if path != clip.path),
         is_heldout,
     )

@@ -2,20 +2,23 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from finetune.data import decode
 from finetune.data.buckets import BucketFit, fit_to_bucket
-from finetune.data.cache import Cache, content_hash, digest
+from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
-from finetune.data.manifest import read_manifest
+from finetune.data.column_files import PICTURES
+from finetune.data.manifest import describe_unused, read_manifest
 from finetune.data.windows import Windows, windows_of
+from finetune.preparation.columns import check_pictures, optional_columns, say_columns
+from finetune.preparation.facts import read_facts, uses_of
 from finetune.recipe import Recipe
 from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 from finetune.runtime.logging import say
 
 _NAMED = 3  # files that a line names of many
@@ -24,7 +27,8 @@ _NAMED = 3  # files that a line names of many
 class InspectedClip(NamedTuple):
     """A clip that can be trained on, with the hash of its file, its size and duration, its bucket, and its pieces.
 
-    `files` has the hash of each further file that the manifest names for it, by column; `source` is the number of its dataset.
+    `files` has the hash of each further file that the manifest names for it, by column; `pictures` the size and length of those
+    that are masks, control or reference videos or images; `source` is the number of its dataset.
     """
 
     clip: Clip
@@ -32,6 +36,7 @@ class InspectedClip(NamedTuple):
     info: decode.VideoInfo
     fit: BucketFit
     files: Mapping[str, str]
+    pictures: Mapping[str, decode.VideoInfo]
     windows: Windows = Windows((0,))
     source: int = 0
 
@@ -73,7 +78,7 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
         UserError: lists clips that cannot be used, unless data.bad_clips is "skip"; or no clip is left, or a clip is trained
             on and held out.
     """
-    return accept(recipe, inspect_datasets(recipe, cache, runtime, columns))
+    return accept(recipe, inspect_datasets(recipe, cache, runtime, columns), columns)
 
 
 def inspect_datasets(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> list[Inspection]:
@@ -85,12 +90,14 @@ def inspect_datasets(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Se
     for number, source in (*sources, *held):
         try:
             found.append(_inspect(data, source, number, seed, cache, runtime, columns))
+        except LostPeer:
+            raise
         except UserError as error:  # the same on every rank
             found.append(Inspection(source.path, unreadable=list(error.problems)))
     return found
 
 
-def accept(recipe: Recipe, inspected: Sequence[Inspection]) -> Dataset:
+def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[str] = ()) -> Dataset:
     """The clips to train on and those held out. Raises UserError as `inspect_data` does."""
     if unreadable := [problem for each in inspected for problem in each.unreadable]:
         raise UserError.of(list(dict.fromkeys(unreadable)))
@@ -98,6 +105,7 @@ def accept(recipe: Recipe, inspected: Sequence[Inspection]) -> Dataset:
     for each in inspected:
         require(each.clips, each.path)
         _report(each.path, each)
+        say_columns(each.path, [entry.clip for entry in each.clips], columns)
     if recipe.validation.heldout:
         *sources, held = inspected
         split = ([clip for each in sources for clip in each.clips], held.clips)
@@ -114,41 +122,24 @@ def _inspect(
     with runtime.together():
         manifest = read_manifest(source.path, **data.reading(source))
         clips, problems = _with_files(manifest.clips, columns)
-        further = {clip.file(column) for clip in clips for column in columns}
-        videos = {clip.path for clip in clips}
-        # All ranks share this work, also those that will train on the same samples.
-        mine = {
-            file: _facts(file, cache, file in videos)
-            for file in sorted(videos | further)[runtime.rank :: runtime.world_size]
-        }
-    facts: dict[Path, dict | UserError] = {}
-    for share in runtime.gather(mine):
-        facts |= share
-    cache.files.entries |= {str(p.resolve()): entry for p, entry in facts.items() if isinstance(entry, dict)}
-    with runtime.together():
-        if runtime.is_main:
-            cache.files.save()
+        read = [*columns, *optional_columns(columns)]
+        uses = uses_of(clips, read, PICTURES)
+    facts = read_facts(uses, cache, runtime)
 
     result = Inspection(source.path, problems=[*manifest.problems, *problems], unused=list(manifest.unused))
     for clip in clips:
         try:
-            entry = _known(facts, clip.path)
-            info = decode.VideoInfo(entry["height"], entry["width"], entry["frames"], entry["duration"])
-            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
-            files = {column: _known(facts, clip.file(column))["hash"] for column in columns}
-            windows = windows_of(fit, data, seed, entry["hash"])
-            result.clips.append(InspectedClip(clip, entry["hash"], info, fit, files, windows, number))
+            info, content = facts.info(clip.path), facts.hash(clip.path)
+            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image)
+            windows = windows_of(fit, data, seed, content)
+            named = {column: clip.file(column) for column in read if column in clip.columns}
+            shown = {column: facts.info(file) for column, file in named.items() if column in PICTURES}
+            check_pictures(clip, info, fit, shown, max(windows.starts) + fit.bucket.frames)
+            files = {column: facts.hash(file) for column, file in named.items()}
+            result.clips.append(InspectedClip(clip, content, info, fit, files, shown, windows, number))
         except UserError as error:
             result.problems.extend(error.problems)
     return result
-
-
-def _known(facts: Mapping[Path, dict | UserError], file: Path) -> dict:
-    """What is known of a file. Raises the UserError that its inspection has ended with."""
-    found = facts[file]
-    if isinstance(found, UserError):
-        raise found
-    return found
 
 
 def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list[InspectedClip], list[InspectedClip]]:
@@ -157,7 +148,11 @@ def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list
     Raises:
         UserError: nothing would be left to train on.
     """
-    count, out, contents = recipe.validation.heldout_clips, heldout_hashes(usable, recipe), {each.hash for each in usable}
+    count, out, contents = (
+        recipe.validation.heldout_clips,
+        heldout_hashes(usable, recipe),
+        {each.hash for each in usable},
+    )
     if count and count >= len(contents):
         raise UserError(
             f"{count} of {len(contents)} clips would be held out, and none trained on",
@@ -203,10 +198,11 @@ def _refuse_shared(train: Sequence[InspectedClip], heldout: Sequence[InspectedCl
 
 
 def _with_files(clips: Sequence[Clip], columns: Sequence[str]) -> tuple[list[Clip], list[Problem]]:
-    """The clips that name a file in each of the columns, and what is wrong with the others."""
+    """The clips that name a file in each of the columns, and no missing one in an optional one; what is wrong with the others."""
     whole, problems = [], []
     for clip in clips:
-        lacking = [problem for column in columns if (problem := _lacks(clip, column))]
+        named = [*columns, *(column for column in optional_columns(columns) if column in clip.columns)]
+        lacking = [problem for column in named if (problem := _lacks(clip, column))]
         problems += lacking
         whole += [] if lacking else [clip]
     return whole, problems
@@ -221,21 +217,6 @@ def _lacks(clip: Clip, column: str) -> Problem | None:
     return None
 
 
-def _facts(file: Path, cache: Cache, is_video: bool) -> dict | UserError:
-    """A file's hash, and the `VideoInfo` fields of a video, remembered as long as the file does not change.
-
-    Returns what is wrong with a file that is no video it can be trained on.
-    """
-    try:
-        known = cache.files.get(file)
-        if known is None or (is_video and "frames" not in known):
-            facts = asdict(decode.probe(file)) if is_video else {}
-            known = cache.files.put(file, hash=content_hash(file), **facts)
-        return known
-    except UserError as error:
-        return error
-
-
 def _report(path: Path, found: Inspection) -> None:
     """Say in a line each how many clips every bucket has and what is lost of them, which are copies, and which files are unused."""
     clips = found.clips
@@ -246,11 +227,11 @@ def _report(path: Path, found: Inspection) -> None:
     shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
     where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
     say(f"{path}: {len(clips)} clips, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
-    for line in (*_copies(clips), *_unused(found.unused)):
-        say(f"{path}: {line}")
+    for line in (*_copies(clips, path), *describe_unused(found.unused, path)):
+        say(line)
 
 
-def _copies(clips: Sequence[InspectedClip]) -> Iterator[str]:
+def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
     """How many clips are the same file, byte for byte, as another."""
     same: dict[str, list[Path]] = defaultdict(list)
     for entry in clips:
@@ -260,16 +241,7 @@ def _copies(clips: Sequence[InspectedClip]) -> Iterator[str]:
     if copies:
         count = sum(len(paths) - 1 for paths in copies)
         are = "s are copies" if count > 1 else " is a copy"
-        yield f"{count} clip{are} of others, byte for byte: {_some([' = '.join(map(str, paths)) for paths in copies])}"
-
-
-def _unused(files: Sequence[Problem]) -> Iterator[str]:
-    """Which files of the folder are not used, by the reason."""
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for each in files:
-        reasons[each.what].append(each.where)
-    for reason, names in reasons.items():
-        yield f"not used, {reason}: {_some(names)}"
+        yield f"{path}: {count} clip{are} of others, byte for byte: {_some([' = '.join(map(str, paths)) for paths in copies])}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from finetune.preparation.account import CROPPED, ENLARGED, Account, CaptionLengths, ClipAccount
 from finetune.preparation.thumbnails import Thumbnails
-from finetune.runtime.errors import Problem
+from finetune.runtime.errors import Problem, harmless
 from finetune.runtime.files import atomic
 
 FILE = "dataset.html"
@@ -22,7 +21,6 @@ _CAPTION_CHARACTERS = 3 * 10**6  # of all captions
 _LONGEST_CAPTION, _SHORTEST_CAPTION = 600, 120  # characters of a caption that are shown, of few clips and of many
 _CAPTIONS = 3  # of one clip
 _LONGEST_NAME = 160
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 FILTERS = {
     "trimmed": "with unused frames",
@@ -67,9 +65,9 @@ def render(account: Account, pictures: Sequence[Thumbnails]) -> str:
         "number": number,
         "share": share,
         "seconds": seconds,
-        "visible": visible,
+        "visible": harmless,
         "shorter": shorter,
-        "name": lambda text: middle_cut(visible(text), _LONGEST_NAME),
+        "name": lambda text: middle_cut(harmless(text), _LONGEST_NAME),
         "base64": lambda data: base64.b64encode(data).decode("ascii"),
     }
     script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
@@ -121,9 +119,7 @@ def _flags(account: Account, clip: ClipAccount, picture: Thumbnails) -> list[str
 
 def _filters(account: Account, pictures: Sequence[Thumbnails]) -> list[tuple[str, str, int]]:
     """(flag, what it says, number of clips) of what is true of any clip."""
-    flags = (
-        flag for clip, each in zip(account.clips, pictures, strict=True) for flag in _flags(account, clip, each)
-    )
+    flags = (flag for clip, each in zip(account.clips, pictures, strict=True) for flag in _flags(account, clip, each))
     counted = Counter(flags)
     return [(flag, text, counted[flag]) for flag, text in FILTERS.items() if counted[flag]]
 
@@ -215,17 +211,12 @@ def by_reason(problems: Iterable[Problem]) -> list[tuple[str, str, list[str]]]:
 # Texts and numbers
 
 
-def visible(text: str) -> str:
-    """A text with control characters, marks that reverse its direction, and bytes that are not UTF-8 spelled out, like \\x1b."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
-
-
 def shorter(text: str, length: int) -> str:
     """The first characters of a text, white space joined, with its length if there are more."""
     start = " ".join(text[: 4 * length].split())
     if len(start) <= length and len(text) <= 4 * length:
-        return visible(start)
-    return f"{visible(start[:length])}… ({len(text):,} characters)"
+        return harmless(start)
+    return f"{harmless(start[:length])}… ({len(text):,} characters)"
 
 
 def middle_cut(text: str, length: int) -> str:
@@ -241,8 +232,8 @@ def number(value: float) -> str:
 
 def share(value: float) -> str:
     """A share in per cent."""
-    percent = 100 * value
-    return f"{percent:.0f} %" if percent >= 10 or percent == 0 else f"{percent:.1f} %"
+    percent = round(100 * value, 1)
+    return f"{percent:.0f} %" if percent >= 10 or percent == round(percent) else f"{percent:.1f} %"
 
 
 def seconds(value: float) -> str:

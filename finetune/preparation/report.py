@@ -36,7 +36,7 @@ def write_report(
     with runtime.together(), writing(folder):
         if runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)  # before minutes of decoding
-    pictures = thumbnails([entry for each in inspected for entry in each.clips], runtime)
+    pictures = thumbnails([entry for each in inspected for entry in each.clips], recipe.data.background, runtime)
     of_clips = {problem.where for each in inspected for problem in (*each.problems, *each.unreadable)}
     others = [problem for problem in problems if problem.where not in of_clips]
     with runtime.together():

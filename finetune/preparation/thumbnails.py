@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.data import decode
+from finetune.data.images import decode_image
 from finetune.preparation.inspect import InspectedClip
 from finetune.recipe import Bucket
 from finetune.runtime.distributed import Runtime
@@ -39,10 +40,14 @@ class Thumbnails:
     problems: tuple[Problem, ...] = ()
 
 
-def thumbnails(clips: Sequence[InspectedClip], runtime: Runtime) -> list[Thumbnails]:
+def thumbnails(clips: Sequence[InspectedClip], background: str, runtime: Runtime) -> list[Thumbnails]:
     """Pictures of clips, in their order. Ranks share the work. Collective; returns the same on every rank.
 
-    The more there are, the fewer windows of a clip are shown, and the smaller its pictures are. Clips beyond the first 6,000 get none.
+    The more there are, the fewer windows of a clip are shown, and the smaller its pictures are. Clips beyond the first
+    6,000 get none.
+
+    Args:
+        background: a colour, seen where an image is transparent.
     """
     shown = clips[:_MOST]
     windows = max(1, min(_MOST_WINDOWS, _MOST // max(1, len(shown))))
@@ -56,7 +61,7 @@ def thumbnails(clips: Sequence[InspectedClip], runtime: Runtime) -> list[Thumbna
             ThreadPoolExecutor(threads) as pool,
             ProgressLine("thumbnails", len(mine), enabled=runtime.is_main) as line,
         ):
-            for each in pool.map(lambda entry: _of_clip(entry, windows, most_bytes), mine):
+            for each in pool.map(lambda entry: _of_clip(entry, background, windows, most_bytes), mine):
                 made.append(each)
                 line.update(len(made), "")
     found = [Thumbnails()] * len(clips)
@@ -65,9 +70,9 @@ def thumbnails(clips: Sequence[InspectedClip], runtime: Runtime) -> list[Thumbna
     return found
 
 
-def _of_clip(entry: InspectedClip, windows: int, most_bytes: int) -> Thumbnails:
+def _of_clip(entry: InspectedClip, background: str, windows: int, most_bytes: int) -> Thumbnails:
     try:
-        images = [Image.fromarray(pixels) for pixels in _first_frames(entry, windows)]
+        images = [Image.fromarray(pixels) for pixels in _first_frames(entry, windows, background)]
     except UserError as error:
         return Thumbnails(problems=error.problems)
     files = [_small_file(image, most_bytes) for image in images]
@@ -76,13 +81,16 @@ def _of_clip(entry: InspectedClip, windows: int, most_bytes: int) -> Thumbnails:
     return Thumbnails(tuple(files), height, width)
 
 
-def _first_frames(entry: InspectedClip, windows: int) -> Iterator[np.ndarray]:
+def _first_frames(entry: InspectedClip, windows: int, background: str) -> Iterator[np.ndarray]:
     """The first frame of each of a clip's windows, uint8 (H, W, 3); of many windows, evenly chosen. Raises UserError."""
-    first = Bucket(1, entry.fit.bucket.height, entry.fit.bucket.width)
-    starts = entry.windows.starts
+    clip, fit, starts = entry.clip, entry.fit, entry.windows.starts
+    first = Bucket(1, fit.bucket.height, fit.bucket.width)
     count = min(windows, len(starts))
     for start in (starts[number * len(starts) // count] for number in range(count)):
-        yield decode.decode(entry.clip.path, entry.info, first, entry.fit.fps, start / entry.fit.fps)[0]
+        if clip.is_image:
+            yield decode_image(clip.path, first, background)[0]
+        else:  # several threads would decode frames ahead that are not needed
+            yield decode.decode(clip.path, entry.info, first, fit.fps, start / fit.fps, threads=1)[0]
 
 
 def _small_file(image: Image.Image, most_bytes: int) -> bytes:

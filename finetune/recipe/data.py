@@ -10,7 +10,7 @@ from finetune.recipe.values import BucketText, PathText
 
 
 class DataSource(Table):
-    path: PathText
+    path: PathText = Free(...)
     """As `data.path`."""
     repeats: Annotated[float, Field(ge=0)] = 1.0
     """How often an epoch takes each of its clips. Of a fraction, like 0.25 or 2.5, every epoch takes another share, so that all
@@ -24,7 +24,7 @@ class DataSource(Table):
 
 
 class Data(Table):
-    path: PathText | None = None
+    path: PathText | None = Free(None)
     """A folder of videos with side-car .txt captions, a folder with prompts.txt and videos.txt, or a .csv, .json or .jsonl file."""
     sources: list[DataSource] = Field(default=[])
     """Instead of `path`: several datasets, each a table [[data.sources]]."""
@@ -51,6 +51,8 @@ class Data(Table):
     """Probability that an image-to-video sample is trained without its condition image."""
     last_image: bool | None = None
     """Image-to-video between two images: each clip's last frame is a condition, too; unset: as the checkpoint was made for."""
+    background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
+    """What is seen where an image is transparent: "white", "black", "grey", or a colour like "#1a2b3c"."""
     bad_clips: Literal["refuse", "skip"] = Free("refuse")
     """What to do with clips that cannot be decoded or fill no bucket: end with a list of them, or go on without."""
     cache: PathText = Free(Path("cache"))

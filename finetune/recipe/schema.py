@@ -39,9 +39,10 @@ _RANGE_SCHEMA = {
 class Model(Table):
     family: str
     """Which model family: see `python -m finetune families`; or one of your own, as "package.module:Class"."""
-    path: str
-    """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json)."""
-    revision: str = "main"
+    path: str = Free(...)
+    """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json). A run is resumed wherever the model lies: its
+    weights are known by their content."""
+    revision: str = Free("main")
     """Branch, tag or commit on the Hub; without meaning for a folder."""
     experts: Annotated[list[ExpertName], Field(min_length=1)] | None = None
     """Which transformers of a checkpoint with two (Wan 2.2 A14B) are trained, one after the other, each in a folder of its own

@@ -9,7 +9,7 @@ from functools import cache, partial
 import torch
 
 from finetune.checks.model import open_family
-from finetune.checks.output import check_output
+from finetune.checks.output import check_output, clips_of_checkpoints
 from finetune.checks.settings import check_cpu, check_device, check_recipe, refuse_large_model
 from finetune.engine.attention import explained
 from finetune.models.family import Family
@@ -63,10 +63,11 @@ def train(
             raise UserError("each expert has steps of its own", cure, "--resume-step")
         if runtime.device.is_cpu and not any_size_on_cpu:
             refuse_large_model(family)
+        begun = {clips for each in recipes for clips in clips_of_checkpoints(each)}
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     if runtime.device.is_cpu:
         say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
-    prepared = cache(partial(prepare, recipe, family, runtime))  # once: experts are trained on the same clips
+    prepared = cache(partial(prepare, recipe, family, runtime, begun))  # once: experts are trained on the same clips
     with runtime.together():
         if runtime.is_main and len(recipes) > 1:
             with atomic(recipe.output / RECIPE_FILE) as partial_file:
