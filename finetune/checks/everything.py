@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
@@ -10,13 +9,14 @@ from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
 from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
-from finetune.preparation.encode import encoders_of, further_columns
-from finetune.preparation.inspect import inspect_clips, split_heldout
+from finetune.preparation.columns import further_columns
+from finetune.preparation.encode import encoders_of
+from finetune.preparation.inspect import inspect_data
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 
 
 def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
@@ -35,14 +35,9 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     for each in recipes:
         with _collected(problems):
             check_output(each)
-    inspect = partial(inspect_clips, recipe.data, cache=cache, runtime=runtime, columns=columns)
-    if recipe.validation.heldout:
-        with _collected(problems):
-            clips += inspect(path=recipe.validation.heldout)
     with _collected(problems):
-        usable = inspect(path=recipe.data.path)
-        clips += usable
-        split_heldout(usable, recipe)
+        found = inspect_data(recipe, cache, runtime, columns)
+        clips = [*found.train, *found.heldout]
     with _collected(problems), runtime.together():
         if family and runtime.is_main:
             prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
@@ -57,6 +52,8 @@ def _collected(problems: list[Problem]) -> Iterator[None]:
     """Add what is wrong inside the block to `problems`, each once, and go on."""
     try:
         yield
+    except LostPeer:
+        raise  # it would wait for ever in the next block
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
 

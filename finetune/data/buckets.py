@@ -32,7 +32,9 @@ class BucketFit:
         return self.frames_available - self.bucket.frames
 
 
-def fit_to_bucket(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str) -> BucketFit:
+def fit_to_bucket(
+    clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str, is_image: bool = False
+) -> BucketFit:
     """Choose the bucket that loses least of a clip: nearest aspect ratio, then most frames, then largest picture not enlarged.
 
     Args:
@@ -42,8 +44,12 @@ def fit_to_bucket(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None,
         UserError: the clip is shorter than every bucket.
     """
     rate = fps or clip.fps
-    available = clip.frames_at(rate)
+    available = 1 if is_image else clip.frames_at(rate)
     possible = [bucket for bucket in buckets if bucket.frames <= available]
+    if not possible and is_image:
+        near = min(buckets, key=lambda bucket: _aspect_distance(clip, bucket))
+        example = Bucket(1, near.height, near.width)
+        raise UserError("an image needs a bucket of one frame", f'add one to data.buckets, like "{example}"', where)
     if not possible:
         faster = "raise data.fps, " if fps and fps < clip.fps else ""
         shortest = min(bucket.frames for bucket in buckets)

@@ -1,201 +1,207 @@
-"""Decodes video files to uint8 frames with PyAV: handles variable frame rates, rotation and non-square pixels.
+"""Decodes windows of video files to uint8 frames: the right frames, upright, in BT.709 RGB, or an error that names the file.
 
-`probe` gets the time of every frame from the packets, which is exact and cheap, since only the first frame is decoded.
-`decode` converts one frame at a time to its final size, so a clip never exists in memory at its full resolution.
+A window late in a file costs a seek to the key frame before it. Frames are converted one at a time into the result, so a
+clip never exists in memory at its full resolution, and what is held does not grow with the file.
 """
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
+from finetune.data.video.info import Resampling, VideoInfo
+from finetune.data.video.opening import NO_TIMES, command, opened, packets_of
+from finetune.data.video.picture import Painter
+from finetune.data.video.probe import probe
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
-_TICK_SLACK = 1.5  # ticks: times are rounded by up to half a tick, and the duration behind the frame rate by one tick
-_FRAME_SLACK = 0.1  # frames: upper limit of the slack, for containers with long ticks
+__all__ = ["DECODER", "Resampling", "VideoInfo", "decode", "probe"]
+
+DECODER = 2  # a part of cache keys: raise it when the pixels of an ordinary file change
+
+_MARGINS = (0.0, 2.0, 10.0)  # seconds before the window to seek to, in turn, until a key frame before it is found
+_FIELDS = 2  # frames before the window that deinterlacing looks at
 
 
-@dataclass(frozen=True)
-class VideoInfo:
-    """A video as players show it: height and width after pixel aspect and rotation, duration in seconds."""
+class _Elsewhere(Exception):
+    """The window must be read again, from an earlier place or with deinterlacing."""
 
-    height: int
-    width: int
-    frames: int
-    duration: float
-
-    @property
-    def fps(self) -> float:
-        """Average frame rate."""
-        return self.frames / self.duration
-
-    def frames_at(self, fps: float) -> int:
-        """Number of frames that the clip has at a frame rate."""
-        return max(1, int(self.duration * fps + _FRAME_SLACK))
+    def __init__(self, interlaced: bool = False) -> None:
+        self.interlaced = interlaced
 
 
-@dataclass(frozen=True)
-class _Timeline:
-    """Presentation times of all frames, ascending, in units of `time_base` seconds."""
-
-    ticks: list[int]
-    last_ticks: int  # duration of the last frame
-    time_base: Fraction
-
-    @property
-    def duration(self) -> float:
-        return float((self.ticks[-1] - self.ticks[0] + self.last_ticks) * self.time_base)
-
-
-def probe(path: Path) -> VideoInfo:
-    """Read a video's size, frame count and duration; only its first frame is decoded.
-
-    Raises:
-        UserError: the file is empty, cut off, not a video, or has no video stream.
-    """
-    if path.stat().st_size == 0:
-        raise UserError("the file is empty (0 bytes)", "copy or export it again", str(path))
-    try:
-        timeline = _timeline(path)
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            first = next(iter(container.decode(stream)), None)
-            if first is None:
-                raise UserError("not one frame can be decoded", "export it again, or remove it", str(path))
-            height, width = _display_size(first, stream.sample_aspect_ratio)
-    except av.error.FFmpegError as error:
-        cure = "the file is cut off or not a video: copy or export it again, or remove it"
-        raise UserError(f"cannot be read as a video ({error.strerror})", cure, str(path)) from None
-    return VideoInfo(height, width, len(timeline.ticks), timeline.duration)
-
-
-def _timeline(path: Path) -> _Timeline:
-    """Presentation times of all frames, read from the packets without decoding."""
-    with av.open(str(path)) as container:
-        stream = _video_stream(container, path)
-        stored = [packet for packet in container.demux(stream) if packet.pts is not None]
-        announced, time_base, rate = stream.frames, stream.time_base, stream.average_rate
-    packets = sorted((p.pts, p.duration or 0) for p in stored if _is_shown(p))
-    if len(stored) < announced or not packets:
-        raise UserError(
-            f"the file is cut off: {len(stored)} of the {announced or 'unknown number of'} frames it announces are there",
-            "copy or export it again, or remove it",
-            str(path),
-        )
-    ticks = [pts for pts, _ in packets]
-    last = packets[-1][1] or (ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1) or round(1 / (time_base * (rate or 25)))
-    return _Timeline(ticks, last, time_base)
-
-
-def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
-    if not container.streams.video:
-        raise UserError("there is no video stream in it", "remove it: sound alone cannot be trained on", str(path))
-    form = container.format.name
-    if form.endswith("_pipe") or form == "image2":
-        kind = form.removesuffix("_pipe").upper()
-        raise UserError(f"this is an image ({kind}), not a video", "remove it, or make a video of it", str(path))
-    return container.streams.video[0]
-
-
-def frame_indices(times: Sequence[float], tick: float, fps: float, count: int) -> list[int]:
-    """Indices of the frames that are on screen at 0, 1/fps, 2/fps, ... seconds.
+def decode(path: Path, info: VideoInfo, bucket: Bucket, fps: float, start: float = 0.0, threads: int = 0) -> np.ndarray:
+    """Decode `bucket.frames` frames, the nearest in time to start + k / fps, scaled to cover the bucket and cropped at the centre.
 
     Args:
-        times: presentation times of all frames in seconds, ascending from 0.
-        tick: unit in seconds to which the container rounds times (Matroska and WebM: a millisecond). Without slack for it,
-            a clip at its own rate would repeat one frame and lose the next wherever a time was rounded up.
-    Returns:
-        `count` indices into `times`, non-decreasing.
-    """
-    slack = min(_TICK_SLACK * tick, _FRAME_SLACK / fps)
-    return [max(0, bisect_right(times, k / fps + slack) - 1) for k in range(count)]
-
-
-def decode(path: Path, clip: VideoInfo, bucket: Bucket, fps: float) -> np.ndarray:
-    """Decode the first `bucket.frames` frames at `fps`, scaled to cover the bucket and cropped at the centre.
-
+        start: seconds after the first frame.
+        threads: of the decoder and the scaler each; 0 takes as many as there are processors.
     Returns:
         uint8 array (F, H, W, 3), RGB.
     Raises:
-        UserError: the file breaks before the last frame that is needed, or does not say when its frames are shown.
+        UserError: the clip ends before the window does, or frames that the window needs are damaged or missing.
     """
-    frames = np.empty((*bucket, 3), dtype=np.uint8)
-    filled, shown = 0, float("-inf")
-    scaler = VideoReformatter()  # one for all frames, because setting up its filters takes as long as scaling a frame
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            packets = _packets(container, stream, bucket.frames / fps)
-            ticks = sorted(packet.pts for packet in packets if _is_shown(packet))
-            times = [float((tick - ticks[0]) * stream.time_base) for tick in ticks]
-            wanted = frame_indices(times, float(stream.time_base), fps, bucket.frames)
-            for frame in chain.from_iterable(stream.decode(packet) for packet in (*packets, None)):
-                if frame.pts is None or frame.pts < shown:  # such as H.264 with B-frames in AVI
-                    cure = f"convert it: ffmpeg -i {path.name} {path.stem}.mp4"
-                    raise UserError("the file does not say when its frames are shown", cure, str(path))
-                shown = frame.pts
-                index = bisect_right(ticks, shown) - 1
-                first = filled
-                while filled < len(wanted) and wanted[filled] <= index:
-                    filled += 1
-                if filled > first:
-                    frames[first:filled] = _cover(frame, clip, bucket, scaler)
-                if filled == len(wanted):
-                    return frames
-    except av.error.FFmpegError as error:
-        raise _broken(path, filled, bucket.frames, error.strerror) from None
-    raise _broken(path, filled, bucket.frames, "the stream ends early")
+    info.require(fps, bucket.frames, start, str(path))
+    wanted = info.frame_indices(fps, bucket.frames, start)
+    window = _Window(path, info, bucket, wanted, threads)
+    begin = wanted[0] - _FIELDS if window.deinterlace else wanted[0]
+    for margin in (*_MARGINS, None) if begin > 0 else (None,):
+        place = None if margin is None else begin - round(margin * info.fps)
+        try:
+            return window.read(place if place is None or place > 0 else None)
+        except _Elsewhere as again:
+            window.deinterlace |= again.interlaced
+            if margin is None or (place is not None and place <= 0):
+                break
+    return window.read(None)
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream, seconds: float) -> list[av.Packet]:
-    """The packets of a stream's first `seconds`, in decoding order. The rest of a long file is not read.
+class _Window:
+    """The frames of a window, and what is needed to read them."""
 
-    A frame is decoded before it is shown. So once a decoding time is later than `seconds`, all later packets are shown after that.
-    """
-    packets: list[av.Packet] = []
-    start = None
-    for packet in container.demux(stream):
-        if not packet.size:  # the end of the file
-            continue
-        packets.append(packet)
-        if _is_shown(packet):
-            start = packet.pts if start is None else min(start, packet.pts)
-        if start is not None and packet.dts is not None and (packet.dts - start) * stream.time_base > seconds:
-            break
-    return packets
+    def __init__(self, path: Path, info: VideoInfo, bucket: Bucket, wanted: Sequence[int], threads: int) -> None:
+        self.path, self.info, self.bucket, self.wanted, self.threads = path, info, bucket, wanted, threads
+        self.deinterlace = "deinterlaced" in info.changes
+
+    def read(self, place: int | None) -> np.ndarray:
+        """Decode from the key frame before a frame, or from the beginning: uint8 (F, H, W, 3)."""
+        frames = np.empty((*self.bucket, 3), dtype=np.uint8)
+        filled, index = 0, -1
+        with opened(self.path) as (container, stream):
+            self._set_up(stream)
+            if place is not None:
+                container.seek(self.info.ticks_of(place), stream=stream)
+            painter = Painter(self.path, self.info, self.bucket, stream.sample_aspect_ratio, self.threads)
+            source = _Decoder(container, stream, self.path)
+            try:
+                for frame in _deinterlaced(source, stream) if self.deinterlace else source:
+                    before, index = index, self._index(frame, stream)
+                    self._check(frame, index, before, place)
+                    if index > self.wanted[filled]:
+                        raise self._broken(self.wanted[filled], "it cannot be decoded")
+                    first = filled
+                    while filled < len(self.wanted) and self.wanted[filled] == index:
+                        filled += 1
+                    if filled > first:
+                        painter.paint(frame, frames[first])
+                        frames[first + 1 : filled] = frames[first]
+                    if filled == len(self.wanted):
+                        break
+                else:
+                    if place is not None and index < self.wanted[0]:
+                        raise _Elsewhere  # there is no key frame behind the place that was sought
+                    raise self._broken(self.wanted[filled], "the stream ends early")
+                if source.was_damaged():
+                    raise self._broken(index, "a frame that it refers to is damaged")
+            except av.error.FFmpegError as error:
+                if place is not None and index < self.wanted[0]:
+                    raise _Elsewhere from None
+                raise self._broken(index + 1, error.strerror) from None
+        return frames
+
+    def _set_up(self, stream: av.VideoStream) -> None:
+        stream.thread_type = "AUTO"
+        stream.thread_count = self.threads
+
+    def _index(self, frame: av.VideoFrame, stream: av.VideoStream) -> int:
+        if frame.pts is None:
+            raise UserError(NO_TIMES, f"convert it: {command(self.path, '')}", str(self.path))
+        return self.info.index_of(round(frame.pts * (frame.time_base or stream.time_base) / stream.time_base))
+
+    def _check(self, frame: av.VideoFrame, index: int, before: int, place: int | None) -> None:
+        """Raise if a frame cannot be trusted, or _Elsewhere if reading from another place may help."""
+        if frame.interlaced_frame and not self.deinterlace:
+            raise _Elsewhere(interlaced=True)
+        if place is not None and before < 0 and index > self.wanted[0]:
+            raise _Elsewhere
+        if frame.is_corrupt:
+            if place is not None and index <= self.wanted[0]:
+                raise _Elsewhere
+            raise self._broken(index, "its data is damaged")
+        if index < before:
+            raise UserError(NO_TIMES, f"convert it: {command(self.path, '')}", str(self.path))
+
+    def _broken(self, index: int, why: str) -> UserError:
+        index = min(max(index, 0), self.info.frames)
+        seconds = index / self.info.fps
+        sound = (
+            f"the {index} frames before it are sound" if self.wanted[0] <= index else "what lies before it is not read"
+        )
+        keep = f"; or keep its beginning: {command(self.path, f'-t {seconds:.2f}')}" if index else ""
+        return UserError(
+            f"the file breaks at frame {index} of {self.info.frames}, at {seconds:.2f} s ({why}); {sound}",
+            f"copy or export it again, or remove it{keep}",
+            str(self.path),
+        )
 
 
-def _is_shown(packet: av.Packet) -> bool:
-    """Whether the packet's frame is shown. An edit list can hide frames."""
-    return packet.pts is not None and not packet.is_discard
+class _Decoder:
+    """Iterates over a stream's frames, and remembers in which order their packets came."""
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> None:
+        self.container, self.stream, self.path = container, stream, path
+        self.fed: dict[int, int] = {}  # time of a packet to its place in decoding order
+        self.waiting: deque[av.VideoFrame] = deque()
+        self.last: int | None = None  # time of the last frame that was taken
+
+    def __iter__(self) -> Iterator[av.VideoFrame]:
+        for packet in packets_of(self.container, self.stream, self.path):
+            if packet.pts is not None:
+                self.fed[packet.pts] = len(self.fed)
+            self.waiting.extend(self.stream.decode(packet))
+            while self.waiting:
+                frame = self.waiting.popleft()
+                self.last = frame.pts
+                yield frame
+
+    def was_damaged(self) -> bool:
+        """Whether a frame that is decoded, but not yet shown, is damaged and may be what the last one taken refers to."""
+        with suppress(av.error.FFmpegError):  # an error of a packet behind those that were needed
+            self.waiting.extend(self.stream.decode(None))
+        bound = self.fed.get(self.last, len(self.fed)) if self.last is not None else 0
+        return any(frame.is_corrupt and self.fed.get(frame.pts, 0) < bound for frame in self.waiting)
 
 
-def _broken(path: Path, got: int, wanted: int, why: str) -> UserError:
-    return UserError(
-        f"the file breaks after {got} of {wanted} frames ({why})", "copy or export it again, or remove it", str(path)
+def _deinterlaced(frames: Iterator[av.VideoFrame] | _Decoder, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Frames with both fields at one time, by FFmpeg's bwdif filter; those that are not interlaced stay as they are."""
+    graph: av.filter.Graph | None = None
+    for frame in frames:
+        if graph is None:
+            graph = _bwdif(frame, stream.time_base)
+        if frame.is_corrupt:
+            yield frame  # ends the decoding
+        graph.push(frame)
+        yield from _pulled(graph)
+    if graph is not None:
+        graph.push(None)
+        yield from _pulled(graph)
+
+
+def _bwdif(frame: av.VideoFrame, time_base: Fraction) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    source = graph.add(
+        "buffer",
+        video_size=f"{frame.width}x{frame.height}",
+        pix_fmt=frame.format.name,
+        time_base=str(time_base),
+        pixel_aspect="1/1",
+        colorspace=str(int(frame.colorspace)),
+        range=str(int(frame.color_range)),
     )
+    graph.link_nodes(
+        source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+    ).configure()
+    return graph
 
 
-def _display_size(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> tuple[int, int]:
-    """Height and width as shown: pixel aspect applied, then rotation."""
-    width = round(frame.width * (pixel_aspect or 1))
-    return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
-
-
-def _cover(frame: av.VideoFrame, clip: VideoInfo, bucket: Bucket, scaler: VideoReformatter) -> np.ndarray:
-    """Convert one frame to uint8 (H, W, 3): scaled to cover the bucket, rotated upright, cropped at the centre."""
-    scale = max(bucket.height / clip.height, bucket.width / clip.width)
-    height, width = max(bucket.height, round(clip.height * scale)), max(bucket.width, round(clip.width * scale))
-    rows, columns = (width, height) if frame.rotation % 180 else (height, width)
-    scaled = scaler.reformat(frame, columns, rows, "rgb24", interpolation="BICUBIC").to_ndarray()
-    upright = np.rot90(scaled, k=frame.rotation // 90) if frame.rotation else scaled
-    top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
-    return upright[top : top + bucket.height, left : left + bucket.width]
+def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    while True:
+        try:
+            yield graph.vpull()
+        except (av.error.BlockingIOError, av.error.EOFError):
+            return

@@ -93,6 +93,9 @@ class CogVideoX(Family):
         """Repeat the first frame of latents (C, F, H, W) if F is odd and version 1.5 needs an even number."""
         return torch.cat([latents[:, : latents.shape[1] % self.patch_t], latents], 1)
 
+    def latent_mask(self, mask: Tensor, bucket: Bucket) -> Tensor:
+        return self.pad_front(super().latent_mask(mask, bucket)[None])[0]  # the repeated frame counts as the frame does
+
     def objective(self, settings: ObjectiveSettings) -> VPrediction:
         return VPrediction(settings, CogVideoXDDIMScheduler.from_config(self.folder.config("scheduler")))
 

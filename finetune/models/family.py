@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from finetune.models import text_mask
+from finetune.models import loss_mask, text_mask
 from finetune.models.batch import Batch, Tensors, Term
 from finetune.models.components import Components
 from finetune.models.encoder import Encoder, FileHash
@@ -106,6 +106,7 @@ class Family(Components, ABC):
         """The encoders of a clip, one for each kind of cached item, in the order in which they run.
 
         Every family has the kinds "text", of the caption and perhaps frames, and "video"; "image" is the kind of prompts' images.
+        The kind "mask", of loss masks, comes on top, unless an encoder here takes the source "mask".
         The key of a cached item has an outside family's name and the code of `code_of` in it, but not of what that imports.
 
         Args:
@@ -217,8 +218,26 @@ class Family(Components, ABC):
         return target
 
     def counted(self, condition: Tensors, target: Tensor) -> Tensor | None:
-        """The mask of the target's elements that enter the loss; see `Term.counted`."""
+        """Which elements of the target enter the loss, float32 0 or 1, broadcastable to it; None if all do. Masks come on top."""
         return None
+
+    @property
+    def given_frames(self) -> int:
+        """Latent frames at a clip's start that the model is given as a condition, and that `counted` leaves out of the loss."""
+        return 0
+
+    def latent_mask(self, mask: Tensor, bucket: Bucket) -> Tensor:
+        """The weight of each latent pixel in the loss, float32 (F', H', W') in `latent_shape`: the mean of a mask over its frames
+        and pixels, of which the VAE encodes the first frame alone and then `temporal` frames together.
+
+        Args:
+            mask: uint8 (F, H, W), or (1, H, W) for a mask that holds for all frames.
+        """
+        return loss_mask.averaged(mask, self.vae_shape(bucket), self.temporal)
+
+    def target_mask(self, mask: Tensor) -> Tensor:
+        """Weights of latent pixels, float32 (B, 1, F', H', W'), in the layout of the target, so that they broadcast to it."""
+        return self.target(mask).abs()  # `target` moves elements, and may negate them
 
     def predict(self, transformer: nn.Module, inputs: dict[str, Any]) -> Tensors:
         """The transformer's outputs for `Batch.inputs`, by the names of the batch's loss terms."""
@@ -246,7 +265,10 @@ class Family(Components, ABC):
         text, condition = text_mask.stacked([sample.text for sample in samples]), stacked(conditions)
         target = self.target(target)
         inputs = self.inputs(noisy, level, text, condition, samples)
-        term = Term(target, objective.weight(level), self.counted(condition, target))
+        counted = self.counted(condition, target)
+        if (mask := loss_mask.stacked(samples, x0[0].shape[1:])) is not None:
+            counted = loss_mask.combined(self.target_mask(mask), counted)
+        term = Term(target, objective.weight(level), counted)
         return Batch(inputs, {MAIN: term}).contiguous()
 
     def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:

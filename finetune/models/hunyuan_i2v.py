@@ -133,6 +133,10 @@ class HunyuanVideoImageToVideo(HunyuanVideo):
 
     # Training
 
+    @property
+    def given_frames(self) -> int:
+        return 1 if self.replaces_frame else 0
+
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         image = self.normalise(sample.moments["image_mean"].float())  # (C, 1, H, W)
         return {"image": image, **super().condition(sample, x0, settings)}

@@ -163,6 +163,10 @@ class LTXImageToVideo(LTXVideo):
     def unused_keys(self) -> dict[str, str]:
         return super().unused_keys() | {"vae.image_noise": "the condition is the clip's own first latent frame"}
 
+    @property
+    def given_frames(self) -> int:
+        return 1
+
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         given = torch.zeros(x0.shape[1:])
         given[0] = 0.0 if sample.image_dropped else 1.0

@@ -274,6 +274,10 @@ class WanImageToVideo(Wan):
 
     # Training
 
+    @property
+    def given_frames(self) -> int:
+        return 1 if self.timestep_of_tokens else 0
+
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         kept = 0.0 if sample.image_dropped else 1.0  # without its image, a sample is text-to-video: nothing is given
         if self.timestep_of_tokens:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import finetune
-from finetune.data.cache import content_hash, digest
+from finetune.data.cache import digest
+from finetune.data.file_facts import content_hash
 from finetune.models import code_of
 from finetune.models.family import Family
 from finetune.models.folder import INDEX

@@ -36,7 +36,7 @@ from finetune.planning.plan import Phase, Plan
 from finetune.planning.timeline import Timeline, plot_timelines
 from finetune.planning.trace import Trace
 from finetune.planning.weightless import WeightlessFolder, ZeroWeights
-from finetune.preparation.encode import further_columns
+from finetune.preparation.columns import further_columns
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.recipe.rules import streams

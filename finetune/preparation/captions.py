@@ -31,7 +31,7 @@ class CutCaption(NamedTuple):
 
 def captions_of(clips: Iterable[InspectedClip]) -> list[tuple[str, str]]:
     """(path of the clip, caption)."""
-    return [(str(each.clip.path), each.clip.caption) for each in clips]
+    return [(str(each.clip.path), caption) for each in clips for caption in each.clip.captions]
 
 
 def prompt_texts(prompts: Iterable[Prompt]) -> list[tuple[str, str]]:

@@ -3,8 +3,8 @@
 Ranks share the work, and nothing is encoded twice. A run that was killed continues where it stopped.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,26 +14,29 @@ import torch
 from torch import Tensor
 
 from finetune.data.cache import Cache, digest
+from finetune.data.decode import DECODER
 from finetune.data.images import is_address, missing_image
-from finetune.data.loader import Item
+from finetune.data.loader import Item, Variant
 from finetune.data.sources import (
     FRAMES,
+    Piece,
     Source,
     caption_source,
+    clip_sources,
     file_source,
     fitted_source,
-    frame_sources,
     image_source,
     no_image_source,
-    video_source,
 )
 from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
 from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
+from finetune.preparation.columns import further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
-from finetune.preparation.inspect import InspectedClip, inspect_clips, refuse_or_skip, require, split_heldout
+from finetune.preparation.former import NOT_BEGUN, Begun, Names, former_names, keeps_former, renamed
+from finetune.preparation.inspect import Dataset, InspectedClip, inspect_data, refuse_or_skip, require, split_heldout
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.runtime.distributed import Runtime, host_threads
@@ -58,28 +61,44 @@ class PreparedPrompt:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains and validates on: items and prompts, and the cache that they are in."""
+    """What a run trains and validates on: items and prompts, and the cache that they are in.
+
+    `decoder` is the version of the decoder of clips, and `former` has the keys by which an earlier one named items.
+    """
 
     cache: Cache
     train: list[Item]
     heldout: list[Item]
     unconditional_key: str
     prompts: list[PreparedPrompt]
+    former: Names = field(default_factory=dict)
+    decoder: int = DECODER
 
 
 @dataclass(frozen=True)
 class _Encoders:
-    """A family's encoders by kind, and the digest of what their outputs depend on besides the clip."""
+    """A family's encoders by kind, and the digest of what their outputs depend on besides the clip.
+
+    `background` is seen where images are transparent.
+    """
 
     by_kind: dict[str, Encoder]
     fingerprints: dict[str, str]
+    background: str
 
     def encoding(self, kind: str, sources: Mapping[str, Source], note: str) -> Encoding:
         """The item of a kind that is made of a clip's sources."""
         encoder = self.by_kind[kind]
         taken = tuple(sources[name] for name in encoder.sources)
-        identity = chain.from_iterable(source.fingerprint for source in taken)
-        return Encoding(kind, digest(kind, encoder.variant, self.fingerprints[kind], *identity), note, taken)
+
+        def key(identities: Iterable[tuple]) -> str:
+            return digest(kind, encoder.variant, self.fingerprints[kind], *chain.from_iterable(identities))
+
+        now = key(source.fingerprint for source in taken)
+        former = None
+        if any(source.former for source in taken):
+            former = key(source.former or source.fingerprint for source in taken)
+        return Encoding(kind, now, note, taken, former)
 
     def text(self, text: str) -> Encoding:
         """A caption or prompt by itself, without an image."""
@@ -97,59 +116,93 @@ class _Encoders:
         made = {kind: each for kind, each in self.by_kind.items() if sources.keys() >= set(each.sources)}
         return {kind: self.encoding(kind, sources, text) for kind in made}
 
-    def encodings(self, entry: InspectedClip) -> dict[str, Encoding]:
-        """The items of a clip, by kind."""
-        clip, fit = entry.clip, entry.fit
+    def encodings(self, entry: InspectedClip, start: int, caption: str) -> dict[str, Encoding]:
+        """The items of one piece of a clip with one of its captions, by kind.
+
+        Args:
+            start: the first frame of the piece, at the frame rate of training.
+        """
+        clip, piece = entry.clip, Piece(entry.fit.bucket, entry.fit.fps, start)
         sources = {
-            "video": video_source(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
-            "caption": caption_source(clip.caption),
-            **frame_sources(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
+            "caption": caption_source(caption),
+            **clip_sources(clip, entry.hash, entry.info, piece, self.background),
         }
-        for column, file_hash in entry.files.items():
-            sources[column] = file_source(clip.file(column), file_hash, fit.bucket, fit.fps)
-        notes = {kind: clip.caption if kind == "text" else str(clip.path) for kind in self.by_kind}
+        for column, found in entry.files.items():
+            sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece)
+        kinds = [
+            kind for kind, each in self.by_kind.items() if not each.optional or sources.keys() >= set(each.sources)
+        ]
+        notes = {kind: caption if kind == "text" else str(clip.path) for kind in kinds}
         return {kind: self.encoding(kind, sources, note) for kind, note in notes.items()}
 
+    def items(self, entry: InspectedClip, alone: bool) -> Iterator[tuple[Item, list[Encoding]]]:
+        """What a clip is trained as, each with all that is encoded for it.
 
-def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
+        Args:
+            alone: whether captions are encoded without the clip's image, too.
+        """
+        clip, fit, starts = entry.clip, entry.fit, entry.windows.starts
+        for turns in [starts] if entry.windows.take_turns else [(start,) for start in starts]:
+            windows, work = [], []
+            for start in turns:
+                variants = []
+                for caption in clip.captions:
+                    made = self.encodings(entry, start, caption)
+                    by_itself = [self.text(caption)] if alone else []
+                    work += [*made.values(), *by_itself]
+                    keys = {kind: each.key for kind, each in made.items()}
+                    variants.append(Variant(caption, keys, by_itself[0].key if by_itself else None))
+                windows.append(tuple(variants))
+            yield Item(clip.path, fit.bucket, fit.fps, tuple(windows), clip.columns, entry.source), work
+
+
+def prepare(
+    recipe: Recipe,
+    family: Family,
+    runtime: Runtime,
+    cache: Cache | None = None,
+    begun: Begun = NOT_BEGUN,
+) -> Prepared:
     """Inspect the datasets and encode what the cache does not have yet. Collective; returns the same on every rank.
 
+    Args:
+        cache: another one than that of the recipe.
+        begun: the run's checkpoints, which may keep clips as an earlier version decoded them, or refuse others.
     Raises:
         UserError: lists everything that is wrong with the clips.
     """
-    cache = Cache(recipe.data.cache)
+    cache = cache or Cache(recipe.data.cache)
     with runtime.together():
         if runtime.is_main:
             cache.sweep()
     encoders = _open_encoders(recipe, family, cache, runtime)
-    columns = further_columns(encoders.by_kind.values())
-    usable = inspect_clips(recipe.data, recipe.data.path, cache, runtime, columns)
-    if named := recipe.validation.heldout:
-        split = usable, inspect_clips(recipe.data, named, cache, runtime, columns)
-    else:
-        split = split_heldout(usable, recipe)
-    work: list[Encoding] = []
-    datasets: list[list[Item]] = []
+    dataset = inspect_data(recipe, cache, runtime, further_columns(encoders.by_kind.values()))
     drops_image = recipe.data.image_dropout > 0 and encoders.text_has_image
-    for part in split:
-        datasets.append([])
+    items: dict[int, list[Item]] = {}
+    work: list[Encoding] = []
+    for part, alone in ((dataset.train, drops_image), (dataset.heldout, False)):
         for entry in part:
-            made = encoders.encodings(entry)
-            work += made.values()
-            keys = {kind: each.key for kind, each in made.items()}
-            clip, fit = entry.clip, entry.fit
-            alone = encoders.text(clip.caption) if drops_image and part is split[0] else None
-            work += [alone] if alone else []
-            text_alone = alone.key if alone else None
-            datasets[-1].append(Item(clip.path, clip.caption, fit.bucket, fit.fps, keys, clip.columns, text_alone))
+            made = list(encoders.items(entry, alone))
+            items[id(entry)] = [item for item, _ in made]
+            work += [each for _, encodings in made for each in encodings]
+    trained = [item for entry in dataset.train for item in items[id(entry)]]
+    names, decoder = former_names(work), DECODER
+    if keeps_former(work, trained, family.columns, begun.earlier, cache, runtime):
+        items = {entry: [renamed(item, names) for item in its] for entry, its in items.items()}
+        work, names, decoder = [each for each in work if not each.former], {}, 1
     if recipe.data.caption_dropout:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
 
     with runtime.together():
-        if runtime.is_main:  # of texts that are new to the cache: other starts have said it
+        if runtime.is_main:
+            begun.check(cache, [item for entry in dataset.train for item in items[id(entry)]], names)
+            # Of texts that are new to the cache: other starts have said it.
             new = {each.note for each in work if each.kind == "text" and not cache.path("text", each.key).exists()}
-            captions = [*captions_of(chain(*split)), *prompt_texts(each.prompt for each in prompts)]
+            captions = [
+                *captions_of([*dataset.train, *dataset.heldout]),
+                *prompt_texts(each.prompt for each in prompts),
+            ]
             say_cut_captions([each for each in captions if each[1] in new], family)
     if unreadable := fill(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(list(chain.from_iterable(unreadable.values())))
@@ -163,20 +216,30 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
     if needed := list(chain.from_iterable(failed[key] for key in dict.fromkeys(texts) if key in failed)):
         raise UserError.of(needed)  # no clip can be left out for it: the training would miss it later
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
-    train, heldout = (
-        [(entry, item) for entry, item in zip(part, items, strict=True) if failed.keys().isdisjoint(item.all_keys)]
-        for part, items in zip(split, datasets, strict=True)
-    )
-    require(train, recipe.data.path)
+    train, heldout = _without(failed.keys(), dataset, items, recipe)
+    return Prepared(cache, train, heldout, encoders.text("").key, prompts, names, decoder)
+
+
+def _without(
+    failed: Set[str], dataset: Dataset, items: Mapping[int, list[Item]], recipe: Recipe
+) -> tuple[list[Item], list[Item]]:
+    """What is trained on and what is held out, without clips of which an item has failed.
+
+    Args:
+        items: those of each clip, by the `id` of its entry in the dataset.
+    """
+
+    def sound(entries: Sequence[InspectedClip]) -> list[InspectedClip]:
+        return [entry for entry in entries if all(failed.isdisjoint(item.all_keys) for item in items[id(entry)])]
+
+    train, heldout = sound(dataset.train), sound(dataset.heldout)
+    require(train, recipe.data.datasets[0].path)
     if recipe.validation.heldout:
         require(heldout, recipe.validation.heldout)
     elif recipe.validation.heldout_clips and not heldout:  # others take their place
-        items = {id(entry): item for entry, item in train}
-        split = split_heldout([entry for entry, _ in train], recipe)
-        train, heldout = ([(entry, items[id(entry)]) for entry in part] for part in split)
-    trained, held = [item for _, item in train], [item for _, item in heldout]
-    _refuse_shared(trained, held)
-    return Prepared(cache, trained, held, encoders.text("").key, prompts)
+        train, heldout = split_heldout(train, recipe)
+    of_all = [[item for entry in part for item in items[id(entry)]] for part in (train, heldout)]
+    return of_all[0], of_all[1]
 
 
 def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Encoders:
@@ -194,26 +257,27 @@ def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtim
                     *map(cache.file_hash, code_of(family)),
                 ]
             hashed = {each.kind: digest(*each.fingerprint(cache.file_hash), precision, *code) for each in listed}
-    return _Encoders({each.kind: each for each in listed}, runtime.from_main(hashed))
+    return _Encoders({each.kind: each for each in listed}, runtime.from_main(hashed), recipe.data.background)
 
 
 def encoders_of(family: Family, recipe: Recipe) -> tuple[Encoder, ...]:
-    """A family's encoders for a recipe. Raises UserError if their kinds are not as `Family.encoders` says."""
+    """A family's encoders for a recipe, and that of masks, unless the family reads masks itself.
+
+    Raises:
+        UserError: their kinds are not as `Family.encoders` says.
+    """
     encoders = family.encoders(DTYPES[recipe.train.precision], recipe.vae)
     kinds = [encoder.kind for encoder in encoders]
-    if len(set(kinds)) < len(kinds) or not {"text", "video"} <= set(kinds) or "image" in kinds:
+    if len(set(kinds)) < len(kinds) or not {"text", "video"} <= set(kinds) or not {"image", "mask"}.isdisjoint(kinds):
         raise UserError(
             f"{type(family).__name__}.encoders lists the kinds {', '.join(kinds)}",
-            'list "text" and "video", each kind once, and none called "image", which is that of prompts\' images',
+            'list "text" and "video", each kind once, and none called "image" or "mask": the kinds of prompts\' images, and of '
+            "masks that weigh the loss",
             "model.family",
         )
-    return encoders
-
-
-def further_columns(encoders: Iterable[Encoder]) -> list[str]:
-    """What encoders read besides video and caption: columns of the manifest."""
-    named = chain.from_iterable(encoder.sources for encoder in encoders)
-    return [name for name in dict.fromkeys(named) if name not in ("video", "caption", *FRAMES)]
+    if any("mask" in encoder.sources for encoder in encoders):
+        return encoders
+    return (*encoders, mask_encoder(family))
 
 
 def _prompts(
@@ -248,13 +312,3 @@ def _image_content(source: str, cache: Cache) -> str:
 
 def _pixels(image: np.ndarray) -> dict[str, Tensor]:
     return {"pixels": torch.from_numpy(image.copy())}
-
-
-def _refuse_shared(train: Sequence[Item], heldout: Sequence[Item]) -> None:
-    trained = {item.keys["video"] for item in train}
-    if both := [
-        Problem("this held-out clip is trained on, too", str(item.path))
-        for item in heldout
-        if item.keys["video"] in trained
-    ]:
-        raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")

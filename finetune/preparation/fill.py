@@ -17,17 +17,26 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.shared_work import SharedWork, shared_work
 from finetune.tracking.progress import ProgressLine
 
-_LABELS = {"text": "encoding captions", "video": "encoding clips", "image": "reading images"}
+_LABELS = {
+    "text": "encoding captions",
+    "video": "encoding clips",
+    "image": "reading images",
+    "mask": "encoding masks",
+}
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """One item to encode, and the sources that its encoder takes. `note` says what it is made from, for people."""
+    """One item to encode, and the sources that its encoder takes. `note` says what it is made from, for people.
+
+    `former` is its key by an earlier version of the decoder, if that was another.
+    """
 
     kind: str
     key: str
     note: str
     sources: tuple[Source, ...]
+    former: str | None = None
 
 
 def fill(

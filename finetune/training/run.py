@@ -23,6 +23,7 @@ from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
 from finetune.tracking.trackers import check_metrics
+from finetune.training.identity import begun
 from finetune.training.job import Job, build
 from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
@@ -66,7 +67,8 @@ def train(
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     if runtime.device.is_cpu:
         say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
-    prepared = cache(partial(prepare, recipe, family, runtime))  # once: experts are trained on the same clips
+    # Once: experts are trained on the same clips.
+    prepared = cache(partial(prepare, recipe, family, runtime, begun=begun(recipes, family)))
     with runtime.together():
         if runtime.is_main and len(recipes) > 1:
             with atomic(recipe.output / RECIPE_FILE) as partial_file:

@@ -1,23 +1,23 @@
 """Decoding, against the ffmpeg binary: the same frames at the same times, upright, in the right colours and shape.
 
-Frames that are not scaled agree exactly with the versions at hand and may differ by 2 of 255; scaled ones by 6, since
-the binary and PyAV bring a swscale each, and its filters are not bit-exact between versions. ffmpeg's scale filter
-takes chroma for centred where a file says "left" (H.264, HEVC, MPEG), so it is told.
+The binary converts with accurate rounding and full chroma. Frames that are not scaled may differ by 1 of 255; scaled ones
+by 2, since the binary and PyAV bring a swscale each, and its filters are not bit-exact between versions. ffmpeg's scale
+filter takes chroma for centred where a file says "left" (H.264, HEVC, MPEG), so it is told.
 """
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ffmpeg_oracle import H264, VP9, Ffmpeg
+from ffmpeg_oracle import ACCURATE, H264, LEFT, VP9, Ffmpeg
 
-from finetune.data.decode import VideoInfo, decode, frame_indices, probe
+from finetune.data.decode import VideoInfo, decode, probe
 from finetune.data.synthetic import RECORDINGS
+from finetune.data.video.info import packed
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
-UNSCALED, SCALED = 2, 6
-LEFT = "in_chroma_loc=left"
+UNSCALED, SCALED = 1, 2
 BT709 = ("-vf", "scale=out_color_matrix=bt709", *H264, "-colorspace", "bt709")
 FULL_RANGE = ("-vf", "scale=out_range=full", *H264, "-color_range", "pc")
 TEN_BIT = ("-pix_fmt", "yuv420p10le", "-c:v", "libx265", "-crf", "10", "-x265-params", "log-level=none")
@@ -145,7 +145,7 @@ def siting(name: str) -> str:
 def test_unscaled_frames_are_ffmpegs(ffmpeg: Ffmpeg, name: str) -> None:
     path = ffmpeg.make(name, *FILES[name])
     clip = probe(path)
-    theirs = ffmpeg.frames(path, 128, 192, f"scale=192:128:flags=bicubic{siting(name)}")
+    theirs = ffmpeg.frames(path, 128, 192, f"scale=192:128:flags={ACCURATE}{siting(name)}")
     assert difference(decode(path, clip, whole(clip), clip.fps), theirs) <= UNSCALED
 
 
@@ -153,7 +153,7 @@ def test_unscaled_frames_are_ffmpegs(ffmpeg: Ffmpeg, name: str) -> None:
 def test_scaled_frames_are_ffmpegs(ffmpeg: Ffmpeg, name: str) -> None:
     path = ffmpeg.make(name, *FILES[name])
     clip = probe(path)
-    theirs = ffmpeg.frames(path, 64, 96, f"scale=96:64:flags=bicubic{siting(name)}")
+    theirs = ffmpeg.frames(path, 64, 96, f"scale=96:64:flags={ACCURATE}{siting(name)}")
     assert difference(decode(path, clip, Bucket(25, 64, 96), clip.fps), theirs) <= SCALED
 
 
@@ -171,16 +171,17 @@ def test_a_clip_covers_its_bucket_and_is_cropped_at_the_centre(
     ffmpeg: Ffmpeg, bucket: Bucket, scaled: str, corner: str
 ) -> None:
     path = ffmpeg.make("plain.mp4", *H264)
-    filters = f"scale={scaled}:flags=bicubic:{LEFT},format=rgb24,crop={bucket.width}:{bucket.height}:{corner}"
+    filters = f"scale={scaled}:flags={ACCURATE}:{LEFT},format=rgb24,crop={bucket.width}:{bucket.height}:{corner}"
     theirs = ffmpeg.frames(path, bucket.height, bucket.width, filters)
     assert difference(decode(path, probe(path), bucket, 25.0), theirs[:9]) <= SCALED
 
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
 def test_a_turned_clip_is_upright(ffmpeg: Ffmpeg, turn: int) -> None:
-    path = ffmpeg.remake(f"turned_{turn}.mp4", ffmpeg.make("plain.mp4", *H264), "-display_rotation", str(turn))
-    clip = probe(path)
-    assert difference(decode(path, clip, whole(clip), 25.0), ffmpeg.frames(path, clip.height, clip.width)) <= UNSCALED
+    plain = ffmpeg.make("plain.mp4", *H264)
+    path = ffmpeg.remake(f"turned_{turn}.mp4", plain, "-display_rotation", str(turn))
+    clip, theirs = probe(path), np.rot90(ffmpeg.frames(plain, 128, 192), turn // 90, axes=(1, 2))
+    assert difference(decode(path, clip, whole(clip), 25.0), theirs) <= UNSCALED
 
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
@@ -188,8 +189,8 @@ def test_a_turned_clip_is_scaled_and_cropped_upright(ffmpeg: Ffmpeg, turn: int) 
     """Grey, since ffmpeg turns first and then takes the turned chroma for one that was stored like that."""
     grey = ffmpeg.make("grey.mp4", "-vf", "format=gray", *H264)
     path = ffmpeg.remake(f"grey_{turn}.mp4", grey, "-display_rotation", str(turn))
-    crop = {90: "scale=64:96:flags=bicubic,format=rgb24,crop=64:64:0:16"}
-    filters = crop.get(turn % 180, "scale=96:64:flags=bicubic,format=rgb24,crop=64:64:16:0")
+    crop = {90: f"scale=64:96:flags={ACCURATE},format=rgb24,crop=64:64:0:16"}
+    filters = crop.get(turn % 180, f"scale=96:64:flags={ACCURATE},format=rgb24,crop=64:64:16:0")
     assert (
         difference(decode(path, probe(path), Bucket(25, 64, 64), 25.0), ffmpeg.frames(path, 64, 64, filters)) <= SCALED
     )
@@ -199,7 +200,7 @@ def test_a_turned_clip_is_scaled_and_cropped_upright(ffmpeg: Ffmpeg, turn: int) 
 def test_oblong_pixels_become_square(ffmpeg: Ffmpeg, aspect: str, width: int) -> None:
     path = ffmpeg.make(f"aspect_{aspect[0]}.mp4", "-vf", f"setsar={aspect}", *H264)
     clip = probe(path)
-    theirs = ffmpeg.frames(path, 128, width, f"scale=iw*sar:ih:flags=bicubic:{LEFT}")
+    theirs = ffmpeg.frames(path, 128, width, f"scale=iw*sar:ih:flags={ACCURATE}:{LEFT}")
     assert difference(decode(path, clip, whole(clip), 25.0), theirs) <= SCALED
 
 
@@ -223,27 +224,31 @@ def test_at_its_own_rate_a_clip_shows_every_frame_once(ffmpeg: Ffmpeg, name: str
     path = ffmpeg.make(name, *options, fps=fps, seconds=seconds)
     clip = probe(path)
     assert clip.frames_at(clip.fps) == clip.frames
-    theirs = ffmpeg.frames(path, 128, 192, f"scale=192:128{'' if name.endswith(('webm', 'gif')) else ':' + LEFT}")
+    theirs = ffmpeg.frames(
+        path, 128, 192, f"scale=192:128:flags={ACCURATE}{'' if name.endswith(('webm', 'gif')) else ':' + LEFT}"
+    )
     assert difference(decode(path, clip, whole(clip), clip.fps), theirs) <= UNSCALED
 
 
 @pytest.mark.parametrize("fps", [8, 12, 16, 24, 30, 60])
 @pytest.mark.parametrize("name", ["wide.mp4", "long.mp4", "fast.mp4", "uneven.mp4"])
-def test_resampled_clip_shows_what_is_on_screen(ffmpeg: Ffmpeg, clips: Path, name: str, fps: int) -> None:
-    """ffmpeg's fps filter with round=up: the frame at k/fps is the last that has begun. Frames here differ by 70 and more."""
+def test_resampled_clip_shows_the_nearest_frames(ffmpeg: Ffmpeg, clips: Path, name: str, fps: int) -> None:
+    """Frames and their times are ffmpeg's; frames here differ by 70 and more."""
     path = clips / name
     clip = probe(path)
     bucket = Bucket(clip.frames_at(fps), clip.height, clip.width)
-    theirs = ffmpeg.frames(path, clip.height, clip.width, f"fps={fps}:round=up")
-    assert difference(decode(path, clip, bucket, float(fps)), theirs[: bucket.frames]) <= UNSCALED
+    theirs, times = ffmpeg.frames(path, clip.height, clip.width), ffmpeg.times(path)
+    nearest = [int(np.abs(times - k / fps).round(6).argmin()) for k in range(bucket.frames)]
+    assert difference(decode(path, clip, bucket, float(fps)), theirs[nearest]) <= UNSCALED
 
 
-def test_a_gap_in_a_clip_is_filled_with_the_frame_before_it(ffmpeg: Ffmpeg) -> None:
+def test_a_gap_in_a_clip_is_filled_with_the_frames_beside_it(ffmpeg: Ffmpeg) -> None:
     path = ffmpeg.make("gaps.mp4", *DROPPED)
     clip = probe(path)
-    theirs = ffmpeg.frames(path, 128, 192, "fps=25:round=up")
-    assert (clip.frames, clip.frames_at(25)) == (20, 25)
-    assert difference(decode(path, clip, Bucket(25, 128, 192), 25.0), theirs[:25]) <= UNSCALED
+    nearest = [int(np.abs(ffmpeg.times(path) - k / 25).round(6).argmin()) for k in range(25)]
+    assert (clip.frames, clip.frames_at(25), clip.resampled(25, 25)) == (20, 25, (5, 0))
+    frames = ffmpeg.frames(path, 128, 192)
+    assert difference(decode(path, clip, Bucket(25, 128, 192), 25.0), frames[nearest]) <= UNSCALED
 
 
 @pytest.mark.parametrize("fps", [12.0, 24.0, 60.0])
@@ -255,17 +260,26 @@ def test_the_container_does_not_change_which_frames_are_shown(ffmpeg: Ffmpeg, fp
 
 
 @pytest.mark.parametrize(
-    "times, fps, indices",
+    "ticks, fps, start, indices",
     [
-        ([0.0, 0.1, 0.2, 0.3], 10, [0, 1, 2, 3]),
-        ([0.0, 0.1, 0.2, 0.3], 20, [0, 0, 1, 1, 2, 2, 3, 3]),
-        ([0.0, 0.1, 0.2, 0.3], 5, [0, 2]),
-        ([0.0, 0.15, 0.2, 0.9], 10, [0, 0, 2, 2, 2, 2, 2, 2, 2, 3]),
-        ([0.0, 0.033, 0.067, 0.1, 0.133], 30, [0, 1, 2, 3, 4]),  # 0.067 is 2/30, rounded up
+        ([0, 100, 200, 300], 10, 0.0, [0, 1, 2, 3]),
+        ([0, 100, 200, 300], 20, 0.0, [0, 0, 1, 1, 2, 2, 3, 3]),  # of two equally near, the earlier
+        ([0, 100, 200, 300], 5, 0.0, [0, 2]),
+        ([0, 100, 200, 300], 10, 0.2, [2, 3]),
+        ([0, 150, 200, 900], 10, 0.0, [0, 1, 2, 2, 2, 2, 3, 3, 3, 3]),
     ],
 )
-def test_the_frame_on_screen(times: list[float], fps: float, indices: list[int]) -> None:
-    assert frame_indices(times, 0.001, fps, len(indices)) == indices
+def test_the_nearest_frame_in_time(ticks: list[int], fps: float, start: float, indices: list[int]) -> None:
+    info = VideoInfo(128, 192, len(ticks), 1.0, tick=0.001, times=packed(np.array(ticks)))
+    assert info.frame_indices(fps, len(indices), start) == indices
+
+
+def test_what_resampling_repeats_and_leaves_out() -> None:
+    clip = VideoInfo(128, 192, 50, 2.0)
+    assert clip.resampled(25, 50) == (0, 0)
+    assert clip.resampled(50, 100) == (50, 0)
+    assert clip.resampled(12.5, 25) == (0, 24)
+    assert clip.resampled(20, 4) == (0, 1)  # frames 0, 1, 2 and 4
 
 
 # --- files that cannot be used ----------------------------------------------------------------------------------------
@@ -291,7 +305,7 @@ def test_a_file_that_breaks_while_it_is_decoded_says_where(ffmpeg: Ffmpeg, tmp_p
     path = tmp_path / "zeros.mp4"
     path.write_bytes(data)
     clip = probe(path)
-    with pytest.raises(UserError, match=r"the file breaks after \d+ of 25 frames"):
+    with pytest.raises(UserError, match=r"the file breaks at frame \d+ of 25, .* frames before it are sound"):
         decode(path, clip, whole(clip), clip.fps)
 
 
@@ -308,6 +322,4 @@ def test_frames_before_the_break_can_be_used(ffmpeg: Ffmpeg, tmp_path: Path) -> 
 def test_a_file_without_frame_times_is_refused(ffmpeg: Ffmpeg) -> None:
     """AVI stores no presentation times, and those of H.264 with B-frames cannot be told from its order."""
     path = ffmpeg.make("b_frames.avi", *H264, "-bf", "3")
-    clip = probe(path)
-    with pytest.raises(UserError, match=r"convert it: ffmpeg -i b_frames.avi b_frames.mp4"):
-        decode(path, clip, whole(clip), clip.fps)
+    assert "-> convert it: ffmpeg -i b_frames.avi b_frames_new.mp4" in refusal(path)

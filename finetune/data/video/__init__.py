@@ -1,0 +1,1 @@
+"""What a video file holds and how its frames become arrays: opening, times, colours, orientation, and damage."""

@@ -1,0 +1,179 @@
+"""Finds out what a video file holds, at the price of reading it through once; only its first frames are decoded.
+
+What is found here: files that cannot be read, are cut off, announce more frames or seconds than they have, have packets
+marked as damaged, boxes that do not fit together, holes, no key frame at the beginning, no times, or colours that cannot
+be converted. What is damaged inside a frame is found when that frame is decoded, if its format allows to tell.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+
+from finetune.data.video.info import VideoInfo, packed
+from finetune.data.video.opening import NO_TIMES, command, display_size, frames_of, opened, packets_of, unreadable
+from finetune.data.video.picture import known_colours, orientation_of
+from finetune.data.video.structure import break_in
+from finetune.data.video.timeline import Timeline, hole, timeline
+from finetune.runtime.errors import UserError
+
+_AGAIN = "copy or export it again, or remove it"
+_ANNOUNCING = {"matroska,webm", "flv", "asf"}  # formats whose head says how long the file is
+_WITHOUT_END = {"mpeg", "mpegts"}  # formats in which only the last frames tell whether the end is there
+_RAW = {"h264", "hevc", "mjpeg", "mpegvideo", "m4v", "obu", "vvc", "dirac"}  # a stream without container has no times
+_TAILS = (1, 10, 10**9)  # seconds before the end from which on the last frames are decoded, until a key frame is there
+_LAST = 3  # frames at the end that must be sound: others may refer to what comes last
+_LATE = 0.1  # share of the announced duration that may be missing, and
+_LATE_SECONDS = 1.0  # what may be missing of it in any case
+
+
+@dataclass
+class _Packets:
+    """What the packets of a file say; their data is not kept."""
+
+    times: array = field(default_factory=lambda: array("q"))
+    places: array = field(
+        default_factory=lambda: array("q")
+    )  # bytes of the file at which the packets begin; -1 unknown
+    last: tuple[int, int] = (-(2**63), 0)  # time and duration of the packet that is shown last
+    count: int = 0
+    marked: int | None = None  # time of the first packet that the container marks as damaged
+    begins_with_key: bool = True
+    end: float = 0.0  # seconds at which the last stream ends
+
+
+def probe(path: Path) -> VideoInfo:
+    """Read a video's size, times, and what must be done to its picture.
+
+    Raises:
+        UserError: the file cannot be used, with how much of it is sound where that is known.
+    """
+    with opened(path) as (container, stream):
+        form = container.format.name
+        if form in _RAW:
+            raise UserError(NO_TIMES, f"say its rate: {command(path, '', before='-r 25')}", str(path))
+        # Before the packets, because decoding takes what the demuxer has read while opening.
+        first = _first_frame(container, stream, path)
+        turn, colours = orientation_of(first, path), known_colours(first, path)
+        height, width = display_size(first, stream.sample_aspect_ratio, turn.transposed)
+        changes = ["deinterlaced"] if _is_interlaced(first, stream) else []
+        changes += ["mirrored"] if turn.mirrored else []
+        changes += [colours.change] if colours.change else []
+    found = _read_through(path, form, first.pts)
+    if gap := hole(found, form in _WITHOUT_END):
+        filled = command(path, f"-vf fps={round(1 / float(np.median(np.diff(found.ticks)) * found.tick), 3):g}")
+        what = f"frames are missing between {gap[0]:.2f} and {gap[1]:.2f} s, everywhere else they come at one rate"
+        raise UserError(what, f"{_AGAIN}; if the pause is meant, fill it: {filled}", str(path))
+    if form in _WITHOUT_END:
+        _decode_tail(path, found)
+    times = "" if found.rate else packed(found.ticks - found.ticks[0])
+    frames, tick = len(found.ticks), float(found.tick)
+    return VideoInfo(height, width, frames, found.duration, found.first, tick, times, tuple(changes))
+
+
+def _first_frame(container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> av.VideoFrame:
+    stream.thread_count = 1
+    frame = next(frames_of(container, stream, path), None)
+    if frame is None:
+        raise UserError("not one frame can be decoded", "export it again, or remove it", str(path))
+    has_no_order = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
+    if frame.pts is None or (has_no_order and stream.codec_context.has_b_frames):
+        raise UserError(NO_TIMES, f"convert it: {command(path, '')}", str(path))
+    if frame.is_corrupt:
+        raise UserError("its first frame is damaged", _AGAIN, str(path))
+    return frame
+
+
+def _is_interlaced(frame: av.VideoFrame, stream: av.VideoStream) -> bool:
+    progressive = (0, 1)  # field orders "unknown" and "progressive"
+    return frame.interlaced_frame or stream.codec_context.field_order not in progressive
+
+
+def _read_through(path: Path, form: str, first: int) -> Timeline:
+    """The times of all frames, from the packets."""
+    with opened(path) as (container, stream):
+        tick, announced = stream.time_base, stream.frames
+        rates = (stream.base_rate, stream.guessed_rate, stream.average_rate)
+        packets = _packets(container, stream, path, all_streams=form in _ANNOUNCING)
+        seconds = (container.duration or 0) / av.time_base if form in _ANNOUNCING else 0.0
+        begin = (container.start_time or 0) / av.time_base
+    times = np.frombuffer(packets.times, np.int64)
+    ticks = np.unique(times)
+    if not len(ticks):
+        raise UserError("there is not one frame in it", _AGAIN, str(path))
+    if first > ticks[0] or not packets.begins_with_key:
+        lost = max(1, int(np.searchsorted(ticks, first)))
+        what = f"the stream does not begin with a key frame: its first {lost} frames cannot be decoded"
+        raise UserError(what, f"make a file of those that can: {command(path, '')}", str(path))
+    found = timeline(ticks, tick, packets.last[1], rates)
+    if packets.count < announced:
+        what = f"the file is cut off: {packets.count} of the {announced} frames it announces are there"
+        raise _refused(path, what, found, packets.marked)
+    if packets.marked is not None:
+        raise _refused(path, f"a frame of the {packets.count} in it is damaged", found, packets.marked)
+    try:
+        broken = break_in(path, form)
+    except OSError as error:
+        raise unreadable(error, path) from None
+    if broken:
+        behind = times[np.frombuffer(packets.places, np.int64) >= broken.place]
+        raise _refused(path, broken.what, found, int(behind.min()) if len(behind) else None)
+    if seconds and packets.end - begin < seconds - max(_LATE_SECONDS, _LATE * seconds):
+        what = f"the file is cut off: it has {packets.end - begin:.2f} of the {seconds:.2f} s it announces"
+        raise _refused(path, what, found, None)
+    return found
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream, path: Path, all_streams: bool) -> _Packets:
+    """Go through a file's packets; of each, only numbers are kept. An edit list hides frames, which are not counted."""
+    found = _Packets()
+    for packet in packets_of(container, None if all_streams else stream, path):
+        if all_streams and packet.pts is not None:
+            found.end = max(found.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index != stream.index or (packet.pts is None and not packet.size):
+            continue
+        if packet.is_corrupt and found.marked is None:
+            found.marked = packet.dts if packet.pts is None else packet.pts
+        if not found.count:
+            found.begins_with_key = packet.is_keyframe
+        found.count += 1
+        if packet.size and packet.pts is not None and not packet.is_discard and not _is_hidden(packet, stream):
+            found.times.append(packet.pts)
+            found.places.append(-1 if packet.pos is None else packet.pos)
+            found.last = max(found.last, (packet.pts, packet.duration or 0))
+    return found
+
+
+def _is_hidden(packet: av.Packet, stream: av.VideoStream) -> bool:
+    """Whether a frame only serves others as a reference: VP8 stores such frames in packets of their own."""
+    return stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
+
+
+def _decode_tail(path: Path, found: Timeline) -> None:
+    """Decode the last frames of a file whose format has no other sign of its end. Raises UserError if they are damaged."""
+    for seconds in _TAILS:
+        with opened(path) as (container, stream):
+            stream.thread_count = 1
+            if seconds < found.duration:
+                container.seek(int(found.ticks[-1] - seconds / found.tick), stream=stream)
+            # After a seek, the first frames may refer to some that were not read.
+            shown = [(frame.pts, frame.is_corrupt) for frame in frames_of(container, stream, path)][-_LAST:]
+        if shown or seconds >= found.duration:
+            break
+    if not shown or shown[-1][0] != found.ticks[-1] or any(damaged for _, damaged in shown):
+        first = int(found.ticks[-min(_LAST, len(found.ticks))])
+        raise _refused(path, "the file is cut off: its last frame is damaged", found, first)
+
+
+def _refused(path: Path, what: str, found: Timeline, until: int | None) -> UserError:
+    """An error that says how much of a file is sound: the frames before a time in ticks, or with None all that are there."""
+    frames = len(found.ticks) if until is None else int(np.searchsorted(found.ticks, until))
+    seconds = frames / len(found.ticks) * found.duration
+    if 0 < frames < len(found.ticks):
+        seconds = float((found.ticks[frames - 1] - found.ticks[0] + int(np.median(np.diff(found.ticks)))) * found.tick)
+    keep = f"; or keep its beginning: {command(path, f'-t {seconds:.2f}')}" if frames else ""
+    return UserError(
+        f"{what}; at most its first {frames} frames ({seconds:.2f} s) are sound", f"{_AGAIN}{keep}", str(path)
+    )

@@ -1,0 +1,21 @@
+"""Values that recipes write as text: paths and buckets."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+from finetune.recipe.bucket import Bucket
+
+
+def _path(value: object) -> object:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+PathText = Annotated[Path, BeforeValidator(_path), PlainSerializer(str), WithJsonSchema({"type": "string"})]
+BucketText = Annotated[
+    Bucket,
+    BeforeValidator(Bucket.parse),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": r"^\d+x\d+x\d+$"}),
+]
