@@ -27,6 +27,7 @@ from finetune.runtime.errors import Problem, UserError
 
 _SUFFIXES = frozenset({".txt", ".caption", ".json"})
 _MANY = ".captions.txt"
+_OF_A_BAD_CLIP = "the caption of a clip that cannot be used"
 _LARGEST = 16 * 2**20  # bytes of a side-car
 _TABLES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
 _ABOUT = frozenset(
@@ -69,7 +70,7 @@ def _read(folder: Path, columns: Columns) -> Manifest:
         if good:
             _add_clips(good, cars, listing.bad, columns, found)
         elif cars:
-            found.leave_out(cars, "the caption of a clip that cannot be used")
+            found.leave_out(cars, _OF_A_BAD_CLIP)
     for stem, cars in side_cars.items():
         _add_orphans(stem, cars, media, found)
     others = (file for file in listed if not is_media(file) and file.suffix.lower() not in _SUFFIXES)
@@ -136,6 +137,7 @@ def _add_clips(
             others |= more
     if problems:
         found.problems += problems
+        found.leave_out([car for used in texts.values() for car in used], _OF_A_BAD_CLIP)
     elif not texts:
         what, cure = (
             f"{'image' if _is_image(files[0]) else 'video'} without a caption",
