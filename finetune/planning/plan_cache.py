@@ -23,7 +23,11 @@ _WITHOUT_EFFECT = {
     "checkpoint": None,
     "distributed": None,
     "model": ("path", "revision"),  # the configs in the folder say what model it is
-    "data": ("path", "video_column", "caption_column", "id_token", "bad_clips", "cache", "workers"),
+    "data": (
+        *("path", "sources", "area", "frames", "bucket_count"),  # the buckets that are found are in `buckets`
+        *("video_column", "caption_column", "id_token", "window", "windows", "overlap", "background"),
+        *("bad_clips", "cache", "workers"),
+    ),
     "train": ("steps", "seed"),
     "optimizer": ("lr",),
     "memory": ("plan",),
