@@ -8,6 +8,7 @@ from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
+from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.columns import further_columns
 from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import inspect_data
@@ -26,7 +27,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
     cache, columns = Cache(recipe.data.cache), []
-    recipes = [recipe]
+    recipes, family, clips = [recipe], None, []
     with _collected(problems):
         family = open_family(recipe)
         recipes = recipes_of_experts(recipe, list(family.experts))
@@ -35,7 +36,12 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
         with _collected(problems):
             check_output(each)
     with _collected(problems):
-        inspect_data(recipe, cache, runtime, columns)
+        found = inspect_data(recipe, cache, runtime, columns)
+        clips = [*found.train, *found.heldout]
+    with _collected(problems), runtime.together():
+        if family and runtime.is_main:
+            prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
+            say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], family)
     with _collected(problems):
         _load_images(recipe)
     return problems

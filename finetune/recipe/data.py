@@ -25,15 +25,16 @@ class DataSource(Table):
 
 class Data(Table):
     path: PathText | None = Free(None)
-    """A folder of videos with side-car .txt captions, a folder with prompts.txt and videos.txt, or a .csv, .json or .jsonl file."""
+    """A folder of videos and images with captions beside them, a folder with prompts.txt and videos.txt, or a .csv, .tsv, .json,
+    .jsonl or .parquet file, or a folder with such a file named metadata."""
     sources: list[DataSource] = Field(default=[])
     """Instead of `path`: several datasets, each a table [[data.sources]]."""
     buckets: list[BucketText] = Field(default=[])
     """Training shapes, frames x height x width, like ["49x512x768"]. Each clip goes to the one that fits it best."""
     video_column: str = "video"
-    """Column (or text file of a folder, less its .txt) that holds the videos' paths."""
+    """Column (or text file of a folder) that holds the videos' paths. Where there is no "video", "file_name" is taken."""
     caption_column: str = "caption"
-    """Column (or text file of a folder, less its .txt) that holds the captions."""
+    """Column (or text file of a folder, or key of .json files beside clips) that holds the captions."""
     id_token: str = ""
     """A trigger word, put in front of every caption."""
     fps: Annotated[float, Field(gt=0)] | None = None
