@@ -128,7 +128,7 @@ class _Encoders:
             **clip_sources(clip, entry.hash, entry.info, piece, self.background),
         }
         for column, found in entry.files.items():
-            sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece)
+            sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece, self.background)
         kinds = [
             kind for kind, each in self.by_kind.items() if not each.optional or sources.keys() >= set(each.sources)
         ]
