@@ -156,7 +156,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), value)
-        value = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
     return f"crc32:{value:08x}"
 
 
