@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finetune.checks.buckets import resolve_buckets
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
+from finetune.models.family import Family
+from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.columns import further_columns
 from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import accept, inspect_datasets
@@ -16,6 +19,7 @@ from finetune.preparation.report import write_report
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.shapes import with_stated_buckets
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, Problem, UserError
 
@@ -29,7 +33,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
     cache, columns = Cache(recipe.data.cache), []
-    recipes, family = [recipe], None
+    recipes, family, clips = [recipe], None, []
     with _collected(problems):
         family = open_family(recipe)
         recipes = recipes_of_experts(recipe, list(family.experts))
@@ -37,17 +41,31 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
     for each in recipes:
         with _collected(problems):
             check_output(each)
+    recipe = _with_buckets(recipe, family, runtime, problems)
     with _collected(problems):
         inspected = inspect_datasets(recipe, cache, runtime, columns)
         accepted: list[Problem] = []
         with _collected(accepted):
-            accept(recipe, inspected, columns)
+            found = accept(recipe, inspected, columns)
+            clips = [*found.train, *found.heldout]
         problems += accepted
         if report:
             write_report(report, recipe, inspected, family, accepted, runtime)
+    with _collected(problems), runtime.together():
+        if family and runtime.is_main:
+            prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
+            say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], family)
     with _collected(problems):
         _load_images(recipe)
     return problems
+
+
+def _with_buckets(recipe: Recipe, family: Family | None, runtime: Runtime, problems: list[Problem]) -> Recipe:
+    """The recipe with the buckets of its clips; of a model that cannot be opened, with those that it states. Collective."""
+    with _collected(problems):
+        if family is not None:
+            return resolve_buckets(recipe, family, runtime)
+    return with_stated_buckets(recipe)
 
 
 @contextmanager

@@ -33,13 +33,19 @@ class BucketFit:
 
 
 def fit_to_bucket(
-    clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str, is_image: bool = False
+    clip: VideoInfo,
+    buckets: Sequence[Bucket],
+    fps: float | None,
+    where: str,
+    is_image: bool = False,
+    by_area: bool = False,
 ) -> BucketFit:
     """Choose the bucket that loses least of a clip: nearest aspect ratio, then most frames, then largest picture not enlarged.
 
     Args:
         fps: the frame rate to train at; None keeps the clip's own.
         where: the clip's name, for the error.
+        by_area: whether the buckets are those of data.area and data.frames, for the error.
     Raises:
         UserError: the clip is shorter than every bucket.
     """
@@ -49,13 +55,15 @@ def fit_to_bucket(
     if not possible and is_image:
         near = min(buckets, key=lambda bucket: _aspect_distance(clip, bucket))
         example = Bucket(1, near.height, near.width)
-        raise UserError("an image needs a bucket of one frame", f'add one to data.buckets, like "{example}"', where)
+        add = "add 1 to data.frames" if by_area else f'add one to data.buckets, like "{example}"'
+        raise UserError("an image needs a bucket of one frame", add, where)
     if not possible:
         faster = "raise data.fps, " if fps and fps < clip.fps else ""
         shortest = min(bucket.frames for bucket in buckets)
+        add = "length of at most {} to data.frames" if by_area else "bucket of at most {} frames to data.buckets"
         raise UserError(
             f"{available} frame{'s' if available > 1 else ''} at {rate:g} fps, but the shortest bucket has {shortest}",
-            f"add a bucket of at most {available} frames to data.buckets, {faster}or remove the clip",
+            f"add a {add.format(available)}, {faster}or remove the clip",
             where,
         )
 

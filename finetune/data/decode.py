@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from finetune.data.video.info import Resampling, VideoInfo
-from finetune.data.video.opening import NO_TIMES, command, opened
+from finetune.data.video.opening import NO_TIMES, command, opened, packets_of
 from finetune.data.video.picture import Painter
 from finetune.data.video.probe import probe
 from finetune.recipe import Bucket
@@ -77,7 +77,7 @@ class _Window:
             if place is not None:
                 container.seek(self.info.ticks_of(place), stream=stream)
             painter = Painter(self.path, self.info, self.bucket, stream.sample_aspect_ratio, self.threads)
-            source = _Decoder(container, stream)
+            source = _Decoder(container, stream, self.path)
             try:
                 for frame in _deinterlaced(source, stream) if self.deinterlace else source:
                     before, index = index, self._index(frame, stream)
@@ -93,6 +93,8 @@ class _Window:
                     if filled == len(self.wanted):
                         break
                 else:
+                    if place is not None and index < self.wanted[0]:
+                        raise _Elsewhere  # there is no key frame behind the place that was sought
                     raise self._broken(self.wanted[filled], "the stream ends early")
                 if source.was_damaged():
                     raise self._broken(index, "a frame that it refers to is damaged")
@@ -105,8 +107,6 @@ class _Window:
     def _set_up(self, stream: av.VideoStream) -> None:
         stream.thread_type = "AUTO"
         stream.thread_count = self.threads
-        if stream.codec_context.name == "mjpeg":  # it marks no frame as damaged, but can be told to fail
-            stream.codec_context.options = {"err_detect": "explode"}
 
     def _index(self, frame: av.VideoFrame, stream: av.VideoStream) -> int:
         if frame.pts is None:
@@ -143,14 +143,14 @@ class _Window:
 class _Decoder:
     """Iterates over a stream's frames, and remembers in which order their packets came."""
 
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
-        self.container, self.stream = container, stream
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> None:
+        self.container, self.stream, self.path = container, stream, path
         self.fed: dict[int, int] = {}  # time of a packet to its place in decoding order
         self.waiting: deque[av.VideoFrame] = deque()
         self.last: int | None = None  # time of the last frame that was taken
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
-        for packet in self.container.demux(self.stream):
+        for packet in packets_of(self.container, self.stream, self.path):
             if packet.pts is not None:
                 self.fed[packet.pts] = len(self.fed)
             self.waiting.extend(self.stream.decode(packet))

@@ -89,7 +89,7 @@ def inspect_datasets(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Se
     found = []
     for number, source in (*sources, *held):
         try:
-            found.append(_inspect(data, source, number, seed, cache, runtime, columns))
+            found.append(inspect_dataset(data, source, number, seed, cache, runtime, columns))
         except LostPeer:
             raise
         except UserError as error:  # the same on every rank
@@ -115,7 +115,7 @@ def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[st
     return Dataset(*split, inspected)
 
 
-def _inspect(
+def inspect_dataset(
     data: Data, source: DataSource, number: int, seed: int, cache: Cache, runtime: Runtime, columns: Sequence[str]
 ) -> Inspection:
     """Inspect one dataset. Collective; returns the same on every rank."""
@@ -130,7 +130,7 @@ def _inspect(
     for clip in clips:
         try:
             info, content = facts.info(clip.path), facts.hash(clip.path)
-            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image)
+            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image, data.area is not None)
             windows = windows_of(fit, data, seed, content)
             named = {column: clip.file(column) for column in read if column in clip.columns}
             shown = {column: facts.info(file) for column, file in named.items() if column in PICTURES}

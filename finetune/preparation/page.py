@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from finetune.preparation.account import CROPPED, ENLARGED, Account, CaptionLengths, ClipAccount
 from finetune.preparation.thumbnails import Thumbnails
@@ -169,7 +169,8 @@ def kept(clip: ClipAccount) -> tuple[float, float, float, float]:
     return (clip.width / longer - width) / 2, (clip.height / longer - height) / 2, width, height
 
 
-class Bar(NamedTuple):
+@dataclass(frozen=True)
+class Bar:
     """A bar of a histogram: lengths from `first` to `last`, or all from there on; `is_cut` where they are beyond the limit."""
 
     first: int

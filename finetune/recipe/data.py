@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from finetune.recipe.bucket import Bucket
 from finetune.recipe.table import Free, Table
-from finetune.recipe.values import BucketText, PathText
+from finetune.recipe.values import AreaText, BucketText, PathText
 
 
 class DataSource(Table):
@@ -25,15 +26,23 @@ class DataSource(Table):
 
 class Data(Table):
     path: PathText | None = Free(None)
-    """A folder of videos with side-car .txt captions, a folder with prompts.txt and videos.txt, or a .csv, .json or .jsonl file."""
+    """A folder of videos and images with captions beside them, a folder with prompts.txt and videos.txt, or a .csv, .tsv, .json,
+    .jsonl or .parquet file, or a folder with such a file named metadata."""
     sources: list[DataSource] = Field(default=[])
     """Instead of `path`: several datasets, each a table [[data.sources]]."""
     buckets: list[BucketText] = Field(default=[])
     """Training shapes, frames x height x width, like ["49x512x768"]. Each clip goes to the one that fits it best."""
+    area: AreaText | None = None
+    """Instead of `buckets`, with `frames`: a height x width, like "512x768". Shapes of about so many pixels, and no more, are found
+    that fit the aspect ratios of the clips, and written into the recipe of the run; `buckets` beside it are taken as found."""
+    frames: list[Annotated[int, Field(ge=1)]] = Field(default=[])
+    """The lengths of these shapes, like [1, 17, 49]. Each clip has the longest that it can fill."""
+    bucket_count: Annotated[int, Field(ge=1)] = 9
+    """At most so many of these shapes have the same length."""
     video_column: str = "video"
-    """Column (or text file of a folder, less its .txt) that holds the videos' paths."""
+    """Column (or text file of a folder) that holds the videos' paths. Where there is no "video", "file_name" is taken."""
     caption_column: str = "caption"
-    """Column (or text file of a folder, less its .txt) that holds the captions."""
+    """Column (or text file of a folder, or key of .json files beside clips) that holds the captions."""
     id_token: str = ""
     """A trigger word, put in front of every caption."""
     fps: Annotated[float, Field(gt=0)] | None = None
@@ -65,9 +74,35 @@ class Data(Table):
         if (self.path is None) == (not self.sources):
             what = "both `path` and [[data.sources]]" if self.sources else "no `path`"
             raise ValueError(f'{what}: write path = "...", or a table [[data.sources]] for each of several datasets')
-        if not self.buckets:
-            raise ValueError('no `buckets`: write the training shapes, like buckets = ["49x512x768"]')
+        if self.sources and not any(source.repeats for source in self.sources):
+            raise ValueError("every source has repeats = 0: give one of them more")
+        self._check_shapes()
         return self
+
+    def _check_shapes(self) -> None:
+        """Raises ValueError unless the shapes are given, or how to find them; both are in a recipe for which they were found."""
+        either = 'write buckets = ["49x512x768"], or area = "512x768" and frames = [17, 49], for which they are found'
+        if self.area is None:
+            for key in ("frames", "bucket_count"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"`{key}` has no effect without `area`: remove it, or {either}")
+            if not self.buckets:
+                raise ValueError(f"no training shapes: {either}")
+        elif not self.frames:
+            raise ValueError("`area` without `frames`: write the lengths, too, like frames = [17, 49]")
+        elif other := [bucket for bucket in self.buckets if not self._may_be_found(bucket)]:
+            what = f"{other[0]} in `buckets` is not of the lengths in `frames`, or larger than `area`"
+            raise ValueError(f"{what}: remove `buckets`, which are then found, or `area` and `frames`")
+
+    def _may_be_found(self, bucket: Bucket) -> bool:
+        height, width = self.area or (0, 0)
+        return bucket.frames in self.frames and bucket.height * bucket.width <= height * width
+
+    @property
+    def stated_buckets(self) -> list[Bucket]:
+        """`buckets`; as long as they are not found, the shape of `area` in each length, the longest first: it is the largest."""
+        lengths = sorted(set(self.frames), reverse=True)
+        return self.buckets or [Bucket(length, *self.area) for length in lengths if self.area]
 
     @property
     def datasets(self) -> list[DataSource]:

@@ -86,6 +86,8 @@ def differences(ours: Recipe, other: Recipe) -> list[str]:
     left, right = (
         {key: _fixed(key, value, free) for key, value in flat_values(each).items()} for each in (ours, other)
     )
+    if not (ours.data.buckets and other.data.buckets):  # one has yet to find them: `data.area` says as much
+        left["data.buckets"] = right["data.buckets"] = None
     return [text for key, text in _changes(left, right) if not is_free(key)]
 
 

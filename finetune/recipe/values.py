@@ -1,11 +1,11 @@
-"""Values that recipes write as text: paths and buckets."""
+"""Values that recipes write as text: paths, buckets and areas."""
 
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-from finetune.recipe.bucket import Bucket
+from finetune.recipe.bucket import Area, Bucket
 
 
 def _path(value: object) -> object:
@@ -18,4 +18,10 @@ BucketText = Annotated[
     BeforeValidator(Bucket.parse),
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "pattern": r"^\d+x\d+x\d+$"}),
+]
+AreaText = Annotated[
+    Area,
+    BeforeValidator(Area.parse),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": r"^\d+x\d+$"}),
 ]

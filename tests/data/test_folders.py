@@ -130,9 +130,16 @@ def test_files_of_no_use_are_named_with_the_reason(tmp_path: Path) -> None:
 def test_the_summary_counts_by_reason(tmp_path: Path) -> None:
     folder = write(tmp_path, {**PAIR, **{f"{n}.zip": "" for n in range(9)}, "sub/.x": ""})
     assert describe_unused(read(folder).unused, folder) == [
-        f"{folder}: not used: sub/.x: hidden, or written by the system",
         f"{folder}: not used: 0.zip, 1.zip, 2.zip and 6 more: unknown suffix .zip",
+        f"{folder}: not used: sub/.x: hidden, or written by the system",
     ]
+
+
+def test_the_summary_stays_short(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**PAIR, **{f"x.{n}": "" for n in range(500)}, **{f"{n}.csv": "" for n in range(500)}})
+    lines = describe_unused(read(folder).unused, folder)
+    assert len(lines) == 11
+    assert lines[-1] == f"{folder}: not used: 491 more, for 491 other reasons"
 
 
 # --- which caption is whose -------------------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ def test_another_mask_is_another_training(
 ) -> None:
     def identity() -> dict[str, str]:
         recipe, family = load_recipe(recipe_file, [f"data.path={folder}"]), LTXVideo(ModelFolder(tiny_ltx))
-        return build(recipe, runtime, family, prepare(recipe, family, runtime)).identity()
+        return build(recipe, runtime, family, prepare(recipe, family, runtime)).identity
 
     dataset({WIDE: {}, SMALL: {}})
     without = identity()

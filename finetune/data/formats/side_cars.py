@@ -72,10 +72,8 @@ def _read(folder: Path, columns: Columns) -> Manifest:
             found.leave_out(cars, "the caption of a clip that cannot be used")
     for stem, cars in side_cars.items():
         _add_orphans(stem, cars, media, found)
-    named = {Path(problem.where) for problem in found.unused}
-    for file in listed:
-        if not is_media(file) and file.suffix.lower() not in _SUFFIXES and file not in named:
-            found.unused.append(_of_no_use(file, folder))
+    others = (file for file in listed if not is_media(file) and file.suffix.lower() not in _SUFFIXES)
+    found.unused += [_of_no_use(file, folder) for file in others]
     return Manifest(tuple(found.clips), tuple(found.problems), tuple(found.unused), frozenset(found.files))
 
 
