@@ -2,10 +2,10 @@
 
 import base64
 import hashlib
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ def render(account: Account, pictures: Sequence[Thumbnails]) -> str:
         totals=_totals(account),
         charts=[_chart(each) for each in account.captions],
         filters=_filters(account, pictures),
-        refused=_refused(account),
-        unused=by_reason(problem for each in account.datasets for problem in each.unused),
+        refused=by_reason(_short(account, (problem for each in account.datasets for problem in each.refused))),
+        unused=by_reason(_short(account, (problem for each in account.datasets for problem in each.unused))),
         caption_length=_caption_length(account),
         captions_shown=_CAPTIONS,
         named=_NAMED,
@@ -144,15 +144,11 @@ def _totals(account: Account) -> dict[str, float]:
     }
 
 
-def _refused(account: Account) -> list[Problem]:
-    """What is wrong with single clips; of one dataset, without the path of its folder."""
-    folders = [f"{each.path}/" for each in account.datasets]
+def _short(account: Account, problems: Iterable[Problem]) -> list[Problem]:
+    """What is wrong with single files; of one dataset, without the path of its folder."""
+    folders = [f"{each.path}{os.sep}" for each in account.datasets]
     prefix = folders[0] if len(folders) == 1 else ""
-    return [
-        replace(problem, where=problem.where.removeprefix(prefix))
-        for each in account.datasets
-        for problem in each.refused
-    ]
+    return [replace(problem, where=problem.where.removeprefix(prefix)) for problem in problems]
 
 
 def _caption_length(account: Account) -> int:
@@ -220,9 +216,11 @@ def _chart(lengths: CaptionLengths) -> dict[str, Any]:
 
 
 def by_reason(problems: Iterable[Problem]) -> list[tuple[str, str, list[str]]]:
-    """(reason, cure, names) of files that are not used."""
-    ordered = sorted(problems, key=lambda each: (each.what, each.cure))
-    return [(*reason, [each.where for each in of]) for reason, of in groupby(ordered, key=lambda p: (p.what, p.cure))]
+    """(reason, cure, names) of files, the reason of most files first."""
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for each in problems:
+        names[each.what, each.cure].append(each.where)
+    return sorted(((*reason, of) for reason, of in names.items()), key=lambda found: -len(found[2]))
 
 
 # Texts and numbers
