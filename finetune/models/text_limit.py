@@ -3,7 +3,7 @@
 Pipelines cut what is longer, and say so at the most in a log that nobody reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -49,24 +49,40 @@ def cut_texts(limit: TextLimit, tokenizer: Any, captions: Sequence[str]) -> dict
     Args:
         tokenizer: the component that the limit names.
     """
-    before, behind = limit.template(tokenizer)
-    ending = len(tokenizer(behind, add_special_tokens=False).input_ids) if behind else 0
-    uncounted = limit.dropped + ending
+    _, behind = limit.template(tokenizer)
+    ending = _length(tokenizer, behind)
     if limit.special_tokens:
         ending += _special_tokens_at_end(tokenizer)
+    found = {}
+    for caption, ids, tokens in _tokenized(limit, tokenizer, captions):
+        if (lost := tokens - limit.tokens) > 0:
+            end = len(ids) - ending
+            found[caption] = CutText(tokens, lost, tokenizer.decode(ids[end - lost : end]).strip())
+    return found
+
+
+def count_tokens(limit: TextLimit, tokenizer: Any, captions: Sequence[str]) -> dict[str, int]:
+    """How many tokens captions have, as `limit.tokens` counts them, by caption: of those that the encoder reads something of."""
+    return {caption: tokens for caption, _, tokens in _tokenized(limit, tokenizer, captions)}
+
+
+def _tokenized(limit: TextLimit, tokenizer: Any, captions: Sequence[str]) -> Iterator[tuple[str, list[int], int]]:
+    """(caption, its tokens and those of the template, how many of them count)."""
+    before, behind = limit.template(tokenizer)
+    uncounted = limit.dropped + _length(tokenizer, behind)
     contents = {caption: content for caption in captions if (content := limit.content(caption)) is not None}
-    found, remaining = {}, iter(contents.items())
+    remaining = iter(contents.items())
     while some := list(islice(remaining, _AT_ONCE)):
         texts = [f"{before}{content}{behind}" for _, content in some]
         batch = tokenizer(
             texts, add_special_tokens=limit.special_tokens, return_attention_mask=False, verbose=False
         ).input_ids
         for (caption, _), ids in zip(some, batch, strict=True):
-            tokens = len(ids) - uncounted
-            if (lost := tokens - limit.tokens) > 0:
-                end = len(ids) - ending
-                found[caption] = CutText(tokens, lost, tokenizer.decode(ids[end - lost : end]).strip())
-    return found
+            yield caption, ids, len(ids) - uncounted
+
+
+def _length(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False).input_ids) if text else 0
 
 
 def chat_template(messages: Callable[[str], list[dict[str, str]]]) -> Callable[[Any], tuple[str, str]]:

@@ -28,6 +28,7 @@ class ClipAccount:
         cropped: share of the picture outside the bucket; `enlarged` is the factor by which the picture is scaled.
         repeated: frames of its windows that show the same picture as the one before; `left_out` are not shown within them.
         changes: what else is done to its picture, in words.
+        columns: further pictures that belong to it, such as its mask.
     """
 
     entry: InspectedClip
@@ -48,6 +49,7 @@ class ClipAccount:
     repeated: int
     left_out: int
     changes: tuple[str, ...]
+    columns: tuple[str, ...]
     copies: tuple[str, ...]
     is_heldout: bool
 
@@ -61,6 +63,10 @@ class ClipAccount:
             else:
                 spans.append((start, self.bucket.frames))
         return spans
+
+    @property
+    def is_image(self) -> bool:
+        return self.entry.clip.is_image
 
 
 @dataclass(frozen=True)
@@ -167,17 +173,16 @@ def account_of(
         for entry in each.clips
     ]
     repeats = [source.repeats for source in used] + [1.0] * named
+    datasets = [_dataset(each, repeats[number], number >= len(used)) for number, each in enumerate(inspected)]
+    datasets += [DatasetAccount(each.path, 0.0, left_out=True) for each in recipe.data.datasets if not each.repeats]
     return Account(
-        _settings(recipe),
-        (
-            *(_dataset(each, repeats[number], number >= len(used)) for number, each in enumerate(inspected)),
-            *(DatasetAccount(each.path, 0.0, left_out=True) for each in recipe.data.datasets if not each.repeats),
-        ),
-        tuple(_buckets(recipe.data.buckets, clips, repeats, tokens)),
-        tuple(clips),
-        tuple(tuple(same.values()) for same in names.values() if len(same) > 1),
-        tuple(lengths) or (_words(clips),),
-        tuple(problems),
+        settings=_settings(recipe),
+        datasets=tuple(datasets),
+        buckets=tuple(_buckets(recipe.data.buckets, clips, repeats, tokens)),
+        clips=tuple(clips),
+        copies=tuple(tuple(same.values()) for same in names.values() if len(same) > 1),
+        captions=tuple(lengths) or (_words(clips),),
+        problems=tuple(problems),
     )
 
 
@@ -203,38 +208,39 @@ def _clip(entry: InspectedClip, number: int, names: Mapping[str, dict[Path, str]
     resampled = [info.resampled(fit.fps, fit.bucket.frames, start / fit.fps) for start in windows.starts]
     same = names[entry.hash]
     return ClipAccount(
-        entry,
-        same[clip.path],
-        number,
-        clip.captions,
-        info.height,
-        info.width,
-        info.frames,
-        info.duration,
-        fit.bucket,
-        fit.fps,
-        fit.frames_available,
-        windows.starts,
-        windows.unused(fit),
-        fit.cropped,
-        fit.enlarged,
-        sum(each.repeated for each in resampled),
-        sum(each.left_out for each in resampled),
-        info.changes,
-        tuple(name for path, name in same.items() if path != clip.path),
-        is_heldout,
+        entry=entry,
+        name=same[clip.path],
+        dataset=number,
+        captions=clip.captions,
+        height=info.height,
+        width=info.width,
+        frames=info.frames,
+        seconds=0.0 if clip.is_image else info.duration,
+        bucket=fit.bucket,
+        fps=fit.fps,
+        available=fit.frames_available,
+        starts=windows.starts,
+        unused=windows.unused(fit),
+        cropped=fit.cropped,
+        enlarged=fit.enlarged,
+        repeated=sum(each.repeated for each in resampled),
+        left_out=sum(each.left_out for each in resampled),
+        changes=info.changes,
+        columns=tuple(entry.pictures),
+        copies=tuple(name for path, name in same.items() if path != clip.path),
+        is_heldout=is_heldout,
     )
 
 
 def _dataset(found: Inspection, repeats: float, is_heldout: bool) -> DatasetAccount:
     return DatasetAccount(
-        found.path,
-        repeats,
-        len(found.clips),
-        tuple(found.problems),
-        tuple(found.unused),
-        tuple(found.unreadable),
-        is_heldout,
+        path=found.path,
+        repeats=repeats,
+        clips=len(found.clips),
+        refused=tuple(found.problems),
+        unused=tuple(found.unused),
+        unreadable=tuple(found.unreadable),
+        is_heldout=is_heldout,
     )
 
 

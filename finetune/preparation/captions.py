@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from finetune.models.family import Family
-from finetune.models.text_limit import CutText, TextLimit, cut_texts
+from finetune.models.text_limit import CutText, TextLimit, count_tokens, cut_texts
+from finetune.preparation.account import CaptionLengths
 from finetune.preparation.inspect import InspectedClip
 from finetune.recipe.schema import Prompt
 from finetune.runtime.logging import say
@@ -54,6 +55,20 @@ def cut_captions(captions: Sequence[tuple[str, str]], family: Family) -> list[Cu
     return found
 
 
+def caption_lengths(captions: Iterable[str], family: Family) -> list[CaptionLengths]:
+    """How many tokens captions have for each of the family's text encoders."""
+    texts, found = list(dict.fromkeys(captions)), []
+    for limit in family.text_limits():
+        tokenizer = family.transformers_component(limit.tokenizer, torch.device("cpu"), torch.float32)
+        lengths = count_tokens(limit, tokenizer, texts)
+        found.append(CaptionLengths(_encoder(limit), "tokens", limit.tokens, lengths))
+    return found
+
+
+def _encoder(limit: TextLimit) -> str:
+    return "the second text encoder" if limit.tokenizer.endswith("_2") else "the text encoder"
+
+
 def say_cut_captions(captions: Sequence[tuple[str, str]], family: Family) -> None:
     """Say how many captions are cut, and of the longest ones what is lost."""
     for line in _told(cut_captions(captions, family)):
@@ -64,8 +79,7 @@ def _told(found: Sequence[CutCaption]) -> Iterator[str]:
     for limit, of_limit in groupby(found, key=lambda each: each.limit):
         cut = sorted(of_limit, key=lambda each: -each.cut.lost)
         number = "1 caption has" if len(cut) == 1 else f"{len(cut)} captions have"
-        which = "the second text encoder" if limit.tokenizer.endswith("_2") else "the text encoder"
-        yield f"{number} more {limit.of} than {which} reads ({limit.tokens} tokens):"
+        yield f"{number} more {limit.of} than {_encoder(limit)} reads ({limit.tokens} tokens):"
         yield from (f"    {each}" for each in cut[:_NAMED])
         if len(cut) > _NAMED:
             yield f"    and {len(cut) - _NAMED} more"

@@ -2,10 +2,10 @@
 
 import base64
 import hashlib
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ _NAMED = 1000  # files of one reason, and groups of copies
 _CAPTION_CHARACTERS = 3 * 10**6  # of all captions
 _LONGEST_CAPTION, _SHORTEST_CAPTION = 600, 120  # characters of a caption that are shown, of few clips and of many
 _CAPTIONS = 3  # of one clip
+_FIRST = 10  # of a list; the rest is folded
 _LONGEST_NAME = 160
 
 FILTERS = {
@@ -71,18 +72,21 @@ def render(account: Account, pictures: Sequence[Thumbnails]) -> str:
         "name": lambda text: middle_cut(harmless(text), _LONGEST_NAME),
         "base64": lambda data: base64.b64encode(data).decode("ascii"),
     }
+    groups = _groups(account, pictures)
     script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html").render(
         account=account,
-        groups=_groups(account, pictures),
+        groups=groups,
+        linked={bucket for bucket, _ in groups},
         totals=_totals(account),
         charts=[_chart(each) for each in account.captions],
         filters=_filters(account, pictures),
-        refused=[problem for each in account.datasets for problem in each.refused],
-        unused=by_reason(problem for each in account.datasets for problem in each.unused),
+        refused=by_reason(_short(account, (problem for each in account.datasets for problem in each.refused))),
+        unused=by_reason(_short(account, (problem for each in account.datasets for problem in each.unused))),
         caption_length=_caption_length(account),
         captions_shown=_CAPTIONS,
         named=_NAMED,
+        first=_FIRST,
         listed=_LISTED,
         style=(_TEMPLATES / "page.css").read_text(encoding="utf-8"),
         script=script,
@@ -138,6 +142,13 @@ def _totals(account: Account) -> dict[str, float]:
         "tokens": sum(each.samples * (each.tokens or 0) for each in account.buckets),
         "seconds": sum(clip.seconds for clip in trained),
     }
+
+
+def _short(account: Account, problems: Iterable[Problem]) -> list[Problem]:
+    """What is wrong with single files; of one dataset, without the path of its folder."""
+    folders = [f"{each.path}{os.sep}" for each in account.datasets]
+    prefix = folders[0] if len(folders) == 1 else ""
+    return [replace(problem, where=problem.where.removeprefix(prefix)) for problem in problems]
 
 
 def _caption_length(account: Account) -> int:
@@ -205,9 +216,11 @@ def _chart(lengths: CaptionLengths) -> dict[str, Any]:
 
 
 def by_reason(problems: Iterable[Problem]) -> list[tuple[str, str, list[str]]]:
-    """(reason, cure, names) of files that are not used."""
-    ordered = sorted(problems, key=lambda each: (each.what, each.cure))
-    return [(*reason, [each.where for each in of]) for reason, of in groupby(ordered, key=lambda p: (p.what, p.cure))]
+    """(reason, cure, names) of files, the reason of most files first."""
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for each in problems:
+        names[each.what, each.cure].append(each.where)
+    return sorted(((*reason, of) for reason, of in names.items()), key=lambda found: -len(found[2]))
 
 
 # Texts and numbers

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune.models.family import Family
 from finetune.preparation.account import account_of
+from finetune.preparation.captions import caption_lengths
 from finetune.preparation.inspect import Inspection, refuse_or_skip
 from finetune.preparation.page import write_page
 from finetune.preparation.thumbnails import thumbnails
@@ -41,7 +42,10 @@ def write_report(
     others = [problem for problem in problems if problem.where not in of_clips]
     with runtime.together():
         if runtime.is_main:
-            account = account_of(recipe, inspected, family.tokens if family else None, problems=others)
+            tokens = family.tokens if family else None
+            captions = [caption for each in inspected for entry in each.clips for caption in entry.clip.captions]
+            lengths = caption_lengths(captions, family) if family else []
+            account = account_of(recipe, inspected, tokens, lengths, others)
             path, size = write_page(folder, account, pictures)
             say(f"report: {path} ({size / 1e6:.1f} MB)")
     undecoded = dict.fromkeys(chain.from_iterable(each.problems for each in pictures))

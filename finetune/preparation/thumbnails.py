@@ -95,10 +95,11 @@ def _first_frames(entry: InspectedClip, windows: int, background: str) -> Iterat
 
 def _small_file(image: Image.Image, most_bytes: int) -> bytes:
     """A picture as a WebP file of at most `most_bytes`, in the best quality that allows it, or the worst there is."""
-    data = b""
+    data, small = b"", image
     for side, quality in _QUALITIES:
-        small = image.copy()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        if max(small.size) > side:
+            small = small.copy()
+            small.thumbnail((side, side), Image.Resampling.LANCZOS)
         file = io.BytesIO()
         small.save(file, "WEBP", quality=quality, method=4)
         data = file.getvalue()
