@@ -111,9 +111,15 @@ def clip_sources(
     }
 
 
-def image_source(path_or_address: str, content: str) -> Source:
-    """A condition image as it is, since pipelines resize it; `content` is the hash of its file, or its address."""
-    return Source(("image", content), lambda: load_image(path_or_address))
+def image_source(path_or_address: str, content: str, background: str) -> Source:
+    """A condition image in its own size, since pipelines resize it.
+
+    Args:
+        content: the hash of its file, or its address.
+        background: a colour, seen where it is transparent.
+    """
+    identity = ("image", content, decode.DECODER, background)
+    return Source(identity, lambda: load_image(path_or_address, background))
 
 
 def fitted_source(source: Source, fit: Callable[[Image.Image, Bucket], Image.Image], shape: Bucket) -> Source:
