@@ -1,9 +1,7 @@
 """The output folder: whether it may hold this run, and whether there is room."""
 
-import json
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from finetune.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -53,15 +51,6 @@ def check_same_run(recipe: Recipe) -> None:
 def has_checkpoints(recipe: Recipe) -> bool:
     """Whether the output folder has checkpoints of a run."""
     return any((recipe.run_folder / "checkpoints").glob("step_*/trainer.json"))
-
-
-def clips_of_checkpoints(recipe: Recipe) -> set[str]:
-    """What the run's checkpoints say they were trained with, as `clips_digest` tells clips from others."""
-    found = set()
-    for facts in (recipe.run_folder / "checkpoints").glob("step_*/trainer.json"):
-        with suppress(OSError, ValueError, AttributeError):  # a damaged one is named when it is to be resumed
-            found.add(json.loads(facts.read_text()).get("clips"))
-    return {each for each in found if isinstance(each, str)}
 
 
 def read_saved(saved: Path) -> Recipe:

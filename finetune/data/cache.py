@@ -30,6 +30,7 @@ from finetune.runtime.logging import say
 FORMAT = 1  # part of every key; a new number makes all older items invalid
 _STALE_SECONDS = 24 * 3600
 _ITEM = re.compile(r"[0-9a-f]{40}\.safetensors")
+_LOOK = "to look for more: python -m finetune cache verify --dir "
 _SOURCE, _CHECKSUM = "source", "checksum"  # in an item's metadata
 
 

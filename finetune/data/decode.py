@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from finetune.data.video.info import Resampling, VideoInfo
-from finetune.data.video.opening import NO_TIMES, command, opened
+from finetune.data.video.opening import NO_TIMES, command, opened, packets_of
 from finetune.data.video.picture import Painter
 from finetune.data.video.probe import probe
 from finetune.recipe import Bucket
@@ -49,9 +49,8 @@ def decode(path: Path, info: VideoInfo, bucket: Bucket, fps: float, start: float
     info.require(fps, bucket.frames, start, str(path))
     wanted = info.frame_indices(fps, bucket.frames, start)
     window = _Window(path, info, bucket, wanted, threads)
-    begin = wanted[0] - _FIELDS if window.deinterlace else wanted[0]
-    for margin in (*_MARGINS, None) if begin > 0 else (None,):
-        place = None if margin is None else begin - round(margin * info.fps)
+    for margin in (*_MARGINS, None) if window.begin > 0 else (None,):
+        place = None if margin is None else window.begin - round(margin * info.fps)
         try:
             return window.read(place if place is None or place > 0 else None)
         except _Elsewhere as again:
@@ -68,6 +67,11 @@ class _Window:
         self.path, self.info, self.bucket, self.wanted, self.threads = path, info, bucket, wanted, threads
         self.deinterlace = "deinterlaced" in info.changes
 
+    @property
+    def begin(self) -> int:
+        """The first frame that is looked at; it may be negative."""
+        return self.wanted[0] - (_FIELDS if self.deinterlace else 0)
+
     def read(self, place: int | None) -> np.ndarray:
         """Decode from the key frame before a frame, or from the beginning: uint8 (F, H, W, 3)."""
         frames = np.empty((*self.bucket, 3), dtype=np.uint8)
@@ -77,7 +81,7 @@ class _Window:
             if place is not None:
                 container.seek(self.info.ticks_of(place), stream=stream)
             painter = Painter(self.path, self.info, self.bucket, stream.sample_aspect_ratio, self.threads)
-            source = _Decoder(container, stream)
+            source = _Decoder(container, stream, self.path, self.info.ticks_of(max(0, self.begin - 1)))
             try:
                 for frame in _deinterlaced(source, stream) if self.deinterlace else source:
                     before, index = index, self._index(frame, stream)
@@ -93,6 +97,8 @@ class _Window:
                     if filled == len(self.wanted):
                         break
                 else:
+                    if place is not None and index < self.wanted[0]:
+                        raise _Elsewhere  # there is no key frame behind the place that was sought
                     raise self._broken(self.wanted[filled], "the stream ends early")
                 if source.was_damaged():
                     raise self._broken(index, "a frame that it refers to is damaged")
@@ -105,8 +111,6 @@ class _Window:
     def _set_up(self, stream: av.VideoStream) -> None:
         stream.thread_type = "AUTO"
         stream.thread_count = self.threads
-        if stream.codec_context.name == "mjpeg":  # it marks no frame as damaged, but can be told to fail
-            stream.codec_context.options = {"err_detect": "explode"}
 
     def _index(self, frame: av.VideoFrame, stream: av.VideoStream) -> int:
         if frame.pts is None:
@@ -141,23 +145,34 @@ class _Window:
 
 
 class _Decoder:
-    """Iterates over a stream's frames, and remembers in which order their packets came."""
+    """Iterates over a stream's frames, and remembers in which order their packets came.
 
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
-        self.container, self.stream = container, stream
+    Before the time `begin`, in ticks, only frames that others refer to are decoded.
+    """
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, path: Path, begin: int) -> None:
+        self.container, self.stream, self.path = container, stream, path
         self.fed: dict[int, int] = {}  # time of a packet to its place in decoding order
         self.waiting: deque[av.VideoFrame] = deque()
         self.last: int | None = None  # time of the last frame that was taken
+        self.begin, self.skipping = begin, False
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
-        for packet in self.container.demux(self.stream):
+        for packet in packets_of(self.container, self.stream, self.path):
             if packet.pts is not None:
                 self.fed[packet.pts] = len(self.fed)
+                self._skip(packet.pts < self.begin)
             self.waiting.extend(self.stream.decode(packet))
             while self.waiting:
                 frame = self.waiting.popleft()
                 self.last = frame.pts
                 yield frame
+
+    def _skip(self, skip: bool) -> None:
+        """Pass over frames before the window that no other frame refers to, or stop doing so."""
+        if skip != self.skipping:
+            self.stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
+            self.skipping = skip
 
     def was_damaged(self) -> bool:
         """Whether a frame that is decoded, but not yet shown, is damaged and may be what the last one taken refers to."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from finetune.runtime.errors import Problem, UserError
-from finetune.runtime.files import NO_LOCKS, atomic, writing
+from finetune.runtime.files import NO_LOCKS, writing
 from finetune.runtime.logging import say
 
 _SAVE_SECONDS = 1.0  # facts that are found within this time are written together
@@ -110,14 +110,6 @@ class FileFacts:
         except UserError as error:
             self._is_kept = False
             say(f"warning: what was found of the files is not kept for the next start: {error}")
-
-    def compact(self) -> None:
-        """Write the facts of all files that still exist, one line each. No other process may use the cache meanwhile."""
-        self.save()
-        self.entries = {key: entry for key, entry in self.entries.items() if os.path.exists(key)}
-        with atomic(self.path) as partial:
-            partial.write_text("".join(_line(key, entry) for key, entry in self.entries.items()))
-        self.path.with_suffix(".json").unlink(missing_ok=True)
 
     def _of(self, state: FileState) -> dict | None:
         entry = self.entries.get(state.key)

@@ -14,7 +14,7 @@ from finetune.runtime.errors import Problem, UserError
 
 __all__ = ["Manifest", "describe_unused", "read_manifest"]
 
-_NAMED = 3  # files of each reason in the summary
+_REASONS, _NAMED = 10, 3  # in the summary, and files of each reason
 
 
 def read_manifest(path: Path, video_column: str, caption_column: str, id_token: str = "") -> Manifest:
@@ -55,15 +55,18 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
 
 
 def describe_unused(unused: Iterable[Problem], path: Path) -> list[str]:
-    """A line for each reason for which files and rows of the dataset at `path` are not used, with the first names."""
-    by_reason: dict[tuple[str, str], list[str]] = defaultdict(list)
+    """A line for each reason for which files and rows of the dataset at `path` are not used, with the first names and cure."""
+    by_reason: dict[str, list[Problem]] = defaultdict(list)
     for problem in unused:
-        by_reason[problem.what, problem.cure].append(problem.where)
+        by_reason[problem.what].append(problem)
+    reasons = sorted(by_reason.items(), key=lambda item: len(item[1]), reverse=True)
     lines = []
-    for (what, cure), where in by_reason.items():
-        names = [name.removeprefix(f"{path}{os.sep}") for name in where[:_NAMED]]
-        more = f" and {len(where) - _NAMED} more" if len(where) > _NAMED else ""
-        lines.append(f"{path}: not used: {', '.join(names)}{more}: {what}{f' ({cure})' if cure else ''}")
+    for what, found in reasons[:_REASONS]:
+        names = ", ".join(problem.where.removeprefix(f"{path}{os.sep}") for problem in found[:_NAMED])
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        lines.append(f"{path}: not used: {names}{more}: {what}{f' ({found[0].cure})' if found[0].cure else ''}")
+    if rest := sum(len(found) for _, found in reasons[_REASONS:]):
+        lines.append(f"{path}: not used: {rest} more, for {len(reasons) - _REASONS} other reasons")
     return lines
 
 

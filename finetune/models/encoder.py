@@ -22,7 +22,7 @@ class Encoder:
     Attributes:
         kind: name of the kind in the cache, in `Item.keys` and in `Sample.encoded`: "video", "text", ...
         sources: names of the clip's sources that `encode` takes, in the order of its arguments: "video", "caption",
-            "first_frame", "last_frame", or a column of the manifest that holds files ("audio", "mask", "control"). A kind of
+            "first_frame", "last_frame", or a column of the manifest that holds files ("audio", "control"). A kind of
             captions and frames alone is encoded of prompts, too, whose images take the frames' place.
         variant: JSON value in every cache key that tells apart different encodings by the same components.
         fingerprint: takes a function that hashes a file, and returns JSON values of everything that the output depends on

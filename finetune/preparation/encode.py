@@ -3,7 +3,7 @@
 Ranks share the work, and nothing is encoded twice. A run that was killed continues where it stopped.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.cache import Cache, digest
+from finetune.data.decode import DECODER
 from finetune.data.images import is_address, missing_image
 from finetune.data.loader import Item, Variant
 from finetune.data.sources import (
@@ -31,10 +32,11 @@ from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
+from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.columns import further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
-from finetune.preparation.former import Names, former_names, keeps_former, renamed
-from finetune.preparation.inspect import InspectedClip, inspect_data, refuse_or_skip, require
+from finetune.preparation.former import NOT_BEGUN, Begun, Names, former_names, keeps_former, renamed
+from finetune.preparation.inspect import Dataset, InspectedClip, inspect_data, refuse_or_skip, require, split_heldout
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.runtime.distributed import Runtime, host_threads
@@ -61,7 +63,7 @@ class PreparedPrompt:
 class Prepared:
     """What a run trains and validates on: items and prompts, and the cache that they are in.
 
-    `former` has the keys by which an earlier version of the decoder named items.
+    `decoder` is the version of the decoder of clips, and `former` has the keys by which an earlier one named items.
     """
 
     cache: Cache
@@ -70,6 +72,7 @@ class Prepared:
     unconditional_key: str
     prompts: list[PreparedPrompt]
     former: Names = field(default_factory=dict)
+    decoder: int = DECODER
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class _Encoders:
             **clip_sources(clip, entry.hash, entry.info, piece, self.background),
         }
         for column, found in entry.files.items():
-            sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece)
+            sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece, self.background)
         kinds = [
             kind for kind, each in self.by_kind.items() if not each.optional or sources.keys() >= set(each.sources)
         ]
@@ -153,32 +156,54 @@ class _Encoders:
             yield Item(clip.path, fit.bucket, fit.fps, tuple(windows), clip.columns, entry.source), work
 
 
-def prepare(recipe: Recipe, family: Family, runtime: Runtime, begun: Collection[str] = ()) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    family: Family,
+    runtime: Runtime,
+    cache: Cache | None = None,
+    begun: Begun = NOT_BEGUN,
+) -> Prepared:
     """Inspect the datasets and encode what the cache does not have yet. Collective; returns the same on every rank.
 
     Args:
-        begun: digests of the clips that checkpoints of the run were trained with, as `clips_digest` makes them.
+        cache: another one than that of the recipe.
+        begun: the run's checkpoints, which may keep clips as an earlier version decoded them, or refuse others.
     Raises:
         UserError: lists everything that is wrong with the clips.
     """
-    cache = Cache(recipe.data.cache)
+    cache = cache or Cache(recipe.data.cache)
     with runtime.together():
         if runtime.is_main:
             cache.sweep()
     encoders = _open_encoders(recipe, family, cache, runtime)
     dataset = inspect_data(recipe, cache, runtime, further_columns(encoders.by_kind.values()))
     drops_image = recipe.data.image_dropout > 0 and encoders.text_has_image
-    made = [pair for entry in dataset.train for pair in encoders.items(entry, drops_image)]
-    held = [pair for entry in dataset.heldout for pair in encoders.items(entry, alone=False)]
-    work = [each for _, encodings in (*made, *held) for each in encodings]
-    names = former_names(work)
-    if keeps_former(work, [item for item, _ in made], family.columns, begun, cache, runtime):
-        made, held = ([(renamed(item, names), encodings) for item, encodings in part] for part in (made, held))
-        work, names = [each for each in work if not each.former], {}
+    items: dict[int, list[Item]] = {}
+    work: list[Encoding] = []
+    for part, alone in ((dataset.train, drops_image), (dataset.heldout, False)):
+        for entry in part:
+            made = list(encoders.items(entry, alone))
+            items[id(entry)] = [item for item, _ in made]
+            work += [each for _, encodings in made for each in encodings]
+    trained = [item for entry in dataset.train for item in items[id(entry)]]
+    names, decoder = former_names(work), DECODER
+    if keeps_former(work, trained, family.columns, begun.earlier, cache, runtime):
+        items = {entry: [renamed(item, names) for item in its] for entry, its in items.items()}
+        work, names, decoder = [each for each in work if not each.former], {}, 1
     if recipe.data.caption_dropout:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
 
+    with runtime.together():
+        if runtime.is_main:
+            begun.check(cache, [item for entry in dataset.train for item in items[id(entry)]], names)
+            # Of texts that are new to the cache: other starts have said it.
+            new = {each.note for each in work if each.kind == "text" and not cache.path("text", each.key).exists()}
+            captions = [
+                *captions_of([*dataset.train, *dataset.heldout]),
+                *prompt_texts(each.prompt for each in prompts),
+            ]
+            say_cut_captions([each for each in captions if each[1] in new], family)
     if unreadable := fill(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(list(chain.from_iterable(unreadable.values())))
     failed: dict[str, list[Problem]] = {}
@@ -191,11 +216,30 @@ def prepare(recipe: Recipe, family: Family, runtime: Runtime, begun: Collection[
     if needed := list(chain.from_iterable(failed[key] for key in dict.fromkeys(texts) if key in failed)):
         raise UserError.of(needed)  # no clip can be left out for it: the training would miss it later
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
-    train, heldout = ([item for item, _ in part if failed.keys().isdisjoint(item.all_keys)] for part in (made, held))
+    train, heldout = _without(failed.keys(), dataset, items, recipe)
+    return Prepared(cache, train, heldout, encoders.text("").key, prompts, names, decoder)
+
+
+def _without(
+    failed: Set[str], dataset: Dataset, items: Mapping[int, list[Item]], recipe: Recipe
+) -> tuple[list[Item], list[Item]]:
+    """What is trained on and what is held out, without clips of which an item has failed.
+
+    Args:
+        items: those of each clip, by the `id` of its entry in the dataset.
+    """
+
+    def sound(entries: Sequence[InspectedClip]) -> list[InspectedClip]:
+        return [entry for entry in entries if all(failed.isdisjoint(item.all_keys) for item in items[id(entry)])]
+
+    train, heldout = sound(dataset.train), sound(dataset.heldout)
     require(train, recipe.data.datasets[0].path)
-    if held:
-        require(heldout, recipe.validation.heldout or recipe.data.datasets[0].path)
-    return Prepared(cache, train, heldout, encoders.text("").key, prompts, names)
+    if recipe.validation.heldout:
+        require(heldout, recipe.validation.heldout)
+    elif recipe.validation.heldout_clips and not heldout:  # others take their place
+        train, heldout = split_heldout(train, recipe)
+    of_all = [[item for entry in part for item in items[id(entry)]] for part in (train, heldout)]
+    return of_all[0], of_all[1]
 
 
 def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Encoders:
@@ -241,12 +285,12 @@ def _prompts(
 ) -> list[PreparedPrompt]:
     """The validation prompts. What has to be encoded for them is added to `work`. Collective."""
     with runtime.together():
-        wanted = validation_prompts(recipe.validation, recipe.data.buckets[0]) if runtime.is_main else []
+        wanted = validation_prompts(recipe.validation, recipe.data.sample_shape) if runtime.is_main else []
         contents = {image: _image_content(image, cache) for prompt in wanted for image in prompt.images}
     prompts = []
     wanted, contents = runtime.from_main((wanted, contents))
     for prompt in wanted:
-        sources = [image_source(image, contents[image]) for image in prompt.images]
+        sources = [image_source(image, contents[image], encoders.background) for image in prompt.images]
         shown = [fitted_source(source, family.condition_image, prompt.shape) for source in sources]
         made, negative = encoders.prompt(prompt.text, shown), encoders.text(prompt.negative)
         images = [

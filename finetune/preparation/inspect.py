@@ -1,7 +1,7 @@
 """Inspects the datasets of a recipe: every clip is assigned a bucket, or refused with a reason. Nothing is encoded yet."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from finetune.data.buckets import BucketFit, fit_to_bucket
 from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
 from finetune.data.column_files import PICTURES
+from finetune.data.formats.listing import file_fault
 from finetune.data.manifest import describe_unused, read_manifest
 from finetune.data.windows import Windows, windows_of
 from finetune.preparation.columns import check_pictures, optional_columns, say_columns
@@ -40,20 +41,33 @@ class InspectedClip(NamedTuple):
     windows: Windows = Windows((0,))
     source: int = 0
 
+    @property
+    def resampled(self) -> decode.Resampling:
+        """Frames that are shown again and left out, over all of its pieces."""
+        if self.clip.is_image:
+            return decode.Resampling(0, 0)
+        count, fps = self.fit.bucket.frames, self.fit.fps
+        each = [self.info.resampled(fps, count, start / fps) for start in self.windows.starts]
+        return decode.Resampling(*map(sum, zip(*each, strict=True)))
+
 
 @dataclass(frozen=True)
 class Inspection:
     """What was found of a dataset.
 
     Attributes:
+        path: its folder or manifest.
         clips: those that can be trained on.
         problems: why others cannot.
         unused: files of the dataset's folder that are no clips, each with the reason.
+        unreadable: why nothing of it can be read, which no policy skips.
     """
 
+    path: Path
     clips: list[InspectedClip] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     unused: list[Problem] = field(default_factory=list)
+    unreadable: list[Problem] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Dataset:
 
     train: list[InspectedClip]
     heldout: list[InspectedClip]
-    inspected: Sequence[tuple[Path, Inspection]]
+    inspected: Sequence[Inspection]
 
 
 def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> Dataset:
@@ -74,29 +88,41 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
         UserError: lists clips that cannot be used, unless data.bad_clips is "skip"; or no clip is left, or a clip is trained
             on and held out.
     """
+    return accept(recipe, inspect_datasets(recipe, cache, runtime, columns), columns)
+
+
+def inspect_datasets(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> list[Inspection]:
+    """Inspect every dataset of a recipe, held-out clips last, whatever is wrong with them; see `inspect_data`."""
     data, seed, named = recipe.data, recipe.train.seed, recipe.validation.heldout
     sources = [(number, source) for number, source in enumerate(data.datasets) if source.repeats]
     held = [(0, DataSource(path=named))] if named else []
-    found: list[tuple[Path, Inspection]] = []
-    problems: list[Problem] = []
+    found = []
     for number, source in (*sources, *held):
         try:
-            found.append((source.path, inspect_dataset(data, source, number, seed, cache, runtime, columns)))
+            found.append(inspect_dataset(data, source, number, seed, cache, runtime, columns))
         except LostPeer:
             raise
         except UserError as error:  # the same on every rank
-            problems += [each for each in error.problems if each not in problems]
-    if problems:
-        raise UserError.of(problems)
-    refuse_or_skip([problem for _, each in found for problem in each.problems], data.bad_clips, "used")
-    for path, each in found:
-        require(each.clips, path)
-        _report(path, each)
-        say_columns(path, [entry.clip for entry in each.clips], columns)
-    train = [clip for _, each in found[: len(sources)] for clip in each.clips]
-    split = (train, found[-1][1].clips) if named else split_heldout(train, recipe)
+            found.append(Inspection(source.path, unreadable=list(error.problems)))
+    return found
+
+
+def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[str] = ()) -> Dataset:
+    """The clips to train on and those held out. Raises UserError as `inspect_data` does."""
+    if unreadable := [problem for each in inspected for problem in each.unreadable]:
+        raise UserError.of(list(dict.fromkeys(unreadable)))
+    refuse_or_skip([problem for each in inspected for problem in each.problems], recipe.data.bad_clips, "used")
+    for each in inspected:
+        require(each.clips, each.path)
+        _report(each.path, each)
+        say_columns(each.path, [entry.clip for entry in each.clips], columns)
+    if recipe.validation.heldout:
+        *sources, held = inspected
+        split = ([clip for each in sources for clip in each.clips], held.clips)
+    else:
+        split = split_heldout([clip for each in inspected for clip in each.clips], recipe)
     _refuse_shared(*split)
-    return Dataset(*split, found)
+    return Dataset(*split, inspected)
 
 
 def inspect_dataset(
@@ -110,7 +136,7 @@ def inspect_dataset(
         uses = uses_of(clips, read, PICTURES)
     facts = read_facts(uses, cache, runtime)
 
-    result = Inspection(problems=[*manifest.problems, *problems], unused=list(manifest.unused))
+    result = Inspection(source.path, problems=[*manifest.problems, *problems], unused=list(manifest.unused))
     for clip in clips:
         try:
             info, content = facts.info(clip.path), facts.hash(clip.path)
@@ -132,19 +158,27 @@ def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list
     Raises:
         UserError: nothing would be left to train on.
     """
-    count, seed = recipe.validation.heldout_clips, recipe.train.seed
-    hashes = sorted({entry.hash for entry in usable}, key=lambda content: digest("heldout", seed, content))
-    if count and count >= len(hashes):
+    count, out, contents = (
+        recipe.validation.heldout_clips,
+        heldout_hashes(usable, recipe),
+        {each.hash for each in usable},
+    )
+    if count and count >= len(contents):
         raise UserError(
-            f"{count} of {len(hashes)} clips would be held out, and none trained on",
-            f"set it to at most {len(hashes) - 1}",
+            f"{count} of {len(contents)} clips would be held out, and none trained on",
+            f"set it to at most {len(contents) - 1}",
             "validation.heldout_clips",
         )
-    out = set(hashes[:count])
     held = [entry for entry in usable if entry.hash in out]
     if held:
         say(f"held out: {', '.join(str(entry.clip.path) for entry in held)}")
     return [entry for entry in usable if entry.hash not in out], held
+
+
+def heldout_hashes(usable: Iterable[InspectedClip], recipe: Recipe) -> set[str]:
+    """The files, by content, that `validation.heldout_clips` takes out of the clips to train on."""
+    hashes = sorted({entry.hash for entry in usable}, key=lambda each: digest("heldout", recipe.train.seed, each))
+    return set(hashes[: recipe.validation.heldout_clips])
 
 
 def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> None:
@@ -188,9 +222,8 @@ def _lacks(clip: Clip, column: str) -> Problem | None:
     if column not in clip.columns:
         cure = f"add a column {column!r} with the path of its file"
         return Problem(f"the clip has no {column!r}, which this model is trained on", clip.where, cure)
-    if not clip.file(column).is_file():
-        return Problem("no such file", f"{clip.file(column)} (from {clip.where})", "mend the path")
-    return None
+    fault = file_fault(clip.file(column))
+    return Problem(fault[0], f"{clip.file(column)} (from {clip.where})", fault[1]) if fault else None
 
 
 def _report(path: Path, found: Inspection) -> None:
@@ -203,8 +236,19 @@ def _report(path: Path, found: Inspection) -> None:
     shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
     where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
     say(f"{path}: {len(clips)} clips, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
-    for line in (*_copies(clips, path), *describe_unused(found.unused, path)):
+    for line in (*_altered(clips, path), *_copies(clips, path), *describe_unused(found.unused, path)):
         say(line)
+
+
+def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """What is done to the pictures of how many clips, and how many frames are shown again or left out for the frame rate."""
+    changes = Counter(change for entry in clips for change in entry.info.changes)
+    if changes:
+        yield f"{path}: {', '.join(f'{count} {change}' for change, count in sorted(changes.items()))}"
+    found = [each for entry in clips if any(each := entry.resampled)]
+    if found:
+        repeated, left_out = (sum(counts) for counts in zip(*found, strict=True))
+        yield f"{path}: {len(found)} clips have another frame rate: {repeated} frames shown again, {left_out} left out"
 
 
 def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:

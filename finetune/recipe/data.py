@@ -26,7 +26,8 @@ class DataSource(Table):
 
 class Data(Table):
     path: PathText | None = Free(None)
-    """A folder of videos with side-car .txt captions, a folder with prompts.txt and videos.txt, or a .csv, .json or .jsonl file."""
+    """A folder of videos and images with captions beside them, a folder with prompts.txt and videos.txt, or a .csv, .tsv, .json,
+    .jsonl or .parquet file, or a folder with such a file named metadata."""
     sources: list[DataSource] = Field(default=[])
     """Instead of `path`: several datasets, each a table [[data.sources]]."""
     buckets: list[BucketText] = Field(default=[])
@@ -39,9 +40,9 @@ class Data(Table):
     bucket_count: Annotated[int, Field(ge=1)] = 9
     """At most so many of these shapes have the same length."""
     video_column: str = "video"
-    """Column (or text file of a folder, less its .txt) that holds the videos' paths."""
+    """Column (or text file of a folder) that holds the videos' paths. Where there is no "video", "file_name" is taken."""
     caption_column: str = "caption"
-    """Column (or text file of a folder, less its .txt) that holds the captions."""
+    """Column (or text file of a folder, or key of .json files beside clips) that holds the captions."""
     id_token: str = ""
     """A trigger word, put in front of every caption."""
     fps: Annotated[float, Field(gt=0)] | None = None
@@ -73,6 +74,8 @@ class Data(Table):
         if (self.path is None) == (not self.sources):
             what = "both `path` and [[data.sources]]" if self.sources else "no `path`"
             raise ValueError(f'{what}: write path = "...", or a table [[data.sources]] for each of several datasets')
+        if self.sources and not any(source.repeats for source in self.sources):
+            raise ValueError("every source has repeats = 0: give one of them more")
         self._check_shapes()
         return self
 
@@ -100,6 +103,11 @@ class Data(Table):
         """`buckets`; as long as they are not found, the shape of `area` in each length, the longest first: it is the largest."""
         lengths = sorted(set(self.frames), reverse=True)
         return self.buckets or [Bucket(length, *self.area) for length in lengths if self.area]
+
+    @property
+    def sample_shape(self) -> Bucket:
+        """The shape of samples whose prompt names none: the first of the buckets that is of several frames, if any is."""
+        return next((bucket for bucket in self.stated_buckets if bucket.frames > 1), self.stated_buckets[0])
 
     @property
     def datasets(self) -> list[DataSource]:

@@ -23,7 +23,6 @@ from finetune.engine.weights.checkpoint import Checkpoints, Pending
 from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.engine.weights.loading import load_weights
-from finetune.models import is_outside
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.models.objective import Objective
@@ -32,15 +31,7 @@ from finetune.preparation.encode import Prepared
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
-from finetune.training.identity import (
-    BASE,
-    CLIPS,
-    clips_that_differ,
-    other_base,
-    other_clips,
-    say_if_not_compared,
-    shared_identity,
-)
+from finetune.training.identity import BASE, CLIPS, check_identity, say_if_not_compared, shared_identity
 
 
 @dataclass
@@ -99,28 +90,13 @@ class Job:
         return taken
 
     def _check_identity(self, facts: dict) -> None:
-        outside = ", or the code of the family" if is_outside(self.recipe.model.family) else ""
         if missing := {CLIPS, BASE} - facts.keys():
             raise UserError(
                 f"the trainer.json of the checkpoint of step {facts['step']} lacks {', '.join(sorted(missing))}",
                 "put it back from a copy, or move the checkpoint's folder away: the run then goes on from the one before",
                 str(self.checkpoints.path(facts["step"])),
             )
-        found = self.identity
-        for is_other, what, told in (
-            (
-                other_clips(facts, self.state.family, self.prepared),
-                f"clips or captions{outside}",
-                clips_that_differ(facts, found),
-            ),
-            (other_base(facts, found), "weights in model.path", ""),
-        ):
-            if is_other:
-                raise UserError(
-                    f"the {what} are not those that the checkpoint of step {facts['step']} was trained with{told}",
-                    "put them back to resume, or set `output` to a new folder for a new training",
-                    str(self.recipe.run_folder),
-                )
+        check_identity(facts, self.identity, self.recipe)
         say_if_not_compared(facts, self.state.family)
 
     def begin_save(self, step: int, aside: bool = False) -> Pending:

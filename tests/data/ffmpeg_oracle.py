@@ -34,9 +34,14 @@ class Ffmpeg:
     def __init__(self, folder: Path) -> None:
         self.folder, self.binary = folder, imageio_ffmpeg.get_ffmpeg_exe()
 
-    def run(self, *arguments: object) -> bytes:
+    def run(self, *arguments: object, given: bytes | None = None) -> bytes:
+        """Run the binary; `given` is its standard input. Returns its standard output."""
         command = [self.binary, "-nostdin", "-v", "error", "-y", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+        command = [word for word in command if given is None or word != "-nostdin"]
+        try:
+            return subprocess.run(command, input=given, capture_output=True, timeout=60, check=True).stdout
+        except subprocess.CalledProcessError as error:
+            raise AssertionError(error.stderr.decode(errors="replace")) from error
 
     def make(self, name: str, *options: str, fps: str = "25", seconds: float = 1.0) -> Path:
         """A moving test pattern, encoded once a session."""

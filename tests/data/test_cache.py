@@ -59,6 +59,12 @@ def test_an_item_is_read_as_it_was_written(store: Cache, item: Path) -> None:
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in TENSORS.items())
 
 
+def test_empty_tensors_and_numbers_are_stored(store: Cache) -> None:
+    odd = {"empty": torch.empty(0, 3), "number": torch.tensor(7), "turned": torch.arange(6).view(2, 3).T}
+    store.write("video", KEY, odd, "a clip")
+    assert all(torch.equal(store.read("video", KEY)[name], value) for name, value in odd.items())
+
+
 def test_an_item_says_what_it_was_made_of(item: Path) -> None:
     with safe_open(item, "pt") as opened:
         assert opened.metadata()["source"] == "a clip"

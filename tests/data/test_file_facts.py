@@ -200,15 +200,3 @@ def test_facts_that_cannot_be_kept_are_said_once(
         assert facts.put(video, frames=frames)["frames"] == frames
         facts.save()
     assert capsys.readouterr().err.count("is not kept for the next start") == 1
-
-
-def test_compacted_facts_are_those_of_files_that_are_there(facts: FileFacts, video: Path) -> None:
-    gone = video.with_name("b.mp4")
-    gone.write_bytes(b"two")
-    for frames in range(5):
-        facts.put(video, frames=frames)
-        facts.put(gone, frames=frames)
-    gone.unlink()
-    facts.compact()
-    assert len(facts.path.read_text().splitlines()) == 1
-    assert again(facts).get(video)["frames"] == 4

@@ -130,9 +130,16 @@ def test_files_of_no_use_are_named_with_the_reason(tmp_path: Path) -> None:
 def test_the_summary_counts_by_reason(tmp_path: Path) -> None:
     folder = write(tmp_path, {**PAIR, **{f"{n}.zip": "" for n in range(9)}, "sub/.x": ""})
     assert describe_unused(read(folder).unused, folder) == [
-        f"{folder}: not used: sub/.x: hidden, or written by the system",
         f"{folder}: not used: 0.zip, 1.zip, 2.zip and 6 more: unknown suffix .zip",
+        f"{folder}: not used: sub/.x: hidden, or written by the system",
     ]
+
+
+def test_the_summary_stays_short(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**PAIR, **{f"x.{n}": "" for n in range(500)}, **{f"{n}.csv": "" for n in range(500)}})
+    lines = describe_unused(read(folder).unused, folder)
+    assert len(lines) == 11
+    assert lines[-1] == f"{folder}: not used: 491 more, for 491 other reasons"
 
 
 # --- which caption is whose -------------------------------------------------------------------------------------------
@@ -207,6 +214,11 @@ def test_an_image_of_a_videos_name_is_its_thumbnail(tmp_path: Path) -> None:
     folder = write(tmp_path, {**PAIR, "a.jpg": ""})
     assert used(folder) == ["a.mp4"]
     assert reasons(folder) == {"a.jpg": "image with the name of a video"}
+    write(folder, {"a.k.mp4": "", "a.k.txt": "y", "cover.png": ""})
+    assert used(folder) == [
+        "a.k.mp4",
+        "a.mp4",
+    ]  # in the order of the videos' names, and without a caption for the cover
 
 
 def test_images_without_a_caption_are_missed_only_where_images_have_captions(tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune.data.synthetic import RECORDINGS, write_clips
+from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.training.job import Job
+from finetune.training.run import train
 
 
 class Place:
@@ -120,6 +123,17 @@ def test_older_checkpoints_that_lack_more_are_refused(saved: Place) -> None:
     saved.forget(1, "base")
     with pytest.raises(UserError, match=r"trainer.json of the checkpoint of step 1 lacks base"):
         saved.job().resume()
+
+
+def test_other_clips_are_refused_before_they_are_encoded(saved: Place, runtime: Runtime, tmp_path: Path) -> None:
+    """Their encoding may take hours; all that a training writes is its memory of files."""
+    write_clips(tmp_path / "others", RECORDINGS[4:6])
+    recipe = saved.job().recipe
+    (recipe.output / "checkpoints" / "step_00000009").mkdir()  # not whole: it has no trainer.json
+    data = recipe.data.model_copy(update={"path": tmp_path / "others", "cache": tmp_path / "cache"})
+    with pytest.raises(UserError, match=r"clips or captions are not those .*: 2 are new and 12 are gone"):
+        train(recipe.model_copy(update={"data": data}), runtime)
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
 
 
 @pytest.mark.parametrize(

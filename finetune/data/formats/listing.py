@@ -88,7 +88,8 @@ def file_fault(path: Path) -> tuple[str, str] | None:
     except FileNotFoundError:
         if os.path.lexists(path):
             return "a link to a file that does not exist", "mend or remove the link"
-        return "no such video file", "mend the path or remove the line"
+        windows = "write / in place of \\ in paths" if "\\" in path.name else ""
+        return "no such video file", windows or "mend the path or remove the line"
     except OSError as error:  # too long a name, no permission, a circle of links
         return f"cannot be opened ({error.strerror})", "mend the path, or its permissions"
     if stat.S_ISDIR(mode):

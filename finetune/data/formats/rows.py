@@ -5,7 +5,6 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from finetune.data.formats.format import read_text, text_fault
 from finetune.recipe.text import load_json
@@ -113,9 +112,9 @@ def _has_bytes(kind: object) -> bool:
     return "binary" in str(kind)
 
 
-def other_columns(row: Mapping[Any, object], named: Sequence[str]) -> dict[str, str]:
+def other_columns(row: Mapping[str, object], named: Sequence[str]) -> dict[str, str]:
     """A row's other columns as text: strings are stripped, other values are written as JSON."""
-    texts = dict(_texts((name, value) for name, value in row.items() if isinstance(name, str) and name not in named))
+    texts = dict(_texts((name, value) for name, value in row.items() if name not in named))
     return {name: text for name, text in texts.items() if text not in ("", "null")}
 
 

@@ -4,6 +4,7 @@ Paths in them are relative to the file.
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ _USUAL = {
     "video": (_HUB, "path", "video_path", "file", "filename", "file_path", "media_path"),
     "caption": ("prompt", "text", "captions", "description", "short_caption", "long_caption"),
 }
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DEFAULT_VIDEO = Data.model_fields["video_column"].default
 
 
@@ -50,9 +52,10 @@ def _manifest(path: Path, rows: Rows, named: Columns) -> Manifest:
             cure = f'write {{"{named.video}": ..., "{named.caption}": ...}}'
             problems.append(Problem("not an object with named columns", where, cure))
         else:
-            clip, faults = _clip(path.parent, where, row, named, files)
-            clips += clip
-            problems += faults
+            try:
+                clips.append(_clip(path.parent, where, row, named, files))
+            except UserError as error:
+                problems += error.problems
     merged = merge_rows(clips)
     return Manifest(merged.clips, (*problems, *merged.problems), merged.unused, frozenset(files))
 
@@ -85,24 +88,15 @@ def _cure_of_no_column(path: Path, kind: str, column: str, columns: Mapping[str,
     return f"{cure} (columns: {', '.join(names)}{binary})"
 
 
-def _clip(
-    folder: Path, where: str, row: Mapping[str, object], named: Columns, files: set[Path]
-) -> tuple[list[Clip], list[Problem]]:
-    """The clip of a row, or what is wrong with it. Adds the files that it names to `files`."""
-    try:
-        path = _path(folder, where, row, named.video)
-    except UserError as error:
-        return [], list(error.problems)
+def _clip(folder: Path, where: str, row: Mapping[str, object], named: Columns, files: set[Path]) -> Clip:
+    """The clip of a row. Adds the files that it names to `files`. Raises UserError for what is wrong with it."""
+    path = _path(folder, where, row, named.video)
     files.add(path)
     shown = f"{where} ({path.name})"
-    try:
-        captions = _captions(shown, row, named.caption)
-        columns = _columns(shown, row, (named.video, named.caption))
-    except UserError as error:
-        return [], list(error.problems)
-    clip = Clip(path, captions, where, columns, folder)
-    files |= {clip.file(column) for column in columns}
-    return [clip], []
+    captions = _captions(shown, row, named.caption)
+    clip = Clip(path, captions, where, _columns(shown, row, (named.video, named.caption)), folder)
+    files |= {clip.file(column) for column in clip.columns}
+    return clip
 
 
 def _path(folder: Path, where: str, row: Mapping[str, object], column: str) -> Path:
@@ -114,6 +108,8 @@ def _path(folder: Path, where: str, row: Mapping[str, object], column: str) -> P
         raise UserError(f"the column {column!r} is not text: {str(value)[:40]}", "write the path of a file", where)
     if fault := text_fault(value):
         raise UserError(f"the column {column!r} {fault[0]}", fault[1], where)
+    if _ADDRESS.match(value.strip()):
+        raise UserError("an address, not a file", "download the video, and write the path of its file", where)
     try:
         return folder / Path(value.strip()).expanduser()
     except RuntimeError:

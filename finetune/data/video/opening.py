@@ -20,6 +20,11 @@ _CURES = {
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.ENOMEM: f"the file is damaged, or its picture is too large for this machine: {_AGAIN}",
 }
+_STRICT = {
+    "mjpeg",
+    "mpeg1video",
+    "mpeg2video",
+}  # decoders that hide damage without marking the frame, unless told to fail
 
 
 @contextmanager
@@ -34,9 +39,34 @@ def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
         # Without "file:", FFmpeg takes what stands before a colon for a protocol. A playlist may name no other protocol.
         name, only = f"file:{path}", {"protocol_whitelist": "file"}
         with av.open(name, "r", options=only, metadata_errors="replace") as container:
-            yield container, _video_stream(container, path)
+            stream = _video_stream(container, path)
+            if stream.codec_context.name in _STRICT:
+                stream.codec_context.options = {"err_detect": "explode"}
+            yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise unreadable(error, path) from None
+
+
+def packets_of(
+    container: av.container.InputContainer, stream: av.VideoStream | None, path: Path
+) -> Iterator[av.Packet]:
+    """The packets of a stream, or with None of all, and an empty one at the end of each. Raises UserError for damage."""
+    packets = container.demux() if stream is None else container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except IndexError:  # PyAV looks for the packet's stream among those that were there when it opened the file
+            what = "the file is damaged: there are packets of a stream that it does not announce"
+            raise UserError(what, _AGAIN, str(path)) from None
+        yield packet
+
+
+def frames_of(container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> Iterator[av.VideoFrame]:
+    """The frames of a stream. Raises UserError for damaged packets, FFmpegError for frames that cannot be decoded."""
+    for packet in packets_of(container, stream, path):
+        yield from stream.decode(packet)
 
 
 def require_file(path: Path) -> None:

@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 from finetune.data.video.info import VideoInfo, packed
-from finetune.data.video.opening import NO_TIMES, command, display_size, opened, unreadable
+from finetune.data.video.opening import NO_TIMES, command, display_size, frames_of, opened, packets_of, unreadable
 from finetune.data.video.picture import known_colours, orientation_of
 from finetune.data.video.structure import break_in
 from finetune.data.video.timeline import Timeline, hole, timeline
@@ -62,7 +62,7 @@ def probe(path: Path) -> VideoInfo:
         changes += ["mirrored"] if turn.mirrored else []
         changes += [colours.change] if colours.change else []
     found = _read_through(path, form, first.pts)
-    if gap := hole(found):
+    if gap := hole(found, form in _WITHOUT_END):
         filled = command(path, f"-vf fps={round(1 / float(np.median(np.diff(found.ticks)) * found.tick), 3):g}")
         what = f"frames are missing between {gap[0]:.2f} and {gap[1]:.2f} s, everywhere else they come at one rate"
         raise UserError(what, f"{_AGAIN}; if the pause is meant, fill it: {filled}", str(path))
@@ -75,7 +75,7 @@ def probe(path: Path) -> VideoInfo:
 
 def _first_frame(container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> av.VideoFrame:
     stream.thread_count = 1
-    frame = next(iter(container.decode(stream)), None)
+    frame = next(frames_of(container, stream, path), None)
     if frame is None:
         raise UserError("not one frame can be decoded", "export it again, or remove it", str(path))
     has_no_order = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
@@ -96,7 +96,7 @@ def _read_through(path: Path, form: str, first: int) -> Timeline:
     with opened(path) as (container, stream):
         tick, announced = stream.time_base, stream.frames
         rates = (stream.base_rate, stream.guessed_rate, stream.average_rate)
-        packets = _packets(container, stream, all_streams=form in _ANNOUNCING)
+        packets = _packets(container, stream, path, all_streams=form in _ANNOUNCING)
         seconds = (container.duration or 0) / av.time_base if form in _ANNOUNCING else 0.0
         begin = (container.start_time or 0) / av.time_base
     times = np.frombuffer(packets.times, np.int64)
@@ -126,10 +126,10 @@ def _read_through(path: Path, form: str, first: int) -> Timeline:
     return found
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream, all_streams: bool) -> _Packets:
+def _packets(container: av.container.InputContainer, stream: av.VideoStream, path: Path, all_streams: bool) -> _Packets:
     """Go through a file's packets; of each, only numbers are kept. An edit list hides frames, which are not counted."""
     found = _Packets()
-    for packet in container.demux() if all_streams else container.demux(stream):
+    for packet in packets_of(container, None if all_streams else stream, path):
         if all_streams and packet.pts is not None:
             found.end = max(found.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index != stream.index or (packet.pts is None and not packet.size):
@@ -159,7 +159,7 @@ def _decode_tail(path: Path, found: Timeline) -> None:
             if seconds < found.duration:
                 container.seek(int(found.ticks[-1] - seconds / found.tick), stream=stream)
             # After a seek, the first frames may refer to some that were not read.
-            shown = [(frame.pts, frame.is_corrupt) for frame in container.decode(stream)][-_LAST:]
+            shown = [(frame.pts, frame.is_corrupt) for frame in frames_of(container, stream, path)][-_LAST:]
         if shown or seconds >= found.duration:
             break
     if not shown or shown[-1][0] != found.ticks[-1] or any(damaged for _, damaged in shown):

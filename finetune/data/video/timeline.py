@@ -6,9 +6,10 @@ from fractions import Fraction
 
 import numpy as np
 
-_JITTER = 1e-3  # seconds: as far as phones and cameras write a time from where it should be
+_JITTER = 1.25e-3  # seconds: as far as phones and cameras write a time from where it should be
 _SHARE = 0.45  # of a frame: times that are further off belong to another frame
 _HOLE = 0.25  # seconds: a single gap of this length in a clip of constant rate is a hole in the file
+_REORDERED = 8  # frames: how far apart the gaps are that one hole leaves
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def constant_rate(ticks: np.ndarray, tick: Fraction, announced: Iterable[Fractio
 
     A time may be off by a tick, to which the container rounds, and by a millisecond; and by less than half a frame.
     """
-    fitted = Fraction(len(ticks) - 1, int(ticks[-1] - ticks[0])) / tick
+    order = np.arange(len(ticks)) - (len(ticks) - 1) / 2
+    slope = float(order @ (ticks - ticks[0])) / float(order @ order)  # least squares: ticks from frame to frame
+    fitted = 1 / (Fraction(slope).limit_denominator(10**6) * tick)
     usual = [Fraction(round(fitted)), Fraction(round(fitted * Fraction(1001, 1000)) * 1000, 1001)]
     near = [rate for rate in sorted(usual, key=lambda rate: abs(rate - fitted)) if rate]
     for rate in [*announced, *near, fitted]:
@@ -74,19 +77,24 @@ def _off(ticks: np.ndarray, tick: Fraction, rate: Fraction) -> np.ndarray:
     return (ticks - ticks[0]) * float(tick) - np.arange(len(ticks)) / float(rate)
 
 
-def hole(found: Timeline) -> tuple[float, float] | None:
+def hole(found: Timeline, is_broadcast: bool) -> tuple[float, float] | None:
     """Seconds between which frames are missing in a clip that is otherwise of constant rate; None if there is no such place.
 
-    Clips whose rate really varies have many gaps, and dropped frames leave short ones. A single long gap is a hole.
+    Clips whose rate really varies have many gaps, and dropped frames leave short ones. A single long gap is a hole; in the
+    formats of broadcasting, which know no variable rate, a short one is too.
     """
     steps = np.diff(found.ticks)
     if found.rate or len(steps) < 8:
         return None
-    widest = int(steps.argmax())
-    rest = np.delete(steps, widest)
-    usual = float(np.median(rest))
-    regular = np.abs(rest - usual).max() * float(found.tick) <= 2 * (_JITTER + float(found.tick))
-    if not regular or steps[widest] * float(found.tick) < max(_HOLE, 4 * usual * float(found.tick)):
+    usual = float(np.median(steps))
+    wide = np.flatnonzero(steps > 1.5 * usual)
+    # Frames are stored out of order, so that a hole takes frames from among those that stay.
+    if not len(wide) or wide[-1] - wide[0] > _REORDERED:
         return None
-    begin, end = (float((found.ticks[index] - found.ticks[0]) * found.tick) for index in (widest, widest + 1))
+    tick = float(found.tick)
+    regular = np.abs(np.delete(steps, wide) - usual).max() * tick <= 2 * (_JITTER + tick)
+    missing = float(steps[wide].sum()) - len(wide) * usual
+    if not regular or missing < (1.5 * usual if is_broadcast else max(3 * usual, _HOLE / tick)):
+        return None
+    begin, end = (float((found.ticks[index] - found.ticks[0]) * found.tick) for index in (wide[0], wide[-1] + 1))
     return begin, end
