@@ -85,7 +85,10 @@ def prepare_with_two_ranks(recipe: Path, cache: Path, killed_at: int | None = No
 def test_killed_at_any_moment_a_preparation_goes_on_to_the_same_tensors(
     recipe: Path, undisturbed: Path, prepare_here: Callable[[Path], Path], moments: int
 ) -> None:
-    """Moments are numbers of items that are written. Each is of a preparation of its own, which goes on with one rank, or with two (--full)."""
+    """Moments are numbers of items that are written.
+
+    Each is of a preparation of its own, which goes on with one rank, or with two (--full).
+    """
     total = len(items(undisturbed))
     assert total > 20
     drawn = random.Random(moments).sample(range(1, total - 2), moments)
