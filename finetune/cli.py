@@ -18,6 +18,7 @@ python -m finetune plan     --recipe R [--gpus N] [--gpu NAME] [--device-memory 
 torchrun ... -m finetune prepare --recipe R  encode clips and captions into the cache
 python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEXT [--shape FxHxW] [--image FILE] ...]
 python -m finetune export   --recipe R [--step N] [--format NAME] --out DIR
+python -m finetune cache    size|verify|prune [--dir CACHE] [--recipe R ...] ...   what takes room in a cache, and what is damaged
 python -m finetune compare  OUTPUT ...        runs by their held-out losses, and both experts of a run
 python -m finetune plot     --run DIR        loss curve of a run, as loss.png in it
 python -m finetune demo     --out DIR        a tiny random pipeline and real clips to try things on
@@ -26,7 +27,20 @@ python -m finetune families                  model families
 """
 
 LOST = 1  # exit status if another process is lost
-COMMANDS = ("train", "check", "plan", "prepare", "sample", "export", "compare", "plot", "demo", "schema", "families")
+COMMANDS = (
+    "train",
+    "check",
+    "plan",
+    "prepare",
+    "sample",
+    "export",
+    "cache",
+    "compare",
+    "plot",
+    "demo",
+    "schema",
+    "families",
+)
 
 
 def main(arguments: Sequence[str]) -> int:

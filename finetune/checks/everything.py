@@ -2,31 +2,38 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 
+from finetune.checks.buckets import resolve_buckets
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
-from finetune.preparation.encode import encoders_of, further_columns
-from finetune.preparation.inspect import inspect_clips, split_heldout
+from finetune.models.family import Family
+from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
+from finetune.preparation.columns import further_columns
+from finetune.preparation.encode import encoders_of
+from finetune.preparation.inspect import accept, inspect_datasets
+from finetune.preparation.report import write_report
 from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.shapes import with_stated_buckets
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 
 
-def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
+def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None = None) -> list[Problem]:
     """Everything that is wrong with recipe, output folder, model folder and clips. Collective.
 
     Args:
         gpus: how many the training is for; `runtime.context_size` of them share each sample.
+        report: the folder for a page that shows what becomes of every clip, which is written whatever is wrong.
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
     cache, columns = Cache(recipe.data.cache), []
-    recipes = [recipe]
+    recipes, family, clips = [recipe], None, []
     with _collected(problems):
         family = open_family(recipe)
         recipes = recipes_of_experts(recipe, list(family.experts))
@@ -34,15 +41,31 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int) -> list[Problem]:
     for each in recipes:
         with _collected(problems):
             check_output(each)
-    inspect = partial(inspect_clips, recipe.data, cache=cache, runtime=runtime, columns=columns)
-    if recipe.validation.heldout:
-        with _collected(problems):
-            inspect(path=recipe.validation.heldout)
+    recipe = _with_buckets(recipe, family, runtime, problems)
     with _collected(problems):
-        split_heldout(inspect(path=recipe.data.path), recipe)
+        inspected = inspect_datasets(recipe, cache, runtime, columns)
+        accepted: list[Problem] = []
+        with _collected(accepted):
+            found = accept(recipe, inspected, columns)
+            clips = [*found.train, *found.heldout]
+        problems += accepted
+        if report:
+            write_report(report, recipe, inspected, family, accepted, runtime)
+    with _collected(problems), runtime.together():
+        if family and runtime.is_main:
+            prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
+            say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], family)
     with _collected(problems):
         _load_images(recipe)
     return problems
+
+
+def _with_buckets(recipe: Recipe, family: Family | None, runtime: Runtime, problems: list[Problem]) -> Recipe:
+    """The recipe with the buckets of its clips; of a model that cannot be opened, with those that it states. Collective."""
+    with _collected(problems):
+        if family is not None:
+            return resolve_buckets(recipe, family, runtime)
+    return with_stated_buckets(recipe)
 
 
 @contextmanager
@@ -50,6 +73,8 @@ def _collected(problems: list[Problem]) -> Iterator[None]:
     """Add what is wrong inside the block to `problems`, each once, and go on."""
     try:
         yield
+    except LostPeer:
+        raise  # it would wait for ever in the next block
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
 
@@ -57,7 +82,7 @@ def _collected(problems: list[Problem]) -> Iterator[None]:
 def _load_images(recipe: Recipe) -> None:
     """Read every condition image, wherever it is; missing files are `family_problems`' business."""
     problems: list[Problem] = []
-    for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
+    for prompt in validation_prompts(recipe.validation, recipe.data.sample_shape):
         try:
             for image in prompt.images:
                 if not missing_image(image):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from finetune.data.bucket_budget import near_lengths
 from finetune.data.images import missing_image
 from finetune.models import FAMILIES, family_class
 from finetune.models.adapters import ADAPTERS
@@ -12,9 +13,11 @@ from finetune.models.folder import ModelFolder, resolve
 from finetune.models.noise_range import Restricted
 from finetune.models.text_mask import why_masked
 from finetune.recipe import Recipe
+from finetune.recipe.bucket import Bucket
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import is_set
+from finetune.recipe.shapes import with_stated_buckets
 from finetune.runtime.errors import Problem, UserError
 
 
@@ -26,7 +29,7 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     Raises:
         UserError: every problem of model folder and buckets at once.
     """
-    cls = family_class(recipe.model.family)
+    recipe, cls = with_stated_buckets(recipe), family_class(recipe.model.family)
     wanted = (
         [f"{name}/*" for name in (*cls.components, *cls.optional_components)]
         if with_weights
@@ -173,11 +176,21 @@ def _attention_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
 def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     for bucket in recipe.data.buckets:
         if text := family.bucket_problem(bucket):
-            yield Problem(f"{bucket}: {text}", "data.buckets")
-    for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
+            yield _bucket_problem(recipe, family, bucket, text)
+    for prompt in validation_prompts(recipe.validation, recipe.data.sample_shape):
         if text := family.bucket_problem(prompt.shape):
             yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
         if text := family.prompt_problem(prompt):
             yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")
         else:
             yield from filter(None, map(missing_image, prompt.images))
+
+
+def _bucket_problem(recipe: Recipe, family: Family, bucket: Bucket, text: str) -> Problem:
+    """A bucket that the model cannot be trained at, and why; of `data.area` and `data.frames`, which of them is to be changed."""
+    if recipe.data.area is None:
+        return Problem(f"{bucket}: {text}", "data.buckets")
+    if lengths := near_lengths(bucket, lambda other: family.bucket_problem(other) is None):
+        cure = f"the nearest {'lengths are' if len(lengths) > 1 else 'length is'} {' and '.join(map(str, lengths))}"
+        return Problem(f"{bucket.frames}: {text.partition(';')[0]}", "data.frames", cure)
+    return Problem(f"{recipe.data.area}: {text}", "data.area")

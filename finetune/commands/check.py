@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.commands.common import add_recipe_arguments, number_of_gpus, with_runtime
@@ -18,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=number_of_gpus, metavar="N", help="for a training on N GPUs; 1 if not given")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write a page into this folder that shows what becomes of every clip"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def body(runtime: Runtime) -> int:
         gpus = arguments.gpus or runtime.world_size
-        if problems := check_all(recipe, runtime, gpus):
+        if problems := check_all(recipe, runtime, gpus, arguments.report):
             raise UserError.of(problems)
         unseen = (
             "; this machine has none, so what the GPU itself can do was not looked at" if runtime.device.is_cpu else ""

@@ -12,6 +12,7 @@ from finetune.commands.common import add_recipe_arguments, number_of_gpus
 from finetune.planning import DOES_NOT_FIT
 from finetune.planning.gpus import CONTEXT, GPUS, Hardware
 from finetune.recipe import Recipe, load_recipe, write_recipe
+from finetune.recipe.shapes import with_buckets, with_stated_buckets
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 from finetune.runtime.signals import end_with_parent
@@ -98,6 +99,7 @@ def _plan(recipe: Recipe, family: Family, hardware: Hardware, arguments: argpars
     from finetune.engine.precision import DTYPES
     from finetune.planning.simulate import cache_bytes, largest, simulate_all
 
+    recipe = with_stated_buckets(recipe)
     buckets = recipe.data.buckets if arguments.all_buckets else [largest(family, recipe.data.buckets)]
     plan = simulate_all(recipe, family, buckets, hardware, arguments.plot)
     clip, caption = (size / 2**20 for size in cache_bytes(family, buckets[0], DTYPES[recipe.train.precision]))
@@ -116,11 +118,12 @@ def _fit(recipe: Recipe, family: Family, hardware: Hardware, arguments: argparse
     from finetune.planning.search import fit
     from finetune.runtime.files import atomic
 
-    found = fit(recipe, family, hardware, say)
+    found = fit(with_stated_buckets(recipe), family, hardware, say)
     told = "is not written"
     if arguments.write and found.fits:
         with atomic(arguments.write) as partial:
-            write_recipe(found.recipe, partial, "Found by plan --fit, with every default spelled out.")
+            found_recipe = with_buckets(found.recipe, recipe.data.buckets)  # not those that were planned for data.area
+            write_recipe(found_recipe, partial, "Found by plan --fit, with every default spelled out.")
         told = "is written"
     if arguments.json:
         print(json.dumps(found.as_json(), indent=1))

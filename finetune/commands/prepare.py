@@ -21,13 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.checks.buckets import resolve_buckets
     from finetune.checks.model import open_family
     from finetune.preparation.encode import prepare
 
     def body(runtime: Runtime) -> int:
         with runtime.together():
             family = open_family(recipe)
-        prepared = prepare(recipe, family, runtime)
+        prepared = prepare(resolve_buckets(recipe, family, runtime), family, runtime)
         say(f"{len(prepared.train)} clips to train on, {len(prepared.heldout)} held out, in {recipe.data.cache}")
         return 0
 

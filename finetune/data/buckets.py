@@ -32,31 +32,53 @@ class BucketFit:
         return self.frames_available - self.bucket.frames
 
 
-def fit_to_bucket(clip: VideoInfo, buckets: Sequence[Bucket], fps: float | None, where: str) -> BucketFit:
+def fit_to_bucket(
+    clip: VideoInfo,
+    buckets: Sequence[Bucket],
+    fps: float | None,
+    where: str,
+    is_image: bool = False,
+    by_area: bool = False,
+) -> BucketFit:
     """Choose the bucket that loses least of a clip: nearest aspect ratio, then most frames, then largest picture not enlarged.
+
+    Images have buckets of one frame, and videos those of several, if they are long enough for any.
 
     Args:
         fps: the frame rate to train at; None keeps the clip's own.
         where: the clip's name, for the error.
+        by_area: whether the buckets are those of data.area and data.frames, for the error.
     Raises:
         UserError: the clip is shorter than every bucket.
     """
     rate = fps or clip.fps
-    available = clip.frames_at(rate)
+    available = 1 if is_image else clip.frames_at(rate)
     possible = [bucket for bucket in buckets if bucket.frames <= available]
+    if not possible and is_image:
+        near = min(buckets, key=lambda bucket: _aspect_distance(clip, bucket))
+        example = Bucket(1, near.height, near.width)
+        add = "add 1 to data.frames" if by_area else f'add one to data.buckets, like "{example}"'
+        raise UserError("an image needs a bucket of one frame", add, where)
     if not possible:
         faster = "raise data.fps, " if fps and fps < clip.fps else ""
         shortest = min(bucket.frames for bucket in buckets)
+        add = "length of at most {} to data.frames" if by_area else "bucket of at most {} frames to data.buckets"
         raise UserError(
             f"{available} frame{'s' if available > 1 else ''} at {rate:g} fps, but the shortest bucket has {shortest}",
-            f"add a bucket of at most {available} frames to data.buckets, {faster}or remove the clip",
+            f"add a {add.format(available)}, {faster}or remove the clip",
             where,
         )
 
-    def loss(bucket: Bucket) -> tuple[float, int, bool, int]:
+    def loss(bucket: Bucket) -> tuple[bool, float, int, bool, int]:
         area = bucket.height * bucket.width
         grows = max(bucket.height / clip.height, bucket.width / clip.width) > 1
-        return round(_aspect_distance(clip, bucket), 6), -bucket.frames, grows, area if grows else -area
+        return (
+            bucket.frames == 1,
+            round(_aspect_distance(clip, bucket), 6),
+            -bucket.frames,
+            grows,
+            area if grows else -area,
+        )
 
     best = min(possible, key=loss)
     enlarged = max(best.height / clip.height, best.width / clip.width)

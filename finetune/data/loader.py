@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from finetune.data.cache import Cache
-from finetune.data.sampler import Order
+from finetune.data.sampler import Order, StepPlan, dealt
 from finetune.recipe import Bucket
 from finetune.runtime import seeds
 from finetune.runtime.errors import UserError
@@ -27,28 +28,61 @@ if TYPE_CHECKING:  # commands that load nothing need not wait for its import
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One of the ways in which a clip is trained: a piece of it with one of its captions.
+
+    Attributes:
+        keys: kind -> key in the cache.
+        text_alone: key of its text without the image that the text is encoded with, for samples without; None if it has none.
+    """
+
+    caption: str
+    keys: Mapping[str, str]
+    text_alone: str | None = None
+
+
+@dataclass(frozen=True)
 class Item:
     """A clip that is ready for training: its source, and the keys of what was encoded from it.
 
     Attributes:
         fps: frame rate that it is trained at.
-        keys: kind -> key in the cache.
+        windows: the pieces of the clip that take turns, each with a variant for every caption.
         columns: the manifest's values for the clip besides video and caption, by column.
-        text_alone: key of its text without the image that the text is encoded with, for samples without; None if it has none.
+        source: number of the dataset that it comes from.
     """
 
     path: Path
-    caption: str
     bucket: Bucket
     fps: float
-    keys: Mapping[str, str]
+    windows: tuple[tuple[Variant, ...], ...]
     columns: Mapping[str, str] = field(default_factory=dict)
-    text_alone: str | None = None
+    source: int = 0
+
+    @property
+    def caption(self) -> str:
+        """Its first caption."""
+        return self.windows[0][0].caption
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """The keys of its first piece with its first caption, as validation takes it."""
+        return self.windows[0][0].keys
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every piece with every caption."""
+        return tuple(chain.from_iterable(self.windows))
+
+    def variant(self, turn: int, *purpose: int | str) -> Variant:
+        """What is trained of it when it is taken for the `turn`-th time, counted from 0; `purpose` seeds the draw."""
+        window = self.windows[dealt(len(self.windows), turn, *purpose, "window")]
+        return window[dealt(len(window), turn, *purpose, "caption")]
 
     @property
     def all_keys(self) -> list[str]:
         """The keys of all that is cached for it, of any kind."""
-        return [*self.keys.values(), *filter(None, [self.text_alone])]
+        return [key for each in self.variants for key in (*each.keys.values(), *filter(None, [each.text_alone]))]
 
 
 @dataclass(frozen=True)
@@ -117,7 +151,7 @@ class BatchSplit:
 
 
 def read_sample(item: Item, cache: Cache, generator: torch.Generator) -> Sample:
-    """Read an item without dropout, for validation."""
+    """Read an item's first piece and caption without dropout, for validation."""
     encoded = {kind: cache.read(kind, key) for kind, key in item.keys.items()}
     return Sample(encoded, item.bucket, item.fps, generator, columns=item.columns)
 
@@ -146,19 +180,21 @@ class MicroBatches(Dataset):
         step, micro_step = divmod(k, self.split.accumulation)
         plan = self.order.plan(step)
         try:
-            samples = [self._sample(step, position, plan.items) for position in self.split.positions(micro_step)]
+            samples = [self._sample(step, position, plan) for position in self.split.positions(micro_step)]
+            return self.assemble(samples)
         except UserError as error:
             return error  # raised by the consumer: exceptions of a worker arrive as text
-        return self.assemble(samples)
 
-    def _sample(self, step: int, position: int, items: Sequence[int]) -> Sample:
-        item = self.items[items[position]]
+    def _sample(self, step: int, position: int, plan: StepPlan) -> Sample:
+        number = plan.items[position]
+        item = self.items[number]
+        variant = item.variant(plan.turns[position], self.seed, number)
         generator = seeds.generator(self.seed, "sample", step, position)
         dropped = torch.rand((), generator=generator).item() < self.dropout.caption
         drawn = torch.rand((), generator=seeds.generator(self.seed, "image", step, position)).item()
         image_dropped = drawn < self.dropout.image
-        text = item.text_alone if image_dropped and item.text_alone else item.keys["text"]
-        keys = {**item.keys, "text": self.dropout.unconditional_key if dropped else text}
+        text = variant.text_alone if image_dropped and variant.text_alone else variant.keys["text"]
+        keys = {**variant.keys, "text": self.dropout.unconditional_key if dropped else text}
         return Sample(
             encoded={kind: self.cache.read(kind, key) for kind, key in keys.items()},
             bucket=item.bucket,

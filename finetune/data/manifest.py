@@ -1,52 +1,147 @@
 """Finds the clips of a dataset with their captions, whatever kind of dataset it is."""
 
+import os
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from finetune.data.clip import VIDEO_SUFFIXES, Clip
 from finetune.data.formats import FORMATS
-from finetune.data.formats.format import Columns
+from finetune.data.formats.format import Columns, Manifest, normalised
+from finetune.data.formats.listing import file_fault, list_files
 from finetune.runtime.errors import Problem, UserError
 
+__all__ = ["Manifest", "describe_unused", "read_manifest"]
 
-def read_manifest(path: Path, video_column: str, caption_column: str, id_token: str = "") -> list[Clip]:
+_REASONS, _NAMED = 10, 3  # in the summary, and files of each reason
+
+
+def read_manifest(path: Path, video_column: str, caption_column: str, id_token: str = "") -> Manifest:
     """Find the clips of a dataset, in an order that depends on names and lines only.
 
     Args:
-        path: a folder of videos with side-car .txt captions, a folder with `<video_column>s.txt` and
-            `<caption_column>s.txt` (prompts.txt for "caption", too), a folder with metadata.csv, .json or .jsonl, or
-            such a file. Paths inside are relative to the file.
+        path: a folder of videos with captions beside them (.txt, .caption, .captions.txt, .json), a folder with
+            `<video_column>s.txt` and `<caption_column>s.txt` (prompts.txt for "caption", too), a folder with metadata.csv,
+            .tsv, .json, .jsonl or .parquet, or with train/ that has one, or such a file. Paths inside are relative to the file.
         id_token: text that is put in front of every caption, followed by a space.
+    Returns:
+        The clips, the clips and rows that cannot be used, and of a folder every file that is not used, each with the reason.
     Raises:
-        UserError: names every missing file, missing caption and caption without a video, or an empty dataset.
+        UserError: the dataset is missing, empty or cannot be read as a whole.
     """
-    if not path.exists():
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except OSError as error:
+        raise UserError(f"cannot be opened ({error.strerror})", "mend data.path", str(path)) from None
+    if not exists:
         raise UserError(
             "the dataset does not exist", "set data.path to a folder of videos or a manifest file", str(path)
         )
-    clips = _read(path, Columns(video_column, caption_column))
-    if not clips:
+    found, manifest = _read(path, Columns(video_column, caption_column))
+    manifest = _with_files(manifest)
+    if not manifest.clips and not manifest.problems:
         raise UserError(
             "the dataset is empty",
             f"put videos ({' '.join(sorted(VIDEO_SUFFIXES))}) with .txt captions of the same name there",
             str(path),
         )
-    missing = [
-        Problem("no such video file", f"{clip.path} (from {clip.where})", "mend the path or remove the line")
-        for clip in clips
-        if not clip.path.is_file()
-    ]
-    if missing:
-        raise UserError.of(missing, f"{path}: {len(missing)} of {len(clips)} videos are missing:")
+    clips = manifest.clips
     if id_token:
-        clips = [replace(clip, caption=f"{id_token} {clip.caption}") for clip in clips]
-    return clips
+        clips = tuple(replace(clip, captions=tuple(f"{id_token} {text}" for text in clip.captions)) for clip in clips)
+    # A folder of side-cars is listed by its own reader, which knows more of each file.
+    left_over = _left_over(path, found, manifest) if is_folder and found != path else []
+    return replace(manifest, clips=clips, unused=(*manifest.unused, *left_over))
 
 
-def _read(path: Path, columns: Columns) -> list[Clip]:
-    """The clips of a dataset by the first kind that recognises it."""
+def describe_unused(unused: Iterable[Problem], path: Path) -> list[str]:
+    """A line for each reason for which files and rows of the dataset at `path` are not used, with the first names and cure."""
+    by_reason: dict[str, list[Problem]] = defaultdict(list)
+    for problem in unused:
+        by_reason[problem.what].append(problem)
+    reasons = sorted(by_reason.items(), key=lambda item: len(item[1]), reverse=True)
+    lines = []
+    for what, found in reasons[:_REASONS]:
+        names = ", ".join(problem.where.removeprefix(f"{path}{os.sep}") for problem in found[:_NAMED])
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        lines.append(f"{path}: not used: {names}{more}: {what}{f' ({found[0].cure})' if found[0].cure else ''}")
+    if rest := sum(len(found) for _, found in reasons[_REASONS:]):
+        lines.append(f"{path}: not used: {rest} more, for {len(reasons) - _REASONS} other reasons")
+    return lines
+
+
+def _read(path: Path, columns: Columns) -> tuple[Path, Manifest]:
+    """The clips of a dataset by the first kind that recognises it, and the file or folder that it takes."""
     for form in FORMATS.values():
-        if (found := form.locate(path, columns)) is not None:
-            return form.read(found, columns)
+        try:
+            found = form.locate(path, columns)
+        except OSError as error:
+            raise UserError(f"cannot be opened ({error.strerror})", "mend its permissions", str(path)) from None
+        if found is not None:
+            return found, form.read(found, columns)
     *others, last = sorted(form.suffix for form in FORMATS.values() if form.suffix)
     raise UserError("not a manifest", f"use a folder, {', '.join(others)} or {last}", str(path))
+
+
+def _with_files(manifest: Manifest) -> Manifest:
+    """The manifest without clips whose file is missing or cannot be opened; those are problems."""
+    clips: list[Clip] = []
+    problems = list(manifest.problems)
+    names: dict[Path, dict[str, str]] = {}
+    files = set(manifest.files)
+    for clip in manifest.clips:
+        fault = file_fault(clip.path)
+        if fault and (other := _written_otherwise(clip.path, names)):
+            files.add(other)
+            clip, fault = replace(clip, path=other), file_fault(other)
+        if fault:
+            problems.append(Problem(fault[0], f"{clip.path} (from {clip.where})", fault[1]))
+        else:
+            clips.append(clip)
+    return replace(manifest, clips=tuple(clips), problems=tuple(problems), files=frozenset(files))
+
+
+def _written_otherwise(path: Path, names: dict[Path, dict[str, str]]) -> Path | None:
+    """The file whose name has the same characters in another Unicode form, as macOS writes accents; None if there is none.
+
+    Args:
+        names: what is known of folders: their entries by NFC name.
+    """
+    if str(path).isascii():
+        return None
+    found = Path(path.anchor)
+    for part in path.relative_to(found).parts:
+        if not os.path.lexists(found / part):
+            if found not in names:
+                names[found] = {normalised(name): name for name in _entries(found)}
+            part = names[found].get(normalised(part), "")
+            if not part:
+                return None
+        found /= part
+    return found
+
+
+def _entries(folder: Path) -> Iterable[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return ()
+
+
+def _left_over(path: Path, table: Path, manifest: Manifest) -> list[Problem]:
+    """The files in a dataset's folder that are neither used nor named yet."""
+    named = {problem.where for problem in (*manifest.problems, *manifest.unused)}
+    files = {os.path.normpath(file) for file in (*manifest.files, *(clip.path for clip in manifest.clips))}
+    folders = {str(folder) for file in files for folder in Path(file).parents}
+    listed = list_files(path)
+    hidden = [
+        each for each in [*listed.problems, *listed.unused] if os.path.normpath(each.where) not in files | folders
+    ]
+    rest = [file for file in [*listed.files, *listed.bad] if os.path.normpath(file) not in files]
+    real = {os.path.realpath(file) for file in files} if rest else set()
+    reasons = [
+        (file, "another path of a file that is used" if os.path.realpath(file) in real else f"not in {table.name}")
+        for file in rest
+    ]
+    others = [*hidden, *(Problem(reason, str(file)) for file, reason in reasons)]
+    return [problem for problem in others if problem.where not in named]

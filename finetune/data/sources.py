@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.data import decode
-from finetune.data.images import load_image
+from finetune.data import column_files, decode
+from finetune.data.clip import Clip
+from finetune.data.images import decode_image, load_image
 from finetune.recipe import Bucket
 
-_START = "head"  # every source is read from its beginning
 FRAMES = ("first_frame", "last_frame")  # sources that every clip has, and that a prompt's images stand for
 
 
@@ -24,10 +24,36 @@ class Source:
         fingerprint: JSON values that determine its content; they are part of a cache key.
         read: returns the content: uint8 frames (F, H, W, 3), a text, uint8 pixels (H, W, 3), a `SourceFile`, or None for
             an image that is not there.
+        former: the fingerprint by which versions knew it that decoded videos otherwise; None if it is the same.
     """
 
     fingerprint: tuple[Any, ...]
     read: Callable[[], Any]
+    former: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The piece of a clip that is trained on.
+
+    Attributes:
+        fps: frame rate of training.
+        start: its first frame, counted at this rate.
+    """
+
+    bucket: Bucket
+    fps: float
+    start: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time of its first frame."""
+        return self.start / self.fps
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """JSON values for a cache key."""
+        return str(self.bucket), self.fps, self.start or "head"
 
 
 @dataclass(frozen=True)
@@ -37,12 +63,23 @@ class SourceFile:
     Attributes:
         start: seconds into the file at which the clip begins.
         bucket, fps: the clip's, whose frames the encoding has to match.
+        clip: the clip's video, for messages.
+        info: the file's size and length, of a mask, a control or a reference video or image; None of other files.
+        background: a colour, seen where an image is transparent.
     """
 
     path: Path
     start: float
     bucket: Bucket
     fps: float
+    clip: Path
+    info: decode.VideoInfo | None = None
+    background: str = "white"
+
+    def frames(self) -> np.ndarray:
+        """The file's frames, uint8 (F, H, W, 3), at the clip's times and in its bucket; one frame of an image."""
+        assert self.info is not None
+        return column_files.read_frames(self.path, self.info, self.bucket, self.fps, self.start, self.background)
 
 
 def caption_source(text: str) -> Source:
@@ -50,27 +87,39 @@ def caption_source(text: str) -> Source:
     return Source((text,), lambda: text)
 
 
-def video_source(path: Path, content_hash: str, info: decode.VideoInfo, bucket: Bucket, fps: float) -> Source:
-    """The first frames of a video, as many as the bucket has, at `fps` frames a second."""
-    fingerprint = content_hash, str(bucket), fps, _START
-    return Source(fingerprint, lambda: decode.decode(path, info, bucket, fps))
-
-
-def frame_sources(
-    path: Path, content_hash: str, info: decode.VideoInfo, bucket: Bucket, fps: float
+def clip_sources(
+    clip: Clip, content_hash: str, info: decode.VideoInfo, piece: Piece, background: str
 ) -> dict[str, Source]:
-    """The first and the last of a video's frames in a bucket, as a family takes them for condition images."""
-    identity = content_hash, str(bucket), fps, _START
-    first = Bucket(1, bucket.height, bucket.width)
+    """A piece of a clip: its frames, and the first and the last of them, as a family takes them for condition images.
+
+    Args:
+        background: a colour, seen where an image is transparent.
+    """
+    former: tuple[Any, ...] = (content_hash, *piece.fingerprint)
+    identity: tuple[Any, ...] = (*former, "image", background) if clip.is_image else (*former, decode.DECODER)
+    first = Bucket(1, piece.bucket.height, piece.bucket.width)
+
+    def frames(bucket: Bucket) -> np.ndarray:
+        if clip.is_image:
+            return decode_image(clip.path, bucket, background)
+        return decode.decode(clip.path, info, bucket, piece.fps, piece.seconds)
+
     return {
-        "first_frame": Source((*identity, "first frame"), lambda: decode.decode(path, info, first, fps)[0]),
-        "last_frame": Source((*identity, "last frame"), lambda: decode.decode(path, info, bucket, fps)[-1]),
+        "video": Source(identity, lambda: frames(piece.bucket), former),
+        "first_frame": Source((*identity, "first frame"), lambda: frames(first)[0], (*former, "first frame")),
+        "last_frame": Source((*identity, "last frame"), lambda: frames(piece.bucket)[-1], (*former, "last frame")),
     }
 
 
-def image_source(path_or_address: str, content: str) -> Source:
-    """A condition image as it is, since pipelines resize it; `content` is the hash of its file, or its address."""
-    return Source(("image", content), lambda: load_image(path_or_address))
+def image_source(path_or_address: str, content: str, background: str) -> Source:
+    """A condition image in its own size, since pipelines resize it.
+
+    Args:
+        content: the hash of its file, or its address.
+        background: a colour, seen where it is transparent.
+    """
+    identity = ("image", content, decode.DECODER, background)
+    return Source(identity, lambda: load_image(path_or_address, background))
 
 
 def fitted_source(source: Source, fit: Callable[[Image.Image, Bucket], Image.Image], shape: Bucket) -> Source:
@@ -83,6 +132,21 @@ def no_image_source() -> Source:
     return Source(("no image",), lambda: None)
 
 
-def file_source(path: Path, content_hash: str, bucket: Bucket, fps: float) -> Source:
-    """A file that the manifest names beside the video."""
-    return Source((content_hash, str(bucket), fps, _START), lambda: SourceFile(path, 0.0, bucket, fps))
+def file_source(
+    column: str, clip: Clip, content_hash: str, info: decode.VideoInfo | None, piece: Piece, background: str
+) -> Source:
+    """A file that the manifest names beside the video: frames of a control or reference video, else a `SourceFile`.
+
+    Args:
+        info: size and length of a mask, a control or a reference video or image.
+        background: a colour, seen where images are transparent, but for masks: what is transparent does not count.
+    """
+    path = clip.file(column)
+    background = "black" if column == column_files.MASK else background
+    file = SourceFile(path, piece.seconds, piece.bucket, piece.fps, clip.path, info, background)
+    read = file.frames if column in column_files.FRAME_COLUMNS else lambda: file
+    if info is None:
+        how: tuple[Any, ...] = ()
+    else:
+        how = ("image", background) if column_files.is_image(path) else (decode.DECODER,)
+    return Source((content_hash, *piece.fingerprint, *how), read)

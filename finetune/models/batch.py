@@ -21,7 +21,8 @@ class Term:
     Attributes:
         target: float32, in the shape of the model's output of the same name.
         weight: loss weight of each sample, float32 (B,).
-        counted: mask of the elements that enter the loss, float32 0 or 1, broadcastable to `target`; None counts all.
+        counted: weight of each element in its sample's mean, float32 in [0, 1], broadcastable to `target`: 0 for what is given to
+            the model or masked. None counts all.
     """
 
     target: Tensor
@@ -29,7 +30,7 @@ class Term:
     counted: Tensor | None = None
 
     def losses(self, prediction: Tensor) -> Tensor:
-        """Weighted mean squared error of each sample over its counted elements, float32 (B,).
+        """Weighted mean squared error of each sample, in which its elements count as `counted` says: float32 (B,).
 
         Args:
             prediction: in the shape of `target`, of any floating-point dtype.
@@ -38,7 +39,9 @@ class Term:
         if self.counted is None:
             return self.weight * errors.flatten(1).mean(1)
         counted = self.counted.expand_as(errors).flatten(1)
-        return self.weight * (errors.flatten(1) * counted).sum(1) / counted.sum(1).clamp(min=1)
+        total = counted.sum(1)
+        # A sample of which nothing counts, such as a single given frame, has loss 0.
+        return self.weight * (errors.flatten(1) * counted).sum(1) / torch.where(total > 0, total, 1.0)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.objective import VPrediction
 from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample
+from finetune.models.text_limit import TextLimit
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Vae
 
@@ -58,8 +59,8 @@ class CogVideoX(Family):
         # The number of latent frames must be odd: an even number of them is decoded to too many frames.
         frames, side = 2 * self.temporal, self.spatial * self.patch
         largest = self.config["sample_height"] * self.spatial, self.config["sample_width"] * self.spatial
-        nearest = nearest_bucket(bucket, frames, side)
-        needs = f"{frames}k + 1 frames and sides that {side} divides"
+        nearest = nearest_bucket(bucket._replace(frames=max(bucket.frames, self.least_frames)), frames, side)
+        needs = f"{frames}k + 1 frames{self._least_frames_reason()} and sides that {side} divides"
         if self.config.get("use_learned_positional_embeddings"):
             nearest, needs = Bucket(self.config["sample_frames"], *largest), "the shape of its learned positions"
         elif self.patch_t > 1:
@@ -75,6 +76,9 @@ class CogVideoX(Family):
         embeds, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds}
 
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        return (TextLimit(226),)  # the default of `encode_prompt`
+
     def example_text(self, dtype: torch.dtype) -> Tensors:
         length = self.config.get("max_text_seq_length", 226)
         return {"encoder_hidden_states": torch.zeros(length, self.config["text_embed_dim"], dtype=dtype)}
@@ -88,6 +92,9 @@ class CogVideoX(Family):
     def pad_front(self, latents: Tensor) -> Tensor:
         """Repeat the first frame of latents (C, F, H, W) if F is odd and version 1.5 needs an even number."""
         return torch.cat([latents[:, : latents.shape[1] % self.patch_t], latents], 1)
+
+    def latent_mask(self, mask: Tensor, bucket: Bucket) -> Tensor:
+        return self.pad_front(super().latent_mask(mask, bucket)[None])[0]  # the repeated frame counts as the frame does
 
     def objective(self, settings: ObjectiveSettings) -> VPrediction:
         return VPrediction(settings, CogVideoXDDIMScheduler.from_config(self.folder.config("scheduler")))
@@ -181,6 +188,10 @@ class CogVideoXImageToVideo(CogVideoX):
     variants = ("5b-I2V", "1.5-5B-I2V")
     takes_image = True
     moments = ("mean", "logvar", "image_mean", "image_logvar")
+
+    @property
+    def least_frames(self) -> int:
+        return 2 * self.temporal + 1
 
     def encode_video(self, vae: diffusers.ModelMixin, video: Tensor, settings: Vae) -> Tensors:
         image = video[:, :, :1]

@@ -22,15 +22,17 @@ class Encoder:
     Attributes:
         kind: name of the kind in the cache, in `Item.keys` and in `Sample.encoded`: "video", "text", ...
         sources: names of the clip's sources that `encode` takes, in the order of its arguments: "video", "caption",
-            "first_frame", "last_frame", or a column of the manifest that holds files ("audio", "mask", "control"). A kind of
+            "first_frame", "last_frame", or a column of the manifest that holds files ("audio", "control"). A kind of
             captions and frames alone is encoded of prompts, too, whose images take the frames' place.
         variant: JSON value in every cache key that tells apart different encodings by the same components.
         fingerprint: takes a function that hashes a file, and returns JSON values of everything that the output depends on
             besides the sources: the contents of the components, and settings.
         load: loads the components onto a device and returns `encode`. This takes the content of each source (uint8 frames
             (F, H, W, 3) of a video, the text of a caption, uint8 pixels (H, W, 3) of a frame or of an image in its own size,
-            a `SourceFile` for any other) and returns tensors without a batch dimension. Text without its image, which
+            uint8 frames (F, H, W, 3) of a "control" or "reference" video, with F = 1 of an image, and a `SourceFile` for any
+            other column) and returns tensors without a batch dimension. Text without its image, which
             unconditional and negative prompts have, is encoded of a caption and None.
+        optional: whether clips may lack the sources: such a clip has no item of this kind, nor has a sample of it.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class Encoder:
     variant: Any
     fingerprint: Callable[[FileHash], list[Any]]
     load: Callable[[torch.device], Encode]
+    optional: bool = False
 
 
 class EncodedImage(nn.Module):

@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from finetune.models import text_mask
+from finetune.models import loss_mask, text_mask
 from finetune.models.batch import Batch, Tensors, Term
 from finetune.models.components import Components
 from finetune.models.encoder import Encoder, FileHash
 from finetune.models.noise_range import restricted
 from finetune.models.objective import LEAST_U, FlowMatching, Objective, recipe_shift
 from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample, stacked
+from finetune.models.text_limit import TextLimit
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import UserError
@@ -84,13 +85,22 @@ class Family(Components, ABC):
         frames, height, width = self.latent_shape(bucket)
         return frames // self.patch_t * (height // self.patch) * (width // self.patch)
 
+    @property
+    def least_frames(self) -> int:
+        """The fewest frames that it can be trained at. Families whose first frame is given in full may need more than one."""
+        return 1
+
     def bucket_problem(self, bucket: Bucket) -> str | None:
         """Why the model cannot be trained at a bucket, with the nearest bucket that works; None if it can."""
         frames, side = self.temporal, self.spatial * self.patch
-        nearest = nearest_bucket(bucket, frames, side)
+        nearest = nearest_bucket(bucket._replace(frames=max(bucket.frames, self.least_frames)), frames, side)
         if nearest == bucket:
             return None
-        return f"{self.title} needs {frames}k + 1 frames and sides that {side} divides; the nearest is {nearest}"
+        needed = f"{frames}k + 1 frames{self._least_frames_reason()} and sides that {side} divides"
+        return f"{self.title} needs {needed}; the nearest is {nearest}"
+
+    def _least_frames_reason(self) -> str:
+        return f", at least {self.least_frames} because those of its images are given," if self.least_frames > 1 else ""
 
     def unused_keys(self) -> dict[str, str]:
         """Recipe keys that have no effect with this checkpoint, each with the reason."""
@@ -105,6 +115,7 @@ class Family(Components, ABC):
         """The encoders of a clip, one for each kind of cached item, in the order in which they run.
 
         Every family has the kinds "text", of the caption and perhaps frames, and "video"; "image" is the kind of prompts' images.
+        The kind "mask", of loss masks, comes on top, unless an encoder here takes the source "mask".
         The key of a cached item has an outside family's name and the code of `code_of` in it, but not of what that imports.
 
         Args:
@@ -140,6 +151,10 @@ class Family(Components, ABC):
         """Encode one caption with the pipeline's `encode_prompt`: tensors (1, ...) by the names of the transformer's arguments."""
         embeds, mask, _, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        """How much of a caption each text encoder reads; none if that is not known."""
+        return ()
 
     def video_encoder(self, device: torch.device, dtype: torch.dtype, settings: Vae) -> Callable[[np.ndarray], Tensors]:
         """Load the VAE. Returns a function from uint8 frames (F, H, W, 3) to the posterior's moments, each (C, F', H', W').
@@ -212,8 +227,26 @@ class Family(Components, ABC):
         return target
 
     def counted(self, condition: Tensors, target: Tensor) -> Tensor | None:
-        """The mask of the target's elements that enter the loss; see `Term.counted`."""
+        """Which elements of the target enter the loss, float32 0 or 1, broadcastable to it; None if all do. Masks come on top."""
         return None
+
+    @property
+    def given_frames(self) -> int:
+        """Latent frames at a clip's start that the model is given as a condition, and that `counted` leaves out of the loss."""
+        return 0
+
+    def latent_mask(self, mask: Tensor, bucket: Bucket) -> Tensor:
+        """The weight of each latent pixel in the loss, float32 (F', H', W') in `latent_shape`: the mean of a mask over its frames
+        and pixels, of which the VAE encodes the first frame alone and then `temporal` frames together.
+
+        Args:
+            mask: uint8 (F, H, W), or (1, H, W) for a mask that holds for all frames.
+        """
+        return loss_mask.averaged(mask, self.vae_shape(bucket), self.temporal)
+
+    def target_mask(self, mask: Tensor) -> Tensor:
+        """Weights of latent pixels, float32 (B, 1, F', H', W'), in the layout of the target, so that they broadcast to it."""
+        return self.target(mask).abs()  # `target` moves elements, and may negate them
 
     def predict(self, transformer: nn.Module, inputs: dict[str, Any]) -> Tensors:
         """The transformer's outputs for `Batch.inputs`, by the names of the batch's loss terms."""
@@ -241,7 +274,10 @@ class Family(Components, ABC):
         text, condition = text_mask.stacked([sample.text for sample in samples]), stacked(conditions)
         target = self.target(target)
         inputs = self.inputs(noisy, level, text, condition, samples)
-        term = Term(target, objective.weight(level), self.counted(condition, target))
+        counted = self.counted(condition, target)
+        if (mask := loss_mask.stacked(samples, x0[0].shape[1:])) is not None:
+            counted = loss_mask.combined(self.target_mask(mask), counted)
+        term = Term(target, objective.weight(level), counted)
         return Batch(inputs, {MAIN: term}).contiguous()
 
     def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
@@ -286,6 +322,8 @@ class Family(Components, ABC):
             return f"{self.title} needs a condition image: set `image` to a file, an http(s) address or a training clip"
         if prompt.images and not self.takes_image:
             return f"{self.title} takes no condition image: remove `image`"
+        if self.takes_image and self.least_frames == 1 and prompt.shape is not None and prompt.shape.frames == 1:
+            return "one frame would be the condition image itself: set `shape` to one with more frames"
         if bool(prompt.last_image) != self.last_image:
             if self.last_image:
                 return f"set `last_image`, which {self.title} takes here"

@@ -5,7 +5,7 @@ The text is encoded by Llama, inside a prompt template, and by CLIP, pooled. The
 model takes a guidance scale as an input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from finetune.models.batch import Tensors
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike
+from finetune.models.text_limit import TextLimit
 from finetune.models.text_mask import MARK, TextMask, cut
 from finetune.recipe.schema import ObjectiveSettings, Prompt
 
@@ -68,6 +69,9 @@ class HunyuanVideo(Family):
         embeds, pooled, mask = pipeline.encode_prompt(caption, device=device)
         mask = mask.to(embeds.dtype)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "pooled_projections": pooled}
+
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        return llama_limit(256, DEFAULT_PROMPT_TEMPLATE), TextLimit(77, "tokenizer_2")
 
     def example_text(self, dtype: torch.dtype) -> Tensors:
         config = self.transformer_config
@@ -143,6 +147,12 @@ class HunyuanVideo(Family):
             text_encoder_2=tiny.clip_encoder(tokenizer_2, width=32),
             tokenizer_2=tokenizer_2,
         ).save_pretrained(path)
+
+
+def llama_limit(tokens: int, template: Mapping[str, Any]) -> TextLimit:
+    """What Llama reads of a caption in one of diffusers' templates, whose `crop_start` first tokens the pipeline drops."""
+    before, _, behind = template["template"].partition("{}")
+    return TextLimit(tokens, template=lambda tokenizer: (before, behind), dropped=template["crop_start"])
 
 
 def tiny_vae() -> AutoencoderKLHunyuanVideo:

@@ -31,14 +31,18 @@ from finetune.models.encoder import EncodedImage, Encoder, FileHash
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike
+from finetune.models.text_limit import TextLimit, chat_template
 from finetune.models.text_mask import MARK, cut
 from finetune.recipe import Bucket
 from finetune.recipe.schema import Data, Model, ObjectiveSettings, Prompt, Vae
 from finetune.runtime.errors import Problem
 
 _SIGLIP = ("image_encoder", "feature_extractor")
-_IMAGE_TOKENS = 729  # a constant of the pipelines
+_IMAGE_TOKENS = 729  # a constant of the pipelines, as are the next
+_TEXT_TOKENS, _GLYPH_TOKENS = 1000, 256
+_TEMPLATE_TOKENS = 108
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+_GLYPHS_END = '". '  # behind what is in quotes
 _GLYPHS = ("encoder_hidden_states_2", "encoder_attention_mask_2")
 
 
@@ -91,13 +95,25 @@ class HunyuanVideo15(Family):
 
         return encode
 
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        # Imported when it is needed, because it imports the text encoder's code, too.
+        from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import format_text_input
+
+        template = chat_template(lambda caption: format_text_input([caption], system_message())[0])
+        return (
+            TextLimit(_TEXT_TOKENS, template=template, dropped=_TEMPLATE_TOKENS, special_tokens=False),
+            TextLimit(
+                _GLYPH_TOKENS, "tokenizer_2", _glyphs, template=lambda tokenizer: ("", _GLYPHS_END), of="text in quotes"
+            ),
+        )
+
     def example_text(self, dtype: torch.dtype) -> Tensors:
         config = self.transformer_config
         return {
-            "encoder_hidden_states": torch.zeros(1000, config["text_embed_dim"], dtype=dtype),
-            "encoder_attention_mask": torch.ones(1000, dtype=dtype),
-            "encoder_hidden_states_2": torch.zeros(256, config["text_embed_2_dim"], dtype=dtype),
-            "encoder_attention_mask_2": torch.ones(256, dtype=dtype),
+            "encoder_hidden_states": torch.zeros(_TEXT_TOKENS, config["text_embed_dim"], dtype=dtype),
+            "encoder_attention_mask": torch.ones(_TEXT_TOKENS, dtype=dtype),
+            "encoder_hidden_states_2": torch.zeros(_GLYPH_TOKENS, config["text_embed_2_dim"], dtype=dtype),
+            "encoder_attention_mask_2": torch.ones(_GLYPH_TOKENS, dtype=dtype),
         }
 
     def normalise(self, z: Tensor) -> Tensor:
@@ -157,7 +173,7 @@ class HunyuanVideo15(Family):
 
     @classmethod
     def _tiny_components(cls) -> dict[str, Any]:
-        tokenizer, tokenizer_2 = tiny.qwen_tokenizer(system_message(), length=108), ByT5Tokenizer()
+        tokenizer, tokenizer_2 = tiny.qwen_tokenizer(system_message(), length=_TEMPLATE_TOKENS), ByT5Tokenizer()
         vae = AutoencoderKLHunyuanVideo15(
             latent_channels=4,
             block_out_channels=(4, 4, 8, 8, 8),
@@ -207,6 +223,10 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
     pipeline_classes = ("HunyuanVideo15ImageToVideoPipeline",)
     components = (*HunyuanVideo15.components, *_SIGLIP)
     takes_image = True
+
+    @property
+    def least_frames(self) -> int:
+        return self.temporal + 1
 
     def unused_keys(self) -> dict[str, str]:
         return super().unused_keys() | {"vae.image_noise": f"the condition images of {self.title} have no noise"}
@@ -321,6 +341,14 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
             "image_encoder": SiglipVisionModel(config).eval(),
             "feature_extractor": SiglipImageProcessor(size={"height": 54, "width": 54}),
         }
+
+
+def _glyphs(caption: str) -> str | None:
+    """What is in quotes in a caption, as ByT5 reads it, without the end; None if nothing is."""
+    from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
+
+    text = extract_glyph_texts(caption)
+    return text and text.removesuffix(_GLYPHS_END)
 
 
 def system_message() -> str:

@@ -29,8 +29,9 @@ from finetune.models import tiny
 from finetune.models.batch import Tensors
 from finetune.models.encoder import Encode, Encoder
 from finetune.models.folder import ModelFolder
-from finetune.models.hunyuan import HunyuanVideo, tiny_vae
-from finetune.models.sample import SampleLike, nearest_bucket
+from finetune.models.hunyuan import HunyuanVideo, llama_limit, tiny_vae
+from finetune.models.sample import SampleLike
+from finetune.models.text_limit import TextLimit
 from finetune.models.text_mask import padded
 from finetune.recipe import Bucket
 from finetune.recipe.schema import ObjectiveSettings, Vae
@@ -69,18 +70,9 @@ class HunyuanVideoImageToVideo(HunyuanVideo):
             "vae.image_noise": "the model is given the image without noise",
         }
 
-    def bucket_problem(self, bucket: Bucket) -> str | None:
-        if not self.replaces_frame:
-            return super().bucket_problem(bucket)
-        frames, side = self.temporal, self.spatial * self.patch
-        nearest = nearest_bucket(bucket, frames, side)
-        nearest = nearest._replace(frames=max(nearest.frames, 1 + frames))
-        if nearest == bucket:
-            return None
-        return (
-            f"{self.title} needs {frames}k + 1 frames, of which the first is given, and sides that {side} divides; "
-            f"the nearest is {nearest}"
-        )
+    @property
+    def least_frames(self) -> int:
+        return self.temporal + 1
 
     # Encoding
 
@@ -114,6 +106,10 @@ class HunyuanVideoImageToVideo(HunyuanVideo):
 
         return encode
 
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        # Of the 256 tokens that the pipeline keeps, it drops the last four, which are the template's or in their place.
+        return llama_limit(_TEXT_TOKENS, DEFAULT_PROMPT_TEMPLATE), *super().text_limits()[1:]
+
     def example_text(self, dtype: torch.dtype) -> Tensors:
         config, length = self.transformer_config, text_length(_INTERLEAVE[self.kind])
         return {
@@ -127,6 +123,10 @@ class HunyuanVideoImageToVideo(HunyuanVideo):
         return super().encode_video(vae, video, settings) | {"image_mean": image.mode()[0]}
 
     # Training
+
+    @property
+    def given_frames(self) -> int:
+        return 1 if self.replaces_frame else 0
 
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         image = self.normalise(sample.moments["image_mean"].float())  # (C, 1, H, W)

@@ -29,6 +29,7 @@ from finetune.models.batch import Tensors
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike
+from finetune.models.text_limit import TextLimit
 from finetune.recipe.schema import ObjectiveSettings, Prompt
 
 
@@ -61,8 +62,16 @@ class LTXVideo(Family):
     def pipeline_class(self) -> str:
         return "LTXConditionPipeline" if self.by_coordinates else self.pipeline_classes[0]
 
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        return (TextLimit(self.text_length),)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a caption: the default of the pipeline's `encode_prompt`."""
+        return 256 if self.by_coordinates else 128
+
     def example_text(self, dtype: torch.dtype) -> Tensors:
-        length, width = 256 if self.by_coordinates else 128, self.transformer_config["caption_channels"]
+        length, width = self.text_length, self.transformer_config["caption_channels"]
         mask = torch.ones(length, dtype=torch.bool)
         return {"encoder_hidden_states": torch.zeros(length, width, dtype=dtype), "encoder_attention_mask": mask}
 
@@ -154,9 +163,14 @@ class LTXImageToVideo(LTXVideo):
     def unused_keys(self) -> dict[str, str]:
         return super().unused_keys() | {"vae.image_noise": "the condition is the clip's own first latent frame"}
 
+    @property
+    def given_frames(self) -> int:
+        return 1
+
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         given = torch.zeros(x0.shape[1:])
-        given[0] = 0.0 if sample.image_dropped else 1.0
+        # A single frame is an image to be made, as in Lightricks' trainer (_create_first_frame_conditioning_mask).
+        given[0] = 0.0 if sample.image_dropped or x0.shape[1] == 1 else 1.0
         return {"given": given, "x0": x0}
 
     def inputs(

@@ -18,6 +18,7 @@ from finetune.models.batch import Tensors
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike
+from finetune.models.text_limit import TextLimit
 from finetune.models.text_mask import MARK, TextMask, cut
 
 
@@ -39,6 +40,9 @@ class Mochi(Family):
 
     def normalise(self, z: Tensor) -> Tensor:
         return (z - self.mean) * self.scaling_factor / self.std
+
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        return (TextLimit(256),)  # the default of `encode_prompt`
 
     def example_text(self, dtype: torch.dtype) -> Tensors:
         width = self.transformer_config["text_embed_dim"]

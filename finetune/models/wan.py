@@ -27,7 +27,8 @@ from finetune.models.components import Expert
 from finetune.models.encoder import EncodedImage, Encoder, FileHash
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
-from finetune.models.sample import SampleLike, nearest_bucket
+from finetune.models.sample import SampleLike
+from finetune.models.text_limit import TextLimit
 from finetune.recipe import Bucket
 from finetune.recipe.schema import Data, ExpertName, Model, ObjectiveSettings, Vae
 from finetune.runtime.errors import Problem
@@ -103,6 +104,9 @@ class Wan(Family):
             caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH, device=device
         )
         return {"encoder_hidden_states": embeds}
+
+    def text_limits(self) -> tuple[TextLimit, ...]:
+        return (TextLimit(TEXT_LENGTH, content=_cleaned),)
 
     def example_text(self, dtype: torch.dtype) -> Tensors:
         return {"encoder_hidden_states": torch.zeros(TEXT_LENGTH, self.transformer_config["text_dim"], dtype=dtype)}
@@ -207,12 +211,10 @@ class WanImageToVideo(Wan):
     def unused_keys(self) -> dict[str, str]:
         return super().unused_keys() | {"vae.image_noise": "Wan's condition images have no noise"}
 
-    def bucket_problem(self, bucket: Bucket) -> str | None:
-        least = self.temporal + 1
-        if not self.last_image or bucket.frames >= least:
-            return super().bucket_problem(bucket)
-        nearest = nearest_bucket(bucket._replace(frames=least), self.temporal, self.spatial * self.patch)
-        return f"{self.title} between two images needs at least {least} frames; the nearest is {nearest}"
+    @property
+    def least_frames(self) -> int:
+        """In TI2V-5B, which is for text alone, too, a single frame is trained as one without an image."""
+        return 1 if self.timestep_of_tokens else self.temporal + 1
 
     # Encoding
 
@@ -270,11 +272,15 @@ class WanImageToVideo(Wan):
 
     # Training
 
+    @property
+    def given_frames(self) -> int:
+        return 1 if self.timestep_of_tokens else 0
+
     def condition(self, sample: SampleLike, x0: Tensor, settings: ObjectiveSettings) -> Tensors:
         kept = 0.0 if sample.image_dropped else 1.0  # without its image, a sample is text-to-video: nothing is given
         if self.timestep_of_tokens:
             given = torch.zeros(x0.shape[1:])
-            given[0] = kept
+            given[0] = kept if x0.shape[1] > 1 else 0.0  # a single frame is an image to be made
             return {"given": given, "image": self.normalise(sample.moments["mean"][:, :1].float())}
         frames = x0.shape[1]
         mask = torch.zeros(self.temporal, *x0.shape[1:])  # a channel for each video frame of a latent one
@@ -311,6 +317,15 @@ class WanImageToVideo(Wan):
         embeds = encoded["image_embeds"]["embeds"].to(device)
         processor = self.transformers_component("image_processor", device, embeds.dtype)
         return {"image_processor": processor, "image_encoder": EncodedImage(embeds)}
+
+
+def _cleaned(caption: str) -> str:
+    """A caption as the pipelines tokenize it."""
+    from diffusers.pipelines.wan.pipeline_wan import (
+        prompt_clean,
+    )  # with the text encoder's code, which training needs not
+
+    return prompt_clean(caption)
 
 
 def _is_5b(folder: ModelFolder) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import finetune
-from finetune.data.cache import content_hash, digest
+from finetune.data.cache import digest
+from finetune.data.file_facts import content_hash
 from finetune.models import code_of
 from finetune.models.family import Family
 from finetune.models.folder import INDEX
@@ -22,7 +23,11 @@ _WITHOUT_EFFECT = {
     "checkpoint": None,
     "distributed": None,
     "model": ("path", "revision"),  # the configs in the folder say what model it is
-    "data": ("path", "video_column", "caption_column", "id_token", "bad_clips", "cache", "workers"),
+    "data": (
+        *("path", "sources", "area", "frames", "bucket_count"),  # the buckets that are found are in `buckets`
+        *("video_column", "caption_column", "id_token", "window", "windows", "overlap", "background"),
+        *("bad_clips", "cache", "workers"),
+    ),
     "train": ("steps", "seed"),
     "optimizer": ("lr",),
     "memory": ("plan",),
@@ -50,7 +55,7 @@ def plan_file(recipe: Recipe, family: Family, arguments: list[str], device: str)
             values.pop(table, None)
         for key in keys or ():
             values.get(table, {}).pop(key, None)
-    prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])  # also those of validation.prompts_file
+    prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)  # also those of validation.prompts_file
     folder, package = family.folder.path, Path(finetune.__file__).parent
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
     sources = sorted({*package.rglob("*.py"), *code_of(family)})

@@ -36,7 +36,7 @@ from finetune.planning.plan import Phase, Plan
 from finetune.planning.timeline import Timeline, plot_timelines
 from finetune.planning.trace import Trace
 from finetune.planning.weightless import WeightlessFolder, ZeroWeights
-from finetune.preparation.encode import further_columns
+from finetune.preparation.columns import further_columns
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.recipe.rules import streams
@@ -293,7 +293,7 @@ def simulate_all(
     Args:
         picture: a PNG to draw the timeline of memory in.
     """
-    prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
+    prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
     with Simulation(recipe, family, hardware).running() as simulation:
         simulation.encoding(buckets)
         state = simulation.training(buckets, family.of_other_expert() if prompts else None)

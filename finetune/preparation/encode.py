@@ -3,9 +3,8 @@
 Ranks share the work, and nothing is encoded twice. A run that was killed continues where it stopped.
 """
 
-import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,32 +14,33 @@ import torch
 from torch import Tensor
 
 from finetune.data.cache import Cache, digest
+from finetune.data.decode import DECODER
 from finetune.data.images import is_address, missing_image
-from finetune.data.loader import Item
+from finetune.data.loader import Item, Variant
 from finetune.data.sources import (
     FRAMES,
+    Piece,
     Source,
     caption_source,
+    clip_sources,
     file_source,
     fitted_source,
-    frame_sources,
     image_source,
     no_image_source,
-    video_source,
 )
 from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
-from finetune.models.encoder import Encode, Encoder
+from finetune.models.encoder import Encoder
 from finetune.models.family import Family
-from finetune.preparation.inspect import InspectedClip, inspect_clips, refuse_or_skip, require, split_heldout
+from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
+from finetune.preparation.columns import further_columns, mask_encoder
+from finetune.preparation.fill import Encoding, fill
+from finetune.preparation.former import NOT_BEGUN, Begun, Names, former_names, keeps_former, renamed
+from finetune.preparation.inspect import Dataset, InspectedClip, inspect_data, refuse_or_skip, require, split_heldout
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.runtime.distributed import Runtime, host_threads
 from finetune.runtime.errors import Problem, UserError
-from finetune.tracking.progress import ProgressLine
-
-_ROUND = 4  # items that a rank encodes between two collectives, so that ranks wait little and errors show early
-_LABELS = {"text": "encoding captions", "video": "encoding clips", "image": "reading images"}
 
 
 @dataclass(frozen=True)
@@ -61,40 +61,46 @@ class PreparedPrompt:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains and validates on: items and prompts, and the cache that they are in."""
+    """What a run trains and validates on: items and prompts, and the cache that they are in.
+
+    `decoder` is the version of the decoder of clips, and `former` has the keys by which an earlier one named items.
+    """
 
     cache: Cache
     train: list[Item]
     heldout: list[Item]
     unconditional_key: str
     prompts: list[PreparedPrompt]
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """One item to encode, and the sources that its encoder takes. `note` says what it is made from, for people."""
-
-    kind: str
-    key: str
-    note: str
-    sources: tuple[Source, ...]
+    former: Names = field(default_factory=dict)
+    decoder: int = DECODER
 
 
 @dataclass(frozen=True)
 class _Encoders:
-    """A family's encoders by kind, and the digest of what their outputs depend on besides the clip."""
+    """A family's encoders by kind, and the digest of what their outputs depend on besides the clip.
+
+    `background` is seen where images are transparent.
+    """
 
     by_kind: dict[str, Encoder]
     fingerprints: dict[str, str]
+    background: str
 
-    def encoding(self, kind: str, sources: Mapping[str, Source], note: str) -> _Encoding:
+    def encoding(self, kind: str, sources: Mapping[str, Source], note: str) -> Encoding:
         """The item of a kind that is made of a clip's sources."""
         encoder = self.by_kind[kind]
         taken = tuple(sources[name] for name in encoder.sources)
-        identity = chain.from_iterable(source.fingerprint for source in taken)
-        return _Encoding(kind, digest(kind, encoder.variant, self.fingerprints[kind], *identity), note, taken)
 
-    def text(self, text: str) -> _Encoding:
+        def key(identities: Iterable[tuple]) -> str:
+            return digest(kind, encoder.variant, self.fingerprints[kind], *chain.from_iterable(identities))
+
+        now = key(source.fingerprint for source in taken)
+        former = None
+        if any(source.former for source in taken):
+            former = key(source.former or source.fingerprint for source in taken)
+        return Encoding(kind, now, note, taken, former)
+
+    def text(self, text: str) -> Encoding:
         """A caption or prompt by itself, without an image."""
         sources = {"caption": caption_source(text), **dict.fromkeys(FRAMES, no_image_source())}
         return self.encoding("text", sources, text)
@@ -104,74 +110,136 @@ class _Encoders:
         """Whether text is encoded with an image."""
         return not set(FRAMES).isdisjoint(self.by_kind["text"].sources)
 
-    def prompt(self, text: str, images: Sequence[Source]) -> dict[str, _Encoding]:
+    def prompt(self, text: str, images: Sequence[Source]) -> dict[str, Encoding]:
         """The items of a prompt and its images, by kind: of those that are made of no more."""
         sources = {"caption": caption_source(text), **dict(zip(FRAMES, images, strict=False))}
         made = {kind: each for kind, each in self.by_kind.items() if sources.keys() >= set(each.sources)}
         return {kind: self.encoding(kind, sources, text) for kind in made}
 
-    def encodings(self, entry: InspectedClip) -> dict[str, _Encoding]:
-        """The items of a clip, by kind."""
-        clip, fit = entry.clip, entry.fit
+    def encodings(self, entry: InspectedClip, start: int, caption: str) -> dict[str, Encoding]:
+        """The items of one piece of a clip with one of its captions, by kind.
+
+        Args:
+            start: the first frame of the piece, at the frame rate of training.
+        """
+        clip, piece = entry.clip, Piece(entry.fit.bucket, entry.fit.fps, start)
         sources = {
-            "video": video_source(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
-            "caption": caption_source(clip.caption),
-            **frame_sources(clip.path, entry.hash, entry.info, fit.bucket, fit.fps),
+            "caption": caption_source(caption),
+            **clip_sources(clip, entry.hash, entry.info, piece, self.background),
         }
-        for column, file_hash in entry.files.items():
-            sources[column] = file_source(clip.file(column), file_hash, fit.bucket, fit.fps)
-        notes = {kind: clip.caption if kind == "text" else str(clip.path) for kind in self.by_kind}
+        for column, found in entry.files.items():
+            sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece, self.background)
+        kinds = [
+            kind for kind, each in self.by_kind.items() if not each.optional or sources.keys() >= set(each.sources)
+        ]
+        notes = {kind: caption if kind == "text" else str(clip.path) for kind in kinds}
         return {kind: self.encoding(kind, sources, note) for kind, note in notes.items()}
 
+    def items(self, entry: InspectedClip, alone: bool) -> Iterator[tuple[Item, list[Encoding]]]:
+        """What a clip is trained as, each with all that is encoded for it.
 
-def prepare(recipe: Recipe, family: Family, runtime: Runtime) -> Prepared:
+        Args:
+            alone: whether captions are encoded without the clip's image, too.
+        """
+        clip, fit, starts = entry.clip, entry.fit, entry.windows.starts
+        for turns in [starts] if entry.windows.take_turns else [(start,) for start in starts]:
+            windows, work = [], []
+            for start in turns:
+                variants = []
+                for caption in clip.captions:
+                    made = self.encodings(entry, start, caption)
+                    by_itself = [self.text(caption)] if alone else []
+                    work += [*made.values(), *by_itself]
+                    keys = {kind: each.key for kind, each in made.items()}
+                    variants.append(Variant(caption, keys, by_itself[0].key if by_itself else None))
+                windows.append(tuple(variants))
+            yield Item(clip.path, fit.bucket, fit.fps, tuple(windows), clip.columns, entry.source), work
+
+
+def prepare(
+    recipe: Recipe,
+    family: Family,
+    runtime: Runtime,
+    cache: Cache | None = None,
+    begun: Begun = NOT_BEGUN,
+) -> Prepared:
     """Inspect the datasets and encode what the cache does not have yet. Collective; returns the same on every rank.
 
+    Args:
+        cache: another one than that of the recipe.
+        begun: the run's checkpoints, which may keep clips as an earlier version decoded them, or refuse others.
     Raises:
         UserError: lists everything that is wrong with the clips.
     """
-    cache = Cache(recipe.data.cache)
+    cache = cache or Cache(recipe.data.cache)
     with runtime.together():
         if runtime.is_main:
             cache.sweep()
     encoders = _open_encoders(recipe, family, cache, runtime)
-    columns = further_columns(encoders.by_kind.values())
-    usable = inspect_clips(recipe.data, recipe.data.path, cache, runtime, columns)
-    if named := recipe.validation.heldout:
-        split = usable, inspect_clips(recipe.data, named, cache, runtime, columns)
-    else:
-        split = split_heldout(usable, recipe)
-    work: list[_Encoding] = []
-    datasets: list[list[Item]] = []
+    dataset = inspect_data(recipe, cache, runtime, further_columns(encoders.by_kind.values()))
     drops_image = recipe.data.image_dropout > 0 and encoders.text_has_image
-    for part in split:
-        datasets.append([])
+    items: dict[int, list[Item]] = {}
+    work: list[Encoding] = []
+    for part, alone in ((dataset.train, drops_image), (dataset.heldout, False)):
         for entry in part:
-            made = encoders.encodings(entry)
-            work += made.values()
-            keys = {kind: each.key for kind, each in made.items()}
-            clip, fit = entry.clip, entry.fit
-            alone = encoders.text(clip.caption) if drops_image and part is split[0] else None
-            work += [alone] if alone else []
-            text_alone = alone.key if alone else None
-            datasets[-1].append(Item(clip.path, clip.caption, fit.bucket, fit.fps, keys, clip.columns, text_alone))
+            made = list(encoders.items(entry, alone))
+            items[id(entry)] = [item for item, _ in made]
+            work += [each for _, encodings in made for each in encodings]
+    trained = [item for entry in dataset.train for item in items[id(entry)]]
+    names, decoder = former_names(work), DECODER
+    if keeps_former(work, trained, family.columns, begun.earlier, cache, runtime):
+        items = {entry: [renamed(item, names) for item in its] for entry, its in items.items()}
+        work, names, decoder = [each for each in work if not each.former], {}, 1
     if recipe.data.caption_dropout:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
 
-    if unreadable := _encode(work, "image", lambda: _pixels, cache, runtime):
+    with runtime.together():
+        if runtime.is_main:
+            begun.check(cache, [item for entry in dataset.train for item in items[id(entry)]], names)
+            # Of texts that are new to the cache: other starts have said it.
+            new = {each.note for each in work if each.kind == "text" and not cache.path("text", each.key).exists()}
+            captions = [
+                *captions_of([*dataset.train, *dataset.heldout]),
+                *prompt_texts(each.prompt for each in prompts),
+            ]
+            say_cut_captions([each for each in captions if each[1] in new], family)
+    if unreadable := fill(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(list(chain.from_iterable(unreadable.values())))
     failed: dict[str, list[Problem]] = {}
     for kind, encoder in encoders.by_kind.items():
         on_cpu = kind == "text" and recipe.memory.text_encoder == "cpu"
         device = torch.device("cpu") if on_cpu else runtime.device.torch_device
         with host_threads(runtime, used=on_cpu):
-            failed |= _encode(work, kind, partial(encoder.load, device), cache, runtime)
+            failed |= fill(work, kind, partial(encoder.load, device), cache, runtime)
+    texts = [encoders.text("").key, *chain.from_iterable((*each.keys.values(), each.negative_key) for each in prompts)]
+    if needed := list(chain.from_iterable(failed[key] for key in dict.fromkeys(texts) if key in failed)):
+        raise UserError.of(needed)  # no clip can be left out for it: the training would miss it later
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
-    train, heldout = ([item for item in items if failed.keys().isdisjoint(item.all_keys)] for items in datasets)
-    require(train, recipe.data.path)
-    _refuse_shared(train, heldout)
-    return Prepared(cache, train, heldout, encoders.text("").key, prompts)
+    train, heldout = _without(failed.keys(), dataset, items, recipe)
+    return Prepared(cache, train, heldout, encoders.text("").key, prompts, names, decoder)
+
+
+def _without(
+    failed: Set[str], dataset: Dataset, items: Mapping[int, list[Item]], recipe: Recipe
+) -> tuple[list[Item], list[Item]]:
+    """What is trained on and what is held out, without clips of which an item has failed.
+
+    Args:
+        items: those of each clip, by the `id` of its entry in the dataset.
+    """
+
+    def sound(entries: Sequence[InspectedClip]) -> list[InspectedClip]:
+        return [entry for entry in entries if all(failed.isdisjoint(item.all_keys) for item in items[id(entry)])]
+
+    train, heldout = sound(dataset.train), sound(dataset.heldout)
+    require(train, recipe.data.datasets[0].path)
+    if recipe.validation.heldout:
+        require(heldout, recipe.validation.heldout)
+    elif recipe.validation.heldout_clips and not heldout:  # others take their place
+        train, heldout = split_heldout(train, recipe)
+    of_all = [[item for entry in part for item in items[id(entry)]] for part in (train, heldout)]
+    return of_all[0], of_all[1]
 
 
 def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtime) -> _Encoders:
@@ -189,43 +257,44 @@ def _open_encoders(recipe: Recipe, family: Family, cache: Cache, runtime: Runtim
                     *map(cache.file_hash, code_of(family)),
                 ]
             hashed = {each.kind: digest(*each.fingerprint(cache.file_hash), precision, *code) for each in listed}
-    return _Encoders({each.kind: each for each in listed}, runtime.from_main(hashed))
+    return _Encoders({each.kind: each for each in listed}, runtime.from_main(hashed), recipe.data.background)
 
 
 def encoders_of(family: Family, recipe: Recipe) -> tuple[Encoder, ...]:
-    """A family's encoders for a recipe. Raises UserError if their kinds are not as `Family.encoders` says."""
+    """A family's encoders for a recipe, and that of masks, unless the family reads masks itself.
+
+    Raises:
+        UserError: their kinds are not as `Family.encoders` says.
+    """
     encoders = family.encoders(DTYPES[recipe.train.precision], recipe.vae)
     kinds = [encoder.kind for encoder in encoders]
-    if len(set(kinds)) < len(kinds) or not {"text", "video"} <= set(kinds) or "image" in kinds:
+    if len(set(kinds)) < len(kinds) or not {"text", "video"} <= set(kinds) or not {"image", "mask"}.isdisjoint(kinds):
         raise UserError(
             f"{type(family).__name__}.encoders lists the kinds {', '.join(kinds)}",
-            'list "text" and "video", each kind once, and none called "image", which is that of prompts\' images',
+            'list "text" and "video", each kind once, and none called "image" or "mask": the kinds of prompts\' images, and of '
+            "masks that weigh the loss",
             "model.family",
         )
-    return encoders
-
-
-def further_columns(encoders: Iterable[Encoder]) -> list[str]:
-    """What encoders read besides video and caption: columns of the manifest."""
-    named = chain.from_iterable(encoder.sources for encoder in encoders)
-    return [name for name in dict.fromkeys(named) if name not in ("video", "caption", *FRAMES)]
+    if any("mask" in encoder.sources for encoder in encoders):
+        return encoders
+    return (*encoders, mask_encoder(family))
 
 
 def _prompts(
-    recipe: Recipe, family: Family, encoders: _Encoders, cache: Cache, runtime: Runtime, work: list[_Encoding]
+    recipe: Recipe, family: Family, encoders: _Encoders, cache: Cache, runtime: Runtime, work: list[Encoding]
 ) -> list[PreparedPrompt]:
     """The validation prompts. What has to be encoded for them is added to `work`. Collective."""
     with runtime.together():
-        wanted = validation_prompts(recipe.validation, recipe.data.buckets[0]) if runtime.is_main else []
+        wanted = validation_prompts(recipe.validation, recipe.data.sample_shape) if runtime.is_main else []
         contents = {image: _image_content(image, cache) for prompt in wanted for image in prompt.images}
     prompts = []
     wanted, contents = runtime.from_main((wanted, contents))
     for prompt in wanted:
-        sources = [image_source(image, contents[image]) for image in prompt.images]
+        sources = [image_source(image, contents[image], encoders.background) for image in prompt.images]
         shown = [fitted_source(source, family.condition_image, prompt.shape) for source in sources]
         made, negative = encoders.prompt(prompt.text, shown), encoders.text(prompt.negative)
         images = [
-            _Encoding("image", digest(*source.fingerprint), image, (source,))
+            Encoding("image", digest(*source.fingerprint), image, (source,))
             for image, source in zip(prompt.images, sources, strict=True)
         ]
         work += [*made.values(), negative, *images]
@@ -243,60 +312,3 @@ def _image_content(source: str, cache: Cache) -> str:
 
 def _pixels(image: np.ndarray) -> dict[str, Tensor]:
     return {"pixels": torch.from_numpy(image.copy())}
-
-
-def _refuse_shared(train: Sequence[Item], heldout: Sequence[Item]) -> None:
-    trained = {item.keys["video"] for item in train}
-    if both := [
-        Problem("this held-out clip is trained on, too", str(item.path))
-        for item in heldout
-        if item.keys["video"] in trained
-    ]:
-        raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
-
-
-def _not_finite(work: _Encoding) -> Problem:
-    return Problem(
-        f"what is encoded of it as {work.kind} holds NaN or infinities",
-        work.note,
-        'set train.precision = "float32" if it was encoded in bf16, else look at the clip and the encoder\'s weights',
-    )
-
-
-def _encode(
-    work: Sequence[_Encoding], kind: str, load: Callable[[], Encode], cache: Cache, runtime: Runtime
-) -> dict[str, list[Problem]]:
-    """Encode the items of one kind that the cache lacks. Returns the problems of those that cannot be, by key. Collective."""
-    wanted = {entry.key: entry for entry in work if entry.kind == kind}
-    with runtime.together():
-        missing = [key for key in wanted if not cache.has(kind, key)] if runtime.is_main else []
-    missing = runtime.from_main(missing)
-    if not missing:
-        return {}
-    mine = missing[runtime.rank :: runtime.world_size]  # also among ranks that will train on the same samples
-    problems: dict[str, list[Problem]] = {}
-    with runtime.together():
-        encode = load() if mine else None
-    rounds = -(-len(missing) // (runtime.world_size * _ROUND))
-    with ProgressLine(_LABELS.get(kind, f"encoding {kind}"), len(missing), enabled=runtime.is_main) as progress:
-        for turn in range(rounds):
-            found: dict[str, list[Problem]] = {}
-            with runtime.together():
-                for key in mine[turn * _ROUND : (turn + 1) * _ROUND]:
-                    assert encode is not None  # loaded, since this rank has items
-                    try:
-                        tensors = encode(*(source.read() for source in wanted[key].sources))
-                    except UserError as error:
-                        found[key] = list(error.problems)
-                        continue
-                    if any(not bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-                        found[key] = [_not_finite(wanted[key])]
-                        continue
-                    cache.write(kind, key, tensors, wanted[key].note)
-            for share in runtime.gather(found):
-                problems |= share
-            progress.update(min(len(missing), (turn + 1) * _ROUND * runtime.world_size), "")
-    del encode
-    gc.collect()
-    runtime.device.empty_cache()
-    return problems

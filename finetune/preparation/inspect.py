@@ -1,27 +1,35 @@
-"""Inspects a dataset: every clip is assigned a bucket, or refused with a reason. Nothing is encoded yet."""
+"""Inspects the datasets of a recipe: every clip is assigned a bucket, or refused with a reason. Nothing is encoded yet."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from finetune.data import decode
 from finetune.data.buckets import BucketFit, fit_to_bucket
-from finetune.data.cache import Cache, content_hash, digest
+from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
-from finetune.data.manifest import read_manifest
+from finetune.data.column_files import PICTURES
+from finetune.data.formats.listing import file_fault
+from finetune.data.manifest import describe_unused, read_manifest
+from finetune.data.windows import Windows, windows_of
+from finetune.preparation.columns import check_pictures, optional_columns, say_columns
+from finetune.preparation.facts import read_facts, uses_of
 from finetune.recipe import Recipe
-from finetune.recipe.schema import Data
+from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import LostPeer, Problem, UserError
 from finetune.runtime.logging import say
+
+_NAMED = 3  # files that a line names of many
 
 
 class InspectedClip(NamedTuple):
-    """A clip that can be trained on, with the hash of its file, its size and duration, and its bucket.
+    """A clip that can be trained on, with the hash of its file, its size and duration, its bucket, and its pieces.
 
-    `files` has the hash of each further file that the manifest names for it, by column.
+    `files` has the hash of each further file that the manifest names for it, by column; `pictures` the size and length of those
+    that are masks, control or reference videos or images; `source` is the number of its dataset.
     """
 
     clip: Clip
@@ -29,57 +37,119 @@ class InspectedClip(NamedTuple):
     info: decode.VideoInfo
     fit: BucketFit
     files: Mapping[str, str]
+    pictures: Mapping[str, decode.VideoInfo]
+    windows: Windows = Windows((0,))
+    source: int = 0
+
+    @property
+    def resampled(self) -> decode.Resampling:
+        """Frames that are shown again and left out, over all of its pieces."""
+        if self.clip.is_image:
+            return decode.Resampling(0, 0)
+        count, fps = self.fit.bucket.frames, self.fit.fps
+        each = [self.info.resampled(fps, count, start / fps) for start in self.windows.starts]
+        return decode.Resampling(*map(sum, zip(*each, strict=True)))
 
 
-def inspect_clips(
-    data: Data, path: Path, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()
-) -> list[InspectedClip]:
-    """Inspect a dataset. Ranks share the reading of files. Collective; returns the same on every rank.
+@dataclass(frozen=True)
+class Inspection:
+    """What was found of a dataset.
+
+    Attributes:
+        path: its folder or manifest.
+        clips: those that can be trained on.
+        problems: why others cannot.
+        unused: files of the dataset's folder that are no clips, each with the reason.
+        unreadable: why nothing of it can be read, which no policy skips.
+    """
+
+    path: Path
+    clips: list[InspectedClip] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    unused: list[Problem] = field(default_factory=list)
+    unreadable: list[Problem] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The clips to train on and those held out, with all that was found of them."""
+
+    train: list[InspectedClip]
+    heldout: list[InspectedClip]
+    inspected: Sequence[Inspection]
+
+
+def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> Dataset:
+    """Inspect every dataset of a recipe. Ranks share the reading of files. Collective; returns the same on every rank.
 
     Args:
-        path: `data.path`, or another dataset read by the same rules.
         columns: columns of the manifest with further files that every clip must have.
     Raises:
-        UserError: lists clips that cannot be used, unless data.bad_clips is "skip"; or no clip is left.
+        UserError: lists clips that cannot be used, unless data.bad_clips is "skip"; or no clip is left, or a clip is trained
+            on and held out.
     """
-    with runtime.together():
-        clips = read_manifest(path, data.video_column, data.caption_column, data.id_token)
-        videos = {clip.path for clip in clips}
-        paths = sorted(videos | _further_files(clips, columns))
-        # All ranks share this work, also those that will train on the same samples.
-        mine = {file: _inspect(file, cache, file in videos) for file in paths[runtime.rank :: runtime.world_size]}
-    facts: dict[Path, dict | UserError] = {}
-    for share in runtime.gather(mine):
-        facts |= share
-    cache.files.entries |= {str(p.resolve()): entry for p, entry in facts.items() if isinstance(entry, dict)}
-    with runtime.together():
-        if runtime.is_main:
-            cache.files.save()
+    return accept(recipe, inspect_datasets(recipe, cache, runtime, columns), columns)
 
-    usable: list[InspectedClip] = []
-    problems: list[Problem] = []
+
+def inspect_datasets(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> list[Inspection]:
+    """Inspect every dataset of a recipe, held-out clips last, whatever is wrong with them; see `inspect_data`."""
+    data, seed, named = recipe.data, recipe.train.seed, recipe.validation.heldout
+    sources = [(number, source) for number, source in enumerate(data.datasets) if source.repeats]
+    held = [(0, DataSource(path=named))] if named else []
+    found = []
+    for number, source in (*sources, *held):
+        try:
+            found.append(inspect_dataset(data, source, number, seed, cache, runtime, columns))
+        except LostPeer:
+            raise
+        except UserError as error:  # the same on every rank
+            found.append(Inspection(source.path, unreadable=list(error.problems)))
+    return found
+
+
+def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[str] = ()) -> Dataset:
+    """The clips to train on and those held out. Raises UserError as `inspect_data` does."""
+    if unreadable := [problem for each in inspected for problem in each.unreadable]:
+        raise UserError.of(list(dict.fromkeys(unreadable)))
+    refuse_or_skip([problem for each in inspected for problem in each.problems], recipe.data.bad_clips, "used")
+    for each in inspected:
+        require(each.clips, each.path)
+        _report(each.path, each)
+        say_columns(each.path, [entry.clip for entry in each.clips], columns)
+    if recipe.validation.heldout:
+        *sources, held = inspected
+        split = ([clip for each in sources for clip in each.clips], held.clips)
+    else:
+        split = split_heldout([clip for each in inspected for clip in each.clips], recipe)
+    _refuse_shared(*split)
+    return Dataset(*split, inspected)
+
+
+def inspect_dataset(
+    data: Data, source: DataSource, number: int, seed: int, cache: Cache, runtime: Runtime, columns: Sequence[str]
+) -> Inspection:
+    """Inspect one dataset. Collective; returns the same on every rank."""
+    with runtime.together():
+        manifest = read_manifest(source.path, **data.reading(source))
+        clips, problems = _with_files(manifest.clips, columns)
+        read = [*columns, *optional_columns(columns)]
+        uses = uses_of(clips, read, PICTURES)
+    facts = read_facts(uses, cache, runtime)
+
+    result = Inspection(source.path, problems=[*manifest.problems, *problems], unused=list(manifest.unused))
     for clip in clips:
         try:
-            entry = _known(facts, clip.path)
-            info = decode.VideoInfo.of(entry)
-            assert info  # as _inspect has made sure
-            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path))
-            files = {column: _known(facts, clip.file(column))["hash"] for column in columns}
-            usable.append(InspectedClip(clip, entry["hash"], info, fit, files))
+            info, content = facts.info(clip.path), facts.hash(clip.path)
+            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image, data.area is not None)
+            windows = windows_of(fit, data, seed, content)
+            named = {column: clip.file(column) for column in read if column in clip.columns}
+            shown = {column: facts.info(file) for column, file in named.items() if column in PICTURES}
+            check_pictures(clip, info, fit, shown, max(windows.starts) + fit.bucket.frames)
+            files = {column: facts.hash(file) for column, file in named.items()}
+            result.clips.append(InspectedClip(clip, content, info, fit, files, shown, windows, number))
         except UserError as error:
-            problems += error.problems
-    refuse_or_skip(problems, data.bad_clips, "used")
-    require(usable, path)
-    _report(path, usable)
-    return usable
-
-
-def _known(facts: Mapping[Path, dict | UserError], file: Path) -> dict:
-    """What is known of a file. Raises the UserError that its inspection has ended with."""
-    found = facts[file]
-    if isinstance(found, UserError):
-        raise found
-    return found
+            result.problems.extend(error.problems)
+    return result
 
 
 def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list[InspectedClip], list[InspectedClip]]:
@@ -88,19 +158,27 @@ def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list
     Raises:
         UserError: nothing would be left to train on.
     """
-    count, seed = recipe.validation.heldout_clips, recipe.train.seed
-    hashes = sorted({entry.hash for entry in usable}, key=lambda content: digest("heldout", seed, content))
-    if count and count >= len(hashes):
+    count, out, contents = (
+        recipe.validation.heldout_clips,
+        heldout_hashes(usable, recipe),
+        {each.hash for each in usable},
+    )
+    if count and count >= len(contents):
         raise UserError(
-            f"{count} of {len(hashes)} clips would be held out, and none trained on",
-            f"set it to at most {len(hashes) - 1}",
+            f"{count} of {len(contents)} clips would be held out, and none trained on",
+            f"set it to at most {len(contents) - 1}",
             "validation.heldout_clips",
         )
-    out = set(hashes[:count])
     held = [entry for entry in usable if entry.hash in out]
     if held:
         say(f"held out: {', '.join(str(entry.clip.path) for entry in held)}")
     return [entry for entry in usable if entry.hash not in out], held
+
+
+def heldout_hashes(usable: Iterable[InspectedClip], recipe: Recipe) -> set[str]:
+    """The files, by content, that `validation.heldout_clips` takes out of the clips to train on."""
+    hashes = sorted({entry.hash for entry in usable}, key=lambda each: digest("heldout", recipe.train.seed, each))
+    return set(hashes[: recipe.validation.heldout_clips])
 
 
 def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> None:
@@ -119,40 +197,73 @@ def require(found: Sequence, path: Path) -> None:
         raise UserError("not one usable clip is left", "add clips that can be decoded and fill a bucket", str(path))
 
 
-def _further_files(clips: Sequence[Clip], columns: Sequence[str]) -> set[Path]:
-    """The files that clips name in columns. Raises UserError for those that are not there."""
-    problems: list[Problem] = []
-    for clip, column in ((clip, column) for clip in clips for column in columns):
-        if column not in clip.columns:
-            cure = f"add a column {column!r} with the path of its file"
-            problems.append(Problem(f"the clip has no {column!r}, which this model is trained on", clip.where, cure))
-        elif not clip.file(column).is_file():
-            problems.append(Problem("no such file", f"{clip.file(column)} (from {clip.where})", "mend the path"))
-    if problems:
-        raise UserError.of(problems)
-    return {clip.file(column) for clip in clips for column in columns}
+def _refuse_shared(train: Sequence[InspectedClip], heldout: Sequence[InspectedClip]) -> None:
+    trained = {entry.hash: entry.clip.path for entry in train}
+    if both := [
+        Problem(f"this held-out clip is trained on, too, as {trained[entry.hash]}", str(entry.clip.path))
+        for entry in heldout
+        if entry.hash in trained
+    ]:
+        raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
 
 
-def _inspect(file: Path, cache: Cache, is_video: bool) -> dict | UserError:
-    """A file's hash, and the `VideoInfo` fields of a video, remembered as long as the file does not change.
-
-    Returns what is wrong with a file that is no video it can be trained on.
-    """
-    try:
-        known = cache.files.get(file)
-        if known is None or (is_video and decode.VideoInfo.of(known) is None):
-            facts = asdict(decode.probe(file)) if is_video else {}
-            known = cache.files.put(file, hash=content_hash(file), **facts)
-        return known
-    except UserError as error:
-        return error
+def _with_files(clips: Sequence[Clip], columns: Sequence[str]) -> tuple[list[Clip], list[Problem]]:
+    """The clips that name a file in each of the columns, and no missing one in an optional one; what is wrong with the others."""
+    whole, problems = [], []
+    for clip in clips:
+        named = [*columns, *(column for column in optional_columns(columns) if column in clip.columns)]
+        lacking = [problem for column in named if (problem := _lacks(clip, column))]
+        problems += lacking
+        whole += [] if lacking else [clip]
+    return whole, problems
 
 
-def _report(path: Path, usable: Sequence[InspectedClip]) -> None:
-    """Say in one line how many clips each bucket has, and how many are trimmed, cropped and enlarged."""
-    buckets = Counter(str(entry.fit.bucket) for entry in usable)
-    trimmed = sum(entry.fit.trimmed > 0 for entry in usable)
-    cropped = sum(entry.fit.cropped > 0.02 for entry in usable)
-    enlarged = sum(entry.fit.enlarged > 1.0 for entry in usable)
+def _lacks(clip: Clip, column: str) -> Problem | None:
+    if column not in clip.columns:
+        cure = f"add a column {column!r} with the path of its file"
+        return Problem(f"the clip has no {column!r}, which this model is trained on", clip.where, cure)
+    fault = file_fault(clip.file(column))
+    return Problem(fault[0], f"{clip.file(column)} (from {clip.where})", fault[1]) if fault else None
+
+
+def _report(path: Path, found: Inspection) -> None:
+    """Say in a line each how many clips every bucket has and what is lost of them, which are copies, and which files are unused."""
+    clips = found.clips
+    buckets = Counter(str(entry.fit.bucket) for entry in clips)
+    trimmed = sum(entry.windows.unused(entry.fit) > 0 for entry in clips)
+    cropped = sum(entry.fit.cropped > 0.02 for entry in clips)
+    enlarged = sum(entry.fit.enlarged > 1.0 for entry in clips)
     shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
-    say(f"{path}: {len(usable)} clips, {shapes}; {trimmed} trimmed at the end, {cropped} cropped, {enlarged} enlarged")
+    where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
+    say(f"{path}: {len(clips)} clips, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
+    for line in (*_altered(clips, path), *_copies(clips, path), *describe_unused(found.unused, path)):
+        say(line)
+
+
+def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """What is done to the pictures of how many clips, and how many frames are shown again or left out for the frame rate."""
+    changes = Counter(change for entry in clips for change in entry.info.changes)
+    if changes:
+        yield f"{path}: {', '.join(f'{count} {change}' for change, count in sorted(changes.items()))}"
+    found = [each for entry in clips if any(each := entry.resampled)]
+    if found:
+        repeated, left_out = (sum(counts) for counts in zip(*found, strict=True))
+        yield f"{path}: {len(found)} clips have another frame rate: {repeated} frames shown again, {left_out} left out"
+
+
+def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """How many clips are the same file, byte for byte, as another."""
+    same: dict[str, list[Path]] = defaultdict(list)
+    for entry in clips:
+        if entry.clip.path not in same[entry.hash]:
+            same[entry.hash].append(entry.clip.path)
+    copies = [paths for paths in same.values() if len(paths) > 1]
+    if copies:
+        count = sum(len(paths) - 1 for paths in copies)
+        are = "s are copies" if count > 1 else " is a copy"
+        yield f"{path}: {count} clip{are} of others, byte for byte: {_some([' = '.join(map(str, paths)) for paths in copies])}"
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -3,7 +3,7 @@
 import difflib
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from finetune.recipe.schema import Recipe, free_keys
 from finetune.recipe.table import tables_of
+from finetune.recipe.text import read_utf8
 from finetune.runtime.errors import Problem, UserError
 
 RECIPE_FILE = "recipe.toml"  # in a run's folder: the effective recipe
@@ -32,16 +33,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_utf8(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.5)
         cure = f"did you mean {path.parent / near[0]}?" if near else "give --recipe the path of a .toml file"
         raise UserError("no such recipe", cure, str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot be read as a recipe ({error})", "give --recipe a TOML text file", str(path)) from None
     try:
         values = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # TOMLDecodeError, numbers of too many digits, arrays nested too deeply
         raise UserError(f"not valid TOML: {error}", "mend the line; strings need quotes", str(path)) from None
 
     lines = _key_lines(text)
@@ -72,18 +76,31 @@ def flat_values(recipe: Recipe) -> dict[str, Any]:
 
 def changes(ours: Recipe, other: Recipe) -> list[str]:
     """Every key whose value differs, as text with both values."""
-    return [text for _, text in _changes(ours, other)]
+    return [text for _, text in _changes(flat_values(ours), flat_values(other))]
 
 
 def differences(ours: Recipe, other: Recipe) -> list[str]:
     """The changes that would make it another training, and so must not happen when a run is resumed."""
-    free = free_keys()
+    free = free_keys(type(ours))
     is_free = lambda key: any(key == name or key.startswith(name + ".") for name in free)  # noqa: E731
-    return [text for key, text in _changes(ours, other) if not is_free(key)]
+    left, right = (
+        {key: _fixed(key, value, free) for key, value in flat_values(each).items()} for each in (ours, other)
+    )
+    if not (ours.data.buckets and other.data.buckets):  # one has yet to find them: `data.area` says as much
+        left["data.buckets"] = right["data.buckets"] = None
+    return [text for key, text in _changes(left, right) if not is_free(key)]
 
 
-def _changes(ours: Recipe, other: Recipe) -> Iterator[tuple[str, str]]:
-    left, right = flat_values(ours), flat_values(other)
+def _fixed(key: str, value: Any, free: Collection[str]) -> Any:
+    """A value without what may change in it: the free keys of the tables in a list."""
+    if not isinstance(value, list):
+        return value
+    fixed = lambda table: {name: inner for name, inner in table.items() if f"{key}.{name}" not in free}  # noqa: E731
+    return [fixed(each) if isinstance(each, dict) else each for each in value]
+
+
+def _changes(left: dict[str, Any], right: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys whose values differ, of recipes as `table.key` -> value, and text with both values."""
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key):
             yield key, f"{key} = {right.get(key, 'unset')!r} there, {left.get(key, 'unset')!r} here"

@@ -9,7 +9,9 @@ import tomli
 from pydantic import ValidationError
 
 from finetune.recipe.bucket import Bucket
-from finetune.recipe.schema import BucketText, Prompt, Validation, split_prompts
+from finetune.recipe.schema import Prompt, Validation, split_prompts
+from finetune.recipe.text import load_json, read_utf8
+from finetune.recipe.values import BucketText
 from finetune.runtime.errors import Problem, UserError
 
 # finetrainers' names in a JSON file of validation prompts
@@ -57,18 +59,20 @@ def read_prompts(path: Path) -> list[Prompt]:
         UserError: the file is missing, has no prompts, or an entry is wrong.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        entries = _READERS[path.suffix.lower()](text)
+        entries = _READERS[path.suffix.lower()](read_utf8(path))
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", "mend validation.prompts_file", str(path)) from None
     except KeyError:
         raise UserError("unknown kind of file", f"use one of {', '.join(_READERS)}", str(path)) from None
-    except (ValueError, TypeError) as error:  # from reading JSON, TOML or UTF-8
+    except (ValueError, TypeError, RecursionError) as error:  # from reading JSON, TOML or UTF-8
         raise UserError(f"cannot be read ({error})", "mend the file", str(path)) from None
     prompts, problems = [], []
     for number, entry in enumerate(entries, 1):
         try:
-            prompts.append(Prompt.model_validate(_renamed(entry)))
+            prompts.append(_encodable(Prompt.model_validate(_renamed(entry))))
+        except UnicodeEncodeError:
+            what, cure = "has half a character (a lone \\ud... in JSON)", "write the character itself, or both halves"
+            problems.append(Problem(what, f"{path}, prompt {number}", cure))
         except ValidationError as error:
             for detail in error.errors():
                 problems.append(_problem(detail, f"{path}, prompt {number}"))
@@ -77,6 +81,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise UserError("there is no prompt in it", "add one, or remove validation.prompts_file", str(path))
     return prompts
+
+
+def _encodable(prompt: Prompt) -> Prompt:
+    """The prompt itself. Raises UnicodeEncodeError for text that no tokenizer takes."""
+    prompt.text.encode()
+    (prompt.negative or "").encode()
+    return prompt
 
 
 def _problem(detail: Any, where: str) -> Problem:
@@ -112,7 +123,7 @@ def _entries(value: Any) -> list[Any]:
 
 def _json_line(number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return load_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {number}: {error.msg}, at character {error.pos + 1}") from None
 
@@ -121,7 +132,7 @@ _READERS = {
     ".txt": lambda text: [
         entry for line in text.split("\n") if not line.startswith("#") for entry in split_prompts(line.strip())
     ],
-    ".json": lambda text: _entries(json.loads(text)),
+    ".json": lambda text: _entries(load_json(text)),
     ".jsonl": lambda text: [
         _json_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
     ],

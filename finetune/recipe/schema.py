@@ -7,25 +7,12 @@ because it would continue a different training under the same name.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from finetune.recipe.bucket import Bucket
+from finetune.recipe.data import Data
 from finetune.recipe.optimizers import AdamW, AnyOptimizer
 from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
-
-
-def _path(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
-
-
-PathText = Annotated[Path, BeforeValidator(_path), PlainSerializer(str), WithJsonSchema({"type": "string"})]
-BucketText = Annotated[
-    Bucket,
-    BeforeValidator(Bucket.parse),
-    PlainSerializer(str),
-    WithJsonSchema({"type": "string", "pattern": r"^\d+x\d+x\d+$"}),
-]
-
+from finetune.recipe.values import BucketText, PathText
 
 AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
 
@@ -52,40 +39,14 @@ _RANGE_SCHEMA = {
 class Model(Table):
     family: str
     """Which model family: see `python -m finetune families`; or one of your own, as "package.module:Class"."""
-    path: str
-    """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json)."""
-    revision: str = "main"
+    path: str = Free(...)
+    """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json). A run is resumed wherever the model lies: its
+    weights are known by their content."""
+    revision: str = Free("main")
     """Branch, tag or commit on the Hub; without meaning for a folder."""
     experts: Annotated[list[ExpertName], Field(min_length=1)] | None = None
     """Which transformers of a checkpoint with two (Wan 2.2 A14B) are trained, one after the other, each in a folder of its own
     in `output`: "high" is for high noise, "low" for low; unset: both."""
-
-
-class Data(Table):
-    path: PathText
-    """A folder of videos with side-car .txt captions, a folder with prompts.txt and videos.txt, or a .csv, .json or .jsonl file."""
-    buckets: Annotated[list[BucketText], Field(min_length=1)]
-    """Training shapes, frames x height x width, like ["49x512x768"]. Each clip goes to the one that fits it best."""
-    video_column: str = "video"
-    """Column (or text file of a folder, less its .txt) that holds the videos' paths."""
-    caption_column: str = "caption"
-    """Column (or text file of a folder, less its .txt) that holds the captions."""
-    id_token: str = ""
-    """A trigger word, put in front of every caption."""
-    fps: Annotated[float, Field(gt=0)] | None = None
-    """Resample clips to this frame rate; unset: every clip keeps its own."""
-    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Probability that a sample is trained with the family's unconditional prompt, for classifier-free guidance."""
-    image_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Probability that an image-to-video sample is trained without its condition image."""
-    last_image: bool | None = None
-    """Image-to-video between two images: each clip's last frame is a condition, too; unset: as the checkpoint was made for."""
-    bad_clips: Literal["refuse", "skip"] = Free("refuse")
-    """What to do with clips that cannot be decoded or fill no bucket: end with a list of them, or go on without."""
-    cache: PathText = Free(Path("cache"))
-    """Folder of encoded clips and captions. Content-addressed, so runs share it."""
-    workers: Annotated[int, Field(ge=0)] = Free(2)
-    """Loader processes per rank; 0 loads in the training process."""
 
 
 class Vae(Table):
@@ -254,7 +215,7 @@ class Prompt(Table):
     text: str
     """What to generate."""
     shape: BucketText | None = None
-    """Frames x height x width; unset: the recipe's first bucket."""
+    """Frames x height x width; unset: the recipe's first bucket of several frames."""
     negative: str = ""
     """Negative prompt."""
     count: Annotated[int, Field(ge=1)] = 1

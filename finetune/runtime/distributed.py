@@ -48,6 +48,7 @@ class Runtime:
     local_world_size: int = 1  # processes on this host
     context_size: int = 1  # ranks that share each sample
     watch: Watch | None = None  # what the ranks do, if this process has peers
+    store: dist.Store | None = None  # what the process group was made with; each restart has its own
 
     @property
     def is_main(self) -> bool:
@@ -169,7 +170,8 @@ def start(timeout_seconds: float, on_cpu: bool = False) -> Runtime:
     backend = "gloo" if device.is_cpu else f"cpu:gloo,{device.kind}:{dist.get_default_backend_for_device(device.kind)}"
     timeout = timedelta(seconds=timeout_seconds)
     if not has_peers:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+        store: dist.Store = dist.HashStore()
+        dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
     else:
         # torchrun's store outlives a restart (--max_restarts), with the addresses of processes that are gone.
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -183,7 +185,7 @@ def start(timeout_seconds: float, on_cpu: bool = False) -> Runtime:
         # NCCL takes its memory with the first collective: before what is free is read.
         dist.all_reduce(torch.zeros((), device=device.torch_device))
     watch = Watch(rank, world_size, str(restarts()), timeout_seconds) if world_size > 1 else None
-    return Runtime(rank, local_rank, world_size, device, control, local_world_size, watch=watch)
+    return Runtime(rank, local_rank, world_size, device, control, local_world_size, watch=watch, store=store)
 
 
 def restarts() -> int:

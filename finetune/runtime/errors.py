@@ -1,7 +1,23 @@
 """Errors that a user can fix: what is wrong, where, and what to do instead. Imports no torch."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+_HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and line feed, what reverses the direction of text, and lone surrogates."""
+
+
+def harmless(text: str) -> str:
+    """Text as it may be printed on a terminal: escape codes and bytes that are not UTF-8 are spelled out, like \\x1b."""
+    return _HARMFUL.sub(_spelled, text)
+
+
+def _spelled(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 @dataclass(frozen=True)
@@ -13,8 +29,9 @@ class Problem:
     cure: str = ""
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{head}\n    -> {self.cure}" if self.cure else head
+        where = self.where.replace("\n", "\\n")  # in a file's name
+        head = f"{where}: {self.what}" if where else self.what
+        return harmless(f"{head}\n    -> {self.cure}" if self.cure else head)
 
 
 class UserError(Exception):
@@ -31,7 +48,7 @@ class UserError(Exception):
         error.problems = tuple(problems)
         lines = [str(problem) for problem in problems]
         if len(problems) > 1:
-            lines.insert(0, title or f"{len(problems)} problems:")
+            lines.insert(0, harmless(title) or f"{len(problems)} problems:")
         error.args = ("\n".join(lines),)
         return error
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
@@ -29,6 +30,7 @@ _REFUSALS = {
         "name a folder on another file system, or look at `ulimit -f`",
     ),
 }
+PARTIAL = ".partial-"
 _KEPT_OF_NAME = 40  # characters of a file's name in the name of its partial file, which may have 255 bytes
 
 
@@ -40,7 +42,7 @@ def atomic(path: Path) -> Iterator[Path]:
         UserError: the disk is full or the folder cannot be written.
     """
     end = path.name[-_KEPT_OF_NAME:]  # with the suffix, by which libraries choose a format
-    partial = path.parent / f".partial-{socket.gethostname()}-{os.getpid()}~{end}"
+    partial = path.parent / f"{PARTIAL}{_process_table()}-{os.getpid()}~{end}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -53,6 +55,36 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def is_abandoned(partial: Path) -> bool:
+    """Whether the process that writes a partial file of `atomic` is known to be dead.
+
+    Of processes on other hosts and in other containers nothing is known, whatever their host's name is.
+    """
+    table, _, process = partial.name.removeprefix(PARTIAL).split("~")[0].rpartition("-")
+    if table != _process_table() or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # of another user, say
+        pass
+    return False
+
+
+def _process_table() -> str:
+    """Names the processes among which a process id means one and the same: those of a running kernel and a PID namespace of it.
+
+    Not the host's name: containers may share one.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        text = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # a sandbox: nothing can be said of its processes
+        text = os.urandom(16).hex()
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune.runtime.errors import LostPeer, UserError
+from finetune.runtime.errors import LostPeer, UserError, harmless
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
@@ -70,9 +70,13 @@ def say(message: str) -> None:
 
 
 def _show(message: str, style: str | None = None) -> None:
-    """Print a line. A log that cannot be written, on a full disk say, ends no training."""
+    """Print a line; what a terminal would obey, or cannot show, is spelled out.
+
+    A log that cannot be written, on a full disk say, ends no training.
+    """
+    shown = harmless(message).encode(console.encoding, "backslashreplace").decode(console.encoding)
     with suppress(OSError):
-        console.print(message, markup=False, style=style)
+        console.print(shown, markup=False, style=style)
 
 
 def print_error(error: UserError) -> None:

@@ -11,3 +11,11 @@ def parse_bytes(text: str) -> int:
     if unit not in units or not 0 < float(number) < 1e18:
         raise ValueError(f"{text!r} is no amount of memory; write 24GiB, or 24GB")
     return int(float(number) * units[unit])
+
+
+def in_words(size: int) -> str:
+    """Bytes as people read them: "1.5 GiB", "12.0 MiB", "3.2 KiB"."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1024:.1f} KiB"

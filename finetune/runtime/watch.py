@@ -84,6 +84,11 @@ class Watch:
         if self._thread:
             self._thread.join(timeout=_ANSWER.total_seconds())
 
+    @property
+    def sees_others(self) -> bool:
+        """Whether this rank can read what the others note."""
+        return self._store is not None
+
     def lost(self) -> dict[int, Line | None]:
         """The ranks that note nothing any more, with their last lines; None of a rank that never noted any. Takes some seconds."""
         if self._store is None:
@@ -125,7 +130,7 @@ class Watch:
             except (RuntimeError, OSError):
                 return  # the store has ended, and with it the run
             is_stuck = line.seconds > self.limit_seconds and self._now[1] == since and since != told
-            if is_stuck and (is_limited or self._is_in_vain()):
+            if is_stuck and (is_limited or self.is_in_vain()):
                 told = since  # in a thread of its own: a rank that writes no lines is taken for lost
                 threading.Thread(target=self._leave, args=(line, since), name="watch-leave", daemon=True).start()
             self._ended.wait(_REST)
@@ -135,8 +140,8 @@ class Watch:
             with suppress(RuntimeError, OSError):
                 self._store.set(key, json.dumps(vars(Line(DONE, host, "done", 0.0))))
 
-    def _is_in_vain(self) -> bool:
-        """Whether a rank has noted nothing for a quarter of `limit_seconds`. Called with each line of a rank that may wait for it.
+    def is_in_vain(self) -> bool:
+        """Whether a rank has noted nothing for a quarter of `limit_seconds`. Called again and again by a rank that may wait for it.
 
         The peers are lost then, also in what has no limit of its own: a checkpoint on a slow disk, or the end of this process,
         which joins the thread that writes one.

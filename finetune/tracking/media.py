@@ -1,4 +1,4 @@
-"""Writes generated videos as mp4 files and as a contact sheet of their frames."""
+"""Writes generated videos as mp4 files, single frames as PNG files, and all of them as a contact sheet."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -11,11 +11,24 @@ from PIL import Image, ImageDraw, ImageFont
 from finetune.runtime.files import atomic
 
 
-def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
-    """Encode uint8 RGB frames (F, H, W, 3) as H.264 in mp4. Odd sides lose their last row or column, as H.264 needs even ones.
+def suffix_of(frames: np.ndarray) -> str:
+    """The suffix of the file that frames (F, H, W, 3) are written to."""
+    return ".png" if len(frames) == 1 else ".mp4"
 
-    Raises UserError if the file cannot be written.
+
+def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
+    """Encode uint8 RGB frames (F, H, W, 3) as H.264 in mp4, or a single frame as PNG, if the path says so.
+
+    Odd sides of an mp4 lose their last row or column, as H.264 needs even ones.
+
+    Raises:
+        UserError: the file cannot be written.
     """
+    if path.suffix == ".png":
+        (frame,) = frames
+        with atomic(path) as partial:
+            Image.fromarray(frame).save(partial, "PNG")
+        return
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
     with atomic(path) as partial, av.open(str(partial), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
@@ -26,8 +39,8 @@ def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
 
 
 def strip(frames: np.ndarray, columns: int = 6, height: int = 128) -> np.ndarray:
-    """Pick `columns` evenly spaced frames of a video, uint8 (F, H, W, 3), and scale them to `height` pixels."""
-    picked = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
+    """Pick `columns` evenly spaced frames of a video, uint8 (F, H, W, 3), or all if it has fewer; scaled to `height` pixels."""
+    picked = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)]
     width = round(height * frames.shape[2] / frames.shape[1])
     return np.stack([np.asarray(Image.fromarray(frame).resize((width, height))) for frame in picked])
 

@@ -34,7 +34,7 @@ class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
-        """Log generated videos as (label, mp4 file), and a PNG that shows all of them."""
+        """Log generated videos as (label, mp4 file; PNG of a single frame), and a PNG that shows all of them."""
 
     def close(self, failed: bool) -> None:
         """End the record of a run, which has failed or is done."""
@@ -227,8 +227,11 @@ class WandB:
     def log_videos(self, step: int, videos: Sequence[tuple[str, Path]], sheet: Path) -> None:
         import wandb
 
-        files = [wandb.Video(str(path), caption=label, format="mp4") for label, path in videos]
-        self.run.log({"samples": files, "contact_sheet": wandb.Image(str(sheet))}, step=step)
+        images = [wandb.Image(str(path), caption=label) for label, path in videos if path.suffix == ".png"]
+        files = [wandb.Video(str(path), caption=label, format="mp4") for label, path in videos if path.suffix != ".png"]
+        made = {"samples": files, "sample_images": images}  # W&B takes one kind of media under a name
+        shown = {name: media for name, media in made.items() if media}
+        self.run.log(shown | {"contact_sheet": wandb.Image(str(sheet))}, step=step)
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=1 if failed else 0)

@@ -16,7 +16,7 @@ from finetune.recipe.prompts import validation_prompts
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
-from finetune.tracking.media import contact_sheet, strip, write_video
+from finetune.tracking.media import contact_sheet, strip, suffix_of, write_video
 
 
 def sample(
@@ -27,7 +27,7 @@ def sample(
     trained: Path | None = None,
     compare: bool = False,
 ) -> None:
-    """Generate the recipe's validation prompts. Writes one mp4 per video and `out/contact_sheet.png`.
+    """Generate the recipe's validation prompts. Writes an mp4 for each, or a PNG of a single frame, and `out/contact_sheet.png`.
 
     Args:
         trained: where exported weights are, see `trained_parts`; None for the base model.
@@ -41,7 +41,7 @@ def sample(
     if family.experts and trained is not None:
         used = {each.expert: str(folder) for each, folder in parts}
         say("; ".join(f"{name}-noise expert: {used.get(name, 'as it was')}" for name in family.experts))
-    prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
+    prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
     images = [[load_image(image) for image in prompt.images] for prompt in prompts]
     pipeline = load_pipeline(recipe, family, runtime)
     versions: list[Path | None] = [None] if compare or trained is None else []
@@ -60,7 +60,7 @@ def sample(
                 pipeline.register_modules(**family.prompt_components(prompt))
                 output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments)
                 frames = checked(output.frames[0], prompt)
-                path = out / f"{index:02d}_seed{seed}_{version}.mp4"
+                path = out / f"{index:02d}_seed{seed}_{version}{suffix_of(frames)}"
                 write_video(frames, path, prompt.fps)
                 say(f"wrote {path}")
                 made[version].append((f"{version}: {prompt.text}  (seed {seed})", frames))

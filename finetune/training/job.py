@@ -4,11 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from finetune.data.cache import digest
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
 from finetune.engine.heldout import HeldOut, heldout_loss
@@ -25,7 +23,6 @@ from finetune.engine.weights.checkpoint import Checkpoints, Pending
 from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.engine.weights.loading import load_weights
-from finetune.models import is_outside
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.models.objective import Objective
@@ -34,11 +31,12 @@ from finetune.preparation.encode import Prepared
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.training.identity import BASE, CLIPS, check_identity, say_if_not_compared, shared_identity
 
 
 @dataclass
 class Job:
-    """A training that is ready to run: its state, its data, its checkpoints."""
+    """A training that is ready to run: its state, its data, its checkpoints, and what its clips and base weights are known by."""
 
     recipe: Recipe
     state: StepState
@@ -47,6 +45,7 @@ class Job:
     order: Order
     split: BatchSplit
     checkpoints: Checkpoints
+    identity: dict[str, str]
 
     def step(self, step: int, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
         """One optimizer step; see `run_step`."""
@@ -90,25 +89,15 @@ class Job:
         set_schedule_step(self.state.schedule, taken)
         return taken
 
-    def identity(self) -> dict[str, str]:
-        """See the function of this name."""
-        return identity(self.state.family, self.prepared)
-
     def _check_identity(self, facts: dict) -> None:
-        outside = ", or the code of the family" if is_outside(self.recipe.model.family) else ""
-        if missing := self.identity().keys() - facts.keys():
+        if missing := {CLIPS, BASE} - facts.keys():
             raise UserError(
                 f"the trainer.json of the checkpoint of step {facts['step']} lacks {', '.join(sorted(missing))}",
                 "put it back from a copy, or move the checkpoint's folder away: the run then goes on from the one before",
                 str(self.checkpoints.path(facts["step"])),
             )
-        for key, what in (("clips", f"clips or captions{outside}"), ("base", "weights in model.path")):
-            if facts[key] != self.identity()[key]:
-                raise UserError(
-                    f"the {what} are not those that the checkpoint of step {facts['step']} was trained with",
-                    "put them back to resume, or set `output` to a new folder for a new training",
-                    str(self.recipe.run_folder),
-                )
+        check_identity(facts, self.identity, self.recipe)
+        say_if_not_compared(facts, self.state.family)
 
     def begin_save(self, step: int, aside: bool = False) -> Pending:
         """Begin the checkpoint after `step` optimizer steps, with the adapter as diffusers loads it. Collective.
@@ -122,7 +111,7 @@ class Job:
             if exporter.is_small:
                 write_weights(self.state, exporter, folder / exporter.folder(self.state.family))
 
-        return self.checkpoints.begin(step, self.state.parts, self.identity(), write, aside)
+        return self.checkpoints.begin(step, self.state.parts, self.identity, write, aside)
 
     def save(self, step: int, aside: bool = False) -> Path:
         """Begin and finish it."""
@@ -142,23 +131,6 @@ class Job:
         quantiles = self.recipe.validation.sigmas
         self.state.runtime.doing("measuring the held-out loss")
         return heldout_loss(self.state, self.objective, self.prepared.heldout, self.prepared.cache, quantiles)
-
-
-def identity(family: Family, prepared: Prepared) -> dict[str, str]:
-    """What a checkpoint continues besides its recipe: the clips and captions in their order, and the base weights."""
-    # Video and text come first, as checkpoints have them that know no other kind.
-    kinds = ["video", "text", *(kind for kind in prepared.train[0].keys if kind not in ("video", "text"))]
-    clips: list[Any] = [[item.keys[kind] for kind in kinds] for item in prepared.train]
-    if read := family.columns:  # which reach the batch without being encoded
-        clips += [[item.columns.get(name, "") for name in read] for item in prepared.train]
-    return {"clips": digest(clips), "base": base_weights(family)}
-
-
-def base_weights(family: Family) -> str:
-    """What tells the pretrained weights of the trained component from others."""
-    return digest(
-        family.folder.fingerprint(family.trained_component, lambda file: f"{file.resolve().name} {file.stat().st_size}")
-    )
 
 
 def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weights) -> StepState:
@@ -206,9 +178,21 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         state=state,
         objective=family.training_objective(recipe.objective),
         prepared=prepared,
-        order=Order([item.bucket for item in prepared.train], train.global_batch_size, train.seed),
+        order=order_of(recipe, prepared),
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
         checkpoints=open_checkpoints(recipe, runtime),
+        identity=shared_identity(family, prepared, runtime),
+    )
+
+
+def order_of(recipe: Recipe, prepared: Prepared) -> Order:
+    """The order in which a recipe's training takes its clips."""
+    return Order(
+        [item.bucket for item in prepared.train],
+        recipe.train.global_batch_size,
+        recipe.train.seed,
+        [item.source for item in prepared.train],
+        [source.repeats for source in recipe.data.datasets],
     )
 
 

@@ -1,6 +1,7 @@
 """The expert that a run does not train, for its samples: as it has been trained so far, or as it was."""
 
 from finetune.checks.output import read_saved
+from finetune.data.cache import Cache
 from finetune.engine.companion import Companion, build_companion
 from finetune.engine.parts import Part
 from finetune.engine.weights.checkpoint import Checkpoints
@@ -10,7 +11,8 @@ from finetune.recipe.experts import of_expert
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
-from finetune.training.job import Job, base_weights, checkpoints_folder
+from finetune.training.identity import is_of_base
+from finetune.training.job import Job, checkpoints_folder
 
 
 def add_other_expert(job: Job) -> None:
@@ -25,7 +27,7 @@ def _companion(job: Job, family: Family) -> Companion:
     recipe, runtime = job.recipe, job.state.runtime
     own = _own_recipe(recipe, family, runtime)
     with Checkpoints(checkpoints_folder(own), None, runtime, verify=own.checkpoint.verify) as checkpoints:
-        step = _usable_step(checkpoints, family, runtime)
+        step = _usable_step(checkpoints, family, job.prepared.cache, runtime)
         whose = "as it was" if step is None else f"that of its step {step}"
         say(f"samples: the {family.expert}-noise expert is {whose}")
 
@@ -63,7 +65,7 @@ def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
     return runtime.from_main(own)
 
 
-def _usable_step(checkpoints: Checkpoints, family: Family, runtime: Runtime) -> int | None:
+def _usable_step(checkpoints: Checkpoints, family: Family, cache: Cache, runtime: Runtime) -> int | None:
     """The step of its newest checkpoint; None if it has none, or none of these base weights, or only damaged ones. Collective."""
     try:
         step = checkpoints.newest()
@@ -74,7 +76,7 @@ def _usable_step(checkpoints: Checkpoints, family: Family, runtime: Runtime) -> 
         return None
     with runtime.together():
         try:
-            is_ours = not runtime.is_main or checkpoints.facts(step).get("base") == base_weights(family)
+            is_ours = not runtime.is_main or is_of_base(checkpoints.facts(step), family, cache)
         except (OSError, ValueError):
             is_ours = False
     if runtime.from_main(is_ours):

@@ -8,6 +8,7 @@ from functools import cache, partial
 
 import torch
 
+from finetune.checks.buckets import resolve_buckets
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_cpu, check_device, check_recipe, refuse_large_model
@@ -23,6 +24,7 @@ from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
 from finetune.tracking.trackers import check_metrics
+from finetune.training.identity import begun
 from finetune.training.job import Job, build
 from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
@@ -66,7 +68,10 @@ def train(
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     if runtime.device.is_cpu:
         say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
-    prepared = cache(partial(prepare, recipe, family, runtime))  # once: experts are trained on the same clips
+    recipe = resolve_buckets(recipe, family, runtime)
+    recipes = recipes_of_experts(recipe, list(family.experts))
+    # Once: experts are trained on the same clips.
+    prepared = cache(partial(prepare, recipe, family, runtime, begun=begun(recipes, family)))
     with runtime.together():
         if runtime.is_main and len(recipes) > 1:
             with atomic(recipe.output / RECIPE_FILE) as partial_file:

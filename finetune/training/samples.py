@@ -10,7 +10,7 @@ from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
 from finetune.preparation.encode import PreparedPrompt
 from finetune.recipe import Recipe
-from finetune.tracking.media import contact_sheet, strip, write_video
+from finetune.tracking.media import contact_sheet, strip, suffix_of, write_video
 from finetune.training.job import Job
 from finetune.training.other_expert import add_other_expert
 
@@ -19,7 +19,7 @@ SHEET = "contact_sheet.png"  # written when all videos are
 
 @dataclass(frozen=True)
 class Samples:
-    """What was generated: (label, mp4) of each video in order, and all of them on one sheet."""
+    """What was generated: (label, mp4 or PNG) of each video in order, and all of them on one sheet."""
 
     videos: list[tuple[str, Path]]
     sheet: Path
@@ -46,7 +46,7 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
 
     def write(turn: int, frames: np.ndarray) -> None:
         index, prompt, seed = mine[turn]
-        path = folder / f"{index:02d}_seed{seed}.mp4"
+        path = folder / f"{index:02d}_seed{seed}{suffix_of(frames)}"
         if runtime.context.rank == 0:  # all ranks of a context have the same frames
             write_video(frames, path, prompt.prompt.fps)
         made.append((f"{prompt.prompt.text}  (seed {seed})", path, strip(frames)))

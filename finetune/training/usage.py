@@ -36,11 +36,13 @@ def _parts(job: Job, folder: Path) -> list[tuple[Family, Path]]:
 
 def _usage(job: Job, folder: Path) -> list[str]:
     """The lines of a script that generates a video with the trained weights; none if their format has no such lines."""
-    family, model, shape = job.state.family, job.recipe.model, job.recipe.data.buckets[0]
+    family, model, shape = job.state.family, job.recipe.model, job.recipe.data.sample_shape
     dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
     source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
     helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"
-    lines = ["import torch, diffusers", f"from diffusers.utils import {helpers}  # pip install imageio imageio-ffmpeg"]
+    lines = ["import torch, diffusers"]
+    if shape.frames > 1:
+        lines.append(f"from diffusers.utils import {helpers}  # pip install imageio imageio-ffmpeg")
     mixed = family.vae_dtype is not None and dtype != str(family.vae_dtype)
     dtypes = f'{{"default": {dtype}, "vae": {family.vae_dtype}}}' if mixed else dtype
     base = f"{source}, torch_dtype={dtypes}"
@@ -52,6 +54,9 @@ def _usage(job: Job, folder: Path) -> list[str]:
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
     image += 'last_image=load_image("last_frame.png"), ' if family.last_image else ""
     device = job.state.runtime.device.kind
+    if shape.frames == 1:
+        call = f'pipe.to("{device}")(prompt="your prompt", {size}, output_type="pil")'
+        return [*lines, f'{call}.frames[0][0].save("image.png")']
     lines.append(f'video = pipe.to("{device}")(prompt="your prompt", {image}{size}).frames[0]')
     lines.append(f'export_to_video(video, "video.mp4", fps={job.recipe.data.fps or 25:g})')
     return lines

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from finetune.checks.model import open_family
 from finetune.recipe import Recipe, load_recipe
@@ -57,3 +58,11 @@ def test_a_folder_without_weights_is_refused(family_recipe: Callable[..., Path],
     recipe = opened(family_recipe, "ltx")
     with pytest.raises(UserError, match="nor a transformer in it"):
         sample(recipe, open_family(recipe), runtime, tmp_path / "out", tmp_path, compare=True)
+
+
+def test_a_prompt_of_one_frame_makes_an_image(family_recipe: Callable[..., Path], runtime, tmp_path: Path) -> None:
+    prompts = PROMPTS.replace("count = 2", 'shape = "1x64x96"')
+    recipe = load_recipe(family_recipe("ltx"), [prompts])
+    sample(recipe, open_family(recipe), runtime, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"00_seed0_base.png", "contact_sheet.png"}
+    assert Image.open(tmp_path / "00_seed0_base.png").size == (96, 64)

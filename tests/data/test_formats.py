@@ -6,27 +6,27 @@ import pytest
 
 from finetune.data.clip import Clip
 from finetune.data.formats import FORMATS
-from finetune.data.formats.format import Columns, DatasetFormat
+from finetune.data.formats.format import Columns, DatasetFormat, Manifest
 from finetune.data.manifest import read_manifest
 
 
 def test_a_kind_of_dataset_from_outside_is_read(
     tmp_path: Path, few_clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tab-separated list, as some tools write it."""
+    """A list with bars between path and caption, as tools for speech write it."""
 
     def locate(path: Path, _: Columns) -> Path | None:
-        return path if path.suffix == ".tsv" else None
+        return path if path.suffix == ".list" else None
 
-    def read(path: Path, _: Columns) -> list[Clip]:
-        pairs = [line.split("\t") for line in path.read_text().splitlines()]
-        return [Clip(Path(video), caption, path.name) for video, caption in pairs]
+    def read(path: Path, _: Columns) -> Manifest:
+        pairs = [line.split("|") for line in path.read_text().splitlines()]
+        return Manifest(tuple(Clip(Path(video), (caption,), path.name) for video, caption in pairs))
 
     videos = sorted(few_clips.glob("*.mp4"))
-    file = tmp_path / "clips.tsv"
-    file.write_text("".join(f"{video}\tclip {number}\n" for number, video in enumerate(videos)))
-    monkeypatch.setitem(FORMATS, "tsv", DatasetFormat(locate, read, ".tsv"))
-    found = read_manifest(file, "video", "caption", id_token="TOK")
+    file = tmp_path / "clips.list"
+    file.write_text("".join(f"{video}|clip {number}\n" for number, video in enumerate(videos)))
+    monkeypatch.setitem(FORMATS, "list", DatasetFormat(locate, read, ".list"))
+    found = read_manifest(file, "video", "caption", id_token="TOK").clips
     assert [(clip.path, clip.caption) for clip in found] == [
         (video, f"TOK clip {number}") for number, video in enumerate(videos)
     ]

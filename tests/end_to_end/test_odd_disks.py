@@ -244,6 +244,7 @@ def test_a_cache_that_is_read_only_is_used(
     run = Run(recipe, recipe.with_name("shared"), 2, (*SETTINGS, f"data.cache={read_only(cache)}"))
     assert run.wait() == 0, run.said
     assert "encoding" not in run.said
+    assert "warning" not in run.said
     assert_equal_ends(run, straight)
 
 
@@ -279,6 +280,30 @@ def test_weights_of_a_run_that_is_read_only_can_be_exported(
     run = read_only(straight.output)
     done = run_command("export", "--recipe", recipe, "--set", f"output={run}", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+
+
+# Disks that change bytes
+
+
+def test_a_bit_that_flips_in_the_cache_ends_the_run_by_name_and_the_same_command_goes_on(
+    recipe: Path, straight: Run, cache: Path, tmp_path: Path
+) -> None:
+    """On two processes, of which one notices it: neither hangs, and nothing is trained on it."""
+    own, output = Path(shutil.copytree(cache, tmp_path / "cache")), tmp_path / "run"
+    training = (*SETTINGS, f"data.cache={own}")
+    clip = "wide.mp4"
+    (item,) = (file for file in files_of(own / "video") if f"/{clip}".encode() in file.read_bytes()[:1000])
+    data = bytearray(item.read_bytes())
+    data[-7] ^= 2
+    item.write_bytes(data)
+    failed = Run(recipe, output, 2, training)
+    assert failed.wait() != 0
+    assert re.search(rf"{item}: the cached item cannot be read \(its bytes are not .* made of '.*/{clip}'", failed.said)
+    assert not item.exists()
+    again = Run(recipe, output, 2, training)
+    assert again.wait() == 0, again.said
+    assert item.exists()
+    assert_equal_ends(again, straight)
 
 
 # File systems that can do little

@@ -82,7 +82,7 @@ def test_a_step_that_is_saved_is_left_alone(build_job: BuildJob) -> None:
 
 
 def begin(job: Job, step: int) -> Pending:
-    return job.checkpoints.begin(step, job.state.parts, job.identity(), lambda folder: None)
+    return job.checkpoints.begin(step, job.state.parts, job.identity, lambda folder: None)
 
 
 @pytest.fixture

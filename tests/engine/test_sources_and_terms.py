@@ -219,12 +219,12 @@ def test_kinds_that_a_family_may_not_list_are_refused(
 def test_columns_that_a_family_reads_are_part_of_what_a_checkpoint_continues(
     prepared_with: Callable[[], tuple[Prepared, Job]], sounding_clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = prepared_with()[1].identity()
+    before = prepared_with()[1].identity
     manifest = sounding_clips / "metadata.jsonl"
     manifest.write_text(manifest.read_text().replace("CC0", "CC-BY"))
-    assert prepared_with()[1].identity() == before
+    assert prepared_with()[1].identity == before
     monkeypatch.setattr(SoundingLTX, "columns", ("licence",))
-    after = prepared_with()[1].identity()
+    after = prepared_with()[1].identity
     assert after != before
     manifest.write_text(manifest.read_text().replace("CC-BY", "CC0"))
-    assert prepared_with()[1].identity() != after
+    assert prepared_with()[1].identity != after

@@ -106,7 +106,7 @@ def test_a_sample_without_its_image_has_a_black_one_in_its_text(
         )
         for share in (1.0, 0.0)
     )
-    without, with_image = (job.micro_batches()._sample(0, 0, job.order.plan(0).items) for job in (dropped, whole))
+    without, with_image = (job.micro_batches()._sample(0, 0, job.order.plan(0)) for job in (dropped, whole))
     item = dropped.prepared.train[dropped.order.plan(0).items[0]]
     guided = {"true_cfg_scale": 3.0, "negative_prompt": item.caption}
     negative = generate(model, model.pipeline(), steps=1, **guided).calls[1].kwargs

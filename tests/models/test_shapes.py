@@ -34,16 +34,31 @@ def generated_shape(model: TinyModel, bucket: Bucket) -> Bucket | None:
 @FREE
 @pytest.mark.parametrize("bucket", [Bucket.parse(text) for text in (*LENGTHS, *SIDES)], ids=str)
 def test_a_bucket_is_accepted_exactly_if_the_pipeline_generates_its_shape(model: TinyModel, bucket: Bucket) -> None:
-    if model.replaces_frame and bucket.frames == 1:
-        bucket = bucket._replace(frames=5)  # see the next test
+    if bucket.frames == 1:
+        bucket = bucket._replace(frames=model.family.least_frames)  # see the next test
     assert (model.family.bucket_problem(bucket) is None) == (generated_shape(model, bucket) == bucket)
 
 
-@pytest.mark.parametrize("model", [("hunyuan_i2v", "token_replace")], ids=variant_id, indirect=True)
+GIVEN_IN_FULL = [*variants("cogvideox_i2v", "hunyuan_i2v", "hunyuan15_i2v", "wan_i2v")]
+GIVEN_IN_FULL = [each for each in GIVEN_IN_FULL if each not in (FIXED, ("wan_i2v", "2.2-5B"))]
+
+
+@pytest.mark.parametrize("model", GIVEN_IN_FULL, ids=variant_id, indirect=True)
 def test_a_given_frame_alone_leaves_nothing_to_train(model: TinyModel) -> None:
-    alone = Bucket(1, 32, 32)
-    assert generated_shape(model, alone) == alone
-    assert nearest(model, alone) == Bucket(5, 32, 32)
+    """Though most of the pipelines generate it."""
+    least = 9 if model.family.name == "cogvideox_i2v" else 5
+    assert nearest(model, Bucket(1, 32, 32)) == Bucket(least, 32, 32)
+    assert f"at least {least} because" in model.family.bucket_problem(Bucket(1, 32, 32))
+    assert model.family.bucket_problem(Bucket(least, 32, 32)) is None
+
+
+@pytest.mark.parametrize("model", variants("ltx_i2v", "wan_i2v"), ids=variant_id, indirect=True)
+def test_no_single_frame_is_generated_from_an_image(model: TinyModel) -> None:
+    one, video = (Prompt(text="a", shape=shape, image="a.png") for shape in ("1x32x32", "9x32x32"))
+    if model.family.last_image:
+        one, video = (each.model_copy(update={"last_image": "b.png"}) for each in (one, video))
+    assert "more frames" in model.family.prompt_problem(one)
+    assert model.family.prompt_problem(video) is None
 
 
 @pytest.mark.parametrize("model", variants("cogvideox"), ids=variant_id, indirect=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.cache import Cache
-from finetune.preparation.inspect import inspect_clips
+from finetune.preparation.inspect import inspect_data
 from finetune.recipe import load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
@@ -29,14 +29,14 @@ def manifest(clips: Path, tmp_path: Path) -> Path:
 def test_a_damaged_clip_that_another_names_is_refused_with_both(
     recipe_file: Path, runtime: Runtime, manifest: Path, tmp_path: Path
 ) -> None:
-    data = load_recipe(recipe_file).data
+    recipe = load_recipe(recipe_file, [f"data.path={manifest}"])
     with pytest.raises(UserError, match="2 clips cannot be used") as error:
-        inspect_clips(data, manifest, Cache(tmp_path / "cache"), runtime, ["control"])
+        inspect_data(recipe, Cache(tmp_path / "cache"), runtime, ["control"])
     assert str(error.value).count(str(sorted(manifest.parent.glob("*.mp4"))[0])) == 2
 
 
 def test_with_skip_both_are_left_out(recipe_file: Path, runtime: Runtime, manifest: Path, tmp_path: Path) -> None:
-    data = load_recipe(recipe_file, ["data.bad_clips=skip"]).data
-    (usable,) = inspect_clips(data, manifest, Cache(tmp_path / "cache"), runtime, ["control"])
+    recipe = load_recipe(recipe_file, ["data.bad_clips=skip", f"data.path={manifest}"])
+    (usable,) = inspect_data(recipe, Cache(tmp_path / "cache"), runtime, ["control"]).train
     assert usable.clip.path == sorted(manifest.parent.glob("*.mp4"))[2]
     assert usable.files == {"control": usable.hash}

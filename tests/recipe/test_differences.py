@@ -6,7 +6,7 @@ import pytest
 from minimal import MINIMAL
 
 from finetune.recipe import Recipe, load_recipe, write_recipe
-from finetune.recipe.load import differences, recipe_values
+from finetune.recipe.load import changes, differences, recipe_values
 from finetune.recipe.schema import Data, free_keys
 
 EVERYTHING = (
@@ -50,6 +50,9 @@ def test_a_written_recipe_spells_defaults_out(written, tmp_path: Path) -> None:
 
 FREE = [
     "output=elsewhere",
+    "model.path=moved/ltx",
+    "model.revision=v2",
+    "data.path=moved/clips",
     "data.cache=elsewhere",
     "data.workers=0",
     "train.steps=9",
@@ -121,8 +124,25 @@ def test_a_key_that_only_begins_like_a_free_one_is_not_free(written) -> None:
     assert differences(after, before) == ["data.cache_format = 1 there, 2 here"]
 
 
+def test_a_free_key_of_tables_in_a_list_may_change_and_others_may_not(written) -> None:
+    values = recipe_values(load_recipe(written(MINIMAL)))
+    shared = {key: value for key, value in values["data"].items() if key != "path"}
+
+    def of(*sources: dict) -> Recipe:
+        return Recipe.model_validate(values | {"data": shared | {"sources": list(sources)}})
+
+    before = of({"path": "a"}, {"path": "b"})
+    assert differences(of({"path": "a"}, {"path": "moved/b"}), before) == []
+    assert changes(of({"path": "a"}, {"path": "moved/b"}), before) != []
+    assert len(differences(of({"path": "a"}, {"path": "b", "repeats": 2.0}), before)) == 1
+    assert len(differences(of({"path": "a"}), before)) == 1
+
+
 def test_no_other_key_is_free() -> None:
-    assert free_keys() == {override.partition("=")[0] for override in FREE} | {"validation.prompts"}
+    assert free_keys() == {override.partition("=")[0] for override in FREE} | {
+        "validation.prompts",
+        "data.sources.path",
+    }
 
 
 @pytest.mark.parametrize(
@@ -134,7 +154,7 @@ def test_no_other_key_is_free() -> None:
         ("data.buckets=25x64x96", "data.buckets = ['17x64x96'] there, ['25x64x96'] here"),
         ("objective.sigma_range=0,0.9", "objective.sigma_range = 'unset' there, [0.0, 0.9] here"),
         ("data.fps=24", "data.fps = 'unset' there, 24.0 here"),
-        ("model.path=other", "model.path = 'models/ltx' there, 'other' here"),
+        ("model.family=ltx_i2v", "model.family = 'ltx' there, 'ltx_i2v' here"),
     ],
 )
 def test_any_other_change_is_named_with_both_values(written, override: str, shown: str) -> None:

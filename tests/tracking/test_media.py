@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.synthetic import scene
-from finetune.tracking.media import contact_sheet, strip, write_video
+from finetune.tracking.media import contact_sheet, strip, suffix_of, write_video
 
 
 def test_a_written_video_has_the_frames_rate_and_size_that_ffmpeg_reads(tmp_path: Path) -> None:
@@ -38,3 +38,12 @@ def test_a_contact_sheet_shows_a_row_a_video(tmp_path: Path) -> None:
     is_blue = lambda pixels: ((pixels[..., 2] > 180) & (pixels[..., 0] < 80)).sum()  # noqa: E731
     assert is_red(upper) > 500 > is_blue(upper)
     assert is_blue(lower) > 500 > is_red(lower)
+
+
+def test_a_single_frame_is_a_png_without_loss_and_shown_once(tmp_path: Path) -> None:
+    video, _ = scene(0, 9, 65, 97)
+    assert (suffix_of(video), suffix_of(video[:1])) == (".mp4", ".png")
+    write_video(video[:1], tmp_path / "a.png", fps=24)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), video[0])
+    assert strip(video[:1]).shape == (1, 128, 191, 3)
+    assert len(strip(video)) == 6

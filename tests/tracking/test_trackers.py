@@ -15,7 +15,7 @@ from finetune.recipe import load_recipe
 from finetune.recipe.schema import Tracking
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
-from finetune.tracking.media import contact_sheet, strip, write_video
+from finetune.tracking.media import contact_sheet, strip, suffix_of, write_video
 from finetune.tracking.trackers import JsonLines, Retrying, open_trackers, tracker_problems
 from finetune.training.run import train
 
@@ -86,12 +86,13 @@ def test_wandb_runs_offline_and_resumes_under_the_same_id(tmp_path: Path, monkey
 
 @pytest.fixture
 def videos(tmp_path: Path) -> tuple[list[tuple[str, Path]], Path]:
-    """Two generated videos and their sheet."""
+    """Two generated videos, an image, and their sheet."""
     made = []
-    for index in range(2):
-        frames, _ = scene(index, 9, 64, 96)
-        write_video(frames, tmp_path / "step_2" / f"{index}.mp4", 24)
-        made.append((f"prompt {index}", frames, tmp_path / "step_2" / f"{index}.mp4"))
+    for index, count in enumerate((9, 9, 1)):
+        frames, _ = scene(index, count, 64, 96)
+        path = tmp_path / "step_2" / f"{index}{suffix_of(frames)}"
+        write_video(frames, path, 24)
+        made.append((f"prompt {index}", frames, path))
     sheet = tmp_path / "step_2" / "contact_sheet.png"
     contact_sheet([(label, strip(frames)) for label, frames, _ in made], sheet)
     return [(label, path) for label, _, path in made], sheet
@@ -111,8 +112,8 @@ def test_samples_reach_every_tracker(tmp_path: Path, videos, monkeypatch: pytest
     events.Reload()
     image = events.Images("samples")[0]
     assert (image.step, image.height) == (2, Image.open(videos[1]).height)
-    kept = {path.read_bytes() for path in run.rglob("*.mp4")}
-    assert kept == {path.read_bytes() for _, path in videos[0]}
+    kept = {path.read_bytes() for pattern in ("*.mp4", "*.png") for path in run.rglob(pattern)}
+    assert kept == {path.read_bytes() for path in (*(path for _, path in videos[0]), videos[1])}
 
 
 def test_wandb_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

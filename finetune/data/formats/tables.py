@@ -1,21 +1,27 @@
-"""Tables with a row for each clip: metadata.csv, .jsonl or .json in a folder, or such a file by any name.
+"""Tables with a row for each clip: metadata.csv, .jsonl, .json, .tsv or .parquet in a folder, or such a file by any name.
 
 Paths in them are relative to the file.
 """
 
-import csv
 import difflib
-import io
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.data.clip import Clip
-from finetune.data.formats.format import Columns, DatasetFormat, read_text
+from finetune.data.formats.format import Columns, DatasetFormat, Manifest, distinct_captions, merge_rows, text_fault
+from finetune.data.formats.rows import Rows, other_columns
+from finetune.recipe.schema import Data
 from finetune.runtime.errors import Problem, UserError
 
-Rows = list[tuple[str, object]]
-"""(where it is, the row) for each entry of a table."""
+_HUB = "file_name"  # the Hub's name for the column of files
+_USUAL = {
+    "video": (_HUB, "path", "video_path", "file", "filename", "file_path", "media_path"),
+    "caption": ("prompt", "text", "captions", "description", "short_caption", "long_caption"),
+}
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_DEFAULT_VIDEO = Data.model_fields["video_column"].default
 
 
 def table_format(suffix: str, read_rows: Callable[[Path], Rows]) -> DatasetFormat:
@@ -30,82 +36,100 @@ def table_format(suffix: str, read_rows: Callable[[Path], Rows]) -> DatasetForma
             path = path / f"metadata{suffix}"
         return path if path.suffix.lower() == suffix and path.is_file() else None
 
-    return DatasetFormat(locate, lambda path, columns: _clips(path, read_rows(path), columns), suffix)
+    return DatasetFormat(locate, lambda path, columns: _manifest(path, read_rows(path), columns), suffix)
 
 
-def read_csv(path: Path) -> Rows:
-    """Rows of a CSV file with a head line."""
-    reader = csv.DictReader(io.StringIO(read_text(path)), strict=True)
-    try:
-        return [(f"{path.name}, line {reader.line_num}", row) for row in reader]
-    except csv.Error as error:
-        where = f"{path}, line {reader.reader.line_num}"
-        raise UserError(f"not valid CSV: {error}", "close every quote that is opened", where) from None
-
-
-def read_jsonl(path: Path) -> Rows:
-    """Rows of a file with a JSON object on each line."""
-    rows: Rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append((f"{path.name}, line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise _not_json(path, number, error) from None
-    return rows
-
-
-def read_json(path: Path) -> Rows:
-    """Rows of a file with a JSON list."""
-    try:
-        entries = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise _not_json(path, error.lineno, error) from None
-    if not isinstance(entries, list):
-        raise UserError("not a list", 'write [{"video": ..., "caption": ...}, ...]', str(path))
-    return [(f"{path.name}, entry {index + 1}", entry) for index, entry in enumerate(entries)]
-
-
-def _not_json(path: Path, line: int, error: json.JSONDecodeError) -> UserError:
-    return UserError(f"not valid JSON: {error.msg}", "mend the line", f"{path}, line {line}")
-
-
-def _clips(path: Path, rows: Rows, named: Columns) -> list[Clip]:
-    """The clips of a table's rows; raises UserError for columns that are missing or empty."""
-    problems = []
-    clips = []
+def _manifest(path: Path, rows: Rows, named: Columns) -> Manifest:
+    """The clips of a table's rows. Raises UserError for columns that no row has."""
+    named = _existing(path, dict.fromkeys(str(name) for _, row in rows if isinstance(row, dict) for name in row), named)
+    clips: list[Clip] = []
+    problems: list[Problem] = []
+    files = {path}
     for where, row in rows:
-        if not isinstance(row, dict):
+        if isinstance(row, Problem):
+            problems.append(row)
+        elif not isinstance(row, dict):
+            cure = f'write {{"{named.video}": ..., "{named.caption}": ...}}'
+            problems.append(Problem("not an object with named columns", where, cure))
+        else:
+            try:
+                clips.append(_clip(path.parent, where, row, named, files))
+            except UserError as error:
+                problems += error.problems
+    merged = merge_rows(clips)
+    return Manifest(merged.clips, (*problems, *merged.problems), merged.unused, frozenset(files))
+
+
+def _existing(path: Path, columns: Mapping[str, None], named: Columns) -> Columns:
+    """The columns to read. Raises UserError if there is none of a name."""
+    if not columns:
+        return named
+    if named.video not in columns and named.video == _DEFAULT_VIDEO and _HUB in columns:
+        named = replace(named, video=_HUB)
+    problems = []
+    for kind, column in (("video", named.video), ("caption", named.caption)):
+        if column not in columns:
             problems.append(
-                Problem(
-                    "not an object with named columns",
-                    where,
-                    f'write {{"{named.video}": ..., "{named.caption}": ...}}',
-                )
+                Problem(f"there is no column {column!r}", str(path), _cure_of_no_column(path, kind, column, columns))
             )
-            continue
-        values = []
-        for key, column in (("data.video_column", named.video), ("data.caption_column", named.caption)):
-            value = row.get(column)
-            if isinstance(value, str) and value.strip():
-                values.append(value.strip())
-                continue
-            what = f"the column {column!r} is empty" if column in row else f"there is no column {column!r}"
-            near = difflib.get_close_matches(column, [name for name in row if name], n=1, cutoff=0.4)
-            cure = (
-                f'fill it in, or set {key} = "{near[0]}"' if near and near[0] != column else f"fill it in, or set {key}"
-            )
-            problems.append(Problem(what, where, f"{cure} (columns: {', '.join(map(str, row))})"))
-        if len(values) == 2:
-            columns = _other_columns(row, (named.video, named.caption))
-            clips.append(Clip(path.parent / Path(values[0]).expanduser(), values[1], where, columns, path.parent))
     if problems:
-        raise UserError.of(problems[:20], f"{path}: {len(problems)} problems, the first {min(20, len(problems))}:")
-    return clips
+        raise UserError.of(problems)
+    return named
 
 
-def _other_columns(row: Mapping[object, object], named: Sequence[str]) -> dict[str, str]:
-    """A row's other columns as text: strings are stripped, other values are written as JSON."""
-    others = {name: value for name, value in row.items() if isinstance(name, str) and name not in named}
-    texts = {name: value.strip() if isinstance(value, str) else json.dumps(value) for name, value in others.items()}
-    return {name: text for name, text in texts.items() if text not in ("", "null")}
+def _cure_of_no_column(path: Path, kind: str, column: str, columns: Mapping[str, None]) -> str:
+    names = [name for name in columns if name]
+    near = next((name for name in _USUAL[kind] if name in names), None)
+    near = near or next(iter(difflib.get_close_matches(column, names, n=1, cutoff=0.4)), None)
+    if len(names) == 1 and any(separator in names[0] for separator in ";\t"):
+        return f"separate the fields by commas, or by tabs in a .tsv file (the head line is {names[0]!r})"
+    cure = f'set data.{kind}_column = "{near}"' if near else f"set data.{kind}_column"
+    binary = "; columns of bytes are not read: save videos as files" if path.suffix.lower() == ".parquet" else ""
+    return f"{cure} (columns: {', '.join(names)}{binary})"
+
+
+def _clip(folder: Path, where: str, row: Mapping[str, object], named: Columns, files: set[Path]) -> Clip:
+    """The clip of a row. Adds the files that it names to `files`. Raises UserError for what is wrong with it."""
+    path = _path(folder, where, row, named.video)
+    files.add(path)
+    shown = f"{where} ({path.name})"
+    captions = _captions(shown, row, named.caption)
+    clip = Clip(path, captions, where, _columns(shown, row, (named.video, named.caption)), folder)
+    files |= {clip.file(column) for column in clip.columns}
+    return clip
+
+
+def _path(folder: Path, where: str, row: Mapping[str, object], column: str) -> Path:
+    value = row.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        what = f"the column {column!r} is empty" if column in row else f"there is no column {column!r}"
+        raise UserError(what, f"fill it in (columns: {', '.join(map(str, row))})", where)
+    if not isinstance(value, str):
+        raise UserError(f"the column {column!r} is not text: {str(value)[:40]}", "write the path of a file", where)
+    if fault := text_fault(value):
+        raise UserError(f"the column {column!r} {fault[0]}", fault[1], where)
+    if _ADDRESS.match(value.strip()):
+        raise UserError("an address, not a file", "download the video, and write the path of its file", where)
+    try:
+        return folder / Path(value.strip()).expanduser()
+    except RuntimeError:
+        user = value.strip().split("/")[0]
+        raise UserError(f"there is no user {user[1:]!r}", f"write the folder in place of {user}", where) from None
+
+
+def _captions(where: str, row: Mapping[str, object], column: str) -> tuple[str, ...]:
+    if column not in row:
+        raise UserError(f"there is no column {column!r}", f"fill it in (columns: {', '.join(map(str, row))})", where)
+    value = row[column]
+    return distinct_captions(value if isinstance(value, list) else [value], where, f"the column {column!r}")
+
+
+def _columns(where: str, row: Mapping[str, object], named: Sequence[str]) -> dict[str, str]:
+    try:
+        columns = other_columns(row, named)
+    except UserError as error:
+        raise UserError.of([replace(problem, where=where) for problem in error.problems]) from None
+    for name, value in columns.items():
+        if fault := text_fault(name + value):
+            raise UserError(f"the column {name!r} {fault[0]}", fault[1], where)
+    return columns

@@ -3,22 +3,65 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.data.clip import Clip
-from finetune.data.formats.format import Columns, DatasetFormat, read_text
+from finetune.data.clip import MEDIA_SUFFIXES, Clip, located
+from finetune.data.formats.format import (
+    Columns,
+    DatasetFormat,
+    Manifest,
+    caption_fault,
+    merge_rows,
+    read_text,
+    text_fault,
+)
 from finetune.runtime.errors import Problem, UserError
+
+_LOOKED_AT = 20  # lines of a file that may be a list of videos
+_LARGEST = 64 * 2**20  # bytes of such a file
 
 
 def _locate(path: Path, columns: Columns) -> Path | None:
-    return _first_file(path, (f"{columns.video}.txt", f"{columns.video}s.txt")) if path.is_dir() else None
+    if not path.is_dir():
+        return None
+    video = _stem(columns.video)
+    return next((file for file in _existing(path, (video, f"{video}s")) if not _is_side_car(file)), None)
 
 
-def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+def _stem(column: str) -> str:
+    """The name of a column's text file, less the .txt that some write with it."""
+    return column.removesuffix(".txt")
 
 
-def _read(videos_file: Path, columns: Columns) -> list[Clip]:
-    folder, caption = videos_file.parent, columns.caption
-    captions_file = _first_file(folder, (f"{caption}.txt", f"{caption}s.txt", "prompts.txt"))
+def _existing(folder: Path, stems: Sequence[str]) -> list[Path]:
+    return [file for stem in stems if _is_file(file := folder / f"{stem}.txt")]
+
+
+def _is_side_car(file: Path) -> bool:
+    """Whether a text file is the caption of the clip of its name: video.txt beside video.mp4, unless it lists files."""
+    has_clip = any(
+        other.stem == file.stem and other.suffix.lower() in MEDIA_SUFFIXES for other in file.parent.iterdir()
+    )
+    return has_clip and not lists_files(file)
+
+
+def lists_files(file: Path) -> bool:
+    """Whether one of a text file's first lines names a file that exists."""
+    try:
+        lines = read_text(file, _LARGEST).split("\n")[:_LOOKED_AT]
+    except UserError:
+        return False
+    return any(line.strip() and _is_file(located(file.parent, line.strip())) for line in lines)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name
+        return False
+
+
+def _read(videos_file: Path, columns: Columns) -> Manifest:
+    folder, caption = videos_file.parent, _stem(columns.caption)
+    captions_file = next(iter(_existing(folder, (caption, f"{caption}s", "prompts"))), None)
     if captions_file is None:
         raise UserError(
             "there is no text file of captions beside it",
@@ -32,10 +75,18 @@ def _read(videos_file: Path, columns: Columns) -> list[Clip]:
             "give both files the same number of lines; line n of one belongs to line n of the other",
             f"{captions_file} and {videos_file.name}",
         )
-    return [
-        Clip(folder / video, caption, f"{videos_file.name} line {number}")
-        for number, (video, caption) in enumerate(zip(videos, captions, strict=True), start=1)
-    ]
+    clips, problems = [], []
+    for number, (video, text) in enumerate(zip(videos, captions, strict=True), start=1):
+        fault, file = text_fault(video), videos_file
+        if not fault:
+            fault, file = caption_fault(text), captions_file
+        if fault:
+            problems.append(Problem(fault[0], f"{file}, line {number} ({Path(video).name})", fault[1]))
+        else:
+            clips.append(Clip(located(folder, video), (text,), f"{videos_file.name} line {number}"))
+    merged = merge_rows(clips)
+    files = {videos_file, captions_file, *(located(folder, video) for video in videos)}
+    return Manifest(merged.clips, (*problems, *merged.problems), merged.unused, frozenset(files))
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,0 +1,166 @@
+"""What is known of files (content hash, size of a video, why a clip is refused), remembered while they do not change.
+
+Facts are appended to a file of JSON lines as they are found, so that an interrupted command does not begin anew, and
+several processes can share the file. When lines of one file differ, the last one counts.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.files import NO_LOCKS, writing
+from finetune.runtime.logging import say
+
+_SAVE_SECONDS = 1.0  # facts that are found within this time are written together
+_REFUSED = "refused"
+_PATH = "\0"  # stands for the file's path in the stored texts of a refusal: it may be given in another form later
+
+
+class FileState(NamedTuple):
+    """A file as it was at one moment: its resolved path, its bytes, and the time of its last change in nanoseconds."""
+
+    key: str
+    size: int
+    mtime_ns: int
+
+
+class FileFacts:
+    """Facts about files, each valid while the file keeps its path, size and modification time.
+
+    Args:
+        path: the file of JSON lines. Facts in a `.json` file of the same name, as older versions wrote it, are read, too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, dict] = {}
+        self._parents: dict[str, str] = {}  # resolving each file's parents anew takes most of the time of a look-up
+        self._unsaved: list[str] = []
+        self._saved_at = -_SAVE_SECONDS
+        self._is_kept = True
+        with suppress(ValueError, OSError):  # no loss: all facts can be computed again
+            known = json.loads(path.with_suffix(".json").read_text())
+            known = known if isinstance(known, dict) else {}
+            self.entries = {key: entry for key, entry in known.items() if isinstance(entry, dict)}
+        with suppress(OSError):
+            self.entries |= dict(_read(path))
+
+    def state(self, path: Path) -> FileState:
+        """A file's present state. Raises OSError if there is no such file."""
+        text = os.fspath(path)
+        found = os.lstat(text)
+        if stat.S_ISLNK(found.st_mode):
+            found, key = os.stat(text), os.path.realpath(text)
+        else:
+            folder, name = os.path.split(text)
+            if (resolved := self._parents.get(folder)) is None:
+                resolved = self._parents[folder] = os.path.realpath(folder)
+            key = os.path.join(resolved, name) if name not in ("", "..") else os.path.realpath(text)
+        return FileState(key, found.st_size, found.st_mtime_ns)
+
+    def get(self, path: Path) -> dict | None:
+        """The facts about a file, or None if there are none or the file has changed since."""
+        return self._of(self.state(path))
+
+    def put(self, path: Path, state: FileState | None = None, **facts: object) -> dict:
+        """Store facts about a file. Returns all facts that are known about it; that it was refused is none any more.
+
+        Args:
+            state: the file's state before the facts were taken from it, so that a change in the meantime is noticed.
+        """
+        return self._put(state or self.state(path), _REFUSED, facts)
+
+    def get_refusal(self, path: Path, version: str) -> list[Problem] | None:
+        """Why a file cannot be used; None if it was not refused by this version of the code, or has changed since."""
+        found = (self.get(path) or {}).get(_REFUSED)
+        if not isinstance(found, dict) or found.get("version") != version:
+            return None
+        return [Problem(*(text.replace(_PATH, str(path)) for text in texts)) for texts in found["problems"]]
+
+    def put_refusal(
+        self, path: Path, version: str, problems: Sequence[Problem], state: FileState | None = None
+    ) -> None:
+        """Remember why a file cannot be used, while it does not change and the code has this version.
+
+        Store only what is wrong with the file itself, not that it could not be read for the moment. `state` as for `put`.
+        """
+        texts = [[text.replace(str(path), _PATH) for text in astuple(problem)] for problem in problems]
+        self._put(state or self.state(path), "", {_REFUSED: {"version": version, "problems": texts}})
+
+    def save(self) -> None:
+        """Write what was found since the last time. If that is not possible, a warning says so: the next start finds it again."""
+        self._saved_at = time.monotonic()
+        lines, self._unsaved = self._unsaved, []
+        if not lines or not self._is_kept:
+            return
+        try:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab+", buffering=0) as file:
+                    _append(file, "".join(lines).encode())
+        except UserError as error:
+            self._is_kept = False
+            say(f"warning: what was found of the files is not kept for the next start: {error}")
+
+    def _of(self, state: FileState) -> dict | None:
+        entry = self.entries.get(state.key)
+        return entry if entry and (entry.get("size"), entry.get("mtime_ns")) == state[1:] else None
+
+    def _put(self, state: FileState, without: str, facts: dict) -> dict:
+        known = {name: value for name, value in (self._of(state) or {}).items() if name != without}
+        entry = {**known, **facts, "size": state.size, "mtime_ns": state.mtime_ns}
+        self.entries[state.key] = entry
+        self._unsaved.append(_line(state.key, entry))
+        if time.monotonic() - self._saved_at >= _SAVE_SECONDS:
+            self.save()
+        return entry
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file's bytes. The Hub's cache names large files by their hash, which is taken as it is."""
+    resolved = path.resolve()
+    if is_named_by_content(resolved):
+        return resolved.name
+    with open(resolved, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+
+
+def is_named_by_content(resolved: Path) -> bool:
+    """Whether a file is a large one of the Hub's cache, which has its SHA-256 as its name."""
+    return resolved.parent.name == "blobs" and len(resolved.name) == 64
+
+
+def _line(key: str, entry: dict) -> str:
+    return json.dumps({"path": key, **entry}) + "\n"
+
+
+def _read(path: Path) -> Iterator[tuple[str, dict]]:
+    """The entries of a file of JSON lines; what a killed process left of a line is passed over."""
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(key := entry.pop("path", None), str):
+                yield key, entry
+
+
+def _append(file: BinaryIO, data: bytes) -> None:
+    """Append whole lines in one write, while no other process appends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:  # without locks, a line that another process has written into is passed over
+            raise
+    if size := file.seek(0, os.SEEK_END):
+        file.seek(size - 1)
+        if file.read(1) != b"\n":  # what a killed process left of its last line
+            data = b"\n" + data
+    file.write(data)

@@ -1,0 +1,143 @@
+"""The files of a folder and of the folders in it, each once; what is hidden or cannot be read is named."""
+
+import os
+import stat
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune.data.clip import MEDIA_SUFFIXES
+from finetune.data.formats.format import name_order, normalised, text_fault
+from finetune.runtime.errors import Problem, UserError
+
+_OF_THE_SYSTEM = frozenset(
+    {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "@recently-snapshot"}
+    | {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+)
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+@dataclass
+class Listing:
+    """What lies in a folder.
+
+    Attributes:
+        files: regular files that can be tried, by name.
+        bad: what is no regular file or has a name that cannot be used, with the reason.
+        problems: folders that cannot be read.
+        unused: hidden files and folders, and folders that are read under another path.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    bad: dict[Path, Problem] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    unused: list[Problem] = field(default_factory=list)
+
+
+def list_files(root: Path) -> Listing:
+    """List a folder. Links to folders are followed, and each real folder is read once, under its own path if that is in `root`.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    found = Listing()
+    real_root = os.path.realpath(root)
+    folders, seen = [(root, real_root)], set[str]()
+    links: deque[Path] = deque()  # after all that is no link
+    while folders or links:
+        if folders:
+            folder, real = folders.pop()
+        else:
+            folder = links.popleft()
+            real = os.path.realpath(folder)
+            if _contains(real, real_root) or _contains(real, os.path.realpath(folder.parent)):
+                found.unused.append(Problem("a link to a folder that it lies in", str(folder), "remove the link"))
+                continue
+        if real in seen:
+            found.unused.append(Problem("a folder that is read under another path", str(folder)))
+            continue
+        seen.add(real)
+        for entry in _entries(folder, root, found):
+            path = folder / entry.name
+            if is_hidden(entry.name):
+                found.unused.append(Problem("hidden, or written by the system", str(path)))
+            elif not _is_folder(entry):
+                _add_file(path, entry, found)
+            elif entry.is_symlink():
+                links.append(path)
+            else:
+                folders.append((path, os.path.join(real, entry.name)))
+    found.files.sort(key=name_order)
+    found.unused.sort(key=lambda problem: normalised(problem.where))
+    return found
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or of a kind that operating systems and servers write by themselves."""
+    return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
+
+
+def file_fault(path: Path) -> tuple[str, str] | None:
+    """(what is wrong, cure) of a path that is no file which can be read; None if it is one. Its content is not looked at."""
+    if "\0" in str(path):
+        return "the path has a NUL character", "mend the path"
+    if fault := text_fault(str(path)):
+        return f"the name {fault[0]}", "rename the file in ASCII or UTF-8"
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            return "a link to a file that does not exist", "mend or remove the link"
+        windows = "write / in place of \\ in paths" if "\\" in path.name else ""
+        return "no such video file", windows or "mend the path or remove the line"
+    except OSError as error:  # too long a name, no permission, a circle of links
+        return f"cannot be opened ({error.strerror})", "mend the path, or its permissions"
+    if stat.S_ISDIR(mode):
+        return "this is a folder, not a video", "name a file in it"
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        return f"this is {kind}, not a regular file", "copy the video to a file"
+    if not os.access(path, os.R_OK, effective_ids=True):
+        return "cannot be read (permission denied)", "give yourself the right to read it: chmod u+r"
+    return None
+
+
+def _contains(folder: str, inner: str) -> bool:
+    return inner == folder or inner.startswith(folder.rstrip("/") + "/")
+
+
+def _entries(folder: Path, root: Path, found: Listing) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name; a problem if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: (normalised(entry.name), entry.name))
+    except OSError as error:
+        what, cure = f"the folder cannot be read ({error.strerror})", "mend its permissions, or remove it"
+        if folder == root:
+            raise UserError(what, cure, str(folder)) from None
+        found.problems.append(Problem(what, str(folder), cure))
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # `_add_file` says what is wrong with it
+        return False
+
+
+def _add_file(path: Path, entry: os.DirEntry[str], found: Listing) -> None:
+    try:
+        is_file = entry.is_file()
+    except OSError:
+        is_file = False
+    if is_file and not text_fault(str(path)):
+        found.files.append(path)
+        return
+    what, cure = file_fault(path) or ("changed while it was looked at", "start again")
+    found.bad[path] = Problem(what, str(path), cure)
+
+
+def is_media(path: Path) -> bool:
+    """Whether a file is a video or an image, by its suffix."""
+    return path.suffix.lower() in MEDIA_SUFFIXES

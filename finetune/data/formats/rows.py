@@ -1,0 +1,126 @@
+"""Reads the rows of a table: CSV, TSV, JSON, JSON Lines and Parquet. A row that cannot be read is a problem in its place."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from finetune.data.formats.format import read_text, text_fault
+from finetune.recipe.text import load_json
+from finetune.runtime.errors import Problem, UserError
+
+Rows = list[tuple[str, object]]
+"""(where it is, the row) for each entry of a table; a `Problem` in the place of a row that cannot be read."""
+
+_LONGEST_FIELD = 16 * 2**20  # characters; csv's own limit is 128 KiB, and captions that long get a message of their own
+
+
+def read_csv(path: Path) -> Rows:
+    """Rows of a CSV file with a head line."""
+    return _read_separated(path, ",", "a comma")
+
+
+def read_tsv(path: Path) -> Rows:
+    """Rows of a file of tab-separated values with a head line."""
+    return _read_separated(path, "\t", "a tab")
+
+
+def _read_separated(path: Path, separator: str, name: str) -> Rows:
+    reader = csv.reader(io.StringIO(read_text(path)), strict=True, delimiter=separator)
+    rows: Rows = []
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        head = next(reader, [])
+        _check_head(path, head)
+        for fields in reader:
+            where = f"{path.name}, line {reader.line_num}"
+            if len(fields) == len(head):
+                rows.append((where, dict(zip(head, fields, strict=True))))
+            elif fields:  # not an empty line
+                rows.append((where, _wrong_count(where, fields, head, name)))
+    except csv.Error as error:
+        cure = "close every quote that is opened, and double the quotes inside of a field"
+        raise UserError(
+            f"not valid {path.suffix[1:].upper()}: {error}", cure, f"{path}, line {reader.line_num}"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+    return rows
+
+
+def _check_head(path: Path, head: Sequence[str]) -> None:
+    where = f"{path}, line 1"
+    if fault := text_fault("".join(head)):
+        raise UserError(f"the head line {fault[0]}", fault[1], where)
+    if twice := next((name for name in head if name and head.count(name) > 1), None):
+        raise UserError(f"the column {twice!r} is there twice", "give each column a name of its own", where)
+
+
+def _wrong_count(where: str, fields: Sequence[str], head: Sequence[str], separator: str) -> Problem:
+    what = f"{len(fields)} {'field' if len(fields) == 1 else 'fields'} for {len(head)} columns ({', '.join(head)})"
+    if len(fields) < len(head):
+        return Problem(what, where, "write all of them; an empty field is two separators in a row")
+    return Problem(what, where, f'put the caption in quotes, "like this": {separator} separates fields')
+
+
+def read_jsonl(path: Path) -> Rows:
+    """Rows of a file with a JSON object on each line."""
+    rows: Rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path.name}, line {number}"
+            try:
+                rows.append((where, load_json(line)))
+            except json.JSONDecodeError as error:
+                rows.append((where, Problem(f"not valid JSON: {error.msg}", where, "mend the line")))
+    return rows
+
+
+def read_json(path: Path) -> Rows:
+    """Rows of a file with a JSON list."""
+    try:
+        entries = load_json(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON: {error.msg}", "mend the line", f"{path}, line {error.lineno}") from None
+    if not isinstance(entries, list):
+        raise UserError("not a list", 'write [{"video": ..., "caption": ...}, ...]', str(path))
+    return [(f"{path.name}, entry {index + 1}", entry) for index, entry in enumerate(entries)]
+
+
+def read_parquet(path: Path) -> Rows:
+    """Rows of a Parquet file. Columns of bytes, such as the videos themselves, are not read."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        cure = 'in the checkout: pip install -e ".[parquet]"; or save the table as .csv or .jsonl'
+        raise UserError("pyarrow is not installed, which reads Parquet", cure, str(path)) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = [field.name for field in file.schema_arrow if not _has_bytes(field.type)]
+            table = file.read(columns=names)
+        entries = table.to_pylist()
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"not valid Parquet: {error}", "write it again, or save it as .csv or .jsonl", str(path)
+        ) from None
+    return [(f"{path.name}, row {number}", entry) for number, entry in enumerate(entries, 1)]
+
+
+def _has_bytes(kind: object) -> bool:
+    return "binary" in str(kind)
+
+
+def other_columns(row: Mapping[str, object], named: Sequence[str]) -> dict[str, str]:
+    """A row's other columns as text: strings are stripped, other values are written as JSON."""
+    texts = dict(_texts((name, value) for name, value in row.items() if name not in named))
+    return {name: text for name, text in texts.items() if text not in ("", "null")}
+
+
+def _texts(values: Iterator[tuple[str, object]]) -> Iterator[tuple[str, str]]:
+    for name, value in values:
+        try:
+            yield name, value.strip() if isinstance(value, str) else json.dumps(value, default=str)
+        except RecursionError:
+            raise UserError(f"the column {name!r} is nested too deeply", "make it flat") from None

@@ -1,0 +1,41 @@
+"""A folder with train/ and test/ and a table in each, as the Hub's video folders have it. train/ is what is trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.data.formats.format import Columns, DatasetFormat, Manifest
+from finetune.data.formats.listing import is_hidden, is_media, list_files
+from finetune.runtime.errors import Problem
+
+_TRAIN = "train"
+_HELDOUT = ("test", "validation", "valid", "val", "dev", "eval")
+
+
+def split_format(tables: Sequence[DatasetFormat]) -> DatasetFormat:
+    """Folders of that kind, with tables of these formats."""
+
+    def read(train: Path, columns: Columns) -> Manifest:
+        found = next(each.read(table, columns) for each in tables if (table := each.locate(train, columns)))
+        files, unused = set(found.files), list(found.unused)
+        for folder in sorted(train.parent / name for name in _HELDOUT if (train.parent / name).is_dir()):
+            cure = f'to measure the held-out loss on it, set validation.heldout = "{folder}"'
+            listed = list_files(folder)
+            kept_apart = sorted([*listed.files, *listed.bad])
+            unused += [*listed.problems, *listed.unused]
+            unused += [Problem(f"in {folder.name}/, which is not trained on", str(file), cure) for file in kept_apart]
+            files |= {*kept_apart, *(Path(problem.where) for problem in [*listed.problems, *listed.unused])}
+        return Manifest(found.clips, found.problems, tuple(unused), frozenset(files))
+
+    def locate(path: Path, columns: Columns) -> Path | None:
+        train = path / _TRAIN
+        if not train.is_dir() or not any(table.locate(train, columns) for table in tables):
+            return None
+        return train if not _has_other_clips(path) else None
+
+    return DatasetFormat(locate, read)
+
+
+def _has_other_clips(path: Path) -> bool:
+    """Whether there are clips outside of the splits; then the folder is one of side-cars."""
+    others = (each for each in path.iterdir() if each.name not in (_TRAIN, *_HELDOUT) and not is_hidden(each.name))
+    return any(any(map(is_media, list_files(each).files)) if each.is_dir() else is_media(each) for each in others)

@@ -1,0 +1,173 @@
+"""What a checkpoint continues besides its recipe: clips, captions and base weights, known by content and not by place."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.data.cache import Cache, digest
+from finetune.data.file_facts import is_named_by_content
+from finetune.data.loader import Item
+from finetune.models import is_outside
+from finetune.models.family import Family
+from finetune.preparation.encode import Prepared
+from finetune.preparation.former import Begun, Names, clips_digest
+from finetune.recipe import Recipe
+from finetune.runtime.distributed import Runtime
+from finetune.runtime.errors import UserError
+from finetune.runtime.logging import say
+from finetune.runtime.units import GIB
+
+# In every checkpoint's trainer.json: the clips in their order; names and sizes of the base weights.
+CLIPS, BASE = "clips", "base"
+BASE_CONTENT, CLIP_LIST, DECODED_BY = "base_content", "clip_list", "decoded_by"  # which older ones lack
+_DIGITS = 8  # of each clip in CLIP_LIST
+
+
+def shared_identity(family: Family, prepared: Prepared, runtime: Runtime) -> dict[str, str]:
+    """The identity as rank 0 finds it, on every rank. Collective."""
+    with runtime.together():
+        found = prepared_identity(family, prepared) if runtime.is_main else {}
+    return runtime.from_main(found)
+
+
+def prepared_identity(family: Family, prepared: Prepared) -> dict[str, str]:
+    """The identity of a training on prepared clips, and by which version they were decoded."""
+    found = identity(family, prepared.train, prepared.cache, prepared.former)
+    return found | {DECODED_BY: str(prepared.decoder)}
+
+
+def identity(family: Family, items: Sequence[Item], cache: Cache, names: Names) -> dict[str, str]:
+    """The clips and captions in their order, and the base weights. The first time, weights of a folder are read whole."""
+    return {
+        CLIPS: clips_digest(items, family.columns, names),
+        CLIP_LIST: "".join(clips_digest([item], family.columns, names)[:_DIGITS] for item in items),
+        BASE: _base_by_size(family),
+        BASE_CONTENT: _base_content(family, cache),
+    }
+
+
+def check_identity(facts: Mapping[str, Any], found: Mapping[str, str], recipe: Recipe) -> None:
+    """Refuse to go on from a checkpoint, whose trainer.json has `facts`, with other clips or base weights than those it had."""
+    if facts[CLIPS] != found[CLIPS]:
+        raise _other(recipe, facts, _clips(recipe), _clips_that_differ(facts, found))
+    if other_base(facts, found):
+        raise _other(recipe, facts, "weights in model.path")
+
+
+def check_before_encoding(recipe: Recipe, family: Family, cache: Cache, items: Sequence[Item], names: Names) -> None:
+    """The same, of a run's newest checkpoint, as far as it is certain before clips are encoded, which may take hours.
+
+    A clip that will fail to be encoded is not known yet, so only clips that are gone are refused.
+    """
+    checkpoints = _facts_of(recipe)
+    facts = _read(checkpoints[-1]) if checkpoints and items else {}
+    if not {"step", CLIPS, BASE, CLIP_LIST, BASE_CONTENT} <= facts.keys():
+        return
+    found = identity(family, items, cache, names)
+    if _counted(facts) - _counted(found):
+        raise _other(recipe, facts, _clips(recipe), _clips_that_differ(facts, found))
+    if other_base(facts, found):
+        raise _other(recipe, facts, "weights in model.path")
+
+
+def begun(recipes: Sequence[Recipe], family: Family) -> Begun:
+    """What the checkpoints of a start's recipes, one for each expert, ask of its clips."""
+
+    def check(cache: Cache, items: Sequence[Item], names: Names) -> None:
+        for each in recipes:
+            trained = family.of_expert(each.model.experts[0]) if each.model.experts else family
+            check_before_encoding(each, trained, cache, items, names)
+
+    earlier = [
+        facts.get(CLIPS)
+        for each in recipes
+        for path in _facts_of(each)
+        if (facts := _read(path)) and facts.get(DECODED_BY, "1") == "1"
+    ]
+    return Begun(frozenset(clips for clips in earlier if isinstance(clips, str)), check)
+
+
+def _facts_of(recipe: Recipe) -> list[Path]:
+    """The trainer.json of each of the run's checkpoints, the newest last."""
+    return sorted((recipe.run_folder / "checkpoints").glob("step_*/trainer.json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint's trainer.json; nothing if it is damaged, which a start of the run says by name."""
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def other_base(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
+    """Whether a checkpoint was trained on other base weights, by their content if it has noted that, else by names and sizes."""
+    name = BASE_CONTENT if BASE_CONTENT in facts else BASE
+    return facts.get(name) != found[name]
+
+
+def is_of_base(facts: Mapping[str, Any], family: Family, cache: Cache) -> bool:
+    """The same question, the other way round, for a family's base weights."""
+    name, of = (BASE_CONTENT, _base_content(family, cache)) if BASE_CONTENT in facts else (BASE, _base_by_size(family))
+    return facts.get(name) == of
+
+
+def say_if_not_compared(facts: Mapping[str, Any], family: Family) -> None:
+    """Say that an older checkpoint's base weights were compared by name and size alone: on the Hub, names tell the content."""
+    files = family.folder.weight_files(family.trained_component)
+    if BASE_CONTENT not in facts and not all(is_named_by_content(file.resolve()) for file in files):
+        say(
+            f"the checkpoint of step {facts['step']} is of an older version, which noted only names and sizes of the base "
+            "weights: that their content is the same could not be compared; the next checkpoint notes it"
+        )
+
+
+def _other(recipe: Recipe, facts: Mapping[str, Any], what: str, told: str = "") -> UserError:
+    return UserError(
+        f"the {what} are not those that the checkpoint of step {facts['step']} was trained with{told}",
+        "put them back to resume, or set `output` to a new folder for a new training",
+        str(recipe.run_folder),
+    )
+
+
+def _clips(recipe: Recipe) -> str:
+    return "clips or captions" + (", or the code of the family" if is_outside(recipe.model.family) else "")
+
+
+def _clips_that_differ(facts: Mapping[str, Any], found: Mapping[str, str]) -> str:
+    """How many clips were added and removed since a checkpoint, in words; empty if it has not noted them."""
+    if CLIP_LIST not in facts:
+        return ""
+    before, now = _counted(facts), _counted(found)
+    added, removed = (now - before).total(), (before - now).total()
+    if not added + removed:
+        return ": they are the same in another order"
+    return f": {added} are new and {removed} are gone, where a changed one is both"
+
+
+def _counted(facts: Mapping[str, Any]) -> Counter[str]:
+    text = str(facts[CLIP_LIST])
+    return Counter(text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS))
+
+
+def _base_by_size(family: Family) -> str:
+    """What tells the pretrained weights of the trained component from others, without reading them."""
+    return digest(
+        family.folder.fingerprint(family.trained_component, lambda file: f"{file.resolve().name} {file.stat().st_size}")
+    )
+
+
+def _base_content(family: Family, cache: Cache) -> str:
+    """The same, by the content of the files, which is remembered in the cache; and the scheduler that gives noise levels."""
+    start, component = time.monotonic(), family.trained_component
+    weights = family.folder.fingerprint(component, cache.file_hash)
+    if (seconds := time.monotonic() - start) > 1:
+        size = sum(file.stat().st_size for file in family.folder.weight_files(component))
+        say(f"identified the weights of {component} by their content: {size / GIB:.1f} GiB in {seconds:.1f} s, once")
+    cache.files.save()
+    scheduler = family.folder.config("scheduler") if family.folder.has("scheduler") else {}
+    return digest(weights, {name: value for name, value in scheduler.items() if not name.startswith("_")})
