@@ -49,9 +49,8 @@ def decode(path: Path, info: VideoInfo, bucket: Bucket, fps: float, start: float
     info.require(fps, bucket.frames, start, str(path))
     wanted = info.frame_indices(fps, bucket.frames, start)
     window = _Window(path, info, bucket, wanted, threads)
-    begin = wanted[0] - _FIELDS if window.deinterlace else wanted[0]
-    for margin in (*_MARGINS, None) if begin > 0 else (None,):
-        place = None if margin is None else begin - round(margin * info.fps)
+    for margin in (*_MARGINS, None) if window.begin > 0 else (None,):
+        place = None if margin is None else window.begin - round(margin * info.fps)
         try:
             return window.read(place if place is None or place > 0 else None)
         except _Elsewhere as again:
@@ -68,6 +67,11 @@ class _Window:
         self.path, self.info, self.bucket, self.wanted, self.threads = path, info, bucket, wanted, threads
         self.deinterlace = "deinterlaced" in info.changes
 
+    @property
+    def begin(self) -> int:
+        """The first frame that is looked at; it may be negative."""
+        return self.wanted[0] - (_FIELDS if self.deinterlace else 0)
+
     def read(self, place: int | None) -> np.ndarray:
         """Decode from the key frame before a frame, or from the beginning: uint8 (F, H, W, 3)."""
         frames = np.empty((*self.bucket, 3), dtype=np.uint8)
@@ -77,7 +81,7 @@ class _Window:
             if place is not None:
                 container.seek(self.info.ticks_of(place), stream=stream)
             painter = Painter(self.path, self.info, self.bucket, stream.sample_aspect_ratio, self.threads)
-            source = _Decoder(container, stream, self.path)
+            source = _Decoder(container, stream, self.path, self.info.ticks_of(max(0, self.begin - 1)))
             try:
                 for frame in _deinterlaced(source, stream) if self.deinterlace else source:
                     before, index = index, self._index(frame, stream)
@@ -141,23 +145,34 @@ class _Window:
 
 
 class _Decoder:
-    """Iterates over a stream's frames, and remembers in which order their packets came."""
+    """Iterates over a stream's frames, and remembers in which order their packets came.
 
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> None:
+    Before the time `begin`, in ticks, only frames that others refer to are decoded.
+    """
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, path: Path, begin: int) -> None:
         self.container, self.stream, self.path = container, stream, path
         self.fed: dict[int, int] = {}  # time of a packet to its place in decoding order
         self.waiting: deque[av.VideoFrame] = deque()
         self.last: int | None = None  # time of the last frame that was taken
+        self.begin, self.skipping = begin, False
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
         for packet in packets_of(self.container, self.stream, self.path):
             if packet.pts is not None:
                 self.fed[packet.pts] = len(self.fed)
+                self._skip(packet.pts < self.begin)
             self.waiting.extend(self.stream.decode(packet))
             while self.waiting:
                 frame = self.waiting.popleft()
                 self.last = frame.pts
                 yield frame
+
+    def _skip(self, skip: bool) -> None:
+        """Pass over frames before the window that no other frame refers to, or stop doing so."""
+        if skip != self.skipping:
+            self.stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
+            self.skipping = skip
 
     def was_damaged(self) -> bool:
         """Whether a frame that is decoded, but not yet shown, is damaged and may be what the last one taken refers to."""

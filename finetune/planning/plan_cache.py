@@ -24,16 +24,9 @@ _WITHOUT_EFFECT = {
     "distributed": None,
     "model": ("path", "revision"),  # the configs in the folder say what model it is
     "data": (
-        "path",
-        "area",
-        "frames",
-        "bucket_count",
-        "video_column",
-        "caption_column",
-        "id_token",
-        "bad_clips",
-        "cache",
-        "workers",
+        *("path", "sources", "area", "frames", "bucket_count"),  # the buckets that are found are in `buckets`
+        *("video_column", "caption_column", "id_token", "window", "windows", "overlap", "background"),
+        *("bad_clips", "cache", "workers"),
     ),
     "train": ("steps", "seed"),
     "optimizer": ("lr",),

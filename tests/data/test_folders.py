@@ -214,6 +214,11 @@ def test_an_image_of_a_videos_name_is_its_thumbnail(tmp_path: Path) -> None:
     folder = write(tmp_path, {**PAIR, "a.jpg": ""})
     assert used(folder) == ["a.mp4"]
     assert reasons(folder) == {"a.jpg": "image with the name of a video"}
+    write(folder, {"a.k.mp4": "", "a.k.txt": "y", "cover.png": ""})
+    assert used(folder) == [
+        "a.k.mp4",
+        "a.mp4",
+    ]  # in the order of the videos' names, and without a caption for the cover
 
 
 def test_images_without_a_caption_are_missed_only_where_images_have_captions(tmp_path: Path) -> None:

@@ -80,8 +80,11 @@ def test_json_about_something_else_is_named_and_not_in_the_way(dataset) -> None:
     }
 
 
-def test_json_without_a_caption_is_none(dataset) -> None:
-    (problem,) = dataset({"a.json": '{"fps": 25}'}).problems
+@pytest.mark.parametrize("content", ['{"fps": 25}', "[]", "null", "7", "[[1, 2], [3, 4]]", '["x", 3]'])
+def test_json_without_a_caption_is_none(dataset, content: str) -> None:
+    assert [clip.captions for clip in dataset({"a.json": content, "a.txt": "x"}).clips] == [("x",)]
+    Path(dataset({}).clips[0].path).with_suffix(".txt").unlink()
+    (problem,) = dataset({}).problems
     assert problem.what == "video without a caption"
     assert problem.cure == 'write "caption": "..." in a.json, or a.txt beside it'
 
@@ -108,8 +111,7 @@ def test_a_video_may_be_called_captions(dataset) -> None:
         ("a.json", '{"caption": 3}', "the caption is not text: 3"),
         ("a.json", '{"caption": null}', "the caption is empty"),
         ("a.json", '{"captions": []}', "the caption is empty"),
-        ("a.json", "[]", "the caption is empty"),
-        ("a.json", "null", "the caption is empty"),
+        ("a.json", '["x", ""]', "the caption is empty"),
         ("a.json", '{"caption": "x"', "not valid JSON: Expecting ',' delimiter, line 1"),
         ("a.json", "[" * 100_000, "not valid JSON: nested too deeply, line 1"),
         ("a.json", '{"caption": "x", "n": ' + "9" * 5000 + "}", "not valid JSON: a number has too many digits, line 1"),

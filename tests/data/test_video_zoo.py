@@ -3,7 +3,11 @@
 Frames say their own number (`drawn`). Colours are compared with those that were drawn, and with the ffmpeg binary.
 """
 
+import json
 import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +16,7 @@ import pytest
 from drawn import PATCHES, film, numbers, patches
 from ffmpeg_oracle import ACCURATE, H264, LEFT, VP9, Ffmpeg
 
-from finetune.data.decode import decode, probe
+from finetune.data.decode import VideoInfo, decode, probe
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
@@ -347,3 +351,45 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str) -> No
         probe(path)
     assert str(path) in str(caught.value)
     assert "->" in str(caught.value)
+
+
+# --- what is remembered, and memory -----------------------------------------------------------------------------------
+
+
+GAPS = ("-vf", "select='not(between(n,5,9))'", "-fps_mode", "vfr", *H264)
+
+
+def test_what_is_known_of_a_clip_can_be_remembered(ffmpeg: Ffmpeg) -> None:
+    for path in (ffmpeg.make("gaps.mp4", *GAPS), film(ffmpeg, "h264.mp4", *H264)):
+        info = probe(path)
+        facts = json.loads(json.dumps(asdict(info)))
+        assert VideoInfo.of(facts) == info
+        assert VideoInfo.of({key: facts[key] for key in ("height", "width", "frames", "duration")}) is None
+
+
+GROWTH = """
+import resource, sys
+from pathlib import Path
+from finetune.data.decode import VideoInfo, decode, probe
+from finetune.recipe import Bucket
+
+def read(path):
+    info = probe(path)
+    decode(path, info, Bucket(5, 64, 96), info.fps, threads=1)
+    decode(path, info, Bucket(5, 64, 96), info.fps, start=info.duration - 1, threads=1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+short, long = [read(Path(path)) for path in sys.argv[1:]]
+print(long - short)
+"""
+
+
+def test_memory_does_not_grow_with_the_file(ffmpeg: Ffmpeg) -> None:
+    noise = ("-f", "lavfi", "-i", "nullsrc=size=384x256:rate=25:duration=1", "-vf", "noise=alls=100:allf=t")
+    short, long = ffmpeg.folder / "noise.mkv", ffmpeg.folder / "long_noise.mkv"
+    ffmpeg.run(*noise, "-pix_fmt", "yuv420p", "-c:v", "ffv1", "-g", "1", short)
+    ffmpeg.run("-stream_loop", "39", "-i", short, "-c", "copy", long)
+    assert long.stat().st_size > 80e6
+    command = [sys.executable, "-c", GROWTH, str(short), str(long)]
+    grown = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    assert float(grown) < 8  # MB

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -145,6 +146,17 @@ def test_an_item_that_cannot_be_written_ends_the_work(runtime: Runtime, tmp_path
     work = [Encoding("video", digest(k), str(k), (Source((), lambda: 0),)) for k in range(3)]
     with pytest.raises(UserError, match="cannot be written"):
         fill(work, "video", lambda: lambda _: {"mean": torch.ones(1)}, Cache(tmp_path / "cache"), runtime)
+
+
+def test_an_interrupt_ends_the_work_and_its_threads(runtime: Runtime, tmp_path: Path) -> None:
+    def interrupt(_: int) -> dict[str, torch.Tensor]:
+        signal.raise_signal(signal.SIGINT)
+        return {"mean": torch.ones(1)}
+
+    work = [Encoding("video", digest(k), str(k), (Source((), lambda: 0),)) for k in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        fill(work, "video", lambda: interrupt, Cache(tmp_path / "cache"), runtime)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith(("read", "write"))] == []
 
 
 def test_the_same_work_can_be_tried_again(runtime: Runtime, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from finetune.runtime.errors import Problem, UserError
 
 _SUFFIXES = frozenset({".txt", ".caption", ".json"})
 _MANY = ".captions.txt"
+_OF_A_BAD_CLIP = "the caption of a clip that cannot be used"
 _LARGEST = 16 * 2**20  # bytes of a side-car
 _TABLES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
 _ABOUT = frozenset(
@@ -57,9 +58,7 @@ def _read(folder: Path, columns: Columns) -> Manifest:
         media[file.with_suffix("")].append(file)
     side_cars = _side_cars(listed, media)
     found = _Found(problems=listing.problems, unused=listing.unused)
-    has_image_captions = any(
-        file.suffix.lower() in IMAGE_SUFFIXES for stem in side_cars for file in media.get(stem, ())
-    )
+    has_image_captions = any(stem in media and all(map(_is_image, media[stem])) for stem in side_cars)
     takes_images = has_image_captions or not any(file.suffix.lower() in VIDEO_SUFFIXES for file in listed)
     for stem, files in media.items():
         cars = side_cars.pop(stem, [])
@@ -69,12 +68,13 @@ def _read(folder: Path, columns: Columns) -> Manifest:
         if good:
             _add_clips(good, cars, listing.bad, columns, found)
         elif cars:
-            found.leave_out(cars, "the caption of a clip that cannot be used")
+            found.leave_out(cars, _OF_A_BAD_CLIP)
     for stem, cars in side_cars.items():
         _add_orphans(stem, cars, media, found)
     others = (file for file in listed if not is_media(file) and file.suffix.lower() not in _SUFFIXES)
     found.unused += [_of_no_use(file, folder) for file in others]
-    return Manifest(tuple(found.clips), tuple(found.problems), tuple(found.unused), frozenset(found.files))
+    clips = sorted(found.clips, key=lambda clip: name_order(clip.path))
+    return Manifest(tuple(clips), tuple(found.problems), tuple(found.unused), frozenset(found.files))
 
 
 def _side_cars(listed: Sequence[Path], media: Mapping[Path, Sequence[Path]]) -> dict[Path, list[Path]]:
@@ -136,6 +136,7 @@ def _add_clips(
             others |= more
     if problems:
         found.problems += problems
+        found.leave_out([car for used in texts.values() for car in used], _OF_A_BAD_CLIP)
     elif not texts:
         what, cure = (
             f"{'image' if _is_image(files[0]) else 'video'} without a caption",
@@ -184,8 +185,11 @@ def _of_json(car: Path, text: str, columns: Columns) -> tuple[list | None, dict[
         content = load_json(text)
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error.msg}, line {error.lineno}", "mend the line", str(car)) from None
+    if isinstance(content, str):
+        return [content], {}
     if not isinstance(content, dict):
-        return (content or [None] if isinstance(content, list) else [content]), {}
+        is_captions = isinstance(content, list) and content and all(isinstance(each, str) for each in content)
+        return (content if is_captions else None), {}
     names = (columns.caption, f"{columns.caption}s")
     name = next((name for name in names if name in content), None)
     if name is None:

@@ -97,8 +97,8 @@ def colours_of(frame: av.VideoFrame) -> Colours:
 def to_bt709(pixels: np.ndarray, colours: Colours) -> np.ndarray:
     """Convert wide or bright colours to BT.709.
 
-    As ffmpeg's `zscale=t=linear:npl=100:agamma=false,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,zscale=t=bt709` does, with a
-    peak of 1,000 cd/m2. What lies outside of BT.709's gamut is clipped.
+    As these filters of ffmpeg do, with a peak of 1,000 cd/m2: zscale=t=linear:npl=100:agamma=false, format=gbrpf32le,
+    zscale=p=bt709, tonemap=hable:desat=0, zscale=t=bt709. What lies outside of BT.709's gamut is clipped.
 
     Args:
         pixels: uint16 (H, W, 3), RGB of the full range, as coded.
