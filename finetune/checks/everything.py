@@ -53,7 +53,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
             write_report(report, recipe, inspected, family, accepted, runtime)
     with _collected(problems), runtime.together():
         if family and runtime.is_main:
-            prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
+            prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
             say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], family)
     with _collected(problems):
         _load_images(recipe)
@@ -82,7 +82,7 @@ def _collected(problems: list[Problem]) -> Iterator[None]:
 def _load_images(recipe: Recipe) -> None:
     """Read every condition image, wherever it is; missing files are `family_problems`' business."""
     problems: list[Problem] = []
-    for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
+    for prompt in validation_prompts(recipe.validation, recipe.data.sample_shape):
         try:
             for image in prompt.images:
                 if not missing_image(image):

@@ -177,7 +177,7 @@ def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     for bucket in recipe.data.buckets:
         if text := family.bucket_problem(bucket):
             yield _bucket_problem(recipe, family, bucket, text)
-    for prompt in validation_prompts(recipe.validation, recipe.data.buckets[0]):
+    for prompt in validation_prompts(recipe.validation, recipe.data.sample_shape):
         if text := family.bucket_problem(prompt.shape):
             yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
         if text := family.prompt_problem(prompt):

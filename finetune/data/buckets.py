@@ -42,6 +42,8 @@ def fit_to_bucket(
 ) -> BucketFit:
     """Choose the bucket that loses least of a clip: nearest aspect ratio, then most frames, then largest picture not enlarged.
 
+    Images have buckets of one frame, and videos those of several, if they are long enough for any.
+
     Args:
         fps: the frame rate to train at; None keeps the clip's own.
         where: the clip's name, for the error.
@@ -67,10 +69,16 @@ def fit_to_bucket(
             where,
         )
 
-    def loss(bucket: Bucket) -> tuple[float, int, bool, int]:
+    def loss(bucket: Bucket) -> tuple[bool, float, int, bool, int]:
         area = bucket.height * bucket.width
         grows = max(bucket.height / clip.height, bucket.width / clip.width) > 1
-        return round(_aspect_distance(clip, bucket), 6), -bucket.frames, grows, area if grows else -area
+        return (
+            bucket.frames == 1,
+            round(_aspect_distance(clip, bucket), 6),
+            -bucket.frames,
+            grows,
+            area if grows else -area,
+        )
 
     best = min(possible, key=loss)
     enlarged = max(best.height / clip.height, best.width / clip.width)

@@ -6,13 +6,12 @@ They are read at the clip's times, and scaled and cropped into the clip's bucket
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from finetune.data import decode
 from finetune.data.buckets import BucketFit
 from finetune.data.clip import VIDEO_SUFFIXES
 from finetune.data.decode import VideoInfo
-from finetune.data.images import load_image, probe_image
+from finetune.data.images import decode_image, probe_image
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
@@ -67,24 +66,18 @@ def check_picture(
         )
 
 
-def read_frames(path: Path, info: VideoInfo, bucket: Bucket, fps: float, start: float = 0.0) -> np.ndarray:
+def read_frames(
+    path: Path, info: VideoInfo, bucket: Bucket, fps: float, start: float = 0.0, background: str = "white"
+) -> np.ndarray:
     """The frames of a video at `fps` from `start` (seconds) on, or those of an image, which is one, as they fit into a bucket.
 
+    Args:
+        background: a colour, seen where an image is transparent.
     Returns:
         uint8 (F, H, W, 3); F = 1 of an image.
     Raises:
         UserError: the file cannot be read.
     """
-    if not is_image(path):
-        return decode.decode(path, info, bucket, fps, start)
-    return cover(load_image(str(path)), bucket)[None]
-
-
-def cover(image: np.ndarray, bucket: Bucket) -> np.ndarray:
-    """An image, uint8 (h, w, 3), scaled to cover a bucket and cropped at the centre: uint8 (H, W, 3)."""
-    scale = max(bucket.height / image.shape[0], bucket.width / image.shape[1])
-    height, width = (max(least, round(side * scale)) for least, side in zip(bucket[1:], image.shape, strict=False))
-    if (height, width) != image.shape[:2]:
-        image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-    top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
-    return image[top : top + bucket.height, left : left + bucket.width]
+    if is_image(path):
+        return decode_image(path, bucket._replace(frames=1), background)
+    return decode.decode(path, info, bucket, fps, start)

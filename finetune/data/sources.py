@@ -65,6 +65,7 @@ class SourceFile:
         bucket, fps: the clip's, whose frames the encoding has to match.
         clip: the clip's video, for messages.
         info: the file's size and length, of a mask, a control or a reference video or image; None of other files.
+        background: a colour, seen where an image is transparent.
     """
 
     path: Path
@@ -73,11 +74,12 @@ class SourceFile:
     fps: float
     clip: Path
     info: decode.VideoInfo | None = None
+    background: str = "white"
 
     def frames(self) -> np.ndarray:
         """The file's frames, uint8 (F, H, W, 3), at the clip's times and in its bucket; one frame of an image."""
         assert self.info is not None
-        return column_files.read_frames(self.path, self.info, self.bucket, self.fps, self.start)
+        return column_files.read_frames(self.path, self.info, self.bucket, self.fps, self.start, self.background)
 
 
 def caption_source(text: str) -> Source:
@@ -109,9 +111,15 @@ def clip_sources(
     }
 
 
-def image_source(path_or_address: str, content: str) -> Source:
-    """A condition image as it is, since pipelines resize it; `content` is the hash of its file, or its address."""
-    return Source(("image", content), lambda: load_image(path_or_address))
+def image_source(path_or_address: str, content: str, background: str) -> Source:
+    """A condition image in its own size, since pipelines resize it.
+
+    Args:
+        content: the hash of its file, or its address.
+        background: a colour, seen where it is transparent.
+    """
+    identity = ("image", content, decode.DECODER, background)
+    return Source(identity, lambda: load_image(path_or_address, background))
 
 
 def fitted_source(source: Source, fit: Callable[[Image.Image, Bucket], Image.Image], shape: Bucket) -> Source:
@@ -124,9 +132,21 @@ def no_image_source() -> Source:
     return Source(("no image",), lambda: None)
 
 
-def file_source(column: str, clip: Clip, content_hash: str, info: decode.VideoInfo | None, piece: Piece) -> Source:
-    """A file that the manifest names beside the video: frames of a control or reference video, else a `SourceFile`."""
-    file = SourceFile(clip.file(column), piece.seconds, piece.bucket, piece.fps, clip.path, info)
+def file_source(
+    column: str, clip: Clip, content_hash: str, info: decode.VideoInfo | None, piece: Piece, background: str
+) -> Source:
+    """A file that the manifest names beside the video: frames of a control or reference video, else a `SourceFile`.
+
+    Args:
+        info: size and length of a mask, a control or a reference video or image.
+        background: a colour, seen where images are transparent, but for masks: what is transparent does not count.
+    """
+    path = clip.file(column)
+    background = "black" if column == column_files.MASK else background
+    file = SourceFile(path, piece.seconds, piece.bucket, piece.fps, clip.path, info, background)
     read = file.frames if column in column_files.FRAME_COLUMNS else lambda: file
-    decoder = () if info is None else (decode.DECODER,)
-    return Source((content_hash, *piece.fingerprint, *decoder), read)
+    if info is None:
+        how: tuple[Any, ...] = ()
+    else:
+        how = ("image", background) if column_files.is_image(path) else (decode.DECODER,)
+    return Source((content_hash, *piece.fingerprint, *how), read)

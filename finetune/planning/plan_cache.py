@@ -55,7 +55,7 @@ def plan_file(recipe: Recipe, family: Family, arguments: list[str], device: str)
             values.pop(table, None)
         for key in keys or ():
             values.get(table, {}).pop(key, None)
-    prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])  # also those of validation.prompts_file
+    prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)  # also those of validation.prompts_file
     folder, package = family.folder.path, Path(finetune.__file__).parent
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
     sources = sorted({*package.rglob("*.py"), *code_of(family)})

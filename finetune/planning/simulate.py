@@ -293,7 +293,7 @@ def simulate_all(
     Args:
         picture: a PNG to draw the timeline of memory in.
     """
-    prompts = validation_prompts(recipe.validation, recipe.data.buckets[0])
+    prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
     with Simulation(recipe, family, hardware).running() as simulation:
         simulation.encoding(buckets)
         state = simulation.training(buckets, family.of_other_expert() if prompts else None)

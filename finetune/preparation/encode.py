@@ -128,7 +128,7 @@ class _Encoders:
             **clip_sources(clip, entry.hash, entry.info, piece, self.background),
         }
         for column, found in entry.files.items():
-            sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece)
+            sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece, self.background)
         kinds = [
             kind for kind, each in self.by_kind.items() if not each.optional or sources.keys() >= set(each.sources)
         ]
@@ -285,12 +285,12 @@ def _prompts(
 ) -> list[PreparedPrompt]:
     """The validation prompts. What has to be encoded for them is added to `work`. Collective."""
     with runtime.together():
-        wanted = validation_prompts(recipe.validation, recipe.data.buckets[0]) if runtime.is_main else []
+        wanted = validation_prompts(recipe.validation, recipe.data.sample_shape) if runtime.is_main else []
         contents = {image: _image_content(image, cache) for prompt in wanted for image in prompt.images}
     prompts = []
     wanted, contents = runtime.from_main((wanted, contents))
     for prompt in wanted:
-        sources = [image_source(image, contents[image]) for image in prompt.images]
+        sources = [image_source(image, contents[image], encoders.background) for image in prompt.images]
         shown = [fitted_source(source, family.condition_image, prompt.shape) for source in sources]
         made, negative = encoders.prompt(prompt.text, shown), encoders.text(prompt.negative)
         images = [

@@ -11,6 +11,7 @@ from finetune.data.buckets import BucketFit, fit_to_bucket
 from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
 from finetune.data.column_files import PICTURES
+from finetune.data.formats.listing import file_fault
 from finetune.data.manifest import describe_unused, read_manifest
 from finetune.data.windows import Windows, windows_of
 from finetune.preparation.columns import check_pictures, optional_columns, say_columns
@@ -39,6 +40,15 @@ class InspectedClip(NamedTuple):
     pictures: Mapping[str, decode.VideoInfo]
     windows: Windows = Windows((0,))
     source: int = 0
+
+    @property
+    def resampled(self) -> decode.Resampling:
+        """Frames that are shown again and left out, over all of its pieces."""
+        if self.clip.is_image:
+            return decode.Resampling(0, 0)
+        count, fps = self.fit.bucket.frames, self.fit.fps
+        each = [self.info.resampled(fps, count, start / fps) for start in self.windows.starts]
+        return decode.Resampling(*map(sum, zip(*each, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -212,9 +222,8 @@ def _lacks(clip: Clip, column: str) -> Problem | None:
     if column not in clip.columns:
         cure = f"add a column {column!r} with the path of its file"
         return Problem(f"the clip has no {column!r}, which this model is trained on", clip.where, cure)
-    if not clip.file(column).is_file():
-        return Problem("no such file", f"{clip.file(column)} (from {clip.where})", "mend the path")
-    return None
+    fault = file_fault(clip.file(column))
+    return Problem(fault[0], f"{clip.file(column)} (from {clip.where})", fault[1]) if fault else None
 
 
 def _report(path: Path, found: Inspection) -> None:
@@ -227,8 +236,19 @@ def _report(path: Path, found: Inspection) -> None:
     shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
     where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
     say(f"{path}: {len(clips)} clips, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
-    for line in (*_copies(clips, path), *describe_unused(found.unused, path)):
+    for line in (*_altered(clips, path), *_copies(clips, path), *describe_unused(found.unused, path)):
         say(line)
+
+
+def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """What is done to the pictures of how many clips, and how many frames are shown again or left out for the frame rate."""
+    changes = Counter(change for entry in clips for change in entry.info.changes)
+    if changes:
+        yield f"{path}: {', '.join(f'{count} {change}' for change, count in sorted(changes.items()))}"
+    found = [each for entry in clips if any(each := entry.resampled)]
+    if found:
+        repeated, left_out = (sum(counts) for counts in zip(*found, strict=True))
+        yield f"{path}: {len(found)} clips have another frame rate: {repeated} frames shown again, {left_out} left out"
 
 
 def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:

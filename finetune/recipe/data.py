@@ -105,6 +105,11 @@ class Data(Table):
         return self.buckets or [Bucket(length, *self.area) for length in lengths if self.area]
 
     @property
+    def sample_shape(self) -> Bucket:
+        """The shape of samples whose prompt names none: the first of the buckets that is of several frames, if any is."""
+        return next((bucket for bucket in self.stated_buckets if bucket.frames > 1), self.stated_buckets[0])
+
+    @property
     def datasets(self) -> list[DataSource]:
         """Every dataset to train on."""
         return self.sources or [DataSource(path=self.path or Path())]

@@ -215,7 +215,7 @@ class Prompt(Table):
     text: str
     """What to generate."""
     shape: BucketText | None = None
-    """Frames x height x width; unset: the recipe's first bucket."""
+    """Frames x height x width; unset: the recipe's first bucket of several frames."""
     negative: str = ""
     """Negative prompt."""
     count: Annotated[int, Field(ge=1)] = 1

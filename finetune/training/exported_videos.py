@@ -41,7 +41,7 @@ def sample(
     if family.experts and trained is not None:
         used = {each.expert: str(folder) for each, folder in parts}
         say("; ".join(f"{name}-noise expert: {used.get(name, 'as it was')}" for name in family.experts))
-    prompts = validation_prompts(recipe.validation, recipe.data.stated_buckets[0])
+    prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
     images = [[load_image(image) for image in prompt.images] for prompt in prompts]
     pipeline = load_pipeline(recipe, family, runtime)
     versions: list[Path | None] = [None] if compare or trained is None else []

@@ -36,8 +36,7 @@ def _parts(job: Job, folder: Path) -> list[tuple[Family, Path]]:
 
 def _usage(job: Job, folder: Path) -> list[str]:
     """The lines of a script that generates a video with the trained weights; none if their format has no such lines."""
-    family, model, buckets = job.state.family, job.recipe.model, job.recipe.data.buckets
-    shape = next((bucket for bucket in buckets if bucket.frames > 1), buckets[0])  # rather a video than an image
+    family, model, shape = job.state.family, job.recipe.model, job.recipe.data.sample_shape
     dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
     source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
     helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"

@@ -393,3 +393,20 @@ def test_memory_does_not_grow_with_the_file(ffmpeg: Ffmpeg) -> None:
     command = [sys.executable, "-c", GROWTH, str(short), str(long)]
     grown = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
     assert float(grown) < 8  # MB
+
+
+PAUSE = ("-vf", "select='not(between(n,8,18))'", "-fps_mode", "vfr", *H264)
+
+
+def test_a_pause_is_meant_where_the_file_shows_that_nothing_is_missing(ffmpeg: Ffmpeg) -> None:
+    for name in ("pause.mkv", "pause.mp4"):
+        info = probe(ffmpeg.make(name, *PAUSE))
+        assert (info.frames, info.frames_at(25), info.resampled(25, 25)) == (14, 25, (11, 0))
+
+
+@pytest.mark.parametrize("name", ["pause.ts", "pause_fragments.mp4"])
+def test_a_pause_that_may_be_a_hole_is_refused_with_the_line_that_fills_it(ffmpeg: Ffmpeg, name: str) -> None:
+    fragments = ("-g", "4", "-movflags", "frag_keyframe+empty_moov") if name.endswith("mp4") else ()
+    path = ffmpeg.make(name, *PAUSE, *fragments)
+    with pytest.raises(UserError, match=r"frames are missing between 0.28 and 0.76 s(.|\n)*-vf fps=25 "):
+        probe(path)

@@ -20,7 +20,23 @@ from finetune.recipe.schema import ObjectiveSettings, Vae
 ONE = Bucket(1, 64, 96)
 TEXT_TO_VIDEO = variants("cogvideox", "hunyuan", "hunyuan15", "ltx", "mochi", "wan")
 GIVEN_BY_TOKENS = [*variants("ltx_i2v"), ("wan_i2v", "2.2-5B")]  # which need not be given a frame
-TRAINED = pytest.mark.parametrize("model", [*TEXT_TO_VIDEO, *GIVEN_BY_TOKENS], ids=variant_id, indirect=True)
+BY_DEFAULT = [  # one of each way to give timesteps and positions
+    ("cogvideox", "1.5-5B"),
+    ("hunyuan", None),
+    ("hunyuan15", None),
+    ("ltx", "0.9.0"),
+    ("ltx_i2v", "0.9.7"),
+    ("mochi", None),
+    ("wan_i2v", "2.2-5B"),
+]
+TRAINED = pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(each, marks=() if each in BY_DEFAULT else pytest.mark.full, id=variant_id(each))
+        for each in (*TEXT_TO_VIDEO, *GIVEN_BY_TOKENS)
+    ],
+    indirect=True,
+)
 WAN_5B = pytest.mark.parametrize("model", [("wan", "2.2-5B"), ("wan_i2v", "2.2-5B")], ids=variant_id, indirect=True)
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=["float32", "bf16"]

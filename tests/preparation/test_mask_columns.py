@@ -172,6 +172,31 @@ def test_a_colour_counts_as_its_luma(dataset: Callable[..., Path], folder: Path,
     torch.testing.assert_close(cached_mask(prepared(), SMALL), torch.full((3, 2, 3), luma), rtol=0, atol=1e-6)
 
 
+def test_what_is_transparent_does_not_count(dataset: Callable[..., Path], folder: Path, prepared: Prepare) -> None:
+    """Whatever colour it hides, and whatever background the recipe has for other images. 16 bits of grey are the levels of 8."""
+    white, alpha = Image.new("RGB", (96, 64), "white"), Image.fromarray(quadrant(17, 64, 96)[0])
+    white.putalpha(alpha)
+    white.save(folder / "transparent.png")
+    Image.fromarray(quadrant(17, 64, 96)[0].astype(np.uint16) * 257).save(folder / "deep.png")
+    dataset({SMALL: {"mask": "transparent.png"}, "vp9_small.webm": {"mask": "deep.png"}})
+    made = prepared("data.background=grey")
+    expected = of_ltx(quadrant(17, 64, 96)[:1].repeat(17, 0))
+    for name in (SMALL, "vp9_small.webm"):
+        torch.testing.assert_close(cached_mask(made, name), expected, rtol=0, atol=1e-6)
+
+
+def test_a_clip_that_is_an_image_has_a_mask_of_one_frame(
+    dataset: Callable[..., Path], folder: Path, prepared: Prepare
+) -> None:
+    Image.new("RGB", (96, 64), (200, 90, 20)).save(folder / "still.png")
+    Image.fromarray(quadrant(1, 64, 96)[0]).save(folder / "mask.png")
+    row = {"video": "still.png", "caption": "an orange wall", "mask": "mask.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    made = prepared('data.buckets=["1x64x96"]')
+    expected = avg_pool3d(torch.from_numpy(quadrant(1, 64, 96)).float()[None] / 255, (1, 32, 32))[0]
+    torch.testing.assert_close(cached_mask(made, "still.png"), expected, rtol=0, atol=1e-6)
+
+
 def test_masks_change_no_other_item_and_clips_without_have_none(
     dataset: Callable[..., Path], folder: Path, prepared: Prepare, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,41 @@ def test_any_other_change_is_named_with_both_values(written, override: str, show
     assert differences(load_recipe(path, [override]), load_recipe(path)) == [shown]
 
 
+AREA = MINIMAL.replace('buckets = ["17x64x96"]', 'area = "64x96"\nframes = [9, 17]')
+
+
+@pytest.mark.parametrize("text", [AREA, AREA + 'buckets = ["17x64x96", "9x96x64"]\n'], ids=["yet to find", "given"])
+def test_buckets_that_are_yet_to_be_found_are_no_difference(written, text: str) -> None:
+    found = load_recipe(written(AREA), ["data.buckets=17x64x96, 9x96x64"])
+    assert differences(load_recipe(written(text)), found) == []
+
+
+@pytest.mark.parametrize(
+    "override, shown",
+    [
+        ("data.area=64x64", "data.area = '64x96' there, '64x64' here"),
+        ("data.frames=17", "data.frames = [9, 17] there, [17] here"),
+        ("data.bucket_count=2", "data.bucket_count = 9 there, 2 here"),
+        ("data.buckets=17x64x96", "data.buckets = ['17x64x96', '9x96x64'] there, ['17x64x96'] here"),
+    ],
+)
+def test_what_they_are_found_by_is_one(written, override: str, shown: str) -> None:
+    found = load_recipe(written(AREA), ["data.buckets=17x64x96, 9x96x64"])
+    assert differences(load_recipe(written(AREA), [override]), found) == [shown]
+
+
+def test_an_area_in_the_place_of_buckets_is_another_training(written) -> None:
+    shown = differences(load_recipe(written(AREA)), load_recipe(written(MINIMAL)))
+    assert shown == ["data.area = 'unset' there, '64x96' here", "data.frames = [] there, [9, 17] here"]
+
+
+def test_a_recipe_with_an_area_reads_back_equal_with_and_without_its_buckets(written, tmp_path: Path) -> None:
+    for overrides in ([], ["data.buckets=17x64x96, 9x96x64"]):
+        recipe = load_recipe(written(AREA), overrides)
+        write_recipe(recipe, tmp_path / "effective.toml")
+        assert load_recipe(tmp_path / "effective.toml") == recipe
+
+
 def test_a_key_that_is_set_to_its_default_is_no_difference(written, tmp_path: Path) -> None:
     before = load_recipe(written(MINIMAL))
     assert differences(load_recipe(written(MINIMAL + "[lora]\nrank = 64\n")), before) == []

@@ -103,6 +103,41 @@ def test_malformed_bucket_says_the_form(written, bucket: str) -> None:
     assert 'write frames x height x width, like "49x512x768"' in found.what
 
 
+BUCKETS = 'buckets = ["17x64x96"]\n'
+
+
+@pytest.mark.parametrize(
+    "shapes, what",
+    [
+        ("", "no training shapes"),
+        ('area = "64x96"\n', "`area` without `frames`"),
+        ("frames = [17]\n", "`frames` has no effect without `area`"),
+        (BUCKETS + "frames = [17]\n", "`frames` has no effect without `area`"),
+        (BUCKETS + "bucket_count = 3\n", "`bucket_count` has no effect without `area`"),
+        (BUCKETS + 'area = "64x96"\nframes = [9, 25]\n', "17x64x96 in `buckets` is not of the lengths in `frames`"),
+        (BUCKETS + 'area = "64x64"\nframes = [17]\n', "or larger than `area`: remove `buckets`"),
+    ],
+)
+def test_shapes_are_given_or_found_by_area_and_lengths(written, shapes: str, what: str) -> None:
+    path = written(MINIMAL.replace(BUCKETS, shapes))
+    found = problem(path)
+    assert (found.where, what in found.what) == (f"{path}, line 4", True), found.what
+
+
+@pytest.mark.parametrize("area", ["64", "64x", "0x96", "17x64x96", "64*96", ""])
+def test_a_malformed_area_says_the_form(written, area: str) -> None:
+    found = problem(written(MINIMAL.replace(BUCKETS, f'area = "{area}"\nframes = [17]\n')))
+    assert 'write height x width, like "512x768"' in found.what
+
+
+def test_an_area_stands_for_its_own_shape_in_each_length_until_shapes_are_found(written) -> None:
+    path = written(MINIMAL.replace(BUCKETS, 'area = "64x96"\nframes = [1, 17, 9, 17]\n'))
+    assert load_recipe(path).data.buckets == []
+    assert list(map(str, load_recipe(path).data.stated_buckets)) == ["17x64x96", "9x64x96", "1x64x96"]
+    found = load_recipe(path, ["data.buckets=9x96x64"])
+    assert found.data.stated_buckets == found.data.buckets == [Bucket(9, 96, 64)]
+
+
 @pytest.mark.parametrize(
     "text, line",
     [

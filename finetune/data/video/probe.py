@@ -22,6 +22,7 @@ from finetune.runtime.errors import UserError
 _AGAIN = "copy or export it again, or remove it"
 _ANNOUNCING = {"matroska,webm", "flv", "asf"}  # formats whose head says how long the file is
 _WITHOUT_END = {"mpeg", "mpegts"}  # formats in which only the last frames tell whether the end is there
+_WHOLE = {"matroska,webm", "gif", "avi"}  # formats whose boxes show that nothing is missing; a pause in them is meant
 _RAW = {"h264", "hevc", "mjpeg", "mpegvideo", "m4v", "obu", "vvc", "dirac"}  # a stream without container has no times
 _TAILS = (1, 10, 10**9)  # seconds before the end from which on the last frames are decoded, until a key frame is there
 _LAST = 3  # frames at the end that must be sound: others may refer to what comes last
@@ -62,10 +63,6 @@ def probe(path: Path) -> VideoInfo:
         changes += ["mirrored"] if turn.mirrored else []
         changes += [colours.change] if colours.change else []
     found = _read_through(path, form, first.pts)
-    if gap := hole(found, form in _WITHOUT_END):
-        filled = command(path, f"-vf fps={round(1 / float(np.median(np.diff(found.ticks)) * found.tick), 3):g}")
-        what = f"frames are missing between {gap[0]:.2f} and {gap[1]:.2f} s, everywhere else they come at one rate"
-        raise UserError(what, f"{_AGAIN}; if the pause is meant, fill it: {filled}", str(path))
     if form in _WITHOUT_END:
         _decode_tail(path, found)
     times = "" if found.rate else packed(found.ticks - found.ticks[0])
@@ -123,7 +120,17 @@ def _read_through(path: Path, form: str, first: int) -> Timeline:
     if seconds and packets.end - begin < seconds - max(_LATE_SECONDS, _LATE * seconds):
         what = f"the file is cut off: it has {packets.end - begin:.2f} of the {seconds:.2f} s it announces"
         raise _refused(path, what, found, None)
+    if not announced and form not in _WHOLE:
+        _require_no_hole(path, found, form in _WITHOUT_END)
     return found
+
+
+def _require_no_hole(path: Path, found: Timeline, is_broadcast: bool) -> None:
+    gap = hole(found, is_broadcast)
+    if gap:
+        filled = command(path, f"-vf fps={round(1 / float(np.median(np.diff(found.ticks)) * found.tick), 3):g}")
+        what = f"frames are missing between {gap[0]:.2f} and {gap[1]:.2f} s, everywhere else they come at one rate"
+        raise UserError(what, f"{_AGAIN}; if the pause is meant, fill it: {filled}", str(path))
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream, path: Path, all_streams: bool) -> _Packets:
