@@ -18,8 +18,8 @@ FILE = "dataset.html"
 _TEMPLATES = Path(__file__).parent / "page_template"
 _LISTED = 10_000  # clips; the figures count all of them
 _NAMED = 1000  # files of one reason, and groups of copies
-_CAPTION_CHARACTERS = 3 * 10**6  # of all captions
-_LONGEST_CAPTION, _SHORTEST_CAPTION = 600, 120  # characters of a caption that are shown, of few clips and of many
+_CAPTION_BYTES = 3 * 10**6  # of all captions
+_LONGEST_CAPTION, _SHORTEST_CAPTION = 600, 120  # bytes of a caption that are shown, of few clips and of many
 _CAPTIONS = 3  # of one clip
 _FIRST = 10  # of a list; the rest is folded
 _LONGEST_NAME = 160
@@ -152,8 +152,8 @@ def _short(account: Account, problems: Iterable[Problem]) -> list[Problem]:
 
 
 def _caption_length(account: Account) -> int:
-    """How many characters of a caption are shown."""
-    most = _CAPTION_CHARACTERS // max(1, sum(min(len(clip.captions), _CAPTIONS) for clip in account.clips[:_LISTED]))
+    """How many bytes of a caption are shown."""
+    most = _CAPTION_BYTES // max(1, sum(min(len(clip.captions), _CAPTIONS) for clip in account.clips[:_LISTED]))
     return max(_SHORTEST_CAPTION, min(_LONGEST_CAPTION, most))
 
 
@@ -226,12 +226,13 @@ def by_reason(problems: Iterable[Problem]) -> list[tuple[str, str, list[str]]]:
 # Texts and numbers
 
 
-def shorter(text: str, length: int) -> str:
-    """The first characters of a text, white space joined, with its length if there are more."""
-    start = " ".join(text[: 4 * length].split())
-    if len(start) <= length and len(text) <= 4 * length:
+def shorter(text: str, most_bytes: int) -> str:
+    """The beginning of a text, white space joined, with the text's length if there is more."""
+    start = " ".join(text[: 4 * most_bytes].split())
+    cut = start.encode("utf-8", "surrogateescape")[:most_bytes].decode("utf-8", "ignore")
+    if len(cut) == len(start) and len(text) <= 4 * most_bytes:
         return harmless(start)
-    return f"{harmless(start[:length])}… ({len(text):,} characters)"
+    return f"{harmless(cut)}… ({len(text):,} characters)"
 
 
 def middle_cut(text: str, length: int) -> str:

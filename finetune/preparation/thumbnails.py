@@ -19,7 +19,7 @@ from finetune.tracking.progress import ProgressLine
 
 _MOST_WINDOWS = 4  # pictures of one clip
 _MOST = 6000  # pictures in all
-_ALL_BYTES = 10 * 10**6  # of all pictures, before base64 makes a third more of them
+_ALL_BYTES = 9 * 10**6  # of all pictures, before base64 makes a third more of them
 _LARGEST_BYTES = 5000  # of one picture
 _QUALITIES = ((128, 75), (128, 60), (128, 40), (96, 40), (96, 20), (64, 20), (32, 1))  # longer side, WebP's quality
 _THREADS = 8
@@ -52,7 +52,7 @@ def thumbnails(clips: Sequence[InspectedClip], background: str, runtime: Runtime
     shown = clips[:_MOST]
     windows = max(1, min(_MOST_WINDOWS, _MOST // max(1, len(shown))))
     count = sum(min(windows, len(entry.windows.starts)) for entry in shown)
-    most_bytes = min(_LARGEST_BYTES, _ALL_BYTES // max(1, count))
+    most_bytes = bytes_of_each(count)
     mine = shown[runtime.rank :: runtime.world_size]
     with runtime.together():
         threads = max(1, min(_THREADS, (os.cpu_count() or 1) // runtime.local_world_size))
@@ -70,12 +70,17 @@ def thumbnails(clips: Sequence[InspectedClip], background: str, runtime: Runtime
     return found
 
 
+def bytes_of_each(count: int) -> int:
+    """How large each of so many pictures may be."""
+    return min(_LARGEST_BYTES, _ALL_BYTES // max(1, count))
+
+
 def _of_clip(entry: InspectedClip, background: str, windows: int, most_bytes: int) -> Thumbnails:
     try:
         images = [Image.fromarray(pixels) for pixels in _first_frames(entry, windows, background)]
     except UserError as error:
         return Thumbnails(problems=error.problems)
-    files = [_small_file(image, most_bytes) for image in images]
+    files = [small_file(image, most_bytes) for image in images]
     scale = _QUALITIES[0][0] / max(images[0].size)
     width, height = (max(1, round(side * scale)) for side in images[0].size)
     return Thumbnails(tuple(files), height, width)
@@ -93,7 +98,7 @@ def _first_frames(entry: InspectedClip, windows: int, background: str) -> Iterat
             yield decode.decode(clip.path, entry.info, first, fit.fps, start / fit.fps, threads=1)[0]
 
 
-def _small_file(image: Image.Image, most_bytes: int) -> bytes:
+def small_file(image: Image.Image, most_bytes: int) -> bytes:
     """A picture as a WebP file of at most `most_bytes`, in the best quality that allows it, or the worst there is."""
     data, small = b"", image
     for side, quality in _QUALITIES:
