@@ -10,7 +10,10 @@ from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15I
 from PIL import Image
 from recording import VARIANTS, TinyModel, generate, variant_id, variants
 
+from finetune.data.bucket_budget import find_buckets
+from finetune.data.decode import VideoInfo
 from finetune.recipe import Bucket
+from finetune.recipe.bucket import Area
 from finetune.recipe.schema import Prompt
 
 FIXED = ("cogvideox_i2v", "5b-I2V")  # learned positions, for one shape
@@ -160,3 +163,16 @@ def test_the_pipeline_crops_what_is_added_to_an_image(model: TinyModel) -> None:
         given = model.family.condition_image(image, Bucket(5, height, width))
         assert given.height - height + given.width - width in (0, 1)
         assert processor.resize(given, height=height, width=width, resize_mode="crop").tobytes() == fitted.tobytes()
+
+
+def test_shapes_that_are_found_for_an_area_are_legal_and_follow_the_clips(model: TinyModel) -> None:
+    area = model.bucket
+    sizes = [(480, 854), (854, 480), (500, 500), (area.height, area.width)]
+    clips = [(VideoInfo(height, width, 50, 2.0), False) for height, width in sizes]
+    found = find_buckets(
+        clips, [], Area(*area[1:]), [area.frames], 9, None, lambda bucket: model.family.bucket_problem(bucket) is None
+    )
+    assert [bucket for bucket in found if model.family.bucket_problem(bucket)] == []
+    assert next(iter(found)) == area
+    assert sum(found.values()) == len(clips)
+    assert max(bucket.height * bucket.width for bucket in found) == area.height * area.width
