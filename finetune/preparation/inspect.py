@@ -229,7 +229,7 @@ def _lacks(clip: Clip, column: str) -> Problem | None:
 def _report(path: Path, found: Inspection) -> None:
     """Say in a line each how many clips every bucket has and what is lost of them, which are copies, and which files are unused."""
     clips = found.clips
-    buckets = Counter(str(entry.fit.bucket) for entry in clips)
+    buckets = Counter(entry.fit.bucket for entry in clips)
     trimmed = sum(entry.windows.unused(entry.fit) > 0 for entry in clips)
     cropped = sum(entry.fit.cropped > 0.02 for entry in clips)
     enlarged = sum(entry.fit.enlarged > 1.0 for entry in clips)
