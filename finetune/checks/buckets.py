@@ -1,5 +1,7 @@
 """The training shapes of a recipe with `data.area`: those of the run that it resumes, or else those that its clips need."""
 
+from pathlib import Path
+
 from finetune.checks.output import has_checkpoints, read_saved
 from finetune.models.family import Family
 from finetune.preparation.budget import with_found_buckets
@@ -10,11 +12,13 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.logging import say
 
 
-def resolve_buckets(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
+def resolve_buckets(recipe: Recipe, family: Family, runtime: Runtime, cache: Path | None = None) -> Recipe:
     """The recipe with `data.buckets`; the same on every rank. Collective.
 
     A run keeps the buckets that it began with, whatever clips have been added since.
 
+    Args:
+        cache: the folder of another cache than the recipe's, for what it knows of files.
     Raises:
         UserError: the run's own copy of its recipe is damaged.
     """
@@ -29,7 +33,7 @@ def resolve_buckets(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
     if kept := runtime.from_main(kept):
         say(f"buckets of the run that is resumed: {', '.join(map(str, kept))}")
         return with_buckets(recipe, kept)
-    return with_found_buckets(recipe, family, runtime)
+    return with_found_buckets(recipe, family, runtime, cache)
 
 
 def _of_run(recipe: Recipe, family: Family) -> list[Bucket]:

@@ -52,11 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
     if recipes:
 
         def body(runtime: Runtime) -> int:
+            from finetune.checks.buckets import resolve_buckets
             from finetune.checks.model import open_family
             from finetune.preparation.used import used_keys
 
             for name, recipe in recipes.items():
-                uses[name] = used_keys(recipe, open_family(recipe), runtime, folder)
+                family = open_family(recipe)
+                uses[name] = used_keys(resolve_buckets(recipe, family, runtime, folder), family, runtime, folder)
             return 0
 
         with_runtime(next(iter(recipes.values())), body, on_cpu=True)

@@ -82,7 +82,7 @@ class Cache:
         path = self.path(kind, key)
         try:
             _header(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except DamagedItem as damage:
             _remove(path)  # a cache that is read-only says so when the item is written anew

@@ -57,7 +57,9 @@ def fill(
         missing = [key for key in wanted if not cache.has(kind, key)] if runtime.is_main else []
         if missing and not cache.is_writable:
             what = f"{len(missing)} items are not in it, and it cannot be written"
-            raise UserError(what, "mend its permissions or mount, or set data.cache to another folder", str(cache.folder))
+            raise UserError(
+                what, "mend its permissions or mount, or set data.cache to another folder", str(cache.folder)
+            )
     missing = runtime.from_main(missing)
     if not missing:
         return {}

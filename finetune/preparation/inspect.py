@@ -222,7 +222,7 @@ def _lacks(clip: Clip, column: str) -> Problem | None:
     if column not in clip.columns:
         cure = f"add a column {column!r} with the path of its file"
         return Problem(f"the clip has no {column!r}, which this model is trained on", clip.where, cure)
-    fault = file_fault(clip.file(column))
+    fault = file_fault(clip.file(column), "file")
     return Problem(fault[0], f"{clip.file(column)} (from {clip.where})", fault[1]) if fault else None
 
 

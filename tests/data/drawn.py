@@ -44,8 +44,9 @@ def film(
     ffmpeg: Ffmpeg, name: str, *options: str, fps: str = "25", count: int = 12, size: tuple[int, int] = (128, 192)
 ) -> Path:
     """A file of drawn frames, encoded once a session."""
-    path = ffmpeg.folder / name
+    path = ffmpeg.folder / "drawn" / name
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         height, width = size
         source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-")
         ffmpeg.run(*source, *options, path, given=draw(count, height, width).tobytes())

@@ -349,7 +349,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str) -> No
         path.touch()
     with pytest.raises(UserError) as caught:
         probe(path)
-    assert str(path) in str(caught.value)
+    assert f"{tmp_path}/{name[:3]}" in str(caught.value)
     assert "->" in str(caught.value)
 
 

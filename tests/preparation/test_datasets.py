@@ -204,7 +204,7 @@ def test_held_out_clips_that_are_trained_on_are_found_by_check(
     "data, words",
     [
         ('buckets = ["9x64x96"]', "no `path`"),
-        ('path = "a"', "no `buckets`"),
+        ('path = "a"', "no training shapes"),
         ('path = "a"\nbuckets = ["9x64x96"]\n[[data.sources]]\npath = "b"', "both `path` and"),
         ('buckets = ["9x64x96"]\n[[data.sources]]\npath = "b"\nrepeats = -1.0', "greater than or equal to 0"),
         ('buckets = ["9x64x96"]\n[[data.sources]]\npath = "b"\nrepeat = 1.0', "did you mean"),

@@ -12,6 +12,7 @@ from finetune.checks.buckets import resolve_buckets
 from finetune.checks.everything import check_all
 from finetune.checks.model import open_family
 from finetune.data.synthetic import Recording, write_clips
+from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
@@ -185,6 +186,20 @@ def test_what_the_model_cannot_take_is_named_with_what_it_can(
     assert {problem.where for problem in caught.value.problems} == {where}
     assert what in str(caught.value)
     assert cure in str(caught.value)
+
+
+def test_a_cache_is_pruned_of_nothing_that_they_use(
+    finetune, by_area: Callable[..., Recipe], recipe_file: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    recipe = by_area(f"data.cache={tmp_path / 'own'}")
+    family = open_family(recipe)
+    prepare(resolve_buckets(recipe, family, runtime), family, runtime)
+    items = sorted(recipe.data.cache.rglob("*.safetensors"))
+    overrides = [part for each in (*BY_AREA, f"data.cache={recipe.data.cache}") for part in ("--set", each)]
+    done = finetune("cache", "prune", "--yes", "--recipe", recipe_file, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert sorted(recipe.data.cache.rglob("*.safetensors")) == items
+    assert len(items) > len(FOUND)
 
 
 def test_a_plan_takes_the_area_s_own_shape_and_needs_no_clips(finetune, recipe_file: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
 
 
-def file_fault(path: Path) -> tuple[str, str] | None:
+def file_fault(path: Path, kind: str = "video file") -> tuple[str, str] | None:
     """(what is wrong, cure) of a path that is no file which can be read; None if it is one. Its content is not looked at."""
     if "\0" in str(path):
         return "the path has a NUL character", "mend the path"
@@ -89,7 +89,7 @@ def file_fault(path: Path) -> tuple[str, str] | None:
         if os.path.lexists(path):
             return "a link to a file that does not exist", "mend or remove the link"
         windows = "write / in place of \\ in paths" if "\\" in path.name else ""
-        return "no such video file", windows or "mend the path or remove the line"
+        return f"no such {kind}", windows or "mend the path or remove the line"
     except OSError as error:  # too long a name, no permission, a circle of links
         return f"cannot be opened ({error.strerror})", "mend the path, or its permissions"
     if stat.S_ISDIR(mode):

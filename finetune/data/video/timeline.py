@@ -94,7 +94,9 @@ def hole(found: Timeline, is_broadcast: bool) -> tuple[float, float] | None:
     tick = float(found.tick)
     regular = np.abs(np.delete(steps, wide) - usual).max() * tick <= 2 * (_JITTER + tick)
     missing = float(steps[wide].sum()) - len(wide) * usual
-    if not regular or missing < (1.5 * usual if is_broadcast else max(3 * usual, _HOLE / tick)):
+    at_end = wide[-1] >= len(steps) - _REORDERED  # of a file that is cut, even a single frame is a sign
+    broadcast = (0.5 if at_end else 1.5) * usual
+    if not regular or missing < (broadcast if is_broadcast else max(3 * usual, _HOLE / tick)):
         return None
     begin, end = (float((found.ticks[index] - found.ticks[0]) * found.tick) for index in (wide[0], wide[-1] + 1))
     return begin, end
