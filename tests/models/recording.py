@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,6 +29,10 @@ GUIDANCE = 4.58  # embedded: in bf16 it is not 1000 x 4.58 that the model is tol
 SEED = 3
 
 VARIANTS = [(name, variant) for name in FAMILIES for variant in family_class(name).variants or (None,)]
+# By default a test that is about no variant runs over the first of each family, and those whose code differs most from it.
+OTHERS = [("cogvideox", "1.5-5B"), ("hunyuan_i2v", "token_replace"), ("wan", "2.2-5B"), ("wan_i2v", "2.2-5B")]
+FIRST = [each for number, each in enumerate(VARIANTS) if each[0] not in {name for name, _ in VARIANTS[:number]}]
+MARKED = [each if each in FIRST + OTHERS else pytest.param(each, marks=pytest.mark.full) for each in VARIANTS]
 
 
 def variants(*names: str) -> list[tuple[str, str | None]]:

@@ -47,17 +47,21 @@ each_family = pytest.mark.parametrize("family", PAIRS, indirect=True, ids="-".jo
 each_checkpoint = pytest.mark.parametrize(
     "family", [(facts.families[0], name) for name, facts in CHECKPOINTS.items()], indirect=True, ids="-".join
 )
-one_of_each_kind = pytest.mark.parametrize(
+KINDS = [
+    ("cogvideox", "cogvideox-2b"),
+    ("hunyuan", "hunyuanvideo"),
+    ("ltx", "ltx-video"),
+    ("mochi", "mochi-1-preview"),
+    ("wan", "wan2.1-t2v-1.3b"),
+]
+one_of_each_kind = pytest.mark.parametrize("family", KINDS, indirect=True, ids="-".join)
+each_checkpoint_or_kind = pytest.mark.parametrize(
     "family",
     [
-        ("cogvideox", "cogvideox-2b"),
-        ("hunyuan", "hunyuanvideo"),
-        ("ltx", "ltx-video"),
-        ("mochi", "mochi-1-preview"),
-        ("wan", "wan2.1-t2v-1.3b"),
+        pytest.param(pair, id="-".join(pair), marks=[] if pair in KINDS else pytest.mark.full)
+        for pair in ((facts.families[0], name) for name, facts in CHECKPOINTS.items())
     ],
     indirect=True,
-    ids="-".join,
 )
 
 
@@ -136,7 +140,7 @@ def test_it_has_the_published_number_of_parameters(family: Family, facts: Checkp
 # The adapter
 
 
-@each_checkpoint
+@each_checkpoint_or_kind
 def test_an_adapter_touches_every_block_and_nothing_else(family: Family, facts: Checkpoint) -> None:
     places = [re.match(r"(\w+)\.(\d+)\.", name) for name in adapted(family)]
     assert all(places)
@@ -177,7 +181,7 @@ def test_hunyuans_adapter_is_explained_layer_by_layer(family: Family) -> None:
 # Sharding
 
 
-@each_checkpoint
+@each_checkpoint_or_kind
 def test_every_block_is_a_sharded_unit_of_its_own(
     family: Family, facts: Checkpoint, runtime: distributed.Runtime
 ) -> None:

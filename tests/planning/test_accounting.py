@@ -40,7 +40,8 @@ OF_LTX = {
     "attention by products, not checkpointed": ["memory.attention=math", "memory.activation_checkpointing=none"],
     "efficient attention": ["memory.attention=efficient"],
 }
-SHORT = [(family, saver) for family in FAMILIES for saver in SAVERS if saver != "every second block" or family == "ltx"]
+SHORT = [("ltx", saver) for saver in SAVERS]
+SHORT += [(family, saver) for family in FAMILIES if family != "ltx" for saver in ("plain", "not checkpointed", "full")]
 SHORT += [("ltx", saver) for saver in OF_LTX] + [
     (family, "plain") for family in ("ltx_i2v", "cogvideox_i2v", "wan_i2v")
 ]
