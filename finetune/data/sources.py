@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune.data import column_files, decode
 from finetune.data.clip import Clip
-from finetune.data.images import decode_image, load_image
+from finetune.data.images import IMAGE_DECODER, decode_image, load_image
 from finetune.recipe import Bucket
 
 FRAMES = ("first_frame", "last_frame")  # sources that every clip has, and that a prompt's images stand for
@@ -123,8 +123,8 @@ def clip_sources(
 
 
 def _image_identity(content_hash: str, piece: Piece, background: str) -> tuple[Any, ...]:
-    """What determines the pixels of an image file in a bucket."""
-    return content_hash, *piece.fingerprint, "image", background
+    """What determines the pixels of an image file in a bucket. An image has no frame rate, and every piece of it is the same."""
+    return content_hash, str(piece.bucket), "image", IMAGE_DECODER, background
 
 
 def image_source(path_or_address: str, content: str, background: str) -> Source:
@@ -134,7 +134,7 @@ def image_source(path_or_address: str, content: str, background: str) -> Source:
         content: the hash of its file, or its address.
         background: a colour, seen where it is transparent.
     """
-    identity = ("image", content, decode.DECODER, background)
+    identity = ("image", content, IMAGE_DECODER, background)
     return Source(identity, lambda: load_image(path_or_address, background))
 
 
