@@ -48,7 +48,9 @@ def clips_digest(items: Sequence[Item], columns: Sequence[str], names: Names) ->
         for item in items
     ]
     rest = [[item.columns.get(name, "") for name in columns] for item in items] if columns else []
-    return digest([*clips, *rest])
+    # Of one dataset, checkpoints have none; of several, a clip's decides in which order it is drawn.
+    sources = [[item.source for item in items]] if any(item.source for item in items) else []
+    return digest([*clips, *rest, *sources])
 
 
 def keeps_former(

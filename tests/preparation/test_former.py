@@ -1,6 +1,7 @@
 """A run that an earlier version began goes on with its clips as that version decoded and named them."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from finetune.checks.model import open_family
 from finetune.data.buckets import fit_to_bucket
 from finetune.data.cache import Cache, digest
 from finetune.data.decode import probe
+from finetune.data.loader import Item, Variant
 from finetune.preparation.encode import encoders_of, prepare
+from finetune.preparation.former import clips_digest
 from finetune.recipe import Bucket, Recipe, load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.training.identity import begun
@@ -155,3 +158,22 @@ def test_a_run_whose_old_items_are_gone_says_that_it_goes_on_with_clips_decoded_
     assert "1 of these 4 items are not in the cache any more: it goes on with all of them decoded anew" in said
     assert "resuming after step 1" in said
     assert json.loads(old_run.facts_file(2).read_text())["decoded_by"] == "2"
+    # The step-1 checkpoint is still there: only the newest decides, else the clips would change back amid the run.
+    old_run.video("a.mkv").write_bytes(kept)
+    assert old_run.prepared().decoder == 2
+    shutil.rmtree(old_run.facts_file(2).parent)
+    assert old_run.prepared().decoder == 1
+
+
+def test_clips_of_another_dataset_are_other_clips() -> None:
+    """Which dataset a clip is of decides how often it is drawn."""
+
+    def items(*sources: int) -> list[Item]:
+        variants = [Variant("", {"video": f"v{number}", "text": "t"}) for number in range(len(sources))]
+        return [
+            Item(Path("a.mp4"), Bucket(9, 64, 64), 24.0, ((variant,),), source=source)
+            for variant, source in zip(variants, sources, strict=True)
+        ]
+
+    assert clips_digest(items(0, 0, 1), [], {}) != clips_digest(items(0, 1, 1), [], {})
+    assert clips_digest(items(0, 0), [], {}) == digest([["v0", "t"], ["v1", "t"]])
