@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import imageio_ffmpeg
 import pytest
+from processes import Finetune
 
 from finetune.checks.model import open_family
 from finetune.data.buckets import fit_to_bucket
@@ -146,6 +147,14 @@ def test_a_run_goes_on_with_the_items_that_it_began_with(old_run: OldRun, capsys
     assert "resuming after step 1" in said
     assert old_run.items == before
     assert json.loads(old_run.facts_file(2).read_text())["decoded_by"] == "1"
+
+
+def test_the_command_that_only_encodes_goes_on_with_them_too(old_run: OldRun, finetune: Finetune) -> None:
+    before = old_run.items
+    settings = [word for override in old_run.overrides for word in ("--set", override)]
+    done = finetune("prepare", "--recipe", old_run.recipe_file, *settings)
+    assert done.returncode == 0, done.stderr
+    assert old_run.items == before
 
 
 def test_a_run_whose_old_items_are_gone_says_that_it_goes_on_with_clips_decoded_anew(
