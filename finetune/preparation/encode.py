@@ -32,7 +32,7 @@ from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
-from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
+from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.columns import further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
 from finetune.preparation.former import NOT_BEGUN, Begun, Names, as_begun, former_names, keeps_former
@@ -199,7 +199,7 @@ def prepare(
                 *captions_of([*dataset.train, *dataset.heldout]),
                 *prompt_texts(each.prompt for each in prompts),
             ]
-            say_cut_captions([each for each in captions if each[1] in new], family)
+            say_cut_captions([each for each in captions if each[1] in new], CaptionCounter(family))
     if unreadable := fill(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(list(chain.from_iterable(unreadable.values())))
     failed: dict[str, list[Problem]] = {}
