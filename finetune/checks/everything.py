@@ -11,7 +11,7 @@ from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
 from finetune.models.family import Family
-from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
+from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.columns import further_columns
 from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import accept, inspect_datasets
@@ -33,7 +33,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
     cache, columns = Cache(recipe.data.cache), []
-    recipes, family, clips = [recipe], None, []
+    recipes, family, counter, clips = [recipe], None, None, []
     with _collected(problems):
         family = open_family(recipe)
         recipes = recipes_of_experts(recipe, list(family.experts))
@@ -43,6 +43,8 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
             check_output(each)
     recipe = _with_buckets(recipe, family, runtime, problems)
     with _collected(problems):
+        counter = CaptionCounter(family) if family else None
+    with _collected(problems):
         inspected = inspect_datasets(recipe, cache, runtime, columns)
         accepted: list[Problem] = []
         with _collected(accepted):
@@ -50,11 +52,11 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
             clips = [*found.train, *found.heldout]
         problems += accepted
         if report:
-            write_report(report, recipe, inspected, family, accepted, runtime)
+            write_report(report, recipe, inspected, family, accepted, runtime, counter)
     with _collected(problems), runtime.together():
-        if family and runtime.is_main:
+        if counter and runtime.is_main:
             prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
-            say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], family)
+            say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], counter)
     with _collected(problems):
         _load_images(recipe)
     return problems

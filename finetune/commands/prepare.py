@@ -24,11 +24,15 @@ def run(arguments: argparse.Namespace) -> int:
     from finetune.checks.buckets import resolve_buckets
     from finetune.checks.model import open_family
     from finetune.preparation.encode import prepare
+    from finetune.recipe.experts import recipes_of_experts
+    from finetune.training.identity import begun
 
     def body(runtime: Runtime) -> int:
         with runtime.together():
             family = open_family(recipe)
-        prepared = prepare(resolve_buckets(recipe, family, runtime), family, runtime)
+        resolved = resolve_buckets(recipe, family, runtime)
+        its = begun(recipes_of_experts(resolved, list(family.experts)), family)
+        prepared = prepare(resolved, family, runtime, begun=its)
         say(f"{len(prepared.train)} clips to train on, {len(prepared.heldout)} held out, in {recipe.data.cache}")
         return 0
 

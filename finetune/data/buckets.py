@@ -15,6 +15,7 @@ class BucketFit:
 
     Attributes:
         fps: frame rate that the clip is trained at.
+        former_fps: the same, as versions with the first decoder knew it.
         frames_available: number of frames that the clip has at this rate.
         cropped: share of the picture that lies outside the bucket.
         enlarged: factor by which the picture is scaled; above 1 it is enlarged.
@@ -25,6 +26,7 @@ class BucketFit:
     frames_available: int
     cropped: float
     enlarged: float
+    former_fps: float | None = None
 
     @property
     def trimmed(self) -> int:
@@ -82,7 +84,9 @@ def fit_to_bucket(
 
     best = min(possible, key=loss)
     enlarged = max(best.height / clip.height, best.width / clip.width)
-    return BucketFit(best, rate, available, 1 - math.exp(-_aspect_distance(clip, best)), enlarged)
+    return BucketFit(
+        best, rate, available, 1 - math.exp(-_aspect_distance(clip, best)), enlarged, fps or clip.former_fps
+    )
 
 
 def _aspect_distance(clip: VideoInfo, bucket: Bucket) -> float:

@@ -20,9 +20,13 @@ from finetune.data.video.probe import probe
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
-__all__ = ["DECODER", "Resampling", "VideoInfo", "decode", "probe"]
+__all__ = ["DECODER", "FORMER_DECODER", "Resampling", "VideoInfo", "decode", "probe"]
 
-DECODER = 2  # a part of cache keys: raise it when the pixels of an ordinary file change
+# A part of cache keys: raise it when the pixels of an ordinary file change. A run goes on with clips as it began with them, so
+# then `Source.former` has to name the keys of each earlier version, and `preparation.former` to choose by the version that the
+# run's newest checkpoint has noted. They know one: FORMER_DECODER, of keys that have no version in them.
+DECODER = 2
+FORMER_DECODER = 1
 
 _MARGINS = (0.0, 2.0, 10.0)  # seconds before the window to seek to, in turn, until a key frame before it is found
 _FIELDS = 2  # frames before the window that deinterlacing looks at

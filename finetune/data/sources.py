@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune.data import column_files, decode
 from finetune.data.clip import Clip
-from finetune.data.images import decode_image, load_image
+from finetune.data.images import IMAGE_DECODER, decode_image, load_image
 from finetune.recipe import Bucket
 
 FRAMES = ("first_frame", "last_frame")  # sources that every clip has, and that a prompt's images stand for
@@ -39,11 +39,13 @@ class Piece:
     Attributes:
         fps: frame rate of training.
         start: its first frame, counted at this rate.
+        former_fps: the frame rate as versions with the first decoder knew it; None if it is the same.
     """
 
     bucket: Bucket
     fps: float
     start: int = 0
+    former_fps: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -54,6 +56,11 @@ class Piece:
     def fingerprint(self) -> tuple[Any, ...]:
         """JSON values for a cache key."""
         return str(self.bucket), self.fps, self.start or "head"
+
+    @property
+    def former(self) -> tuple[Any, ...]:
+        """What versions with the first decoder had in a cache key."""
+        return str(self.bucket), self.former_fps or self.fps, self.start or "head"
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,6 @@ def clip_sources(
     Args:
         background: a colour, seen where an image is transparent.
     """
-    former: tuple[Any, ...] = (content_hash, *piece.fingerprint)
-    identity: tuple[Any, ...] = (*former, "image", background) if clip.is_image else (*former, decode.DECODER)
     first = Bucket(1, piece.bucket.height, piece.bucket.width)
 
     def frames(bucket: Bucket) -> np.ndarray:
@@ -104,11 +109,22 @@ def clip_sources(
             return decode_image(clip.path, bucket, background)
         return decode.decode(clip.path, info, bucket, piece.fps, piece.seconds)
 
+    def source(read: Callable[[], np.ndarray], *name: str) -> Source:
+        if clip.is_image:  # which versions with the first decoder did not train on
+            return Source((*_image_identity(content_hash, piece, background), *name), read)
+        identity = content_hash, *piece.fingerprint, decode.DECODER, *name
+        return Source(identity, read, (content_hash, *piece.former, *name))
+
     return {
-        "video": Source(identity, lambda: frames(piece.bucket), former),
-        "first_frame": Source((*identity, "first frame"), lambda: frames(first)[0], (*former, "first frame")),
-        "last_frame": Source((*identity, "last frame"), lambda: frames(piece.bucket)[-1], (*former, "last frame")),
+        "video": source(lambda: frames(piece.bucket)),
+        "first_frame": source(lambda: frames(first)[0], "first frame"),
+        "last_frame": source(lambda: frames(piece.bucket)[-1], "last frame"),
     }
+
+
+def _image_identity(content_hash: str, piece: Piece, background: str) -> tuple[Any, ...]:
+    """What determines the pixels of an image file in a bucket. An image has no frame rate, and every piece of it is the same."""
+    return content_hash, str(piece.bucket), "image", IMAGE_DECODER, background
 
 
 def image_source(path_or_address: str, content: str, background: str) -> Source:
@@ -118,7 +134,7 @@ def image_source(path_or_address: str, content: str, background: str) -> Source:
         content: the hash of its file, or its address.
         background: a colour, seen where it is transparent.
     """
-    identity = ("image", content, decode.DECODER, background)
+    identity = ("image", content, IMAGE_DECODER, background)
     return Source(identity, lambda: load_image(path_or_address, background))
 
 
@@ -146,7 +162,7 @@ def file_source(
     file = SourceFile(path, piece.seconds, piece.bucket, piece.fps, clip.path, info, background)
     read = file.frames if column in column_files.FRAME_COLUMNS else lambda: file
     if info is None:
-        how: tuple[Any, ...] = ()
-    else:
-        how = ("image", background) if column_files.is_image(path) else (decode.DECODER,)
-    return Source((content_hash, *piece.fingerprint, *how), read)
+        return Source((content_hash, *piece.fingerprint), read, (content_hash, *piece.former))
+    if column_files.is_image(path):
+        return Source(_image_identity(content_hash, piece, background), read)
+    return Source((content_hash, *piece.fingerprint, decode.DECODER), read)

@@ -43,8 +43,20 @@ class CutText(NamedTuple):
     text: str
 
 
-def cut_texts(limit: TextLimit, tokenizer: Any, captions: Sequence[str]) -> dict[str, CutText]:
-    """What of captions is not read, by caption: of those that are longer than the limit.
+class CountedTexts(NamedTuple):
+    """Texts as an encoder reads them, by text.
+
+    Attributes:
+        tokens: how many they have, as `TextLimit.tokens` counts them: of those that the encoder reads something of.
+        cut: what is not read, of those that are longer than the limit.
+    """
+
+    tokens: dict[str, int]
+    cut: dict[str, CutText]
+
+
+def count_texts(limit: TextLimit, tokenizer: Any, captions: Sequence[str]) -> CountedTexts:
+    """How long captions are, and what of them is not read.
 
     Args:
         tokenizer: the component that the limit names.
@@ -53,17 +65,13 @@ def cut_texts(limit: TextLimit, tokenizer: Any, captions: Sequence[str]) -> dict
     ending = _length(tokenizer, behind)
     if limit.special_tokens:
         ending += _special_tokens_at_end(tokenizer)
-    found = {}
+    lengths, cut = {}, {}
     for caption, ids, tokens in _tokenized(limit, tokenizer, captions):
+        lengths[caption] = tokens
         if (lost := tokens - limit.tokens) > 0:
             end = len(ids) - ending
-            found[caption] = CutText(tokens, lost, tokenizer.decode(ids[end - lost : end]).strip())
-    return found
-
-
-def count_tokens(limit: TextLimit, tokenizer: Any, captions: Sequence[str]) -> dict[str, int]:
-    """How many tokens captions have, as `limit.tokens` counts them, by caption: of those that the encoder reads something of."""
-    return {caption: tokens for caption, _, tokens in _tokenized(limit, tokenizer, captions)}
+            cut[caption] = CutText(tokens, lost, tokenizer.decode(ids[end - lost : end]).strip())
+    return CountedTexts(lengths, cut)
 
 
 def _tokenized(limit: TextLimit, tokenizer: Any, captions: Sequence[str]) -> Iterator[tuple[str, list[int], int]]:

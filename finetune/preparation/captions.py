@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from finetune.models.family import Family
-from finetune.models.text_limit import CutText, TextLimit, count_tokens, cut_texts
+from finetune.models.text_limit import CountedTexts, CutText, TextLimit, count_texts
 from finetune.preparation.account import CaptionLengths
 from finetune.preparation.inspect import InspectedClip
 from finetune.recipe.schema import Prompt
@@ -41,37 +41,63 @@ def prompt_texts(prompts: Iterable[Prompt]) -> list[tuple[str, str]]:
     return [("a validation prompt", text) for text in dict.fromkeys(texts)]
 
 
-def cut_captions(captions: Sequence[tuple[str, str]], family: Family) -> list[CutCaption]:
+class CaptionCounter:
+    """Counts what the text encoders of a family read of captions. Tokenizers are loaded and captions are tokenized once."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self._limits = family.text_limits()
+        self._counted = [CountedTexts({}, {}) for _ in self._limits]
+        self._known: set[str] = set()
+        self._tokenizers: dict[str, Any] = {}
+
+    def count(self, texts: Iterable[str]) -> list[tuple[TextLimit, CountedTexts]]:
+        """For each encoder, how long all texts are that have been asked for, and what of them it does not read."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            self._known.update(new)
+            for limit, counted in zip(self._limits, self._counted, strict=True):
+                found = count_texts(limit, self._tokenizer(limit.tokenizer), new)
+                counted.tokens.update(found.tokens)
+                counted.cut.update(found.cut)
+        return list(zip(self._limits, self._counted, strict=True))
+
+    def _tokenizer(self, name: str) -> Any:
+        if name not in self._tokenizers:
+            cpu = torch.device("cpu")
+            self._tokenizers[name] = self.family.transformers_component(name, cpu, torch.float32)
+        return self._tokenizers[name]
+
+
+def cut_captions(captions: Sequence[tuple[str, str]], counter: CaptionCounter) -> list[CutCaption]:
     """The captions that a text encoder of the family reads only in part, encoder by encoder.
 
     Args:
         captions: (where it is from, its text), of clips and prompts.
     """
-    found = []
-    for limit in family.text_limits():
-        tokenizer = family.transformers_component(limit.tokenizer, torch.device("cpu"), torch.float32)
-        cut = cut_texts(limit, tokenizer, [text for _, text in captions])
-        found += [CutCaption(where, limit, cut[text]) for where, text in captions if text in cut]
-    return found
+    counted = counter.count(text for _, text in captions)
+    return [
+        CutCaption(where, limit, cut[text]) for limit, (_, cut) in counted for where, text in captions if text in cut
+    ]
 
 
-def caption_lengths(captions: Iterable[str], family: Family) -> list[CaptionLengths]:
+def caption_lengths(captions: Iterable[str], counter: CaptionCounter) -> list[CaptionLengths]:
     """How many tokens captions have for each of the family's text encoders."""
-    texts, found = list(dict.fromkeys(captions)), []
-    for limit in family.text_limits():
-        tokenizer = family.transformers_component(limit.tokenizer, torch.device("cpu"), torch.float32)
-        lengths = count_tokens(limit, tokenizer, texts)
-        found.append(CaptionLengths(_encoder(limit), "tokens", limit.tokens, lengths))
-    return found
+    texts = list(dict.fromkeys(captions))
+    return [
+        CaptionLengths(
+            _encoder(limit), "tokens", limit.tokens, {text: tokens[text] for text in texts if text in tokens}
+        )
+        for limit, (tokens, _) in counter.count(texts)
+    ]
 
 
 def _encoder(limit: TextLimit) -> str:
     return "the second text encoder" if limit.tokenizer.endswith("_2") else "the text encoder"
 
 
-def say_cut_captions(captions: Sequence[tuple[str, str]], family: Family) -> None:
+def say_cut_captions(captions: Sequence[tuple[str, str]], counter: CaptionCounter) -> None:
     """Say how many captions are cut, and of the longest ones what is lost."""
-    for line in _told(cut_captions(captions, family)):
+    for line in _told(cut_captions(captions, counter)):
         say(line)
 
 

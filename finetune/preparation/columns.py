@@ -20,6 +20,8 @@ from finetune.models.family import Family
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.logging import say
 
+_MASKS = 1  # a part of cache keys: raise it when the weights that are made of an ordinary mask change
+
 
 def further_columns(encoders: Iterable[Encoder]) -> list[str]:
     """What encoders read besides video and caption, and every clip must have: columns of the manifest."""
@@ -29,7 +31,7 @@ def further_columns(encoders: Iterable[Encoder]) -> list[str]:
 
 def mask_encoder(family: Family) -> Encoder:
     """The encoder of masks, for clips that have one: latent pixels' weights, which need no component of the model."""
-    grouping = [family.name, family.spatial, family.temporal, family.patch_t, family.given_frames]
+    grouping = [_MASKS, family.name, family.spatial, family.temporal, family.patch_t, family.given_frames]
     return Encoder(
         loss_mask.KIND, (MASK,), grouping, lambda _: [], lambda _: partial(encode_mask, family=family), optional=True
     )

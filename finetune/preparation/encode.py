@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.cache import Cache, digest
-from finetune.data.decode import DECODER
+from finetune.data.decode import DECODER, FORMER_DECODER
 from finetune.data.images import is_address, missing_image
 from finetune.data.loader import Item, Variant
 from finetune.data.sources import (
@@ -32,10 +32,10 @@ from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
-from finetune.preparation.captions import captions_of, prompt_texts, say_cut_captions
+from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.columns import further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
-from finetune.preparation.former import NOT_BEGUN, Begun, Names, former_names, keeps_former, renamed
+from finetune.preparation.former import NOT_BEGUN, Begun, Names, as_begun, former_names, keeps_former
 from finetune.preparation.inspect import Dataset, InspectedClip, inspect_data, refuse_or_skip, require, split_heldout
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
@@ -96,7 +96,7 @@ class _Encoders:
 
         now = key(source.fingerprint for source in taken)
         former = None
-        if any(source.former for source in taken):
+        if any(source.former not in (None, source.fingerprint) for source in taken):
             former = key(source.former or source.fingerprint for source in taken)
         return Encoding(kind, now, note, taken, former)
 
@@ -122,7 +122,7 @@ class _Encoders:
         Args:
             start: the first frame of the piece, at the frame rate of training.
         """
-        clip, piece = entry.clip, Piece(entry.fit.bucket, entry.fit.fps, start)
+        clip, piece = entry.clip, Piece(entry.fit.bucket, entry.fit.fps, start, entry.fit.former_fps)
         sources = {
             "caption": caption_source(caption),
             **clip_sources(clip, entry.hash, entry.info, piece, self.background),
@@ -185,11 +185,7 @@ def prepare(
             made = list(encoders.items(entry, alone))
             items[id(entry)] = [item for item, _ in made]
             work += [each for _, encodings in made for each in encodings]
-    trained = [item for entry in dataset.train for item in items[id(entry)]]
-    names, decoder = former_names(work), DECODER
-    if keeps_former(work, trained, family.columns, begun.earlier, cache, runtime):
-        items = {entry: [renamed(item, names) for item in its] for entry, its in items.items()}
-        work, names, decoder = [each for each in work if not each.former], {}, 1
+    items, work, names, decoder = _as_the_run_began(dataset, items, work, family, begun, cache, runtime)
     if recipe.data.caption_dropout:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
@@ -203,7 +199,7 @@ def prepare(
                 *captions_of([*dataset.train, *dataset.heldout]),
                 *prompt_texts(each.prompt for each in prompts),
             ]
-            say_cut_captions([each for each in captions if each[1] in new], family)
+            say_cut_captions([each for each in captions if each[1] in new], CaptionCounter(family))
     if unreadable := fill(work, "image", lambda: _pixels, cache, runtime):
         raise UserError.of(list(chain.from_iterable(unreadable.values())))
     failed: dict[str, list[Problem]] = {}
@@ -218,6 +214,31 @@ def prepare(
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
     train, heldout = _without(failed.keys(), dataset, items, recipe)
     return Prepared(cache, train, heldout, encoders.text("").key, prompts, names, decoder)
+
+
+def _as_the_run_began(
+    dataset: Dataset,
+    items: dict[int, list[Item]],
+    work: list[Encoding],
+    family: Family,
+    begun: Begun,
+    cache: Cache,
+    runtime: Runtime,
+) -> tuple[dict[int, list[Item]], list[Encoding], Names, int]:
+    """The items and what is to be encoded for them, by the decoder that the run goes on with. Collective.
+
+    Args:
+        items: those of each clip, by the `id` of its entry in the dataset.
+    Returns:
+        also the keys by which an earlier decoder named the items, and the decoder's version.
+    """
+    names = former_names(work)
+    trained = [item for entry in dataset.train for item in items[id(entry)]]
+    if not keeps_former(work, trained, family.columns, begun.earlier, cache, runtime):
+        return items, work, names, DECODER
+    rates = {id(entry): entry.fit.former_fps or entry.fit.fps for entry in (*dataset.train, *dataset.heldout)}
+    items = {entry: [as_begun(item, names, rates[entry]) for item in its] for entry, its in items.items()}
+    return items, [each for each in work if not each.former], {}, FORMER_DECODER
 
 
 def _without(

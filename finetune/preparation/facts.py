@@ -14,7 +14,7 @@ from finetune.data.clip import Clip
 from finetune.data.column_files import probe_picture
 from finetune.data.decode import VideoInfo
 from finetune.data.file_facts import content_hash
-from finetune.data.images import probe_image
+from finetune.data.images import IMAGE_DECODER, probe_image
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 
@@ -23,7 +23,7 @@ Use = Literal["video", "image", "picture", "file"]
 
 _PROBES = {"video": decode.probe, "image": probe_image, "picture": probe_picture}
 # Another decoder may accept a file, or refuse it.
-_VERSION = hashlib.blake2b(f"{decode.DECODER} {av.__version__}".encode(), digest_size=4).hexdigest()
+_VERSION = hashlib.blake2b(f"{decode.DECODER} {IMAGE_DECODER} {av.__version__}".encode(), digest_size=4).hexdigest()
 
 
 class FileTable:

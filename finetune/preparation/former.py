@@ -48,7 +48,9 @@ def clips_digest(items: Sequence[Item], columns: Sequence[str], names: Names) ->
         for item in items
     ]
     rest = [[item.columns.get(name, "") for name in columns] for item in items] if columns else []
-    return digest([*clips, *rest])
+    # Of one dataset, checkpoints have none; of several, a clip's decides in which order it is drawn.
+    sources = [[item.source for item in items]] if any(item.source for item in items) else []
+    return digest([*clips, *rest, *sources])
 
 
 def keeps_former(
@@ -71,10 +73,17 @@ def keeps_former(
         if runtime.is_main and (names := former_names(work)):
             old = {each.former: each for each in work if each.former}
             there = {key for key, each in old.items() if cache.has(each.kind, key)}
-            keeps = len(there) == len(old) and clips_digest(items, columns, names) in earlier
+            has_begun = bool(earlier) and clips_digest(items, columns, names) in earlier
+            keeps = has_begun and len(there) == len(old)
             anew = {key for key in there if not cache.has(old[key].kind, old[key].key)}
             if keeps:
                 say("this run goes on with its clips as an earlier version decoded them; a new run decodes them anew")
+            elif has_begun:
+                say(
+                    "this run began with its clips as an earlier version decoded them, and "
+                    f"{len(old) - len(there)} of these {len(old)} items are not in the cache any more: it goes on with all "
+                    "of them decoded anew, with slightly lighter colours and some frames at other times"
+                )
             elif anew:
                 say(
                     f"{len(anew)} cached items are encoded anew: an earlier version decoded their clips with slightly "
@@ -83,10 +92,10 @@ def keeps_former(
     return runtime.from_main(keeps)
 
 
-def renamed(item: Item, names: Names) -> Item:
-    """An item with other keys."""
+def as_begun(item: Item, names: Names, fps: float) -> Item:
+    """An item with the keys and the frame rate that it had with the earlier decoder."""
     windows = tuple(tuple(_variant(each, names) for each in window) for window in item.windows)
-    return replace(item, windows=windows)
+    return replace(item, windows=windows, fps=fps)
 
 
 def _variant(variant: Variant, names: Names) -> Variant:

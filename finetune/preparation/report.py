@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.models.family import Family
 from finetune.preparation.account import account_of
-from finetune.preparation.captions import caption_lengths
+from finetune.preparation.captions import CaptionCounter, caption_lengths
 from finetune.preparation.inspect import Inspection, refuse_or_skip
 from finetune.preparation.page import write_page
 from finetune.preparation.thumbnails import thumbnails
@@ -24,6 +24,7 @@ def write_report(
     family: Family | None,
     problems: Sequence[Problem],
     runtime: Runtime,
+    counter: CaptionCounter | None = None,
 ) -> None:
     """Write the page, and say where it is. Collective.
 
@@ -31,6 +32,7 @@ def write_report(
         inspected: as `inspect_datasets` returns it.
         family: the model, if it could be opened.
         problems: why the training does not accept the datasets.
+        counter: counts the captions' tokens; without it words are counted.
     Raises:
         UserError: the page cannot be written; or, once it is, clips cannot be decoded, unless data.bad_clips is "skip".
     """
@@ -44,7 +46,7 @@ def write_report(
         if runtime.is_main:
             tokens = family.tokens if family else None
             captions = [caption for each in inspected for entry in each.clips for caption in entry.clip.captions]
-            lengths = caption_lengths(captions, family) if family else []
+            lengths = caption_lengths(captions, counter) if counter else []
             account = account_of(recipe, inspected, tokens, lengths, others)
             path, size = write_page(folder, account, pictures)
             say(f"report: {path} ({size / 1e6:.1f} MB)")

@@ -35,5 +35,6 @@ def used_keys(recipe: Recipe, family: Family, runtime: Runtime, folder: Path | N
         UserError: there is something wrong with the clips: which items the recipe uses is then not known.
     """
     cache = UsedItems(folder or recipe.data.cache)
-    prepare(recipe, family, runtime, cache)
-    return cache.asked
+    former = set(prepare(recipe, family, runtime, cache).former.values())
+    # It is also asked for items as an earlier version named them, which a run that began with them goes on with.
+    return {(kind, key) for kind, key in cache.asked if key not in former or cache.path(kind, key).exists()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.cache import Cache, digest
+from finetune.data.decode import FORMER_DECODER
 from finetune.data.file_facts import is_named_by_content
 from finetune.data.loader import Item
 from finetune.models import is_outside
@@ -24,6 +25,7 @@ from finetune.runtime.units import GIB
 CLIPS, BASE = "clips", "base"
 BASE_CONTENT, CLIP_LIST, DECODED_BY = "base_content", "clip_list", "decoded_by"  # which older ones lack
 _DIGITS = 8  # of each clip in CLIP_LIST
+_FORMER = str(FORMER_DECODER)  # as DECODED_BY has it
 
 
 def shared_identity(family: Family, prepared: Prepared, runtime: Runtime) -> dict[str, str]:
@@ -60,14 +62,18 @@ def check_identity(facts: Mapping[str, Any], found: Mapping[str, str], recipe: R
 def check_before_encoding(recipe: Recipe, family: Family, cache: Cache, items: Sequence[Item], names: Names) -> None:
     """The same, of a run's newest checkpoint, as far as it is certain before clips are encoded, which may take hours.
 
-    A clip that will fail to be encoded is not known yet, so only clips that are gone are refused.
+    With data.bad_clips = "skip", clips that fail to be encoded are left out, and are not known yet: then only clips that are gone
+    are refused, if the checkpoint lists its clips, which older ones do not.
     """
-    checkpoints = _facts_of(recipe)
-    facts = _read(checkpoints[-1]) if checkpoints and items else {}
-    if not {"step", CLIPS, BASE, CLIP_LIST, BASE_CONTENT} <= facts.keys():
+    facts = _newest(recipe) if items else {}
+    if not {"step", CLIPS, BASE} <= facts.keys():
         return
     found = identity(family, items, cache, names)
-    if _counted(facts) - _counted(found):
+    if recipe.data.bad_clips == "refuse":
+        differ = facts[CLIPS] != found[CLIPS]
+    else:
+        differ = CLIP_LIST in facts and bool(_counted(facts) - _counted(found))
+    if differ:
         raise _other(recipe, facts, _clips(recipe), _clips_that_differ(facts, found))
     if other_base(facts, found):
         raise _other(recipe, facts, "weights in model.path")
@@ -81,18 +87,17 @@ def begun(recipes: Sequence[Recipe], family: Family) -> Begun:
             trained = family.of_expert(each.model.experts[0]) if each.model.experts else family
             check_before_encoding(each, trained, cache, items, names)
 
-    earlier = [
-        facts.get(CLIPS)
-        for each in recipes
-        for path in _facts_of(each)
-        if (facts := _read(path)) and facts.get(DECODED_BY, "1") == "1"
-    ]
-    return Begun(frozenset(clips for clips in earlier if isinstance(clips, str)), check)
+    newest = [facts for each in recipes if CLIPS in (facts := _newest(each))]
+    # Of an older checkpoint than the newest, the run may have gone on with its clips decoded anew.
+    if any(facts.get(DECODED_BY, _FORMER) != _FORMER for facts in newest):
+        newest = []
+    return Begun(frozenset(str(facts[CLIPS]) for facts in newest), check)
 
 
-def _facts_of(recipe: Recipe) -> list[Path]:
-    """The trainer.json of each of the run's checkpoints, the newest last."""
-    return sorted((recipe.run_folder / "checkpoints").glob("step_*/trainer.json"))
+def _newest(recipe: Recipe) -> dict[str, Any]:
+    """What is in the trainer.json of the run's newest checkpoint that has one; nothing if there is none."""
+    files = sorted((recipe.run_folder / "checkpoints").glob("step_*/trainer.json"), reverse=True)
+    return next((facts for file in files if (facts := _read(file))), {})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from finetune.recipe import RECIPE_FILE, Recipe, write_recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.runtime.device import why_no_accelerator
 from finetune.runtime.distributed import Runtime, describe
-from finetune.runtime.errors import UserError
+from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
@@ -272,6 +272,8 @@ def _saved_if_it_fails(saving: Saving, job: Job, step: int) -> Iterator[None]:
     """An evaluation that fails, on all ranks, does not cost the steps since the last checkpoint."""
     try:
         yield
+    except LostPeer:  # a checkpoint is written by all ranks
+        raise
     except UserError:
         _save(saving, job, step)
         saving.finish()

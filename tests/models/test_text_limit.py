@@ -9,7 +9,7 @@ import pytest
 import torch
 from recording import CPU, TinyModel, variant_id, variants
 
-from finetune.models.text_limit import CutText, TextLimit, cut_texts
+from finetune.models.text_limit import CutText, TextLimit, count_texts
 
 WORDS = ["red", "ball", "moves"]  # a token each
 _TENSORS = {"hunyuan": "pooled_projections", "hunyuan_i2v": "pooled_projections"}  # of the second encoder
@@ -17,7 +17,7 @@ _TENSORS = {"hunyuan": "pooled_projections", "hunyuan_i2v": "pooled_projections"
 
 def lost(model: TinyModel, limit: TextLimit, caption: str) -> CutText | None:
     tokenizer = model.family.transformers_component(limit.tokenizer, CPU, torch.float32)
-    return cut_texts(limit, tokenizer, [caption]).get(caption)
+    return count_texts(limit, tokenizer, [caption]).cut.get(caption)
 
 
 def of_length(count: int, last: bool, limit: TextLimit) -> str:
@@ -112,4 +112,4 @@ def test_wans_captions_are_counted_as_they_are_cleaned(model: TinyModel) -> None
 def test_empty_captions_and_none_at_all_lose_nothing(model: TinyModel) -> None:
     for limit in model.family.text_limits():
         tokenizer = model.family.transformers_component(limit.tokenizer, CPU, torch.float32)
-        assert cut_texts(limit, tokenizer, [""]) == cut_texts(limit, tokenizer, []) == {}
+        assert count_texts(limit, tokenizer, [""]).cut == count_texts(limit, tokenizer, []).cut == {}

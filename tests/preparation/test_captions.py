@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from finetune.checks.everything import check_all
 from finetune.checks.model import open_family
-from finetune.preparation.captions import cut_captions
+from finetune.models.family import Family
+from finetune.preparation.captions import CaptionCounter, cut_captions
 from finetune.preparation.encode import prepare
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.distributed import Runtime
@@ -48,19 +49,43 @@ def test_check_and_prepare_say_what_is_lost_and_go_on(
     assert_told(capsys.readouterr().err, recipe)
 
 
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the components that are loaded from now on."""
+    names: list[str] = []
+    load = Family.transformers_component
+
+    def noted(family: Family, name: str, *args: object, **options: object) -> object:
+        names.append(name)
+        return load(family, name, *args, **options)
+
+    monkeypatch.setattr(Family, "transformers_component", noted)
+    return names
+
+
 def test_a_start_with_a_full_cache_does_not_say_it_again(
-    recipe: Recipe, runtime: Runtime, capsys: pytest.CaptureFixture
+    recipe: Recipe, runtime: Runtime, capsys: pytest.CaptureFixture, loaded: list[str]
 ) -> None:
     family = open_family(recipe)
     prepare(recipe, family, runtime)
     capsys.readouterr()
+    loaded.clear()
     prepare(recipe, family, runtime)
     assert "more text than" not in capsys.readouterr().err
+    assert loaded == []
+
+
+def test_check_and_its_report_count_captions_once(
+    recipe: Recipe, runtime: Runtime, tmp_path: Path, loaded: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    assert check_all(recipe, runtime, gpus=1, report=tmp_path / "report") == []
+    assert "5 captions have more text" in capsys.readouterr().err
+    assert loaded == ["tokenizer"]
 
 
 def test_encoders_of_one_family_have_limits_of_their_own(recipe: Recipe, tiny_model: Callable[..., Path]) -> None:
     model = recipe.model.model_copy(update={"path": str(tiny_model("hunyuan")), "family": "hunyuan"})
     family = open_family(recipe.model_copy(update={"model": model}))
     words = "ball " * 100  # 100 of Llama's tokens, 400 of this CLIP's
-    found = cut_captions([("a.mp4", words), ("b.mp4", "a ball")], family)
+    found = cut_captions([("a.mp4", words), ("b.mp4", "a ball")], CaptionCounter(family))
     assert [(each.where, each.limit.tokenizer, each.limit.tokens) for each in found] == [("a.mp4", "tokenizer_2", 77)]

@@ -5,7 +5,7 @@ scales and crops to a bucket.
 """
 
 from finetune.data.images.address import is_address
-from finetune.data.images.fitting import decode_image, probe_image
+from finetune.data.images.fitting import IMAGE_DECODER, decode_image, probe_image
 from finetune.data.images.loading import load_image, missing_image
 
-__all__ = ["decode_image", "is_address", "load_image", "missing_image", "probe_image"]
+__all__ = ["IMAGE_DECODER", "decode_image", "is_address", "load_image", "missing_image", "probe_image"]

@@ -9,6 +9,8 @@ from finetune.data.decode import VideoInfo
 from finetune.data.images.opening import checked_size, opened_file, read_rgb
 from finetune.recipe import Bucket
 
+IMAGE_DECODER = 1  # a part of cache keys: raise it when the pixels of an ordinary image change
+
 _SECONDS = 1 / 1000  # so short that an image is one frame at any frame rate
 
 

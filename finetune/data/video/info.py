@@ -34,6 +34,8 @@ class VideoInfo:
         tick: seconds of a tick.
         times: times of a clip of variable rate as `packed` by this module; empty if the clip's rate is constant.
         changes: what is done to its picture besides scaling, in words, such as "deinterlaced".
+        former_frames: the number of frames as versions counted it that had the first decoder; None if it is the same.
+        former_duration: the duration as they measured it; None if it is the same.
     """
 
     height: int
@@ -44,6 +46,8 @@ class VideoInfo:
     tick: float = 0.0
     times: str = ""
     changes: tuple[str, ...] = ()
+    former_frames: int | None = None
+    former_duration: float | None = None
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "VideoInfo | None":
@@ -57,6 +61,12 @@ class VideoInfo:
     def fps(self) -> float:
         """Frame rate; of a clip of variable rate, the average."""
         return self.frames / self.duration
+
+    @property
+    def former_fps(self) -> float:
+        """Frame rate as versions with the first decoder knew it: keys of their cached items contain it."""
+        frames = self.frames if self.former_frames is None else self.former_frames
+        return frames / (self.duration if self.former_duration is None else self.former_duration)
 
     def frames_at(self, fps: float) -> int:
         """Number of frames that the clip has at a frame rate."""

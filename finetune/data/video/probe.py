@@ -7,6 +7,7 @@ be converted. What is damaged inside a frame is found when that frame is decoded
 
 from array import array
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -38,7 +39,9 @@ class _Packets:
     places: array = field(
         default_factory=lambda: array("q")
     )  # bytes of the file at which the packets begin; -1 unknown
+    not_shown: array = field(default_factory=lambda: array("q"))  # times of empty packets and hidden frames
     last: tuple[int, int] = (-(2**63), 0)  # time and duration of the packet that is shown last
+    last_of_all: tuple[int, int] = (-(2**63), 0)  # the same, with those that are not shown
     count: int = 0
     marked: int | None = None  # time of the first packet that the container marks as damaged
     begins_with_key: bool = True
@@ -62,12 +65,12 @@ def probe(path: Path) -> VideoInfo:
         changes = ["deinterlaced"] if _is_interlaced(first, stream) else []
         changes += ["mirrored"] if turn.mirrored else []
         changes += [colours.change] if colours.change else []
-    found = _read_through(path, form, first.pts)
+    found, former = _read_through(path, form, first.pts)
     if form in _WITHOUT_END:
         _decode_tail(path, found)
     times = "" if found.rate else packed(found.ticks - found.ticks[0])
     frames, tick = len(found.ticks), float(found.tick)
-    return VideoInfo(height, width, frames, found.duration, found.first, tick, times, tuple(changes))
+    return VideoInfo(height, width, frames, found.duration, found.first, tick, times, tuple(changes), *former)
 
 
 def _first_frame(container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> av.VideoFrame:
@@ -88,8 +91,8 @@ def _is_interlaced(frame: av.VideoFrame, stream: av.VideoStream) -> bool:
     return frame.interlaced_frame or stream.codec_context.field_order not in progressive
 
 
-def _read_through(path: Path, form: str, first: int) -> Timeline:
-    """The times of all frames, from the packets."""
+def _read_through(path: Path, form: str, first: int) -> tuple[Timeline, tuple[int, float]]:
+    """The times of all frames, from the packets; and what `_former` makes of them."""
     with opened(path) as (container, stream):
         tick, announced = stream.time_base, stream.frames
         rates = (stream.base_rate, stream.guessed_rate, stream.average_rate)
@@ -122,7 +125,18 @@ def _read_through(path: Path, form: str, first: int) -> Timeline:
         raise _refused(path, what, found, None)
     if not announced and form not in _WHOLE:
         _require_no_hole(path, found, form in _WITHOUT_END)
-    return found
+    return found, _former(packets, tick, rates[-1])
+
+
+def _former(packets: _Packets, tick: Fraction, average_rate: Fraction | None) -> tuple[int, float]:
+    """Number of frames and duration as versions with the first decoder found them, which keys of cached items contain.
+
+    They took times as the container writes them, and counted packets whose frames are not shown.
+    """
+    times = np.frombuffer(packets.times + packets.not_shown, np.int64)
+    span, (_, last) = int(times.max() - times.min()), packets.last_of_all
+    last = last or span // max(len(times) - 1, 1) or round(1 / (tick * (average_rate or 25)))
+    return len(times), float((span + last) * tick)
 
 
 def _require_no_hole(path: Path, found: Timeline, is_broadcast: bool) -> None:
@@ -146,10 +160,16 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream, pat
         if not found.count:
             found.begins_with_key = packet.is_keyframe
         found.count += 1
-        if packet.size and packet.pts is not None and not packet.is_discard and not _is_hidden(packet, stream):
+        if packet.pts is None or packet.is_discard:
+            continue
+        last = packet.pts, packet.duration or 0
+        found.last_of_all = max(found.last_of_all, last)
+        if packet.size and not _is_hidden(packet, stream):
             found.times.append(packet.pts)
             found.places.append(-1 if packet.pos is None else packet.pos)
-            found.last = max(found.last, (packet.pts, packet.duration or 0))
+            found.last = max(found.last, last)
+        else:
+            found.not_shown.append(packet.pts)
     return found
 
 
