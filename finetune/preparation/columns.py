@@ -17,6 +17,7 @@ from finetune.models import loss_mask
 from finetune.models.batch import Tensors
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
+from finetune.recipe import Bucket
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.logging import say
 
@@ -45,7 +46,7 @@ def encode_mask(file: SourceFile, family: Family) -> Tensors:
     named, where = f"its mask {file.path} is", str(file.clip)
     if not bool((levels > 255 * loss_mask.DARK).any()):
         raise UserError(f"{named} black, so nothing of the clip would count", "paint white what counts", where)
-    given = 1 + (family.given_frames - 1) * family.temporal if family.given_frames else 0  # frames of the video
+    given = given_video_frames(family, file.bucket)
     asked = levels.expand(file.bucket.frames, -1, -1)[given:]
     if not bool((asked > 255 * loss_mask.DARK).any()):
         raise UserError(
@@ -55,6 +56,13 @@ def encode_mask(file: SourceFile, family: Family) -> Tensors:
             where,
         )
     return {loss_mask.KIND: family.latent_mask(levels, file.bucket)}
+
+
+def given_video_frames(family: Family, bucket: Bucket) -> int:
+    """How many frames at the start of a video the family gives the model. A single frame is an image to be made: none of it is given."""
+    if bucket.frames == 1 or not family.given_frames:
+        return 0
+    return 1 + (family.given_frames - 1) * family.temporal
 
 
 def optional_columns(required: Sequence[str]) -> list[str]:
