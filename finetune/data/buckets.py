@@ -28,7 +28,7 @@ class BucketFit:
 
     @property
     def trimmed(self) -> int:
-        """Number of frames at the clip's end that are not used."""
+        """How many more frames the clip has than its bucket, wherever its window lies."""
         return self.frames_available - self.bucket.frames
 
 
