@@ -59,7 +59,7 @@ def encode_mask(file: SourceFile, family: Family) -> Tensors:
 
 
 def given_video_frames(family: Family, bucket: Bucket) -> int:
-    """How many frames at the start of a video the family gives the model. A single frame is an image to be made: none of it is given."""
+    """How many frames at a video's start the family gives the model; of a single frame, which is an image to be made, none."""
     if bucket.frames == 1 or not family.given_frames:
         return 0
     return 1 + (family.given_frames - 1) * family.temporal
