@@ -33,8 +33,7 @@ def with_found_buckets(recipe: Recipe, family: Family, runtime: Runtime, folder:
     stated = with_stated_buckets(recipe)
     columns = further_columns(encoders_of(family, recipe))
     cache = Cache(folder or data.cache)  # what is found of the files is kept there for `inspect_data`
-    sources = [(number, source) for number, source in enumerate(data.datasets) if source.repeats]
-    clips = [info for pair in sources for info in _sizes(stated, *pair, cache, runtime, columns)]
+    clips = [info for pair in data.used_datasets for info in _sizes(stated, *pair, cache, runtime, columns)]
     held = _sizes(stated, 0, DataSource(path=named), cache, runtime, columns) if named else []
     found = find_buckets(
         clips,

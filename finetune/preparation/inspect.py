@@ -20,9 +20,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, Problem, UserError
-from finetune.runtime.logging import say
-
-_NAMED = 3  # files that a line names of many
+from finetune.runtime.logging import listed, say
 
 
 class InspectedClip(NamedTuple):
@@ -40,6 +38,16 @@ class InspectedClip(NamedTuple):
     pictures: Mapping[str, decode.VideoInfo]
     windows: Windows = Windows((0,))
     source: int = 0
+
+    @property
+    def samples(self) -> int:
+        """How many samples it is in an epoch that takes every clip once."""
+        return 1 if self.windows.take_turns else len(self.windows.starts)
+
+    @property
+    def unused(self) -> int:
+        """Frames that are in none of its pieces."""
+        return self.windows.unused(self.fit)
 
     @property
     def resampled(self) -> decode.Resampling:
@@ -94,10 +102,9 @@ def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequen
 def inspect_datasets(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> list[Inspection]:
     """Inspect every dataset of a recipe, held-out clips last, whatever is wrong with them; see `inspect_data`."""
     data, seed, named = recipe.data, recipe.train.seed, recipe.validation.heldout
-    sources = [(number, source) for number, source in enumerate(data.datasets) if source.repeats]
     held = [(0, DataSource(path=named))] if named else []
     found = []
-    for number, source in (*sources, *held):
+    for number, source in (*data.used_datasets, *held):
         try:
             found.append(inspect_dataset(data, source, number, seed, cache, runtime, columns))
         except LostPeer:
@@ -230,9 +237,9 @@ def _report(path: Path, found: Inspection) -> None:
     """Say in a line each how many clips every bucket has and what is lost of them, which are copies, and which files are unused."""
     clips = found.clips
     buckets = Counter(entry.fit.bucket for entry in clips)
-    trimmed = sum(entry.windows.unused(entry.fit) > 0 for entry in clips)
-    cropped = sum(entry.fit.cropped > 0.02 for entry in clips)
-    enlarged = sum(entry.fit.enlarged > 1.0 for entry in clips)
+    trimmed = sum(entry.unused > 0 for entry in clips)
+    cropped = sum(entry.fit.is_cropped for entry in clips)
+    enlarged = sum(entry.fit.is_enlarged for entry in clips)
     shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
     where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
     say(f"{path}: {len(clips)} clips, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
@@ -251,19 +258,19 @@ def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
         yield f"{path}: {len(found)} clips have another frame rate: {repeated} frames shown again, {left_out} left out"
 
 
-def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
-    """How many clips are the same file, byte for byte, as another."""
+def paths_by_content(clips: Iterable[InspectedClip]) -> dict[str, list[Path]]:
+    """The different paths of clips that are the same file, byte for byte, by the file's hash."""
     same: dict[str, list[Path]] = defaultdict(list)
     for entry in clips:
         if entry.clip.path not in same[entry.hash]:
             same[entry.hash].append(entry.clip.path)
-    copies = [paths for paths in same.values() if len(paths) > 1]
+    return same
+
+
+def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """How many clips are the same file, byte for byte, as another."""
+    copies = [paths for paths in paths_by_content(clips).values() if len(paths) > 1]
     if copies:
         count = sum(len(paths) - 1 for paths in copies)
         are = "s are copies" if count > 1 else " is a copy"
-        yield f"{path}: {count} clip{are} of others, byte for byte: {_some([' = '.join(map(str, paths)) for paths in copies])}"
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+        yield f"{path}: {count} clip{are} of others, byte for byte: {listed([' = '.join(map(str, paths)) for paths in copies])}"
