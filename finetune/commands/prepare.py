@@ -23,12 +23,14 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
     from finetune.checks.buckets import resolve_buckets
     from finetune.checks.model import open_family
+    from finetune.data.cache import Cache
     from finetune.preparation.encode import prepare
 
     def body(runtime: Runtime) -> int:
         with runtime.together():
             family = open_family(recipe)
-        prepared = prepare(resolve_buckets(recipe, family, runtime), family, runtime)
+        cache = Cache(recipe.data.cache)
+        prepared = prepare(resolve_buckets(recipe, family, runtime, cache), family, runtime, cache)
         say(f"{len(prepared.train)} clips to train on, {len(prepared.heldout)} held out, in {recipe.data.cache}")
         return 0
 
