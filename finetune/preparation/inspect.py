@@ -178,7 +178,7 @@ def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list
         )
     held = [entry for entry in usable if entry.hash in out]
     if held:
-        say(f"held out: {', '.join(str(entry.clip.path) for entry in held)}")
+        say(f"held out: {listed([entry.clip.path for entry in held], most=None)}")
     return [entry for entry in usable if entry.hash not in out], held
 
 
@@ -195,7 +195,7 @@ def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> None:
         problems = [replace(problem, cure=f"{problem.cure}; {hint}") for problem in problems]
         raise UserError.of(problems, f"{len(problems)} clips cannot be {verb}:")
     for problem in problems:
-        say(f"skipped {problem.where}: {problem.what}")
+        say(f"skipped {Problem(problem.what, problem.where)}")
 
 
 def require(found: Sequence, path: Path) -> None:
@@ -207,11 +207,15 @@ def require(found: Sequence, path: Path) -> None:
 def _refuse_shared(train: Sequence[InspectedClip], heldout: Sequence[InspectedClip]) -> None:
     trained = {entry.hash: entry.clip.path for entry in train}
     if both := [
-        Problem(f"this held-out clip is trained on, too, as {trained[entry.hash]}", str(entry.clip.path))
+        Problem(
+            f"this held-out clip is trained on, too, as {trained[entry.hash]}",
+            str(entry.clip.path),
+            "take it out of validation.heldout or of the clips to train on",
+        )
         for entry in heldout
         if entry.hash in trained
     ]:
-        raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
+        raise UserError.of(both, f"{len(both)} clips are both held out and trained on:")
 
 
 def _with_files(clips: Sequence[Clip], columns: Sequence[str]) -> tuple[list[Clip], list[Problem]]:
@@ -242,9 +246,19 @@ def _report(path: Path, found: Inspection) -> None:
     enlarged = sum(entry.fit.is_enlarged for entry in clips)
     shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
     where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
-    say(f"{path}: {len(clips)} clips, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
+    say(f"{path}: {_counted(clips)}, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
     for line in (*_altered(clips, path), *_copies(clips, path), *describe_unused(found.unused, path)):
         say(line)
+
+
+def _counted(clips: Sequence[InspectedClip]) -> str:
+    """How many clips there are, and how many of them are videos and images where there are both."""
+    images = sum(entry.clip.is_image for entry in clips)
+    kinds = [
+        f"{count} {kind}{'s' if count > 1 else ''}"
+        for count, kind in ((len(clips) - images, "video"), (images, "image"))
+    ]
+    return f"{len(clips)} clips" + (f" ({', '.join(kinds)})" if 0 < images < len(clips) else "")
 
 
 def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
