@@ -1,6 +1,6 @@
 """The manifest's further columns: which are read, which clips have them, and the encoder of masks, which every family has."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -37,25 +37,16 @@ def mask_encoder(family: Family) -> Encoder:
 
 
 def encode_mask(file: SourceFile, family: Family) -> Tensors:
-    """The weights of a clip's latent pixels: "mask", float32 (F', H', W').
-
-    Raises:
-        UserError: the mask is black, or black wherever the family does not give the model the clip itself; names mask and clip.
-    """
+    """The weights of a clip's latent pixels: "mask", float32 (F', H', W')."""
     levels = torch.from_numpy(decode_mask(file))  # uint8 (F or 1, H, W)
-    named, where = f"its mask {file.path} is", str(file.clip)
-    if not bool((levels > 255 * loss_mask.DARK).any()):
-        raise UserError(f"{named} black, so nothing of the clip would count", "paint white what counts", where)
-    given = given_video_frames(family, file.bucket)
-    asked = levels.expand(file.bucket.frames, -1, -1)[given:]
-    if not bool((asked > 255 * loss_mask.DARK).any()):
-        raise UserError(
-            f"{named} white only in the first {'frame' if given == 1 else f'{given} frames'}, which {family.title} is given, "
-            "so nothing of the clip would count",
-            "paint white what counts in later frames",
-            where,
-        )
     return {loss_mask.KIND: family.latent_mask(levels, file.bucket)}
+
+
+def frames_without_loss(family: Family, encoders: Iterable[Encoder]) -> Callable[[Bucket], int] | None:
+    """How many frames at the start of a bucket's videos are not in the loss, whatever a mask says; None if no mask weighs it."""
+    if any(encoder.kind == loss_mask.KIND for encoder in encoders):
+        return partial(given_video_frames, family)
+    return None
 
 
 def given_video_frames(family: Family, bucket: Bucket) -> int:

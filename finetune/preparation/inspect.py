@@ -1,7 +1,7 @@
 """Inspects the datasets of a recipe: every clip is assigned a bucket, or refused with a reason. Nothing is encoded yet."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,24 +10,29 @@ from finetune.data import decode
 from finetune.data.buckets import BucketFit, fit_to_bucket
 from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
-from finetune.data.column_files import PICTURES
+from finetune.data.column_files import MASK, PICTURES
 from finetune.data.formats.listing import file_fault
 from finetune.data.manifest import describe_unused, read_manifest
+from finetune.data.sources import Piece, SourceFile, file_source
 from finetune.data.windows import Windows, windows_of
 from finetune.preparation.columns import check_pictures, optional_columns, say_columns
 from finetune.preparation.facts import read_facts, uses_of
-from finetune.recipe import Recipe
+from finetune.preparation.mask_facts import last_white_frames, seconds_of, white_windows
+from finetune.recipe import Bucket, Recipe
 from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, Problem, UserError
 from finetune.runtime.logging import listed, say
+
+Unweighed = Callable[[Bucket], int]
 
 
 class InspectedClip(NamedTuple):
     """A clip that can be trained on, with the hash of its file, its size and duration, its bucket, and its pieces.
 
     `files` has the hash of each further file that the manifest names for it, by column; `pictures` the size and length of those
-    that are masks, control or reference videos or images; `source` is the number of its dataset.
+    that are masks, control or reference videos or images; `source` is the number of its dataset; `black` are the windows
+    that are left out because nothing of them would count by the clip's mask.
     """
 
     clip: Clip
@@ -38,6 +43,14 @@ class InspectedClip(NamedTuple):
     pictures: Mapping[str, decode.VideoInfo]
     windows: Windows = Windows((0,))
     source: int = 0
+    black: Windows = Windows(())
+
+    @property
+    def masks(self) -> list[SourceFile]:
+        """The file of its mask for each of its windows."""
+        found, info = self.files[MASK], self.pictures[MASK]
+        pieces = [Piece(self.fit.bucket, self.fit.fps, start) for start in self.windows.starts]
+        return [file_source(MASK, self.clip, found, info, piece, "black").read() for piece in pieces]
 
     @property
     def samples(self) -> int:
@@ -48,6 +61,11 @@ class InspectedClip(NamedTuple):
     def unused(self) -> int:
         """Frames that are in none of its pieces."""
         return self.windows.unused(self.fit)
+
+    @property
+    def black_seconds(self) -> str:
+        """Where the windows lie that are left out for its mask; empty if there is none."""
+        return seconds_of(self.black, self.fit)
 
     @property
     def resampled(self) -> decode.Resampling:
@@ -87,26 +105,32 @@ class Dataset:
     inspected: Sequence[Inspection]
 
 
-def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> Dataset:
+def inspect_data(
+    recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = (), unweighed: Unweighed | None = None
+) -> Dataset:
     """Inspect every dataset of a recipe. Ranks share the reading of files. Collective; returns the same on every rank.
 
     Args:
         columns: columns of the manifest with further files that every clip must have.
+        unweighed: how many frames at the start of a bucket's videos are not in the loss, whatever a mask says; without it, masks
+            are not decoded, and black ones not found.
     Raises:
         UserError: lists clips that cannot be used, unless data.bad_clips is "skip"; or no clip is left, or a clip is trained
             on and held out.
     """
-    return accept(recipe, inspect_datasets(recipe, cache, runtime, columns), columns)
+    return accept(recipe, inspect_datasets(recipe, cache, runtime, columns, unweighed), columns)
 
 
-def inspect_datasets(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> list[Inspection]:
+def inspect_datasets(
+    recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = (), unweighed: Unweighed | None = None
+) -> list[Inspection]:
     """Inspect every dataset of a recipe, held-out clips last, whatever is wrong with them; see `inspect_data`."""
     data, seed, named = recipe.data, recipe.train.seed, recipe.validation.heldout
     held = [(0, DataSource(path=named))] if named else []
     found = []
     for number, source in (*data.used_datasets, *held):
         try:
-            found.append(inspect_dataset(data, source, number, seed, cache, runtime, columns))
+            found.append(inspect_dataset(data, source, number, seed, cache, runtime, columns, unweighed))
         except LostPeer:
             raise
         except UserError as error:  # the same on every rank
@@ -133,7 +157,14 @@ def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[st
 
 
 def inspect_dataset(
-    data: Data, source: DataSource, number: int, seed: int, cache: Cache, runtime: Runtime, columns: Sequence[str]
+    data: Data,
+    source: DataSource,
+    number: int,
+    seed: int,
+    cache: Cache,
+    runtime: Runtime,
+    columns: Sequence[str],
+    unweighed: Unweighed | None = None,
 ) -> Inspection:
     """Inspect one dataset. Collective; returns the same on every rank."""
     with runtime.together():
@@ -156,7 +187,27 @@ def inspect_dataset(
             result.clips.append(InspectedClip(clip, content, info, fit, files, shown, windows, number))
         except UserError as error:
             result.problems.extend(error.problems)
-    return result
+    return _without_black(result, unweighed, cache, runtime) if unweighed else result
+
+
+def _without_black(found: Inspection, unweighed: Unweighed, cache: Cache, runtime: Runtime) -> Inspection:
+    """What was found, without windows that nothing of would count by their masks, and clips of which none is left. Collective."""
+    masks = {number: entry.masks for number, entry in enumerate(found.clips) if MASK in entry.pictures}
+    seen = dict(zip(masks, last_white_frames(list(masks.values()), cache, runtime), strict=True))
+    clips, problems = [], list(found.problems)
+    for number, entry in enumerate(found.clips):
+        try:
+            if isinstance(last := seen.get(number), UserError):
+                raise last
+            if last:
+                given = unweighed(entry.fit.bucket)
+                left = white_windows(masks[number][0], last, given, entry.windows, entry.fit)
+                black = tuple(start for start in entry.windows.starts if start not in left.starts)
+                entry = entry._replace(windows=left, black=Windows(black))
+            clips.append(entry)
+        except UserError as error:
+            problems.extend(error.problems)
+    return replace(found, clips=clips, problems=problems)
 
 
 def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list[InspectedClip], list[InspectedClip]]:
@@ -247,7 +298,12 @@ def _report(path: Path, found: Inspection) -> None:
     shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
     where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
     say(f"{path}: {_counted(clips)}, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
-    for line in (*_altered(clips, path), *_copies(clips, path), *describe_unused(found.unused, path)):
+    for line in (
+        *_altered(clips, path),
+        *_left_out(clips, path),
+        *_copies(clips, path),
+        *describe_unused(found.unused, path),
+    ):
         say(line)
 
 
@@ -270,6 +326,16 @@ def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
     if found:
         repeated, left_out = (sum(counts) for counts in zip(*found, strict=True))
         yield f"{path}: {len(found)} clips have another frame rate: {repeated} frames shown again, {left_out} left out"
+
+
+def _left_out(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """Which windows are left out for their masks."""
+    found = [entry for entry in clips if entry.black.starts]
+    if found:
+        count = sum(len(entry.black.starts) for entry in found)
+        which = listed([f"{entry.clip.path} ({entry.black_seconds})" for entry in found], most=10)
+        windows = f"{count} window{'s' if count > 1 else ''}"
+        yield f"{path}: {windows} left out, because nothing would count there by the clip's mask: {which}"
 
 
 def paths_by_content(clips: Iterable[InspectedClip]) -> dict[str, list[Path]]:
