@@ -33,7 +33,7 @@ from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
 from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions
-from finetune.preparation.columns import further_columns, mask_encoder
+from finetune.preparation.columns import frames_without_loss, further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
 from finetune.preparation.former import NOT_BEGUN, Begun, Names, as_begun, former_names, keeps_former
 from finetune.preparation.inspect import Dataset, InspectedClip, inspect_data, refuse_or_skip, require, split_heldout
@@ -176,7 +176,9 @@ def prepare(
         if runtime.is_main:
             cache.sweep()
     encoders = _open_encoders(recipe, family, cache, runtime)
-    dataset = inspect_data(recipe, cache, runtime, further_columns(encoders.by_kind.values()))
+    listed = encoders.by_kind.values()
+    unweighed = frames_without_loss(family, listed)
+    dataset = inspect_data(recipe, cache, runtime, further_columns(listed), unweighed)
     drops_image = recipe.data.image_dropout > 0 and encoders.text_has_image
     items: dict[int, list[Item]] = {}
     work: list[Encoding] = []

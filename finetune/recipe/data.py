@@ -114,6 +114,11 @@ class Data(Table):
         """Every dataset to train on."""
         return self.sources or [DataSource(path=self.path or Path())]
 
+    @property
+    def used_datasets(self) -> list[tuple[int, DataSource]]:
+        """The datasets that an epoch takes clips of, each with its number among all."""
+        return [(number, source) for number, source in enumerate(self.datasets) if source.repeats]
+
     def reading(self, source: DataSource) -> dict[str, str]:
         """How a dataset is read: its columns and its trigger word."""
         own = {key: getattr(source, key) for key in ("video_column", "caption_column", "id_token")}

@@ -13,6 +13,11 @@ def harmless(text: str) -> str:
     return _HARMFUL.sub(_spelled, text)
 
 
+def one_line(name: str) -> str:
+    """A file's name as a line may show it: line feeds in it are spelled out."""
+    return name.replace("\n", "\\n")
+
+
 def _spelled(found: re.Match[str]) -> str:
     code = ord(found[0])
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name
@@ -29,7 +34,7 @@ class Problem:
     cure: str = ""
 
     def __str__(self) -> str:
-        where = self.where.replace("\n", "\\n")  # in a file's name
+        where = one_line(self.where)
         head = f"{where}: {self.what}" if where else self.what
         return harmless(f"{head}\n    -> {self.cure}" if self.cure else head)
 
