@@ -16,7 +16,7 @@ from finetune.data.decode import VideoInfo
 from finetune.data.file_facts import content_hash
 from finetune.data.images import probe_image
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import UserError
+from finetune.runtime.errors import Unreadable, UserError
 
 Use = Literal["video", "image", "picture", "file"]
 """What a file is for: a clip, an image to train on, a column's mask or control, or anything that an encoder reads itself."""
@@ -69,11 +69,12 @@ def facts_of(file: Path, use: Use, cache: Cache) -> dict[str, Any] | UserError:
             known = cache.files.put(file, state, hash=content_hash(file))
         if use == "file" or (known.get("probed_by") == _VERSION and VideoInfo.of(known) is not None):
             return known
-        # The whole file has been read, so what is found from here on is wrong with the file itself.
         if refused := cache.files.get_refusal(file, f"{use} {_VERSION}"):
             return UserError.of(refused)
         try:
             return cache.files.put(file, state, **asdict(_PROBES[use](file)), probed_by=_VERSION)
+        except Unreadable as error:  # it may be read the next time
+            return error
         except UserError as error:
             cache.files.put_refusal(file, f"{use} {_VERSION}", error.problems, state)
             return error
