@@ -35,11 +35,15 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
     cache, columns = Cache(recipe.data.cache), []
     recipes, family, clips = [recipe], None, []
     with _collected(problems):
-        family = open_family(recipe)
+        with runtime.together():
+            opened = open_family(recipe)
+        family = opened  # of every rank or of none: a rank without one would miss what the others do together
         recipes = recipes_of_experts(recipe, list(family.experts))
-        columns = further_columns(encoders_of(family, recipe))
+        with runtime.together():
+            listed = further_columns(encoders_of(family, recipe))
+        columns = listed
     for each in recipes:
-        with _collected(problems):
+        with _collected(problems), runtime.together():
             check_output(each)
     recipe = _with_buckets(recipe, family, runtime, problems)
     with _collected(problems):
@@ -55,7 +59,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
         if family and runtime.is_main:
             prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
             say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], family)
-    with _collected(problems):
+    with _collected(problems), runtime.together():
         _load_images(recipe)
     return problems
 
