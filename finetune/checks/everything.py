@@ -35,12 +35,16 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
     cache, columns, unweighed = Cache(recipe.data.cache), [], None
     recipes, family, counter, clips = [recipe], None, None, []
     with _collected(problems):
-        family = open_family(recipe)
+        with runtime.together():
+            opened = open_family(recipe)
+        family = opened  # of every rank or of none: a rank without one would miss what the others do together
         recipes = recipes_of_experts(recipe, list(family.experts))
-        encoders = encoders_of(family, recipe)
-        columns, unweighed = further_columns(encoders), frames_without_loss(family, encoders)
+        with runtime.together():
+            encoders = encoders_of(family, recipe)
+            listed = further_columns(encoders), frames_without_loss(family, encoders)
+        columns, unweighed = listed
     for each in recipes:
-        with _collected(problems):
+        with _collected(problems), runtime.together():
             check_output(each)
     recipe = _with_buckets(recipe, family, runtime, cache, problems)
     with _collected(problems):
@@ -58,7 +62,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
         if counter and runtime.is_main:
             prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
             say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], counter)
-    with _collected(problems):
+    with _collected(problems), runtime.together():
         _load_images(recipe)
     return problems
 

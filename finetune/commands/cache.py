@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
             from finetune.preparation.used import used_keys
 
             for name, recipe in recipes.items():
-                family = open_family(recipe)
+                with runtime.together():
+                    family = open_family(recipe)
                 uses[name] = used_keys(resolve_buckets(recipe, family, runtime, cache), family, runtime, folder)
             return 0
 
