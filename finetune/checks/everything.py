@@ -32,7 +32,8 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
         report: the folder for a page that shows what becomes of every clip, which is written whatever is wrong.
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
-    cache, columns, unweighed = Cache(recipe.data.cache), [], None
+    cache, unweighed = Cache(recipe.data.cache), None
+    columns: list[str] = []
     recipes, family, counter, clips = [recipe], None, None, []
     with _collected(problems):
         with runtime.together():
