@@ -37,7 +37,9 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
         raise UserError(f"cannot be opened ({error.strerror})", "mend data.path", str(path)) from None
     if not exists:
         raise UserError(
-            "the dataset does not exist", "set data.path to a folder of videos or a manifest file", str(path)
+            "the dataset does not exist",
+            "set data.path, or `path` in [[data.sources]], to a folder of videos or a manifest file",
+            str(path),
         )
     found, manifest = _read(path, Columns(video_column, caption_column))
     manifest = _with_files(manifest)

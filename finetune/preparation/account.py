@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.data.decode import Resampling
-from finetune.preparation.inspect import InspectedClip, Inspection, heldout_hashes, paths_by_content
+from finetune.preparation.inspect import heldout_hashes
+from finetune.preparation.inspected import InspectedClip, Inspection, paths_by_content
 from finetune.recipe import Bucket, Recipe
 from finetune.runtime.errors import Problem
 

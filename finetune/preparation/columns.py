@@ -1,5 +1,6 @@
 """The manifest's further columns: which are read, which clips have them, and the encoder of masks, which every family has."""
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -9,7 +10,7 @@ import torch
 
 from finetune.data.buckets import BucketFit
 from finetune.data.clip import Clip
-from finetune.data.column_files import FRAME_COLUMNS, MASK, check_picture
+from finetune.data.column_files import FRAME_COLUMNS, MASK, PICTURES, check_picture
 from finetune.data.decode import VideoInfo
 from finetune.data.masks import decode_mask
 from finetune.data.sources import FRAMES, SourceFile
@@ -92,3 +93,6 @@ def say_columns(path: Path, clips: Sequence[Clip], required: Sequence[str]) -> N
     for column in FRAME_COLUMNS:
         if column not in required and any(column in clip.columns for clip in clips):
             say(f"{path}: the column {column!r} is not used: this model takes no {column} video or image")
+    for column in sorted({column for clip in clips for column in clip.columns}.difference(PICTURES, required)):
+        if near := difflib.get_close_matches(column, [*PICTURES, *required], n=1, cutoff=0.7):
+            say(f"{path}: the column {column!r} is not read: did you mean {near[0]!r}?")

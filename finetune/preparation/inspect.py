@@ -1,23 +1,21 @@
 """Inspects the datasets of a recipe: every clip is assigned a bucket, or refused with a reason. Nothing is encoded yet."""
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-from finetune.data import decode
-from finetune.data.buckets import BucketFit, fit_to_bucket
+from finetune.data.buckets import fit_to_bucket
 from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
 from finetune.data.column_files import MASK, PICTURES
 from finetune.data.formats.listing import file_fault
-from finetune.data.manifest import describe_unused, read_manifest
-from finetune.data.sources import Piece, SourceFile, file_source
+from finetune.data.manifest import read_manifest
 from finetune.data.windows import Windows, windows_of
 from finetune.preparation.columns import check_pictures, optional_columns, say_columns
 from finetune.preparation.facts import read_facts, uses_of
-from finetune.preparation.mask_facts import last_white_frames, seconds_of, white_windows
+from finetune.preparation.inspected import InspectedClip, Inspection
+from finetune.preparation.mask_facts import last_white_frames, white_windows
+from finetune.preparation.summary import say_summary
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
@@ -25,75 +23,6 @@ from finetune.runtime.errors import LostPeer, Problem, UserError
 from finetune.runtime.logging import listed, say
 
 Unweighed = Callable[[Bucket], int]
-
-
-class InspectedClip(NamedTuple):
-    """A clip that can be trained on, with the hash of its file, its size and duration, its bucket, and its pieces.
-
-    `files` has the hash of each further file that the manifest names for it, by column; `pictures` the size and length of those
-    that are masks, control or reference videos or images; `source` is the number of its dataset; `black` are the windows
-    that are left out because nothing of them would count by the clip's mask.
-    """
-
-    clip: Clip
-    hash: str
-    info: decode.VideoInfo
-    fit: BucketFit
-    files: Mapping[str, str]
-    pictures: Mapping[str, decode.VideoInfo]
-    windows: Windows = Windows((0,))
-    source: int = 0
-    black: Windows = Windows(())
-
-    @property
-    def masks(self) -> list[SourceFile]:
-        """The file of its mask for each of its windows."""
-        found, info = self.files[MASK], self.pictures[MASK]
-        pieces = [Piece(self.fit.bucket, self.fit.fps, start) for start in self.windows.starts]
-        return [file_source(MASK, self.clip, found, info, piece, "black").read() for piece in pieces]
-
-    @property
-    def samples(self) -> int:
-        """How many samples it is in an epoch that takes every clip once."""
-        return 1 if self.windows.take_turns else len(self.windows.starts)
-
-    @property
-    def unused(self) -> int:
-        """Frames that are in none of its pieces."""
-        return self.windows.unused(self.fit)
-
-    @property
-    def black_seconds(self) -> str:
-        """Where the windows lie that are left out for its mask; empty if there is none."""
-        return seconds_of(self.black, self.fit)
-
-    @property
-    def resampled(self) -> decode.Resampling:
-        """Frames that are shown again and left out, over all of its pieces."""
-        if self.clip.is_image:
-            return decode.Resampling(0, 0)
-        count, fps = self.fit.bucket.frames, self.fit.fps
-        each = [self.info.resampled(fps, count, start / fps) for start in self.windows.starts]
-        return decode.Resampling(*map(sum, zip(*each, strict=True)))
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What was found of a dataset.
-
-    Attributes:
-        path: its folder or manifest.
-        clips: those that can be trained on.
-        problems: why others cannot.
-        unused: files of the dataset's folder that are no clips, each with the reason.
-        unreadable: why nothing of it can be read, which no policy skips.
-    """
-
-    path: Path
-    clips: list[InspectedClip] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    unused: list[Problem] = field(default_factory=list)
-    unreadable: list[Problem] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -127,6 +56,9 @@ def inspect_datasets(
     """Inspect every dataset of a recipe, held-out clips last, whatever is wrong with them; see `inspect_data`."""
     data, seed, named = recipe.data, recipe.train.seed, recipe.validation.heldout
     held = [(0, DataSource(path=named))] if named else []
+    for source in data.sources:
+        if not source.repeats:
+            say(f"{source.path}: repeats = 0, so it is not trained on")
     found = []
     for number, source in (*data.used_datasets, *held):
         try:
@@ -142,11 +74,13 @@ def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[st
     """The clips to train on and those held out. Raises UserError as `inspect_data` does."""
     if unreadable := [problem for each in inspected for problem in each.unreadable]:
         raise UserError.of(list(dict.fromkeys(unreadable)))
+    for each in inspected:
+        if each.clips:
+            say_summary(each.path, each, recipe.data.buckets)
+            say_columns(each.path, [entry.clip for entry in each.clips], columns)
     refuse_or_skip([problem for each in inspected for problem in each.problems], recipe.data.bad_clips, "used")
     for each in inspected:
         require(each.clips, each.path)
-        _report(each.path, each)
-        say_columns(each.path, [entry.clip for entry in each.clips], columns)
     if recipe.validation.heldout:
         *sources, held = inspected
         split = ([clip for each in sources for clip in each.clips], held.clips)
@@ -178,7 +112,7 @@ def inspect_dataset(
     for clip in clips:
         try:
             info, content = facts.info(clip.path), facts.hash(clip.path)
-            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image, data.area is not None)
+            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image, _by_area(data, clip))
             windows = windows_of(fit, data, seed, content)
             named = {column: clip.file(column) for column in read if column in clip.columns}
             shown = {column: facts.info(file) for column, file in named.items() if column in PICTURES}
@@ -288,69 +222,6 @@ def _lacks(clip: Clip, column: str) -> Problem | None:
     return Problem(fault[0], f"{clip.file(column)} (from {clip.where})", fault[1]) if fault else None
 
 
-def _report(path: Path, found: Inspection) -> None:
-    """Say in a line each how many clips every bucket has and what is lost of them, which are copies, and which files are unused."""
-    clips = found.clips
-    buckets = Counter(entry.fit.bucket for entry in clips)
-    trimmed = sum(entry.unused > 0 for entry in clips)
-    cropped = sum(entry.fit.is_cropped for entry in clips)
-    enlarged = sum(entry.fit.is_enlarged for entry in clips)
-    shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
-    where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
-    say(f"{path}: {_counted(clips)}, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
-    for line in (
-        *_altered(clips, path),
-        *_left_out(clips, path),
-        *_copies(clips, path),
-        *describe_unused(found.unused, path),
-    ):
-        say(line)
-
-
-def _counted(clips: Sequence[InspectedClip]) -> str:
-    """How many clips there are, and how many of them are videos and images where there are both."""
-    images = sum(entry.clip.is_image for entry in clips)
-    kinds = [
-        f"{count} {kind}{'s' if count > 1 else ''}"
-        for count, kind in ((len(clips) - images, "video"), (images, "image"))
-    ]
-    return f"{len(clips)} clips" + (f" ({', '.join(kinds)})" if 0 < images < len(clips) else "")
-
-
-def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
-    """What is done to the pictures of how many clips, and how many frames are shown again or left out for the frame rate."""
-    changes = Counter(change for entry in clips for change in entry.info.changes)
-    if changes:
-        yield f"{path}: {', '.join(f'{count} {change}' for change, count in sorted(changes.items()))}"
-    found = [each for entry in clips if any(each := entry.resampled)]
-    if found:
-        repeated, left_out = (sum(counts) for counts in zip(*found, strict=True))
-        yield f"{path}: {len(found)} clips have another frame rate: {repeated} frames shown again, {left_out} left out"
-
-
-def _left_out(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
-    """Which windows are left out for their masks."""
-    found = [entry for entry in clips if entry.black.starts]
-    if found:
-        count = sum(len(entry.black.starts) for entry in found)
-        which = listed([f"{entry.clip.path} ({entry.black_seconds})" for entry in found], most=10)
-        windows = f"{count} window{'s' if count > 1 else ''}"
-        yield f"{path}: {windows} left out, because nothing would count there by the clip's mask: {which}"
-
-
-def paths_by_content(clips: Iterable[InspectedClip]) -> dict[str, list[Path]]:
-    """The different paths of clips that are the same file, byte for byte, by the file's hash."""
-    same: dict[str, list[Path]] = defaultdict(list)
-    for entry in clips:
-        if entry.clip.path not in same[entry.hash]:
-            same[entry.hash].append(entry.clip.path)
-    return same
-
-
-def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
-    """How many clips are the same file, byte for byte, as another."""
-    copies = [paths for paths in paths_by_content(clips).values() if len(paths) > 1]
-    if copies:
-        count = sum(len(paths) - 1 for paths in copies)
-        are = "s are copies" if count > 1 else " is a copy"
-        yield f"{path}: {count} clip{are} of others, byte for byte: {listed([' = '.join(map(str, paths)) for paths in copies])}"
+def _by_area(data: Data, clip: Clip) -> bool:
+    """Whether a clip without a bucket needs another length in data.frames: else the buckets were not found, but given beside it."""
+    return data.area is not None and not (clip.is_image and 1 in data.frames)
