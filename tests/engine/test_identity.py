@@ -125,13 +125,17 @@ def test_older_checkpoints_that_lack_more_are_refused(saved: Place) -> None:
         saved.job().resume()
 
 
-def test_other_clips_are_refused_before_they_are_encoded(saved: Place, runtime: Runtime, tmp_path: Path) -> None:
-    """Their encoding may take hours; all that a training writes is its memory of files."""
+@pytest.mark.parametrize("lacks, told", [((), ": 2 are new and 12 are gone"), (("clip_list", "base_content"), "")])
+def test_other_clips_are_refused_before_they_are_encoded(
+    saved: Place, runtime: Runtime, tmp_path: Path, lacks: tuple[str, ...], told: str
+) -> None:
+    """Their encoding may take hours; all that a training writes is its memory of files. Older checkpoints list no clips."""
+    saved.forget(1, *lacks)
     write_clips(tmp_path / "others", RECORDINGS[4:6])
     recipe = saved.job().recipe
     (recipe.output / "checkpoints" / "step_00000009").mkdir()  # not whole: it has no trainer.json
     data = recipe.data.model_copy(update={"path": tmp_path / "others", "cache": tmp_path / "cache"})
-    with pytest.raises(UserError, match=r"clips or captions are not those .*: 2 are new and 12 are gone"):
+    with pytest.raises(UserError, match=rf"clips or captions are not those .* trained with{told}"):
         train(recipe.model_copy(update={"data": data}), runtime)
     assert list((tmp_path / "cache").rglob("*.safetensors")) == []
 
