@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -37,8 +38,11 @@ def last_white_frames(
     """
     if not masks:
         return []
+    runtime.doing("reading masks")
     mine = masks[runtime.rank :: runtime.world_size]
-    with runtime.together(), ProgressLine("reading masks", len(mine), enabled=runtime.is_main) as line:
+    with runtime.together():
+        is_new = not all(_is_known(files, cache) for files in mine)
+    with runtime.together(), ProgressLine("reading masks", len(mine), enabled=runtime.is_main and is_new) as line:
         found: list[list[int] | UserError] = []
         for files in mine:
             found.append(_of_clip(files, cache))
@@ -82,12 +86,24 @@ def seconds_of(windows: Windows, fit: BucketFit) -> str:
     return listed([f"{first / fit.fps:.2f} to {(first + count) / fit.fps:.2f} s" for first, count in spans])
 
 
+def _known(path: Path, cache: Cache) -> dict[str, int]:
+    """The last white frame of the pieces of a mask that are known. Raises OSError if there is no such file."""
+    known = (cache.files.get(path) or {}).get(_FACT)
+    return known["pieces"] if isinstance(known, dict) and known.get("version") == _VERSION else {}
+
+
+def _is_known(files: Sequence[SourceFile], cache: Cache) -> bool:
+    try:
+        pieces = _known(files[0].path, cache)
+    except OSError:
+        return False
+    return all(_key(file) in pieces for file in files)
+
+
 def _of_clip(files: Sequence[SourceFile], cache: Cache) -> list[int] | UserError:
     path = files[0].path
     try:
-        state = cache.files.state(path)
-        known = (cache.files.get(path) or {}).get(_FACT)
-        pieces = known["pieces"] if isinstance(known, dict) and known.get("version") == _VERSION else {}
+        state, pieces = cache.files.state(path), _known(path, cache)
         new: dict[str, int] = {}
         for file in files:
             if (key := _key(file)) not in pieces:

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from page_reader import read_page
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
@@ -362,6 +363,17 @@ def test_windows_in_which_a_mask_is_black_are_left_out_and_named(
         torch.testing.assert_close(found, of_ltx(expected), rtol=0, atol=1.5 / 255)
     why = f", because nothing would count there by the clip's mask: {few_clips / WIDE}"
     assert left_out.format(why) in capsys.readouterr().err
+
+
+def test_the_page_says_which_windows_are_left_out(
+    dataset: Callable[..., Path], folder: Path, recipe_file: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    write_video(folder / "mask.mkv", white_in(0, 7), 25)
+    dataset({WIDE: {"mask": "mask.mkv"}})
+    recipe = load_recipe(recipe_file, [f"data.path={folder}", "data.window=all", "data.overlap=0.5"])
+    assert check_all(recipe, runtime, 1, tmp_path / "report") == []
+    (card,) = read_page(tmp_path / "report").cards
+    assert "1 window left out: 0.32 to 1.00 s" in card.tags
 
 
 def test_a_mask_is_decoded_once_as_long_as_it_does_not_change(
