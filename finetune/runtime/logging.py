@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -67,6 +68,12 @@ def say(message: str) -> None:
     """Print one line on rank 0; other ranks stay silent."""
     if int(os.environ.get("RANK", 0)) == 0 or "WORLD_SIZE" not in os.environ:  # RANK alone is left from something else
         _show(message)
+
+
+def tell(text: str) -> None:
+    """Print what a command was asked for on standard output; what a terminal would obey, or cannot show, is spelled out."""
+    encoding = sys.stdout.encoding
+    print(harmless(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _show(message: str, style: str | None = None) -> None:
