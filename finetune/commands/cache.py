@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from finetune.commands.common import with_runtime
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.errors import UserError
-from finetune.runtime.logging import say
+from finetune.runtime.logging import say, tell
+from finetune.runtime.units import in_words
 
 if TYPE_CHECKING:
     from finetune.data.cache import Cache
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _prune(cache, uses, arguments.older_than, arguments.yes)
     from finetune.preparation.upkeep import room
 
-    print("\n".join(room(cache, uses)))
+    tell("\n".join(room(cache, uses)))
     return 0
 
 
@@ -94,15 +95,14 @@ def _prune(cache: Cache, uses: Uses, days: float, is_meant: bool) -> int:
     from finetune.preparation.upkeep import by_kind, remove, unused
 
     items = unused(cache, uses.values(), days)
-    if not items:
-        say("there is nothing to remove")
-        return 0
-    if not is_meant:
+    if items and not is_meant:
         say(f"used by none of these recipes: {by_kind(items)}; --yes removes them")
         return 0
     if problems := remove(items):
         raise UserError.of(problems)
-    say(f"removed {by_kind(items)}")
+    say(f"removed {by_kind(items)}" if items else "there is nothing to remove")
+    if is_meant and (shorter := cache.files.compact()) > 0:
+        say(f"{cache.files.path}: {in_words(shorter)} of what holds no more taken out")
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.runtime.logging import tell
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
@@ -17,5 +19,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     from finetune.tracking.comparison import comparison
 
-    print("\n".join(comparison(arguments.runs)))
+    tell("\n".join(comparison(arguments.runs)))
     return 0

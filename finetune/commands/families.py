@@ -2,6 +2,8 @@
 
 import argparse
 
+from finetune.runtime.logging import tell
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """This command takes no arguments."""
@@ -14,5 +16,5 @@ def run(arguments: argparse.Namespace) -> int:
     for name in FAMILIES:
         cls = family_class(name)
         what = (cls.__doc__ or "").strip().partition("\n")[0]
-        print(f"{name:14} {what}" + (f" --variant: {', '.join(cls.variants)}" if cls.variants else ""))
+        tell(f"{name:14} {what}" + (f" --variant: {', '.join(cls.variants)}" if cls.variants else ""))
     return 0

@@ -14,7 +14,7 @@ from finetune.planning.gpus import CONTEXT, GPUS, Hardware
 from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.recipe.shapes import with_buckets, with_stated_buckets
 from finetune.runtime.errors import UserError
-from finetune.runtime.logging import say
+from finetune.runtime.logging import say, tell
 from finetune.runtime.signals import end_with_parent
 from finetune.runtime.units import parse_bytes
 
@@ -110,7 +110,7 @@ def _plan(recipe: Recipe, family: Family, hardware: Hardware, arguments: argpars
             f"this is the {family.expert}-noise expert's training; the {other.expert}-noise one takes as much, by itself"
         )
     plan.notes.append(f"cache: {clip:.1f} MiB for each clip of {buckets[0]}, {caption:.2f} MiB for each caption")
-    print(json.dumps(plan.as_json(), indent=1) if arguments.json else "\n".join(plan.lines()))
+    tell(json.dumps(plan.as_json(), indent=1) if arguments.json else "\n".join(plan.lines()))
     return 0 if plan.fits is not False else DOES_NOT_FIT
 
 
@@ -126,11 +126,11 @@ def _fit(recipe: Recipe, family: Family, hardware: Hardware, arguments: argparse
             write_recipe(found_recipe, partial, "Found by plan --fit, with every default spelled out.")
         told = "is written"
     if arguments.json:
-        print(json.dumps(found.as_json(), indent=1))
+        tell(json.dumps(found.as_json(), indent=1))
         return 0 if found.fits else DOES_NOT_FIT
-    print("\n".join(found.lines()))
+    tell("\n".join(found.lines()))
     if arguments.write:
-        print(f"\n{arguments.write} {told}")
+        tell(f"\n{arguments.write} {told}")
     return 0 if found.fits else DOES_NOT_FIT
 
 

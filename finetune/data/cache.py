@@ -44,12 +44,13 @@ class DamagedItem(Exception):
 
 
 class StoredItem(NamedTuple):
-    """An item's file in the cache, and its size in bytes."""
+    """An item's file in the cache, its size in bytes, and when it was written, in seconds since 1970."""
 
     kind: str
     key: str
     path: Path
     size: int
+    written: float
 
 
 class Cache:
@@ -125,7 +126,8 @@ class Cache:
         for path in sorted(self.folder.glob("*/*/*.safetensors")):
             if _ITEM.fullmatch(path.name) and path.parent.name == path.name[:2]:
                 with suppress(FileNotFoundError):  # removed in the meantime
-                    yield StoredItem(path.parent.parent.name, path.stem, path, path.stat().st_size)
+                    found = path.stat()
+                    yield StoredItem(path.parent.parent.name, path.stem, path, found.st_size, found.st_mtime)
 
     @property
     def is_writable(self) -> bool:

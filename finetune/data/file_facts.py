@@ -12,13 +12,13 @@ import re
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from finetune.runtime.errors import Problem, UserError
-from finetune.runtime.files import NO_LOCKS, writing
+from finetune.runtime.files import NO_LOCKS, atomic, writing
 from finetune.runtime.logging import say
 
 _SAVE_SECONDS = 1.0  # facts that are found within this time are written together
@@ -107,11 +107,29 @@ class FileFacts:
         try:
             with writing(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "ab+", buffering=0) as file:
+                with _locked(self.path, "ab+") as (file, _):
                     _append(file, "".join(lines).encode())
         except UserError as error:
             self._is_kept = False
             say(f"warning: what was found of the files is not kept for the next start: {error}")
+
+    def compact(self) -> int:
+        """Rewrite the file with one line for each file that has not changed since, also while other processes add to it.
+
+        Returns:
+            how many bytes it is shorter; 0 if there is none, or its file system has no locks.
+        Raises:
+            UserError: it cannot be written.
+        """
+        with writing(self.path), suppress(FileNotFoundError), _locked(self.path, "rb+") as (file, is_held):
+            lines = [_line(key, entry) for key, entry in dict(_read(self.path)).items() if _may_hold(key, entry)]
+            data = "".join(lines).encode()
+            before = os.fstat(file.fileno()).st_size
+            if is_held and len(data) < before:
+                with atomic(self.path) as partial:
+                    partial.write_bytes(data)
+                return before - len(data)
+        return 0
 
     def _of(self, state: FileState) -> dict | None:
         entry = self.entries.get(state.key)
@@ -154,13 +172,34 @@ def _read(path: Path) -> Iterator[tuple[str, dict]]:
                 yield key, entry
 
 
-def _append(file: BinaryIO, data: bytes) -> None:
-    """Append whole lines in one write, while no other process appends."""
+def _may_hold(key: str, entry: dict) -> bool:
+    """Whether a file is as it was; also if its folder is not there, which may be on a disk that is not mounted now."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:  # without locks, a line that another process has written into is passed over
-            raise
+        found = os.stat(key)
+    except OSError:
+        return not os.path.isdir(os.path.dirname(key))
+    return (entry.get("size"), entry.get("mtime_ns")) == (found.st_size, found.st_mtime_ns)
+
+
+@contextmanager
+def _locked(path: Path, mode: str) -> Iterator[tuple[BinaryIO, bool]]:
+    """The file open and locked, and whether it is: without locks, a line that another process has written into is passed over."""
+    while True:
+        with open(path, mode, buffering=0) as file:
+            is_held = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                is_held = False
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # not replaced while it was waited for
+                yield file, is_held
+                return
+
+
+def _append(file: BinaryIO, data: bytes) -> None:
+    """Append whole lines in one write, to a locked file."""
     if size := file.seek(0, os.SEEK_END):
         file.seek(size - 1)
         if file.read(1) != b"\n":  # what a killed process left of its last line

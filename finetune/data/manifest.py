@@ -142,7 +142,12 @@ def _left_over(path: Path, table: Path, manifest: Manifest) -> list[Problem]:
     rest = [file for file in [*listed.files, *listed.bad] if os.path.normpath(file) not in files]
     real = {os.path.realpath(file) for file in files} if rest else set()
     reasons = [
-        (file, "another path of a file that is used" if os.path.realpath(file) in real else f"not in {table.name}")
+        (
+            file,
+            "another path of a file that is used"
+            if os.path.realpath(file) in real
+            else f"not in {table.relative_to(path)}",
+        )
         for file in rest
     ]
     others = [*hidden, *(Problem(reason, str(file)) for file, reason in reasons)]

@@ -5,7 +5,7 @@ Pipelines cut what is longer, and say so at the most in a log that nobody reads.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 _CONTENT = "{caption}"  # stands in a template for a caption
@@ -108,4 +108,6 @@ def _special_tokens_at_end(tokenizer: Any) -> int:
     """How many special tokens the tokenizer puts behind a text."""
     plain, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     starts = range(len(whole) - len(plain) + 1)
-    return next(len(whole) - len(plain) - start for start in starts if whole[start : start + len(plain)] == plain)
+    found = (len(whole) - len(plain) - start for start in starts if whole[start : start + len(plain)] == plain)
+    at_end = takewhile(set(tokenizer.all_special_ids).__contains__, reversed(whole))
+    return next(found, len(list(at_end)))  # where "a" alone is tokenized in another way

@@ -1,7 +1,10 @@
 """Upkeep of a cache: what takes room in it, what is damaged, and what no recipe uses."""
 
+import stat
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from finetune.data.cache import Cache, DamagedItem, StoredItem, has_checksum, read_item
@@ -25,12 +28,13 @@ def room(cache: Cache, uses: Mapping[str, Keys]) -> list[str]:
     lines = [f"{cache.folder}: {_amount(items)}"]
     for kind in sorted({item.kind for item in items}):
         lines.append(f"  {kind}: {_amount(item for item in items if item.kind == kind)}")
-    files = sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file())
-    lines.append(f"  other files (plans, what is known of clips): {in_words(files - sum(item.size for item in items))}")
+    stored = {item.path for item in items}
+    others = sum(_size(path) for path in cache.folder.rglob("*") if path not in stored)
+    lines.append(f"  other files (plans, what is known of clips): {in_words(others)}")
     for recipe, keys in uses.items():
         found = [item for item in items if (item.kind, item.key) in keys]
-        others = set().union(*(other for name, other in uses.items() if name != recipe))
-        alone = [item for item in found if (item.kind, item.key) not in others]
+        elsewhere = set().union(*(other for name, other in uses.items() if name != recipe))
+        alone = [item for item in found if (item.kind, item.key) not in elsewhere]
         missing = len(keys) - len(found)
         lines.append(
             f"{recipe}: {_amount(found)}"
@@ -86,7 +90,7 @@ def unused(cache: Cache, uses: Iterable[Keys], days: float = 0.0) -> list[Stored
     return [
         item
         for item in cache.items()
-        if (item.kind, item.key) not in keys and (not days or item.path.stat().st_mtime <= written_before)
+        if (item.kind, item.key) not in keys and (not days or item.written <= written_before)
     ]
 
 
@@ -106,6 +110,14 @@ def by_kind(items: Sequence[StoredItem]) -> str:
     """How many items of each kind, and their size, in words."""
     kinds = sorted({item.kind for item in items})
     return "; ".join(f"{kind}: {_amount(item for item in items if item.kind == kind)}" for kind in kinds)
+
+
+def _size(path: Path) -> int:
+    """A file's bytes; 0 of a folder, and of what another run has removed or renamed since it was listed."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return 0
 
 
 def _amount(items: Iterable[StoredItem]) -> str:

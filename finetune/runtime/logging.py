@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,12 @@ def listed(names: Sequence[object], most: int | None = 3) -> str:
     """Names of files for one line, whatever is in them: "a.mp4, b.mp4, c.mp4 and 2 more". `most` are named; None names all."""
     shown = ", ".join(one_line(str(name)) for name in names[:most])
     return shown if most is None or len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def tell(text: str) -> None:
+    """Print what a command was asked for on standard output; what a terminal would obey, or cannot show, is spelled out."""
+    encoding = sys.stdout.encoding
+    print(harmless(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _show(message: str, style: str | None = None) -> None:

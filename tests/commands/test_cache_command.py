@@ -4,15 +4,16 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from processes import command
 
 from finetune.checks.model import open_family
 from finetune.cli import main
-from finetune.data.cache import Cache
+from finetune.data.cache import Cache, StoredItem
 from finetune.data.synthetic import RECORDINGS, write_clips
 from finetune.preparation.encode import prepare
 from finetune.preparation.upkeep import room, unused
@@ -90,6 +91,32 @@ def test_size_is_told_by_kind_and_by_recipe(made: Made) -> None:
     assert lines[-1] == "used by none of these recipes: 1 item, 2.0 KiB"
 
 
+class Shared(Cache):
+    """A cache whose items another run removes as soon as they are listed."""
+
+    def items(self) -> Iterator[StoredItem]:
+        for item in super().items():
+            item.path.unlink()
+            yield item
+
+
+def test_items_that_another_run_removes_meanwhile_do_no_harm(tmp_path: Path) -> None:
+    for number in range(3):
+        Cache(tmp_path).write("text", f"{number}{'ab' * 19}c", {"mean": torch.ones(1)}, "a cat")
+    assert len(unused(Shared(tmp_path), [], days=1e-9)) == 3
+    Cache(tmp_path).write("text", "ab" * 20, {"mean": torch.ones(1)}, "a cat")
+    assert room(Shared(tmp_path), {})[0].startswith(f"{tmp_path}: 1 item, ")
+
+
+def test_what_is_known_of_files_is_pruned_with_the_items(made: Made) -> None:
+    facts = made.folder / "files.jsonl"
+    before = facts.read_text()
+    facts.write_text(before * 3)
+    done = made.run("prune", *(part for file in made.files for part in ("--recipe", file)), "--yes")
+    assert "what holds no more" in done.stderr
+    assert 0 < len(facts.read_text()) <= len(before)
+
+
 def test_what_a_recipe_has_not_encoded_yet_is_told_and_nothing_is_encoded(made: Made) -> None:
     before = made.items()
     assert room(Cache(made.folder), {"other": made.used(0, "data.buckets=17x64x64")})[-2].endswith(
@@ -159,7 +186,7 @@ def test_prune_counts_and_removes_only_when_told_and_only_what_no_recipe_uses(ma
 def test_prune_can_leave_what_was_written_lately(made: Made) -> None:
     old, *young = Cache(made.folder).items()
     os.utime(old.path, (time.time() - 3 * 86400,) * 2)
-    assert unused(Cache(made.folder), [], days=2) == [old]
+    assert [item.path for item in unused(Cache(made.folder), [], days=2)] == [old.path]
     assert unused(Cache(made.folder), [{(old.kind, old.key)}], days=2) == []
     assert unused(Cache(made.folder), [{(old.kind, old.key)}]) == young
 

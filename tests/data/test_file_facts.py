@@ -202,6 +202,35 @@ def test_what_a_killed_process_left_of_a_line_costs_that_line_alone(facts: FileF
     assert (found.get(video)["frames"], found.get(other)["frames"], len(found.entries)) == (5, 7, 2)
 
 
+def test_a_compact_file_has_what_still_holds_and_loses_nothing_that_others_add(
+    facts: FileFacts, video: Path, tmp_path: Path
+) -> None:
+    gone, changed = tmp_path / "gone.mp4", tmp_path / "changed.mp4"
+    for file in (gone, changed):
+        file.write_bytes(b"one")
+        facts.put(file, frames=3)
+    facts.save()
+    for frames in range(50):
+        facts.put(video, frames=frames)
+        facts.save()
+    unmounted = {"path": str(tmp_path / "disk" / "a.mp4"), "size": 1, "mtime_ns": 1, "frames": 7}
+    with facts.path.open("a") as file:
+        file.write(json.dumps(unmounted) + "\n")
+    gone.unlink()
+    changed.write_bytes(b"other")
+    processes = [put(tmp_path, name, 200) for name in ("a", "b")]
+    while any(process.poll() is None for process in processes):
+        again(facts).compact()
+    assert [process.returncode for process in processes] == [0, 0]
+    again(facts).compact()
+    kept = again(facts)
+    assert len(kept.entries) == 402
+    assert facts.path.read_bytes().count(b"\n") == 402
+    assert (kept.get(video)["frames"], kept.entries[unmounted["path"]]["frames"]) == (49, 7)
+    shutil.rmtree(facts.path.parent)
+    assert facts.compact() == 0
+
+
 def test_facts_that_cannot_be_kept_are_said_once(
     tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

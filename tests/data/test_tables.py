@@ -287,6 +287,15 @@ def test_train_is_trained_on_and_test_is_offered_for_the_heldout_loss(tmp_path: 
     assert [clip.caption for clip in read(tmp_path / "test").clips] == ["test"]
 
 
+def test_a_clip_of_train_that_no_row_names_is_told_with_the_table(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "train" / name).touch()
+    write_table(tmp_path / "train" / "metadata.csv", [{"video": "a.mp4", "caption": "x"}])
+    unused = Problem("not in train/metadata.csv", str(tmp_path / "train" / "b.mp4"))
+    assert read(tmp_path).unused == (unused,)
+
+
 def test_clips_beside_train_are_trained_on_with_their_captions(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     for name in ("a.mp4", "train/b.mp4"):

@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
 from recording import CPU, TinyModel, variant_id, variants
 
-from finetune.models.text_limit import CutText, TextLimit, count_texts
+from finetune.models.text_limit import CutText, TextLimit, _special_tokens_at_end, count_texts
 
 WORDS = ["red", "ball", "moves"]  # a token each
 _TENSORS = {"hunyuan": "pooled_projections", "hunyuan_i2v": "pooled_projections"}  # of the second encoder
@@ -113,3 +114,16 @@ def test_empty_captions_and_none_at_all_lose_nothing(model: TinyModel) -> None:
     for limit in model.family.text_limits():
         tokenizer = model.family.transformers_component(limit.tokenizer, CPU, torch.float32)
         assert count_texts(limit, tokenizer, [""]).cut == count_texts(limit, tokenizer, []).cut == {}
+
+
+class Merging:
+    """A tokenizer that makes another token of "a" where special tokens stand around it."""
+
+    all_special_ids = (1, 2)
+
+    def __call__(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[1, 8, 2, 2] if add_special_tokens else [7])
+
+
+def test_special_tokens_at_the_end_are_counted_by_their_numbers_where_a_text_changes_with_them() -> None:
+    assert _special_tokens_at_end(Merging()) == 2

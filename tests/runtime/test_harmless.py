@@ -8,7 +8,7 @@ import pytest
 from processes import ROOT
 
 from finetune.runtime.errors import Problem, UserError
-from finetune.runtime.logging import print_error, say
+from finetune.runtime.logging import print_error, say, tell
 
 ODD = {
     "a\x1b[2Jb.mp4": "a\\x1b[2Jb.mp4",  # clears the screen
@@ -26,7 +26,10 @@ ODD = {
 def test_control_characters_are_spelled_out(capsys: pytest.CaptureFixture[str], name: str, shown: str) -> None:
     say(name)
     print_error(UserError("wrong", "cure it", name))
-    assert capsys.readouterr().err == f"{shown}\nerror: {shown}: wrong\n    -> cure it\n"
+    tell(name)
+    told = capsys.readouterr()
+    assert told.err == f"{shown}\nerror: {shown}: wrong\n    -> cure it\n"
+    assert told.out == f"{shown}\n"
 
 
 def test_a_line_feed_in_a_name_begins_no_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,9 @@ _HELDOUT = ("test", "validation", "valid", "val", "dev", "eval")
 def split_format(tables: Sequence[DatasetFormat]) -> DatasetFormat:
     """Folders of that kind, with tables of these formats."""
 
-    def read(train: Path, columns: Columns) -> Manifest:
-        found = next(each.read(table, columns) for each in tables if (table := each.locate(train, columns)))
+    def read(table: Path, columns: Columns) -> Manifest:
+        train = table.parent
+        found = next(each.read(table, columns) for each in tables if each.locate(train, columns) == table)
         files, unused = set(found.files), list(found.unused)
         for folder in sorted(train.parent / name for name in _HELDOUT if (train.parent / name).is_dir()):
             cure = f'to measure the held-out loss on it, set validation.heldout = "{folder}"'
@@ -28,9 +29,10 @@ def split_format(tables: Sequence[DatasetFormat]) -> DatasetFormat:
 
     def locate(path: Path, columns: Columns) -> Path | None:
         train = path / _TRAIN
-        if not train.is_dir() or not any(table.locate(train, columns) for table in tables):
+        if not train.is_dir():
             return None
-        return train if not _has_other_clips(path) else None
+        table = next((found for each in tables if (found := each.locate(train, columns))), None)
+        return None if table is None or _has_other_clips(path) else table
 
     return DatasetFormat(locate, read)
 
