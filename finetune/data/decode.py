@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from finetune.data.video.info import Resampling, VideoInfo
-from finetune.data.video.opening import NO_TIMES, command, opened, packets_of
+from finetune.data.video.opening import FROM_THE_BEGINNING, NO_TIMES, command, opened, packets_of
 from finetune.data.video.picture import Painter
 from finetune.data.video.probe import probe
 from finetune.recipe import Bucket
@@ -30,6 +30,10 @@ FORMER_DECODER = 1
 
 _MARGINS = (0.0, 2.0, 10.0)  # seconds before the window to seek to, in turn, until a key frame before it is found
 _FIELDS = 2  # frames before the window that deinterlacing looks at
+_SKIPPING = {
+    "h264",
+    "hevc",
+}  # decoders that heed skip_frame at each packet; libdav1d (AV1) reads it once, when it is opened
 
 
 class _Elsewhere(Exception):
@@ -82,8 +86,9 @@ class _Window:
         filled, index = 0, -1
         with opened(self.path) as (container, stream):
             self._set_up(stream)
+            place = None if container.format.name in FROM_THE_BEGINNING else place
             if place is not None:
-                container.seek(self.info.ticks_of(place), stream=stream)
+                self._seek(container, stream, place)
             painter = Painter(self.path, self.info, self.bucket, stream.sample_aspect_ratio, self.threads)
             source = _Decoder(container, stream, self.path, self.info.ticks_of(max(0, self.begin - 1)))
             try:
@@ -115,6 +120,12 @@ class _Window:
     def _set_up(self, stream: av.VideoStream) -> None:
         stream.thread_type = "AUTO"
         stream.thread_count = self.threads
+
+    def _seek(self, container: av.container.InputContainer, stream: av.VideoStream, place: int) -> None:
+        try:
+            container.seek(self.info.ticks_of(place), stream=stream)
+        except av.error.FFmpegError:  # formats in which nothing can be found, such as RealMedia
+            raise _Elsewhere from None
 
     def _index(self, frame: av.VideoFrame, stream: av.VideoStream) -> int:
         if frame.pts is None:
@@ -151,7 +162,7 @@ class _Window:
 class _Decoder:
     """Iterates over a stream's frames, and remembers in which order their packets came.
 
-    Before the time `begin`, in ticks, only frames that others refer to are decoded.
+    Before the time `begin`, in ticks, only frames that others refer to are decoded, if the decoder can be told so.
     """
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, path: Path, begin: int) -> None:
@@ -174,7 +185,7 @@ class _Decoder:
 
     def _skip(self, skip: bool) -> None:
         """Pass over frames before the window that no other frame refers to, or stop doing so."""
-        if skip != self.skipping:
+        if skip != self.skipping and self.stream.codec_context.name in _SKIPPING:
             self.stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
             self.skipping = skip
 

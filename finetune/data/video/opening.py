@@ -29,6 +29,9 @@ _STRICT = {
     "mpeg1video",
     "mpeg2video",
 }  # decoders that hide damage without marking the frame, unless told to fail
+FROM_THE_BEGINNING = {
+    "mpeg"
+}  # formats that time only some frames, so that behind a seek the times of others are guesses
 
 
 @contextmanager

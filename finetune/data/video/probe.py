@@ -14,7 +14,16 @@ import av
 import numpy as np
 
 from finetune.data.video.info import VideoInfo, packed
-from finetune.data.video.opening import NO_TIMES, command, display_size, frames_of, opened, packets_of, unreadable
+from finetune.data.video.opening import (
+    FROM_THE_BEGINNING,
+    NO_TIMES,
+    command,
+    display_size,
+    frames_of,
+    opened,
+    packets_of,
+    unreadable,
+)
 from finetune.data.video.picture import known_colours, orientation_of
 from finetune.data.video.structure import break_in
 from finetune.data.video.timeline import Timeline, hole, timeline
@@ -43,6 +52,7 @@ class _Packets:
     last: tuple[int, int] = (-(2**63), 0)  # time and duration of the packet that is shown last
     last_of_all: tuple[int, int] = (-(2**63), 0)  # the same, with those that are not shown
     count: int = 0
+    untimed: int = 0  # packets that do not say when they are shown
     marked: int | None = None  # time of the first packet that the container marks as damaged
     begins_with_key: bool = True
     end: float = 0.0  # seconds at which the last stream ends
@@ -67,7 +77,7 @@ def probe(path: Path) -> VideoInfo:
         changes += [colours.change] if colours.change else []
     found, former = _read_through(path, form, first.pts)
     if form in _WITHOUT_END:
-        _decode_tail(path, found)
+        _decode_tail(path, found, form in FROM_THE_BEGINNING)
     times = "" if found.rate else packed(found.ticks - found.ticks[0])
     frames, tick = len(found.ticks), float(found.tick)
     return VideoInfo(height, width, frames, found.duration, found.first, tick, times, tuple(changes), *former)
@@ -99,6 +109,8 @@ def _read_through(path: Path, form: str, first: int) -> tuple[Timeline, tuple[in
         packets = _packets(container, stream, path, all_streams=form in _ANNOUNCING)
         seconds = (container.duration or 0) / av.time_base if form in _ANNOUNCING else 0.0
         begin = (container.start_time or 0) / av.time_base
+    if 2 * packets.untimed > packets.count:
+        raise UserError(NO_TIMES, f"convert it: {command(path, '')}", str(path))
     times = np.frombuffer(packets.times, np.int64)
     ticks = np.unique(times)
     if not len(ticks):
@@ -160,6 +172,7 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream, pat
         if not found.count:
             found.begins_with_key = packet.is_keyframe
         found.count += 1
+        found.untimed += packet.pts is None
         if packet.pts is None or packet.is_discard:
             continue
         last = packet.pts, packet.duration or 0
@@ -178,8 +191,12 @@ def _is_hidden(packet: av.Packet, stream: av.VideoStream) -> bool:
     return stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
 
 
-def _decode_tail(path: Path, found: Timeline) -> None:
-    """Decode the last frames of a file whose format has no other sign of its end. Raises UserError if they are damaged."""
+def _decode_tail(path: Path, found: Timeline, is_guessed: bool) -> None:
+    """Decode the last frames of a file whose format has no other sign of its end. Raises UserError if they are damaged.
+
+    Args:
+        is_guessed: whether times behind a seek are guesses, so that only the file from its beginning shows that it is cut.
+    """
     for seconds in _TAILS:
         with opened(path) as (container, stream):
             stream.thread_count = 1
@@ -187,9 +204,10 @@ def _decode_tail(path: Path, found: Timeline) -> None:
                 container.seek(int(found.ticks[-1] - seconds / found.tick), stream=stream)
             # After a seek, the first frames may refer to some that were not read.
             shown = [(frame.pts, frame.is_corrupt) for frame in frames_of(container, stream, path)][-_LAST:]
-        if shown or seconds >= found.duration:
+        is_sound = bool(shown) and shown[-1][0] == found.ticks[-1] and not any(damaged for _, damaged in shown)
+        if is_sound or (shown and not is_guessed) or seconds >= found.duration:
             break
-    if not shown or shown[-1][0] != found.ticks[-1] or any(damaged for _, damaged in shown):
+    if not is_sound:
         first = int(found.ticks[-min(_LAST, len(found.ticks))])
         raise _refused(path, "the file is cut off: its last frame is damaged", found, first)
 
