@@ -128,6 +128,14 @@ def test_repeated_rows_are_captions_of_one_clip(folder: Path, suffix: str) -> No
     assert repeated.where.startswith(f"metadata{suffix}, ")
 
 
+def test_rows_with_some_new_captions_add_those(folder: Path) -> None:
+    rows = [["one", "two"], ["two", "three"], ["three", "one"], ["four"], ["two"]]
+    write_table(folder / "metadata.jsonl", [{"video": "a.mp4", "caption": captions} for captions in rows])
+    assert clips(folder) == [("a.mp4", ("one", "two", "three", "four"))]
+    repeated = [each.where for each in read(folder).unused if each.what == "repeats an earlier row"]
+    assert repeated == ["metadata.jsonl, line 3", "metadata.jsonl, line 5"]
+
+
 def test_repeated_rows_with_other_masks_are_no_captions_of_one_clip(folder: Path) -> None:
     (folder / "metadata.csv").write_text("video,caption,mask\na.mp4,one,m.png\na.mp4,two,other.png\n")
     (problem,) = problems(folder)
