@@ -1,8 +1,7 @@
 """The training shapes of a recipe with `data.area`: those of the run that it resumes, or else those that its clips need."""
 
-from pathlib import Path
-
 from finetune.checks.output import has_checkpoints, read_saved
+from finetune.data.cache import Cache
 from finetune.models.family import Family
 from finetune.preparation.budget import with_found_buckets
 from finetune.recipe import RECIPE_FILE, Bucket, Recipe
@@ -12,13 +11,13 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.logging import say
 
 
-def resolve_buckets(recipe: Recipe, family: Family, runtime: Runtime, cache: Path | None = None) -> Recipe:
+def resolve_buckets(recipe: Recipe, family: Family, runtime: Runtime, cache: Cache | None = None) -> Recipe:
     """The recipe with `data.buckets`; the same on every rank. Collective.
 
     A run keeps the buckets that it began with, whatever clips have been added since.
 
     Args:
-        cache: the folder of another cache than the recipe's, for what it knows of files.
+        cache: the run's, for what it knows of files; else that of the recipe.
     Raises:
         UserError: the run's own copy of its recipe is damaged.
     """

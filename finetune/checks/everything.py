@@ -12,7 +12,7 @@ from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
 from finetune.models.family import Family
 from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions
-from finetune.preparation.columns import further_columns
+from finetune.preparation.columns import frames_without_loss, further_columns
 from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import accept, inspect_datasets
 from finetune.preparation.report import write_report
@@ -32,20 +32,26 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
         report: the folder for a page that shows what becomes of every clip, which is written whatever is wrong.
     """
     problems = check_recipe(recipe, gpus // runtime.context_size) + check_device(recipe, runtime.device)
-    cache, columns = Cache(recipe.data.cache), []
+    cache, unweighed = Cache(recipe.data.cache), None
+    columns: list[str] = []
     recipes, family, counter, clips = [recipe], None, None, []
     with _collected(problems):
-        family = open_family(recipe)
+        with runtime.together():
+            opened = open_family(recipe)
+        family = opened  # of every rank or of none: a rank without one would miss what the others do together
         recipes = recipes_of_experts(recipe, list(family.experts))
-        columns = further_columns(encoders_of(family, recipe))
+        with runtime.together():
+            encoders = encoders_of(family, recipe)
+            listed = further_columns(encoders), frames_without_loss(family, encoders)
+        columns, unweighed = listed
     for each in recipes:
-        with _collected(problems):
+        with _collected(problems), runtime.together():
             check_output(each)
-    recipe = _with_buckets(recipe, family, runtime, problems)
+    recipe = _with_buckets(recipe, family, runtime, cache, problems)
     with _collected(problems):
         counter = CaptionCounter(family) if family else None
     with _collected(problems):
-        inspected = inspect_datasets(recipe, cache, runtime, columns)
+        inspected = inspect_datasets(recipe, cache, runtime, columns, unweighed)
         accepted: list[Problem] = []
         with _collected(accepted):
             found = accept(recipe, inspected, columns)
@@ -57,16 +63,18 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
         if counter and runtime.is_main:
             prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
             say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], counter)
-    with _collected(problems):
+    with _collected(problems), runtime.together():
         _load_images(recipe)
     return problems
 
 
-def _with_buckets(recipe: Recipe, family: Family | None, runtime: Runtime, problems: list[Problem]) -> Recipe:
+def _with_buckets(
+    recipe: Recipe, family: Family | None, runtime: Runtime, cache: Cache, problems: list[Problem]
+) -> Recipe:
     """The recipe with the buckets of its clips; of a model that cannot be opened, with those that it states. Collective."""
     with _collected(problems):
         if family is not None:
-            return resolve_buckets(recipe, family, runtime)
+            return resolve_buckets(recipe, family, runtime, cache)
     return with_stated_buckets(recipe)
 
 

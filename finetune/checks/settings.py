@@ -197,6 +197,8 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "objective.mode_scale", sampling == "mode", 'set objective.sigma_sampling = "mode"'
     yield "schedule.cycles", schedule == "cosine_with_restarts", 'set schedule.name = "cosine_with_restarts"'
     yield "schedule.power", schedule == "polynomial", 'set schedule.name = "polynomial"'
+    yield "data.windows", recipe.data.window == "random", 'set data.window = "random"'
+    yield "data.overlap", recipe.data.window == "all", 'set data.window = "all"'
     validation = recipe.validation
     heldout = bool(validation.heldout or validation.heldout_clips)
     for key in ("validation.every", "validation.sigmas"):

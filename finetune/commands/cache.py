@@ -57,8 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
             from finetune.preparation.used import used_keys
 
             for name, recipe in recipes.items():
-                family = open_family(recipe)
-                uses[name] = used_keys(resolve_buckets(recipe, family, runtime, folder), family, runtime, folder)
+                with runtime.together():
+                    family = open_family(recipe)
+                uses[name] = used_keys(resolve_buckets(recipe, family, runtime, cache), family, runtime, folder)
             return 0
 
         with_runtime(next(iter(recipes.values())), body, on_cpu=True)

@@ -28,11 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     recipe = load_recipe(arguments.recipe, arguments.set)
     from finetune.checks.everything import check_all
+    from finetune.training.identity import check_begun_run
 
     def body(runtime: Runtime) -> int:
         gpus = arguments.gpus or runtime.world_size
         if problems := check_all(recipe, runtime, gpus, arguments.report):
             raise UserError.of(problems)
+        check_begun_run(recipe, runtime)
         unseen = (
             "; this machine has none, so what the GPU itself can do was not looked at" if runtime.device.is_cpu else ""
         )

@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
     from finetune.checks.buckets import resolve_buckets
     from finetune.checks.model import open_family
+    from finetune.data.cache import Cache
     from finetune.preparation.encode import prepare
     from finetune.recipe.experts import recipes_of_experts
     from finetune.training.identity import begun
@@ -30,9 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
     def body(runtime: Runtime) -> int:
         with runtime.together():
             family = open_family(recipe)
-        resolved = resolve_buckets(recipe, family, runtime)
+        cache = Cache(recipe.data.cache)
+        resolved = resolve_buckets(recipe, family, runtime, cache)
         its = begun(recipes_of_experts(resolved, list(family.experts)), family)
-        prepared = prepare(resolved, family, runtime, begun=its)
+        prepared = prepare(resolved, family, runtime, cache, its)
         say(f"{len(prepared.train)} clips to train on, {len(prepared.heldout)} held out, in {recipe.data.cache}")
         return 0
 

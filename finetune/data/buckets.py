@@ -4,9 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.data.cover import cover_scale
 from finetune.data.decode import VideoInfo
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
+
+_CROPPED = 0.02  # share of the picture: sides that are rounded to a multiple crop less
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,18 @@ class BucketFit:
     former_fps: float | None = None
 
     @property
+    def is_cropped(self) -> bool:
+        """Whether so much is cropped that it is worth a mention."""
+        return self.cropped > _CROPPED
+
+    @property
+    def is_enlarged(self) -> bool:
+        """Whether the picture is scaled up."""
+        return self.enlarged > 1
+
+    @property
     def trimmed(self) -> int:
-        """Number of frames at the clip's end that are not used."""
+        """How many more frames the clip has than its bucket, wherever its window lies."""
         return self.frames_available - self.bucket.frames
 
 
@@ -73,7 +86,7 @@ def fit_to_bucket(
 
     def loss(bucket: Bucket) -> tuple[bool, float, int, bool, int]:
         area = bucket.height * bucket.width
-        grows = max(bucket.height / clip.height, bucket.width / clip.width) > 1
+        grows = cover_scale(clip.height, clip.width, bucket) > 1
         return (
             bucket.frames == 1,
             round(_aspect_distance(clip, bucket), 6),
@@ -83,10 +96,8 @@ def fit_to_bucket(
         )
 
     best = min(possible, key=loss)
-    enlarged = max(best.height / clip.height, best.width / clip.width)
-    return BucketFit(
-        best, rate, available, 1 - math.exp(-_aspect_distance(clip, best)), enlarged, fps or clip.former_fps
-    )
+    enlarged, cropped = cover_scale(clip.height, clip.width, best), 1 - math.exp(-_aspect_distance(clip, best))
+    return BucketFit(best, rate, available, cropped, enlarged, fps or clip.former_fps)
 
 
 def _aspect_distance(clip: VideoInfo, bucket: Bucket) -> float:

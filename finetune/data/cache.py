@@ -30,7 +30,6 @@ from finetune.runtime.logging import say
 FORMAT = 1  # part of every key; a new number makes all older items invalid
 _STALE_SECONDS = 24 * 3600
 _ITEM = re.compile(r"[0-9a-f]{40}\.safetensors")
-_LOOK = "to look for more: python -m finetune cache verify --dir "
 _SOURCE, _CHECKSUM = "source", "checksum"  # in an item's metadata
 
 
@@ -54,7 +53,7 @@ class StoredItem(NamedTuple):
 
 
 class Cache:
-    """Items under one folder, addressed by kind ("video", "text", "image") and key."""
+    """Items under one folder, addressed by key and kind: "video", "text", "mask", "image", or another that a family encodes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

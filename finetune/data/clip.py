@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from finetune.runtime.paths import NoSuchHome, expanded
+
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif", ".wmv", ".flv", ".m2ts", ".mts"}
     | {".3gp", ".3g2", ".ogv", ".mxf", ".vob", ".f4v", ".asf", ".m2v", ".qt", ".divx", ".dv", ".rm", ".rmvb"}
@@ -47,6 +49,6 @@ class Clip:
 def located(folder: Path, written: str) -> Path:
     """The file that a manifest in `folder` names. A "~" is a home folder, or part of the name where there is no such user."""
     try:
-        return folder / Path(written).expanduser()
-    except RuntimeError:
+        return folder / expanded(written)
+    except NoSuchHome:
         return folder / written

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from finetune.runtime.logging import say
 
 _SAVE_SECONDS = 1.0  # facts that are found within this time are written together
 _REFUSED = "refused"
+_SHA256 = re.compile("[0-9a-f]{64}")
 _PATH = "\0"  # stands for the file's path in the stored texts of a refusal: it may be given in another form later
 
 
@@ -136,7 +138,7 @@ def content_hash(path: Path) -> str:
 
 def is_named_by_content(resolved: Path) -> bool:
     """Whether a file is a large one of the Hub's cache, which has its SHA-256 as its name."""
-    return resolved.parent.name == "blobs" and len(resolved.name) == 64
+    return resolved.parent.name == "blobs" and _SHA256.fullmatch(resolved.name) is not None
 
 
 def _line(key: str, entry: dict) -> str:

@@ -11,10 +11,11 @@ from finetune.data.formats import FORMATS
 from finetune.data.formats.format import Columns, Manifest, normalised
 from finetune.data.formats.listing import file_fault, list_files
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.logging import listed
 
 __all__ = ["Manifest", "describe_unused", "read_manifest"]
 
-_REASONS, _NAMED = 10, 3  # in the summary, and files of each reason
+_REASONS = 10  # in the summary
 
 
 def read_manifest(path: Path, video_column: str, caption_column: str, id_token: str = "") -> Manifest:
@@ -36,7 +37,9 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
         raise UserError(f"cannot be opened ({error.strerror})", "mend data.path", str(path)) from None
     if not exists:
         raise UserError(
-            "the dataset does not exist", "set data.path to a folder of videos or a manifest file", str(path)
+            "the dataset does not exist",
+            "set data.path, or `path` in [[data.sources]], to a folder of videos or a manifest file",
+            str(path),
         )
     found, manifest = _read(path, Columns(video_column, caption_column))
     manifest = _with_files(manifest)
@@ -62,9 +65,8 @@ def describe_unused(unused: Iterable[Problem], path: Path) -> list[str]:
     reasons = sorted(by_reason.items(), key=lambda item: len(item[1]), reverse=True)
     lines = []
     for what, found in reasons[:_REASONS]:
-        names = ", ".join(problem.where.removeprefix(f"{path}{os.sep}") for problem in found[:_NAMED])
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        lines.append(f"{path}: not used: {names}{more}: {what}{f' ({found[0].cure})' if found[0].cure else ''}")
+        names = listed([problem.where.removeprefix(f"{path}{os.sep}") for problem in found])
+        lines.append(f"{path}: not used: {names}: {what}{f' ({found[0].cure})' if found[0].cure else ''}")
     if rest := sum(len(found) for _, found in reasons[_REASONS:]):
         lines.append(f"{path}: not used: {rest} more, for {len(reasons) - _REASONS} other reasons")
     return lines

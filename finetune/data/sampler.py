@@ -29,9 +29,9 @@ class Order:
     """Shuffled epochs of same-bucket batches.
 
     The items of each source and bucket form an endless stream, one permutation of them after another. An epoch takes `repeats`
-    times their number from it, so that after any epoch no item has been taken twice more often than another. Where the batch
-    size does not divide what an epoch takes of a bucket, the last batch is filled up with the bucket's first items of the
-    epoch. So nothing is dropped; `repeats` counts these items.
+    times their number from it, so that after any epoch the counts of two items of a stream differ by at most one. Where the
+    batch size does not divide what an epoch takes of a bucket, the last batch is filled up with the bucket's first items of
+    the epoch. So nothing is dropped; `fill_ups` counts these items.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Order:
         bucket, taken = self._shuffled[1][index]
         return StepPlan(epoch, bucket, tuple(item for item, _ in taken), tuple(turn for _, turn in taken))
 
-    def repeats(self) -> dict[Bucket, int]:
-        """Number of samples in an epoch that fill up batches, for each bucket that has any."""
+    def fill_ups(self) -> dict[Bucket, int]:
+        """Number of samples in an epoch that fill up last batches, for each bucket that has any."""
         extra = {bucket: -total % self.batch for bucket, total in self._totals().items()}
         return {bucket: count for bucket, count in extra.items() if count}
 

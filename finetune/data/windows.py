@@ -21,10 +21,20 @@ class Windows:
     starts: tuple[int, ...]
     take_turns: bool = True
 
+    def spans(self, frames: int) -> list[tuple[int, int]]:
+        """(first frame, number of frames) of what lies in one of them or several, which have `frames` frames each."""
+        spans: list[tuple[int, int]] = []
+        for start in self.starts:
+            if spans and start <= sum(spans[-1]):
+                spans[-1] = (spans[-1][0], start + frames - spans[-1][0])
+            else:
+                spans.append((start, frames))
+        return spans
+
     def unused(self, fit: BucketFit) -> int:
         """Number of the clip's frames that are in none of them."""
-        used = {frame for start in self.starts for frame in range(start, start + fit.bucket.frames)}
-        return max(0, fit.frames_available - len(used))
+        used = sum(count for _, count in self.spans(fit.bucket.frames))
+        return max(0, fit.frames_available - used)
 
 
 def windows_of(fit: BucketFit, data: Data, seed: int, content_hash: str) -> Windows:

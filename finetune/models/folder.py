@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finetune.models.weights import Weights
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.paths import NoSuchHome, expanded
 
 INDEX = "model_index.json"
 _CONFIGS = {
@@ -141,7 +142,10 @@ def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
     Raises:
         UserError: neither a folder nor reachable on the Hub.
     """
-    local = Path(path).expanduser()
+    try:
+        local = expanded(path)
+    except NoSuchHome as error:
+        raise UserError(error.what, error.cure, path) from None
     if local.is_dir():
         if (local / INDEX).is_file():
             return local

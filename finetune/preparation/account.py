@@ -1,16 +1,16 @@
 """What becomes of every file of the datasets: used, cut, held out, refused, or not used and why. Plain values, for a page."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.preparation.inspect import InspectedClip, Inspection, heldout_hashes
+from finetune.data.decode import Resampling
+from finetune.preparation.inspect import heldout_hashes
+from finetune.preparation.inspected import InspectedClip, Inspection, paths_by_content
 from finetune.recipe import Bucket, Recipe
 from finetune.runtime.errors import Problem
-
-CROPPED, ENLARGED = 0.02, 1.0  # as `check` counts them: share of the picture above which, and factor above which
 
 
 @dataclass(frozen=True)
@@ -20,53 +20,41 @@ class ClipAccount:
     Attributes:
         name: path relative to its dataset's folder; so are `copies`, the other clips with the same bytes.
         dataset: number of its dataset in `Account.datasets`.
-        height: rows as players show it, before it is fitted into the bucket; so are `width`, `frames` and `seconds`.
-        fps: frame rate of training.
-        available: frames that the clip has at this rate.
-        starts: first frame of each window, at this rate.
-        unused: frames that are in no window.
-        cropped: share of the picture outside the bucket; `enlarged` is the factor by which the picture is scaled.
-        repeated: frames of its windows that show the same picture as the one before; `left_out` are not shown within them.
-        changes: what else is done to its picture, in words.
-        columns: further pictures that belong to it, such as its mask.
     """
 
     entry: InspectedClip
     name: str
     dataset: int
-    captions: tuple[str, ...]
-    height: int
-    width: int
-    frames: int
-    seconds: float
-    bucket: Bucket
-    fps: float
-    available: int
-    starts: tuple[int, ...]
-    unused: int
-    cropped: float
-    enlarged: float
-    repeated: int
-    left_out: int
-    changes: tuple[str, ...]
-    columns: tuple[str, ...]
     copies: tuple[str, ...]
     is_heldout: bool
 
     @property
-    def used_spans(self) -> list[tuple[int, int]]:
-        """(first frame, number of frames) of what lies in a window, overlapping windows joined."""
-        spans: list[tuple[int, int]] = []
-        for start in self.starts:
-            if spans and start <= sum(spans[-1]):
-                spans[-1] = (spans[-1][0], start + self.bucket.frames - spans[-1][0])
-            else:
-                spans.append((start, self.bucket.frames))
-        return spans
+    def captions(self) -> tuple[str, ...]:
+        return self.entry.clip.captions
 
     @property
-    def is_image(self) -> bool:
-        return self.entry.clip.is_image
+    def bucket(self) -> Bucket:
+        return self.entry.fit.bucket
+
+    @property
+    def seconds(self) -> float:
+        """How long it is; of an image, 0."""
+        return 0.0 if self.entry.clip.is_image else self.entry.info.duration
+
+    @property
+    def used_spans(self) -> list[tuple[int, int]]:
+        """(first frame, number of frames) of what lies in a window, at the frame rate of training."""
+        return self.entry.windows.spans(self.bucket.frames)
+
+    @cached_property
+    def unused(self) -> int:
+        """Frames that are in no window, at the frame rate of training."""
+        return self.entry.unused
+
+    @cached_property
+    def resampled(self) -> Resampling:
+        """Frames of its windows that show the same picture as the one before, and that are not shown within them."""
+        return self.entry.resampled
 
 
 @dataclass(frozen=True)
@@ -160,15 +148,22 @@ def account_of(
         problems: what is wrong besides single clips.
     """
     named = recipe.validation.heldout is not None
-    used = [source for source in recipe.data.datasets if source.repeats]
+    used = [source for _, source in recipe.data.used_datasets]
     trained = inspected[: len(used)]
     out = set() if named else heldout_hashes((entry for each in trained for entry in each.clips), recipe)
-    names: dict[str, dict[Path, str]] = defaultdict(dict)  # content -> names of the files with it
+    same = paths_by_content(entry for each in inspected for entry in each.clips)
+    names: dict[Path, str] = {}
     for each in inspected:
         for entry in each.clips:
-            names[entry.hash].setdefault(entry.clip.path, relative_name(entry.clip.path, each.path))
+            names.setdefault(entry.clip.path, relative_name(entry.clip.path, each.path))
     clips = [
-        _clip(entry, number, names, is_heldout=number >= len(used) or entry.hash in out)
+        ClipAccount(
+            entry,
+            name=names[entry.clip.path],
+            dataset=number,
+            copies=tuple(names[path] for path in same[entry.hash] if path != entry.clip.path),
+            is_heldout=number >= len(used) or entry.hash in out,
+        )
         for number, each in enumerate(inspected)
         for entry in each.clips
     ]
@@ -180,7 +175,7 @@ def account_of(
         datasets=tuple(datasets),
         buckets=tuple(_buckets(recipe.data.buckets, clips, repeats, tokens)),
         clips=tuple(clips),
-        copies=tuple(tuple(same.values()) for same in names.values() if len(same) > 1),
+        copies=tuple(tuple(names[path] for path in paths) for paths in same.values() if len(paths) > 1),
         captions=tuple(lengths) or (_words(clips),),
         problems=tuple(problems),
     )
@@ -200,35 +195,6 @@ def _settings(recipe: Recipe) -> tuple[tuple[str, str], ...]:
         ("data.fps", "each clip's own" if data.fps is None else f"{data.fps:g}"),
         ("data.window", window.get(data.window, f'"{data.window}"')),
         ("data.bad_clips", f'"{data.bad_clips}"'),
-    )
-
-
-def _clip(entry: InspectedClip, number: int, names: Mapping[str, dict[Path, str]], is_heldout: bool) -> ClipAccount:
-    clip, info, fit, windows = entry.clip, entry.info, entry.fit, entry.windows
-    resampled = [info.resampled(fit.fps, fit.bucket.frames, start / fit.fps) for start in windows.starts]
-    same = names[entry.hash]
-    return ClipAccount(
-        entry=entry,
-        name=same[clip.path],
-        dataset=number,
-        captions=clip.captions,
-        height=info.height,
-        width=info.width,
-        frames=info.frames,
-        seconds=0.0 if clip.is_image else info.duration,
-        bucket=fit.bucket,
-        fps=fit.fps,
-        available=fit.frames_available,
-        starts=windows.starts,
-        unused=windows.unused(fit),
-        cropped=fit.cropped,
-        enlarged=fit.enlarged,
-        repeated=sum(each.repeated for each in resampled),
-        left_out=sum(each.left_out for each in resampled),
-        changes=info.changes,
-        columns=tuple(entry.pictures),
-        copies=tuple(name for path, name in same.items() if path != clip.path),
-        is_heldout=is_heldout,
     )
 
 
@@ -254,15 +220,15 @@ def _buckets(
     trained = [clip for clip in clips if not clip.is_heldout]
     for bucket in dict.fromkeys(buckets):
         of = [clip for clip in trained if clip.bucket == bucket]
-        samples = [repeats[clip.dataset] * (1 if clip.entry.windows.take_turns else len(clip.starts)) for clip in of]
+        samples = [repeats[clip.dataset] * clip.entry.samples for clip in of]
         yield BucketAccount(
             bucket,
             len(of),
             sum(samples),
             tokens(bucket) if tokens else None,
             sum(clip.unused > 0 for clip in of),
-            sum(clip.cropped > CROPPED for clip in of),
-            sum(clip.enlarged > ENLARGED for clip in of),
+            sum(clip.entry.fit.is_cropped for clip in of),
+            sum(clip.entry.fit.is_enlarged for clip in of),
         )
 
 

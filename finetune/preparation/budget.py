@@ -1,7 +1,6 @@
 """Finds the training shapes of a recipe that has `data.area` in the place of `data.buckets`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from finetune.data.bucket_budget import find_buckets
 from finetune.data.cache import Cache
@@ -18,23 +17,22 @@ from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.logging import say
 
 
-def with_found_buckets(recipe: Recipe, family: Family, runtime: Runtime, folder: Path | None = None) -> Recipe:
+def with_found_buckets(recipe: Recipe, family: Family, runtime: Runtime, cache: Cache | None = None) -> Recipe:
     """The recipe with the buckets that its clips need; the same on every rank. Collective.
 
     What is wrong with the clips is left to `inspect_data`. Without one clip that is long enough, the recipe has its stated buckets.
 
     Args:
         recipe: one with `data.area` and without `data.buckets`, which `family` was opened with.
-        folder: of another cache than the recipe's, for what it knows of files.
+        cache: the run's, for what it knows of files, so that `inspect_data` need not look at them again; else that of the recipe.
     """
     data, named = recipe.data, recipe.validation.heldout
     assert data.area is not None  # see above
     runtime.doing("looking for the clips' buckets")
     stated = with_stated_buckets(recipe)
     columns = further_columns(encoders_of(family, recipe))
-    cache = Cache(folder or data.cache)  # what is found of the files is kept there for `inspect_data`
-    sources = [(number, source) for number, source in enumerate(data.datasets) if source.repeats]
-    clips = [info for pair in sources for info in _sizes(stated, *pair, cache, runtime, columns)]
+    cache = cache or Cache(data.cache)
+    clips = [info for pair in data.used_datasets for info in _sizes(stated, *pair, cache, runtime, columns)]
     held = _sizes(stated, 0, DataSource(path=named), cache, runtime, columns) if named else []
     found = find_buckets(
         clips,

@@ -1,6 +1,7 @@
 """The manifest's further columns: which are read, which clips have them, and the encoder of masks, which every family has."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from finetune.data.buckets import BucketFit
 from finetune.data.clip import Clip
-from finetune.data.column_files import FRAME_COLUMNS, MASK, check_picture
+from finetune.data.column_files import FRAME_COLUMNS, MASK, PICTURES, check_picture
 from finetune.data.decode import VideoInfo
 from finetune.data.masks import decode_mask
 from finetune.data.sources import FRAMES, SourceFile
@@ -17,6 +18,7 @@ from finetune.models import loss_mask
 from finetune.models.batch import Tensors
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
+from finetune.recipe import Bucket
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.logging import say
 
@@ -38,25 +40,23 @@ def mask_encoder(family: Family) -> Encoder:
 
 
 def encode_mask(file: SourceFile, family: Family) -> Tensors:
-    """The weights of a clip's latent pixels: "mask", float32 (F', H', W').
-
-    Raises:
-        UserError: the mask is black, or black wherever the family does not give the model the clip itself; names mask and clip.
-    """
+    """The weights of a clip's latent pixels: "mask", float32 (F', H', W')."""
     levels = torch.from_numpy(decode_mask(file))  # uint8 (F or 1, H, W)
-    named, where = f"its mask {file.path} is", str(file.clip)
-    if not bool((levels > 255 * loss_mask.DARK).any()):
-        raise UserError(f"{named} black, so nothing of the clip would count", "paint white what counts", where)
-    given = 1 + (family.given_frames - 1) * family.temporal if family.given_frames else 0  # frames of the video
-    asked = levels.expand(file.bucket.frames, -1, -1)[given:]
-    if not bool((asked > 255 * loss_mask.DARK).any()):
-        raise UserError(
-            f"{named} white only in the first {'frame' if given == 1 else f'{given} frames'}, which {family.title} is given, "
-            "so nothing of the clip would count",
-            "paint white what counts in later frames",
-            where,
-        )
     return {loss_mask.KIND: family.latent_mask(levels, file.bucket)}
+
+
+def frames_without_loss(family: Family, encoders: Iterable[Encoder]) -> Callable[[Bucket], int] | None:
+    """How many frames at the start of a bucket's videos are not in the loss, whatever a mask says; None if no mask weighs it."""
+    if any(encoder.kind == loss_mask.KIND for encoder in encoders):
+        return partial(given_video_frames, family)
+    return None
+
+
+def given_video_frames(family: Family, bucket: Bucket) -> int:
+    """How many frames at a video's start the family gives the model; of a single frame, which is an image to be made, none."""
+    if bucket.frames == 1 or not family.given_frames:
+        return 0
+    return 1 + (family.given_frames - 1) * family.temporal
 
 
 def optional_columns(required: Sequence[str]) -> list[str]:
@@ -93,3 +93,6 @@ def say_columns(path: Path, clips: Sequence[Clip], required: Sequence[str]) -> N
     for column in FRAME_COLUMNS:
         if column not in required and any(column in clip.columns for clip in clips):
             say(f"{path}: the column {column!r} is not used: this model takes no {column} video or image")
+    for column in sorted({column for clip in clips for column in clip.columns}.difference(PICTURES, required)):
+        if near := difflib.get_close_matches(column, [*PICTURES, *required], n=1, cutoff=0.7):
+            say(f"{path}: the column {column!r} is not read: did you mean {near[0]!r}?")

@@ -6,7 +6,7 @@ Ranks share the work, and nothing is encoded twice. A run that was killed contin
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
 from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions
-from finetune.preparation.columns import further_columns, mask_encoder
+from finetune.preparation.columns import frames_without_loss, further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
 from finetune.preparation.former import NOT_BEGUN, Begun, Names, as_begun, former_names, keeps_former
 from finetune.preparation.inspect import Dataset, InspectedClip, inspect_data, refuse_or_skip, require, split_heldout
@@ -116,43 +116,59 @@ class _Encoders:
         made = {kind: each for kind, each in self.by_kind.items() if sources.keys() >= set(each.sources)}
         return {kind: self.encoding(kind, sources, text) for kind in made}
 
-    def encodings(self, entry: InspectedClip, start: int, caption: str) -> dict[str, Encoding]:
-        """The items of one piece of a clip with one of its captions, by kind.
+    def sources(self, entry: InspectedClip, start: int) -> dict[str, Source]:
+        """The sources of one piece of a clip, but for its caption.
 
         Args:
             start: the first frame of the piece, at the frame rate of training.
         """
         clip, piece = entry.clip, Piece(entry.fit.bucket, entry.fit.fps, start, entry.fit.former_fps)
-        sources = {
-            "caption": caption_source(caption),
-            **clip_sources(clip, entry.hash, entry.info, piece, self.background),
-        }
+        sources = clip_sources(clip, entry.hash, entry.info, piece, self.background)
         for column, found in entry.files.items():
             sources[column] = file_source(column, clip, found, entry.pictures.get(column), piece, self.background)
-        kinds = [
-            kind for kind, each in self.by_kind.items() if not each.optional or sources.keys() >= set(each.sources)
-        ]
-        notes = {kind: caption if kind == "text" else str(clip.path) for kind in kinds}
-        return {kind: self.encoding(kind, sources, note) for kind, note in notes.items()}
+        return sources
 
-    def items(self, entry: InspectedClip, alone: bool) -> Iterator[tuple[Item, list[Encoding]]]:
+    def encodings(self, entry: InspectedClip, start: int, captions: Sequence[str]) -> list[dict[str, Encoding]]:
+        """The items of one piece of a clip by kind, for each of the captions. What is made without the caption, all share."""
+        sources, path = self.sources(entry, start), str(entry.clip.path)
+        kinds = [
+            kind
+            for kind, each in self.by_kind.items()
+            if not each.optional or set(each.sources) <= {"caption", *sources}
+        ]
+        shared = {
+            kind: self.encoding(kind, sources, path)
+            for kind in kinds
+            if kind != "text" and "caption" not in self.by_kind[kind].sources
+        }
+        made = []
+        for caption in captions:
+            told = {**sources, "caption": caption_source(caption)}
+            notes = {kind: caption if kind == "text" else path for kind in kinds}
+            made.append({kind: shared.get(kind) or self.encoding(kind, told, note) for kind, note in notes.items()})
+        return made
+
+    def items(self, entry: InspectedClip, alone: bool, heldout: bool = False) -> Iterator[tuple[Item, list[Encoding]]]:
         """What a clip is trained as, each with all that is encoded for it.
 
         Args:
             alone: whether captions are encoded without the clip's image, too.
+            heldout: whether only the first is read of what takes turns.
         """
         clip, fit, starts = entry.clip, entry.fit, entry.windows.starts
-        for turns in [starts] if entry.windows.take_turns else [(start,) for start in starts]:
+        captions, first = clip.captions, 1 if heldout else None
+        for turns in [starts[:first]] if entry.windows.take_turns else [(start,) for start in starts]:
             windows, work = [], []
             for start in turns:
-                variants = []
-                for caption in clip.captions:
-                    made = self.encodings(entry, start, caption)
-                    by_itself = [self.text(caption)] if alone else []
-                    work += [*made.values(), *by_itself]
-                    keys = {kind: each.key for kind, each in made.items()}
-                    variants.append(Variant(caption, keys, by_itself[0].key if by_itself else None))
-                windows.append(tuple(variants))
+                made = self.encodings(entry, start, captions[:first])
+                by_itself = [self.text(caption) for caption in captions[:first]] if alone else []
+                work += [*{id(each): each for of in made for each in of.values()}.values(), *by_itself]
+                windows.append(
+                    tuple(
+                        Variant(caption, {kind: each.key for kind, each in of.items()}, text.key if text else None)
+                        for caption, of, text in zip_longest(captions[:first], made, by_itself)
+                    )
+                )
             yield Item(clip.path, fit.bucket, fit.fps, tuple(windows), clip.columns, entry.source), work
 
 
@@ -176,13 +192,15 @@ def prepare(
         if runtime.is_main:
             cache.sweep()
     encoders = _open_encoders(recipe, family, cache, runtime)
-    dataset = inspect_data(recipe, cache, runtime, further_columns(encoders.by_kind.values()))
+    listed = encoders.by_kind.values()
+    unweighed = frames_without_loss(family, listed)
+    dataset = inspect_data(recipe, cache, runtime, further_columns(listed), unweighed)
     drops_image = recipe.data.image_dropout > 0 and encoders.text_has_image
     items: dict[int, list[Item]] = {}
     work: list[Encoding] = []
     for part, alone in ((dataset.train, drops_image), (dataset.heldout, False)):
         for entry in part:
-            made = list(encoders.items(entry, alone))
+            made = list(encoders.items(entry, alone, heldout=part is dataset.heldout))
             items[id(entry)] = [item for item, _ in made]
             work += [each for _, encodings in made for each in encodings]
     items, work, names, decoder = _as_the_run_began(dataset, items, work, family, begun, cache, runtime)

@@ -1,6 +1,7 @@
 """What has to be known of a dataset's files before they are used, remembered as long as a file does not change."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +17,13 @@ from finetune.data.decode import VideoInfo
 from finetune.data.file_facts import content_hash
 from finetune.data.images import IMAGE_DECODER, probe_image
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import UserError
+from finetune.runtime.errors import Unreadable, UserError
+from finetune.runtime.shared_work import shared_work
 
 Use = Literal["video", "image", "picture", "file"]
 """What a file is for: a clip, an image to train on, a column's mask or control, or anything that an encoder reads itself."""
 
+_TURNS, _MOST_AT_ONCE = 32, 32  # of each rank, where there are files enough; and files that it takes in one
 _PROBES = {"video": decode.probe, "image": probe_image, "picture": probe_picture}
 # Another decoder may accept a file, or refuse it.
 _VERSION = hashlib.blake2b(f"{decode.DECODER} {IMAGE_DECODER} {av.__version__}".encode(), digest_size=4).hexdigest()
@@ -50,9 +53,17 @@ class FileTable:
 
 
 def read_facts(uses: Mapping[Path, Use], cache: Cache, runtime: Runtime) -> FileTable:
-    """Look at files, which all ranks share, also those that will train on the same samples. Collective."""
-    with runtime.together():
-        mine = {file: facts_of(file, uses[file], cache) for file in sorted(uses)[runtime.rank :: runtime.world_size]}
+    """Look at files, of which each rank takes the next few when it is free. Collective; returns the same on every rank.
+
+    A rank's files may take longer to read than a collective waits.
+    """
+    files = sorted(uses)
+    few = max(1, min(_MOST_AT_ONCE, len(files) // (_TURNS * runtime.world_size)))
+    mine: dict[Path, dict | UserError] = {}
+    runtime.doing("reading the dataset's files")
+    with shared_work(runtime, math.ceil(len(files) / few)) as shared:
+        while (number := shared.take()) is not None:
+            mine |= {file: facts_of(file, uses[file], cache) for file in files[number * few : (number + 1) * few]}
         cache.files.save()
     facts: dict[Path, dict | UserError] = {}
     for share in runtime.gather(mine):
@@ -69,11 +80,12 @@ def facts_of(file: Path, use: Use, cache: Cache) -> dict[str, Any] | UserError:
             known = cache.files.put(file, state, hash=content_hash(file))
         if use == "file" or (known.get("probed_by") == _VERSION and VideoInfo.of(known) is not None):
             return known
-        # The whole file has been read, so what is found from here on is wrong with the file itself.
         if refused := cache.files.get_refusal(file, f"{use} {_VERSION}"):
             return UserError.of(refused)
         try:
             return cache.files.put(file, state, **asdict(_PROBES[use](file)), probed_by=_VERSION)
+        except Unreadable as error:  # it may be read the next time
+            return error
         except UserError as error:
             cache.files.put_refusal(file, f"{use} {_VERSION}", error.problems, state)
             return error

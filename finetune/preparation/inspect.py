@@ -1,73 +1,28 @@
 """Inspects the datasets of a recipe: every clip is assigned a bucket, or refused with a reason. Nothing is encoded yet."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-from finetune.data import decode
-from finetune.data.buckets import BucketFit, fit_to_bucket
+from finetune.data.buckets import fit_to_bucket
 from finetune.data.cache import Cache, digest
 from finetune.data.clip import Clip
-from finetune.data.column_files import PICTURES
+from finetune.data.column_files import MASK, PICTURES
 from finetune.data.formats.listing import file_fault
-from finetune.data.manifest import describe_unused, read_manifest
+from finetune.data.manifest import read_manifest
 from finetune.data.windows import Windows, windows_of
 from finetune.preparation.columns import check_pictures, optional_columns, say_columns
 from finetune.preparation.facts import read_facts, uses_of
-from finetune.recipe import Recipe
+from finetune.preparation.inspected import InspectedClip, Inspection
+from finetune.preparation.mask_facts import last_white_frames, white_windows
+from finetune.preparation.summary import say_summary
+from finetune.recipe import Bucket, Recipe
 from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, Problem, UserError
-from finetune.runtime.logging import say
+from finetune.runtime.logging import listed, say
 
-_NAMED = 3  # files that a line names of many
-
-
-class InspectedClip(NamedTuple):
-    """A clip that can be trained on, with the hash of its file, its size and duration, its bucket, and its pieces.
-
-    `files` has the hash of each further file that the manifest names for it, by column; `pictures` the size and length of those
-    that are masks, control or reference videos or images; `source` is the number of its dataset.
-    """
-
-    clip: Clip
-    hash: str
-    info: decode.VideoInfo
-    fit: BucketFit
-    files: Mapping[str, str]
-    pictures: Mapping[str, decode.VideoInfo]
-    windows: Windows = Windows((0,))
-    source: int = 0
-
-    @property
-    def resampled(self) -> decode.Resampling:
-        """Frames that are shown again and left out, over all of its pieces."""
-        if self.clip.is_image:
-            return decode.Resampling(0, 0)
-        count, fps = self.fit.bucket.frames, self.fit.fps
-        each = [self.info.resampled(fps, count, start / fps) for start in self.windows.starts]
-        return decode.Resampling(*map(sum, zip(*each, strict=True)))
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What was found of a dataset.
-
-    Attributes:
-        path: its folder or manifest.
-        clips: those that can be trained on.
-        problems: why others cannot.
-        unused: files of the dataset's folder that are no clips, each with the reason.
-        unreadable: why nothing of it can be read, which no policy skips.
-    """
-
-    path: Path
-    clips: list[InspectedClip] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    unused: list[Problem] = field(default_factory=list)
-    unreadable: list[Problem] = field(default_factory=list)
+Unweighed = Callable[[Bucket], int]
 
 
 @dataclass(frozen=True)
@@ -79,27 +34,35 @@ class Dataset:
     inspected: Sequence[Inspection]
 
 
-def inspect_data(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> Dataset:
+def inspect_data(
+    recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = (), unweighed: Unweighed | None = None
+) -> Dataset:
     """Inspect every dataset of a recipe. Ranks share the reading of files. Collective; returns the same on every rank.
 
     Args:
         columns: columns of the manifest with further files that every clip must have.
+        unweighed: how many frames at the start of a bucket's videos are not in the loss, whatever a mask says; without it, masks
+            are not decoded, and black ones not found.
     Raises:
         UserError: lists clips that cannot be used, unless data.bad_clips is "skip"; or no clip is left, or a clip is trained
             on and held out.
     """
-    return accept(recipe, inspect_datasets(recipe, cache, runtime, columns), columns)
+    return accept(recipe, inspect_datasets(recipe, cache, runtime, columns, unweighed), columns)
 
 
-def inspect_datasets(recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = ()) -> list[Inspection]:
+def inspect_datasets(
+    recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = (), unweighed: Unweighed | None = None
+) -> list[Inspection]:
     """Inspect every dataset of a recipe, held-out clips last, whatever is wrong with them; see `inspect_data`."""
     data, seed, named = recipe.data, recipe.train.seed, recipe.validation.heldout
-    sources = [(number, source) for number, source in enumerate(data.datasets) if source.repeats]
     held = [(0, DataSource(path=named))] if named else []
+    for source in data.sources:
+        if not source.repeats:
+            say(f"{source.path}: repeats = 0, so it is not trained on")
     found = []
-    for number, source in (*sources, *held):
+    for number, source in (*data.used_datasets, *held):
         try:
-            found.append(inspect_dataset(data, source, number, seed, cache, runtime, columns))
+            found.append(inspect_dataset(data, source, number, seed, cache, runtime, columns, unweighed))
         except LostPeer:
             raise
         except UserError as error:  # the same on every rank
@@ -111,11 +74,13 @@ def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[st
     """The clips to train on and those held out. Raises UserError as `inspect_data` does."""
     if unreadable := [problem for each in inspected for problem in each.unreadable]:
         raise UserError.of(list(dict.fromkeys(unreadable)))
+    for each in inspected:
+        if each.clips:
+            say_summary(each.path, each, recipe.data.buckets)
+            say_columns(each.path, [entry.clip for entry in each.clips], columns)
     refuse_or_skip([problem for each in inspected for problem in each.problems], recipe.data.bad_clips, "used")
     for each in inspected:
         require(each.clips, each.path)
-        _report(each.path, each)
-        say_columns(each.path, [entry.clip for entry in each.clips], columns)
     if recipe.validation.heldout:
         *sources, held = inspected
         split = ([clip for each in sources for clip in each.clips], held.clips)
@@ -126,7 +91,14 @@ def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[st
 
 
 def inspect_dataset(
-    data: Data, source: DataSource, number: int, seed: int, cache: Cache, runtime: Runtime, columns: Sequence[str]
+    data: Data,
+    source: DataSource,
+    number: int,
+    seed: int,
+    cache: Cache,
+    runtime: Runtime,
+    columns: Sequence[str],
+    unweighed: Unweighed | None = None,
 ) -> Inspection:
     """Inspect one dataset. Collective; returns the same on every rank."""
     with runtime.together():
@@ -140,7 +112,7 @@ def inspect_dataset(
     for clip in clips:
         try:
             info, content = facts.info(clip.path), facts.hash(clip.path)
-            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image, data.area is not None)
+            fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image, _by_area(data, clip))
             windows = windows_of(fit, data, seed, content)
             named = {column: clip.file(column) for column in read if column in clip.columns}
             shown = {column: facts.info(file) for column, file in named.items() if column in PICTURES}
@@ -149,7 +121,27 @@ def inspect_dataset(
             result.clips.append(InspectedClip(clip, content, info, fit, files, shown, windows, number))
         except UserError as error:
             result.problems.extend(error.problems)
-    return result
+    return _without_black(result, unweighed, cache, runtime) if unweighed else result
+
+
+def _without_black(found: Inspection, unweighed: Unweighed, cache: Cache, runtime: Runtime) -> Inspection:
+    """What was found, without windows that nothing of would count by their masks, and clips of which none is left. Collective."""
+    masks = {number: entry.masks for number, entry in enumerate(found.clips) if MASK in entry.pictures}
+    seen = dict(zip(masks, last_white_frames(list(masks.values()), cache, runtime), strict=True))
+    clips, problems = [], list(found.problems)
+    for number, entry in enumerate(found.clips):
+        try:
+            if isinstance(last := seen.get(number), UserError):
+                raise last
+            if last:
+                given = unweighed(entry.fit.bucket)
+                left = white_windows(masks[number][0], last, given, entry.windows, entry.fit)
+                black = tuple(start for start in entry.windows.starts if start not in left.starts)
+                entry = entry._replace(windows=left, black=Windows(black))
+            clips.append(entry)
+        except UserError as error:
+            problems.extend(error.problems)
+    return replace(found, clips=clips, problems=problems)
 
 
 def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list[InspectedClip], list[InspectedClip]]:
@@ -171,7 +163,7 @@ def split_heldout(usable: Sequence[InspectedClip], recipe: Recipe) -> tuple[list
         )
     held = [entry for entry in usable if entry.hash in out]
     if held:
-        say(f"held out: {', '.join(str(entry.clip.path) for entry in held)}")
+        say(f"held out: {listed([entry.clip.path for entry in held], most=None)}")
     return [entry for entry in usable if entry.hash not in out], held
 
 
@@ -188,7 +180,7 @@ def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> None:
         problems = [replace(problem, cure=f"{problem.cure}; {hint}") for problem in problems]
         raise UserError.of(problems, f"{len(problems)} clips cannot be {verb}:")
     for problem in problems:
-        say(f"skipped {problem.where}: {problem.what}")
+        say(f"skipped {Problem(problem.what, problem.where)}")
 
 
 def require(found: Sequence, path: Path) -> None:
@@ -200,11 +192,15 @@ def require(found: Sequence, path: Path) -> None:
 def _refuse_shared(train: Sequence[InspectedClip], heldout: Sequence[InspectedClip]) -> None:
     trained = {entry.hash: entry.clip.path for entry in train}
     if both := [
-        Problem(f"this held-out clip is trained on, too, as {trained[entry.hash]}", str(entry.clip.path))
+        Problem(
+            f"this held-out clip is trained on, too, as {trained[entry.hash]}",
+            str(entry.clip.path),
+            "take it out of validation.heldout or of the clips to train on",
+        )
         for entry in heldout
         if entry.hash in trained
     ]:
-        raise UserError.of(both, "validation.heldout and data.path share clips; take them out of one:")
+        raise UserError.of(both, f"{len(both)} clips are both held out and trained on:")
 
 
 def _with_files(clips: Sequence[Clip], columns: Sequence[str]) -> tuple[list[Clip], list[Problem]]:
@@ -226,44 +222,6 @@ def _lacks(clip: Clip, column: str) -> Problem | None:
     return Problem(fault[0], f"{clip.file(column)} (from {clip.where})", fault[1]) if fault else None
 
 
-def _report(path: Path, found: Inspection) -> None:
-    """Say in a line each how many clips every bucket has and what is lost of them, which are copies, and which files are unused."""
-    clips = found.clips
-    buckets = Counter(entry.fit.bucket for entry in clips)
-    trimmed = sum(entry.windows.unused(entry.fit) > 0 for entry in clips)
-    cropped = sum(entry.fit.cropped > 0.02 for entry in clips)
-    enlarged = sum(entry.fit.enlarged > 1.0 for entry in clips)
-    shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(buckets.items()))
-    where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
-    say(f"{path}: {len(clips)} clips, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
-    for line in (*_altered(clips, path), *_copies(clips, path), *describe_unused(found.unused, path)):
-        say(line)
-
-
-def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
-    """What is done to the pictures of how many clips, and how many frames are shown again or left out for the frame rate."""
-    changes = Counter(change for entry in clips for change in entry.info.changes)
-    if changes:
-        yield f"{path}: {', '.join(f'{count} {change}' for change, count in sorted(changes.items()))}"
-    found = [each for entry in clips if any(each := entry.resampled)]
-    if found:
-        repeated, left_out = (sum(counts) for counts in zip(*found, strict=True))
-        yield f"{path}: {len(found)} clips have another frame rate: {repeated} frames shown again, {left_out} left out"
-
-
-def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
-    """How many clips are the same file, byte for byte, as another."""
-    same: dict[str, list[Path]] = defaultdict(list)
-    for entry in clips:
-        if entry.clip.path not in same[entry.hash]:
-            same[entry.hash].append(entry.clip.path)
-    copies = [paths for paths in same.values() if len(paths) > 1]
-    if copies:
-        count = sum(len(paths) - 1 for paths in copies)
-        are = "s are copies" if count > 1 else " is a copy"
-        yield f"{path}: {count} clip{are} of others, byte for byte: {_some([' = '.join(map(str, paths)) for paths in copies])}"
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+def _by_area(data: Data, clip: Clip) -> bool:
+    """Whether a clip without a bucket needs another length in data.frames: else the buckets were not found, but given beside it."""
+    return data.area is not None and not (clip.is_image and 1 in data.frames)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.preparation.account import CROPPED, ENLARGED, Account, CaptionLengths, ClipAccount
+from finetune.preparation.account import Account, CaptionLengths, ClipAccount
 from finetune.preparation.thumbnails import Thumbnails
 from finetune.runtime.errors import Problem, harmless
 from finetune.runtime.files import atomic
@@ -110,10 +110,10 @@ def _groups(account: Account, pictures: Sequence[Thumbnails]) -> list[tuple[Any,
 def _flags(account: Account, clip: ClipAccount, picture: Thumbnails) -> list[str]:
     found = {
         "trimmed": clip.unused > 0,
-        "cropped": clip.cropped > CROPPED,
-        "enlarged": clip.enlarged > ENLARGED,
-        "repeated": clip.repeated > 0,
-        "changed": bool(clip.changes),
+        "cropped": clip.entry.fit.is_cropped,
+        "enlarged": clip.entry.fit.is_enlarged,
+        "repeated": clip.resampled.repeated > 0,
+        "changed": bool(clip.entry.info.changes),
         "copy": bool(clip.copies),
         "cut": account.cut(clip) > 0,
         "heldout": clip.is_heldout,
@@ -159,10 +159,10 @@ def _caption_length(account: Account) -> int:
 
 def kept(clip: ClipAccount) -> tuple[float, float, float, float]:
     """(x, y, width, height) of the part of a clip's picture that its bucket shows, in shares of the picture's longer side."""
-    longer = max(clip.height, clip.width)
-    scale = max(clip.bucket.height / clip.height, clip.bucket.width / clip.width)
-    height, width = clip.bucket.height / scale / longer, clip.bucket.width / scale / longer
-    return (clip.width / longer - width) / 2, (clip.height / longer - height) / 2, width, height
+    info, scale = clip.entry.info, clip.entry.fit.enlarged
+    longer = max(info.height, info.width)
+    height, width = (side / scale / longer for side in (clip.bucket.height, clip.bucket.width))
+    return (info.width / longer - width) / 2, (info.height / longer - height) / 2, width, height
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ from pathlib import Path
 from finetune.data.cache import Cache
 from finetune.models.family import Family
 from finetune.preparation.encode import prepare
+from finetune.preparation.former import Begun
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
+from finetune.runtime.logging import quietly
 
 
 class UsedItems(Cache):
@@ -38,3 +40,9 @@ def used_keys(recipe: Recipe, family: Family, runtime: Runtime, folder: Path | N
     former = set(prepare(recipe, family, runtime, cache).former.values())
     # It is also asked for items as an earlier version named them, which a run that began with them goes on with.
     return {(kind, key) for kind, key in cache.asked if key not in former or cache.path(kind, key).exists()}
+
+
+def check_clips(recipe: Recipe, family: Family, begun: Begun, runtime: Runtime) -> None:
+    """Raise UserError if a run cannot go on with the recipe's clips. Collective; nothing is encoded, and nothing said."""
+    with quietly():
+        prepare(recipe, family, runtime, UsedItems(recipe.data.cache), begun)

@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from finetune.recipe.bucket import Bucket
 from finetune.recipe.table import Free, Table
 from finetune.recipe.values import AreaText, BucketText, PathText
 
+_LEAST_REPEATS = 0.001  # one sample of a thousand clips in each epoch
+
 
 class DataSource(Table):
     path: PathText = Free(...)
     """As `data.path`."""
-    repeats: Annotated[float, Field(ge=0)] = 1.0
+    repeats: Annotated[float, Field(ge=0, le=1000)] = 1.0
     """How often an epoch takes each of its clips. Of a fraction, like 0.25 or 2.5, every epoch takes another share, so that all
     clips are taken equally often; 0 leaves the source out."""
     video_column: str | None = None
@@ -22,6 +24,13 @@ class DataSource(Table):
     """Unset: `data.caption_column`."""
     id_token: str | None = None
     """Unset: `data.id_token`."""
+
+    @field_validator("repeats")
+    @classmethod
+    def _some_or_none(cls, repeats: float) -> float:
+        if 0 < repeats < _LEAST_REPEATS:
+            raise ValueError(f"the least is {_LEAST_REPEATS}; 0 leaves the source out")
+        return repeats
 
 
 class Data(Table):
@@ -113,6 +122,11 @@ class Data(Table):
     def datasets(self) -> list[DataSource]:
         """Every dataset to train on."""
         return self.sources or [DataSource(path=self.path or Path())]
+
+    @property
+    def used_datasets(self) -> list[tuple[int, DataSource]]:
+        """The datasets that an epoch takes clips of, each with its number among all."""
+        return [(number, source) for number, source in enumerate(self.datasets) if source.repeats]
 
     def reading(self, source: DataSource) -> dict[str, str]:
         """How a dataset is read: its columns and its trigger word."""

@@ -12,7 +12,13 @@ FREE_ON_RESUME = "free on resume"
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # TOML has both, and no key has a use for them
+    )
 
 
 def Free(default: Any, **constraints: Any) -> Any:

@@ -6,10 +6,11 @@ from typing import Annotated
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from finetune.recipe.bucket import Area, Bucket
+from finetune.runtime.paths import expanded
 
 
 def _path(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    return expanded(value) if isinstance(value, str) and value else value
 
 
 PathText = Annotated[Path, BeforeValidator(_path), PlainSerializer(str), WithJsonSchema({"type": "string"})]

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
+_MOST_PRINTED = 50  # problems of one error
 _HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tab and line feed, what reverses the direction of text, and lone surrogates."""
 
@@ -11,6 +13,11 @@ _HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u20
 def harmless(text: str) -> str:
     """Text as it may be printed on a terminal: escape codes and bytes that are not UTF-8 are spelled out, like \\x1b."""
     return _HARMFUL.sub(_spelled, text)
+
+
+def one_line(name: str) -> str:
+    """A file's name as a line may show it: line feeds in it are spelled out."""
+    return name.replace("\n", "\\n")
 
 
 def _spelled(found: re.Match[str]) -> str:
@@ -29,7 +36,7 @@ class Problem:
     cure: str = ""
 
     def __str__(self) -> str:
-        where = self.where.replace("\n", "\\n")  # in a file's name
+        where = one_line(self.where)
         head = f"{where}: {self.what}" if where else self.what
         return harmless(f"{head}\n    -> {self.cure}" if self.cure else head)
 
@@ -42,15 +49,21 @@ class UserError(Exception):
         super().__init__(str(self.problems[0]))
 
     @classmethod
-    def of(cls, problems: Sequence[Problem], title: str = "") -> "UserError":
-        """Combine several problems into one error, so that the user sees all of them at once."""
+    def of(cls, problems: Sequence[Problem], title: str = "") -> Self:
+        """Combine several problems into one error, so that the user sees all of them at once; of very many, the first 50."""
         error = cls("")
         error.problems = tuple(problems)
-        lines = [str(problem) for problem in problems]
+        lines = [str(problem) for problem in problems[:_MOST_PRINTED]]
+        if rest := len(problems) - len(lines):
+            lines.append(f"and {rest} more")
         if len(problems) > 1:
             lines.insert(0, harmless(title) or f"{len(problems)} problems:")
         error.args = ("\n".join(lines),)
         return error
+
+
+class Unreadable(UserError):
+    """The system could not read a file, which says nothing about its content: an I/O error, no memory, too many open files."""
 
 
 class LostPeer(UserError):

@@ -5,13 +5,13 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
 
-from finetune.runtime.errors import LostPeer, UserError, harmless
+from finetune.runtime.errors import LostPeer, UserError, harmless, one_line
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
@@ -67,6 +67,12 @@ def say(message: str) -> None:
     """Print one line on rank 0; other ranks stay silent."""
     if int(os.environ.get("RANK", 0)) == 0 or "WORLD_SIZE" not in os.environ:  # RANK alone is left from something else
         _show(message)
+
+
+def listed(names: Sequence[object], most: int | None = 3) -> str:
+    """Names of files for one line, whatever is in them: "a.mp4, b.mp4, c.mp4 and 2 more". `most` are named; None names all."""
+    shown = ", ".join(one_line(str(name)) for name in names[:most])
+    return shown if most is None or len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _show(message: str, style: str | None = None) -> None:

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -79,7 +79,7 @@ class SharedWork:
 def shared_work(runtime: Runtime, total: int) -> Iterator[SharedWork]:
     """Numbers that ranks share inside the block, which all leave together, with one outcome as `Runtime.together`. Collective.
 
-    An error on one rank ends the work of all, each after the number that it is at.
+    An error on one rank ends the work of all, each after the number that it is at. It is raised there even if the others are lost.
     """
     work = SharedWork(runtime, total, f"work_{runtime.from_main(uuid.uuid4().hex)}")
     error: Exception | None = None
@@ -89,13 +89,18 @@ def shared_work(runtime: Runtime, total: int) -> Iterator[SharedWork]:
         raise
     except Exception as caught:
         error = caught
-        work.stop()
     except BaseException:  # ends this process, as Ctrl-C does
-        work.stop()
-        work.end()
+        with suppress(RuntimeError):  # the store is gone
+            work.stop()
+            work.end()
         raise
-    work.end()
-    work.wait()
+    try:
+        if error is not None:
+            work.stop()
+        work.end()
+        work.wait()
+    except (LostPeer, RuntimeError) as lost:  # RuntimeError: the store is gone
+        raise error or lost from None
     with runtime.together():
         if error is not None:
             raise error

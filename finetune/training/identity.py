@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.checks.buckets import resolve_buckets
+from finetune.checks.model import open_family
 from finetune.data.cache import Cache, digest
 from finetune.data.decode import FORMER_DECODER
 from finetune.data.file_facts import is_named_by_content
@@ -15,7 +17,9 @@ from finetune.models import is_outside
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
 from finetune.preparation.former import Begun, Names, clips_digest
+from finetune.preparation.used import check_clips
 from finetune.recipe import Recipe
+from finetune.recipe.experts import recipes_of_experts
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
@@ -92,6 +96,17 @@ def begun(recipes: Sequence[Recipe], family: Family) -> Begun:
     if any(facts.get(DECODED_BY, _FORMER) != _FORMER for facts in newest):
         newest = []
     return Begun(frozenset(str(facts[CLIPS]) for facts in newest), check)
+
+
+def check_begun_run(recipe: Recipe, runtime: Runtime) -> None:
+    """Raise UserError if the output folder has a run that cannot go on with the recipe's clips and weights. Collective."""
+    with runtime.together():
+        family = open_family(recipe)
+        is_begun = any(_newest(each) for each in recipes_of_experts(recipe, list(family.experts)))
+    if runtime.from_main(is_begun):
+        resolved = resolve_buckets(recipe, family, runtime)
+        recipes = recipes_of_experts(resolved, list(family.experts))
+        check_clips(resolved, family, begun(recipes, family), runtime)
 
 
 def _newest(recipe: Recipe) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class Report:
     def __enter__(self) -> "Report":
         recipe, job = self.job.recipe, self.job
         if self.enabled:
-            if repeats := job.order.repeats():
-                each = ", ".join(f"{count} of {bucket}" for bucket, count in repeats.items())
+            if fill_ups := job.order.fill_ups():
+                each = ", ".join(f"{count} of {bucket}" for bucket, count in fill_ups.items())
                 say(f"samples repeated in each epoch, to fill the last batch of a bucket: {each}")
             trained = sum(parameter.numel() for parameter in job.state.parameters)
             start = f"resuming after step {self.done}" if self.done else "starting"

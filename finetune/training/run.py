@@ -12,6 +12,7 @@ from finetune.checks.buckets import resolve_buckets
 from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_cpu, check_device, check_recipe, refuse_large_model
+from finetune.data.cache import Cache
 from finetune.engine.attention import explained
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared, prepare
@@ -68,10 +69,11 @@ def train(
     say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
     if runtime.device.is_cpu:
         say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
-    recipe = resolve_buckets(recipe, family, runtime)
+    store = Cache(recipe.data.cache)
+    recipe = resolve_buckets(recipe, family, runtime, store)
     recipes = recipes_of_experts(recipe, list(family.experts))
     # Once: experts are trained on the same clips.
-    prepared = cache(partial(prepare, recipe, family, runtime, begun=begun(recipes, family)))
+    prepared = cache(partial(prepare, recipe, family, runtime, store, begun=begun(recipes, family)))
     with runtime.together():
         if runtime.is_main and len(recipes) > 1:
             with atomic(recipe.output / RECIPE_FILE) as partial_file:

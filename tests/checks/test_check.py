@@ -35,6 +35,10 @@ def refused(recipe_file: Path, *overrides: str, world_size: int = 1) -> list[str
         ["schedule.power=2"],
         ["schedule.cycles=3", "schedule.name=cosine"],
         ["schedule.warmup_steps=2"],
+        ["data.windows=2"],
+        ["data.windows=2", "data.window=all"],
+        ["data.overlap=0.5"],
+        ["data.overlap=0.5", "data.window=random"],
         ["validation.every=2"],
         ["validation.sigmas=8"],
         ["tracking.project=mine"],
@@ -53,6 +57,8 @@ def test_the_same_keys_pass_where_they_have_an_effect(recipe_file: Path) -> None
     assert refused(recipe_file, "objective.mode_scale=2", "objective.sigma_sampling=mode") == []
     assert refused(recipe_file, "schedule.power=2", "schedule.name=polynomial", "schedule.warmup_steps=2") == []
     assert refused(recipe_file, "validation.every=2", "validation.heldout=clips") == []
+    assert refused(recipe_file, "data.windows=2", "data.window=random") == []
+    assert refused(recipe_file, "data.overlap=0.5", "data.window=all") == []
 
 
 @pytest.mark.parametrize("limits", ["0.9,0.3", "0.5,0.5"])

@@ -90,6 +90,17 @@ def test_a_file_of_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
     assert content_hash(tmp_path / "model.safetensors") == "ab" * 32
 
 
+def test_a_long_name_in_a_folder_called_blobs_is_no_hash(tmp_path: Path) -> None:
+    clip = tmp_path / "blobs" / ("a clip of a cat in the snow".ljust(60, "_") + ".mp4")
+    clip.parent.mkdir()
+    hashes = set()
+    for content in (b"one", b"two"):
+        clip.write_bytes(content)
+        hashes.add(content_hash(clip))
+    assert len(clip.name) == 64
+    assert len(hashes) == 2
+
+
 @pytest.mark.parametrize("contents", [b"", b"{", b"\x00", b"\xa6\xff", b"[]", b"[]\n7\n{}\n", b'{"path": 3}\n'])
 @pytest.mark.parametrize("name", ["files.json", "files.jsonl"])
 def test_damaged_facts_are_learnt_again(facts: FileFacts, video: Path, name: str, contents: bytes) -> None:

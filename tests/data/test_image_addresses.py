@@ -157,6 +157,18 @@ def test_a_fetch_that_has_run_out_of_time_ends_its_thread(serve: Callable) -> No
             assert not thread.is_alive()
 
 
+def test_the_part_that_came_in_time_is_not_taken_for_the_whole(serve: Callable) -> None:
+    """Of an answer without a length, nothing else tells."""
+
+    def answer(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.drip(png())
+
+    with pytest.raises(TimeoutError):
+        address._download(serve(answer), 0.3)
+
+
 def test_what_is_too_large_is_not_read_to_its_end(serve: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address, "MAX_BYTES", 2**20)
     sent = []

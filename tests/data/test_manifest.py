@@ -141,7 +141,10 @@ def test_one_video_may_have_several_captions(dataset) -> None:
 
 def test_a_dataset_that_does_not_exist(tmp_path: Path) -> None:
     (found,) = refusal(tmp_path / "nowhere")
-    assert found[1:] == ("the dataset does not exist", "set data.path to a folder of videos or a manifest file")
+    assert found[1:] == (
+        "the dataset does not exist",
+        "set data.path, or `path` in [[data.sources]], to a folder of videos or a manifest file",
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,16 +45,16 @@ def test_a_step_is_one_full_batch_of_one_bucket(dataset) -> None:
         assert {buckets[item] for item in plan.items} == {plan.bucket}
 
 
-def test_repeats_are_counted_bucket_by_bucket(dataset) -> None:
+def test_samples_that_fill_up_batches_are_counted_bucket_by_bucket(dataset) -> None:
     buckets, batch = dataset
     order = Order(buckets, batch, seed=1)
     seen = Counter(buckets[item] for plan in epoch(order, 0) for item in plan.items)
     extra = {bucket: seen[bucket] - count for bucket, count in Counter(buckets).items()}
-    assert order.repeats() == {bucket: count for bucket, count in extra.items() if count}
+    assert order.fill_ups() == {bucket: count for bucket, count in extra.items() if count}
 
 
 def test_a_bucket_that_the_batch_divides_repeats_nothing() -> None:
-    assert Order([WIDE] * 8 + [TALL] * 4, 4, seed=1).repeats() == {}
+    assert Order([WIDE] * 8 + [TALL] * 4, 4, seed=1).fill_ups() == {}
 
 
 def test_no_item_is_repeated_before_all_others_of_its_bucket(dataset) -> None:

@@ -240,6 +240,19 @@ def test_a_row_that_is_no_json_does_not_stop_the_rest(folder: Path) -> None:
     assert [clip.path.name for clip in read(folder).clips] == ["a.mp4"]
 
 
+def test_a_key_that_an_object_has_twice_is_named_with_its_line(folder: Path) -> None:
+    good = '{"video": "a.mp4", "caption": "x", "note": {"video": "{"}}'
+    twice = '{"video": "a.mp4", "caption": "x", "note": [{"\\"": 1}], "c\\u0061ption": "y"}'
+    (folder / "metadata.jsonl").write_text(f"{good}\n{twice}\n")
+    (problem,) = problems(folder)
+    assert problem.where == "metadata.jsonl, line 2"
+    assert problem.what == "not valid JSON: the key 'caption' is there twice"
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.json").write_text(f"[\n{good},\n{twice}\n]")
+    with pytest.raises(UserError, match=r"metadata\.json, line 3: not valid JSON: the key 'caption' is there twice"):
+        read(folder)
+
+
 # --- further files ----------------------------------------------------------------------------------------------------
 
 

@@ -242,7 +242,11 @@ def second_check(finetune, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     [
         ("run", "this is a file, and the run needs a folder", "set `output` to a folder"),
         ("no_model", "no such folder", "set model.path to a diffusers folder or a Hub id"),
-        ("no_data", "the dataset does not exist", "set data.path to a folder of videos or a manifest file"),
+        (
+            "no_data",
+            "the dataset does not exist",
+            "set data.path, or `path` in [[data.sources]], to a folder of videos or a manifest file",
+        ),
     ],
 )
 def test_a_path_that_leads_nowhere(second_check: tuple[Path, Result], name: str, what: str, cure: str) -> None:

@@ -114,7 +114,7 @@ def test_with_skip_the_rest_is_trained_on_and_each_is_named_once(
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert [done.stderr.count(f"skipped {folder / name}") for name in (*refused, *broken)] == [1] * 7
-    assert f"{folder}: 6 clips, 1 in 1x64x96, 5 in 17x64x96" in done.stderr
+    assert f"{folder}: 6 clips (5 videos, 1 image), 1 in 1x64x96, 5 in 17x64x96" in done.stderr
     assert len(rows(tmp_path / "run")) == 2
     checked = finetune("check", "--recipe", recipe, *settings, *skip, processes=2)
     assert checked.returncode == 0, checked.stderr

@@ -183,6 +183,11 @@ def test_a_folder_in_the_home_directory_is_found(tiny_ltx: Path, monkeypatch: py
     assert resolve(f"~/{tiny_ltx.name}", "main", LTXVideo.components) == tiny_ltx
 
 
+def test_a_folder_in_the_home_directory_of_nobody_is_an_error() -> None:
+    with pytest.raises(UserError, match="there is no user 'nosuchuser'\n    -> write the folder"):
+        resolve("~nosuchuser/model", "main", [])
+
+
 def test_a_folder_that_is_no_pipeline_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model_index\.json"):
         resolve(str(tmp_path), "main", LTXVideo.components)

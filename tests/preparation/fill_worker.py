@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from finetune.data.cache import Cache, digest
+from finetune.data.file_facts import content_hash
 from finetune.data.sources import Source
+from finetune.preparation import facts
 from finetune.preparation.fill import Encoding, fill
 from finetune.runtime import distributed
 from finetune.runtime.errors import UserError
@@ -82,6 +84,28 @@ def take_longer_than_the_timeout(number: int) -> None:
     time.sleep(2 * TIMEOUT if number == 1 else 0)
 
 
+def inspect_files_of_a_slow_disk() -> None:
+    """Find the hashes of files, of which one takes rank 1 longer than ranks wait for each other."""
+    files = [out.with_name(f"file_{number}") for number in range(COUNT)]
+    for file in files:
+        file.write_text(file.name)
+    seen: list[str] = []
+
+    def slow_hash(path: Path) -> str:
+        seen.append(path.name)
+        time.sleep(2 * TIMEOUT if is_second and len(seen) == 1 else 0)
+        return content_hash(path)
+
+    facts.content_hash = slow_hash
+    try:
+        table = facts.read_facts(dict.fromkeys(files, "file"), Cache(out.with_name(f"cache_{runtime.rank}")), runtime)
+        error = str([table.hash(file) == content_hash(file) for file in files].count(True))
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    figures["slow disk"] = {"seen": seen, "error": error}
+    out.with_suffix(f".{runtime.rank}.json").write_text(json.dumps(figures))
+
+
 def die(number: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -93,5 +117,6 @@ run("out of memory", fail(torch.OutOfMemoryError("CUDA out of memory")))
 short = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT))
 runtime = replace(runtime, control=short, watch=Watch(runtime.rank, 2, "short", 4 * TIMEOUT))
 run("longer than the timeout", take_longer_than_the_timeout)
+inspect_files_of_a_slow_disk()
 run("killed", die)
 os._exit(0)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 
 from finetune.checks.everything import check_all
 from finetune.checks.model import open_family
+from finetune.data.clip import Clip
+from finetune.preparation import encode
 from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.distributed import Runtime
@@ -134,6 +137,33 @@ def test_captions_and_windows_take_turns(prepared: Callable[..., Prepared], long
     turns = [item.variant(turn, 42, 0) for turn in range(6)]
     assert Counter(each.caption for each in turns) == {"one": 2, "two": 2, "three": 2}
     assert Counter(each.keys["video"] for each in turns).most_common(1)[0][1] == 3
+
+
+def test_of_held_out_clips_only_what_is_measured_is_encoded(
+    prepared: Callable[..., Prepared], long_clips: Path, few_clips: Path, tmp_path: Path
+) -> None:
+    """Their first window with their first caption."""
+    settings = [f"data.path={few_clips}", f"validation.heldout={long_clips}", f"data.cache={tmp_path / 'cache'}"]
+    found = prepared(*settings, "data.window=random", "data.windows=2")
+    trained = {key for item in found.train for key in item.all_keys}
+    measured = {key for item in found.heldout for key in item.keys.values()}
+    assert len(measured) == 6
+    assert {item.caption for item in found.heldout} == {"one", "four", "five"}
+    assert {item.key for item in found.cache.items()} == trained | measured
+
+
+def test_what_captions_share_is_made_once_for_a_window(
+    prepared: Callable[..., Prepared], long_clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], encode.clip_sources
+
+    def noted(clip: Clip, *arguments: Any) -> Any:
+        made.append(clip.path.stem)
+        return make(clip, *arguments)
+
+    monkeypatch.setattr(encode, "clip_sources", noted)
+    prepared(f"data.path={long_clips}", "data.window=random", "data.windows=2")
+    assert Counter(made) == {"0": 2, "1": 2, "2": 2}
 
 
 @pytest.fixture

@@ -101,6 +101,13 @@ def test_an_item_may_take_longer_than_ranks_wait_for_each_other(two_ranks: list[
         assert (rank["longer than the timeout"]["error"], rank["longer than the timeout"]["written"]) == ("{}", COUNT)
 
 
+def test_reading_files_may_take_longer_than_ranks_wait_for_each_other(two_ranks: list[dict[str, dict]]) -> None:
+    first, second = (rank["slow disk"] for rank in two_ranks)
+    assert first["error"] == second["error"] == str(COUNT)
+    assert len(first["seen"]) == COUNT - 1
+    assert len(second["seen"]) == 1
+
+
 def test_a_rank_that_is_killed_is_missed(two_ranks: list[dict[str, dict]]) -> None:
     first, second = two_ranks
     assert "killed" not in second

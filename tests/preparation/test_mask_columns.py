@@ -1,6 +1,7 @@
 """Masks, control and reference files that a manifest names beside its clips, from the file to what is trained."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from page_reader import read_page
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
@@ -185,14 +187,16 @@ def test_what_is_transparent_does_not_count(dataset: Callable[..., Path], folder
         torch.testing.assert_close(cached_mask(made, name), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", [LTXVideo, LTXImageToVideo])
 def test_a_clip_that_is_an_image_has_a_mask_of_one_frame(
-    dataset: Callable[..., Path], folder: Path, prepared: Prepare
+    dataset: Callable[..., Path], folder: Path, prepared: Prepare, family: type[Family]
 ) -> None:
+    """Image-to-video models are not given it either: they train it as an image to be made."""
     Image.new("RGB", (96, 64), (200, 90, 20)).save(folder / "still.png")
     Image.fromarray(quadrant(1, 64, 96)[0]).save(folder / "mask.png")
     row = {"video": "still.png", "caption": "an orange wall", "mask": "mask.png"}
     (folder / "metadata.jsonl").write_text(json.dumps(row))
-    made = prepared('data.buckets=["1x64x96"]')
+    made = prepared('data.buckets=["1x64x96"]', family=family)
     expected = avg_pool3d(torch.from_numpy(quadrant(1, 64, 96)).float()[None] / 255, (1, 32, 32))[0]
     torch.testing.assert_close(cached_mask(made, "still.png"), expected, rtol=0, atol=1e-6)
 
@@ -307,8 +311,88 @@ def test_a_black_mask_is_refused(
         name = "black.mp4"  # with a codec that loses
         record(np.zeros((17, 64, 96, 3), dtype=np.uint8), folder / name, RECORDINGS[1])
     dataset({SMALL: {"mask": name}, "vp9.webm": {}})
-    message = said(by_check=False)
+    message = said()
     assert f"{few_clips / SMALL}: its mask {folder / name} is black" in message
+
+
+def white_in(first: int, last: int) -> np.ndarray:
+    """A mask of the wide clip that is white in these frames, the last one among them: uint8 (25, 128, 192)."""
+    mask = np.zeros((25, 128, 192), dtype=np.uint8)
+    mask[first : last + 1] = 255
+    return mask
+
+
+def test_a_mask_that_is_black_in_all_that_is_trained_on_is_refused_with_the_seconds(
+    dataset: Callable[..., Path], folder: Path, few_clips: Path, said: Callable[..., str]
+) -> None:
+    """Of 25 frames at 25 fps the first 17 are trained on."""
+    write_video(folder / "late.mkv", white_in(18, 24), 25)
+    dataset({WIDE: {"mask": "late.mkv"}, "vp9.webm": {}})
+    message = said()
+    assert f"{few_clips / WIDE}: its mask {folder / 'late.mkv'} is black from 0.00 to 0.68 s, so nothing" in message
+    assert "data.window" in message
+
+
+@pytest.mark.parametrize(
+    "settings, white, starts, left_out",
+    [
+        (["data.window=all", "data.overlap=0.5"], (0, 7), [0], "1 window left out{} (0.32 to 1.00 s)"),
+        (["data.window=all", "data.overlap=0.5"], (20, 24), [8], "1 window left out{} (0.00 to 0.68 s)"),
+        (["data.window=random", "data.windows=9"], (0, 2), [0, 1, 2], "6 windows left out{} (0.12 to 1.00 s)"),
+    ],
+)
+def test_windows_in_which_a_mask_is_black_are_left_out_and_named(
+    dataset: Callable[..., Path],
+    folder: Path,
+    few_clips: Path,
+    prepared: Prepare,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    white: tuple[int, int],
+    starts: list[int],
+    left_out: str,
+) -> None:
+    mask = white_in(*white)
+    write_video(folder / "mask.mkv", mask, 25)
+    dataset({WIDE: {"mask": "mask.mkv"}})
+    made = prepared(*settings)
+    keys = [window[0].keys["mask"] for item in made.train for window in item.windows]
+    for key, start in zip(keys, starts, strict=True):
+        expected = np.ascontiguousarray(mask[start : start + 17, ::2, ::2])
+        found = made.cache.read("mask", key)["mask"]
+        torch.testing.assert_close(found, of_ltx(expected), rtol=0, atol=1.5 / 255)
+    why = f", because nothing would count there by the clip's mask: {few_clips / WIDE}"
+    assert left_out.format(why) in capsys.readouterr().err
+
+
+def test_the_page_says_which_windows_are_left_out(
+    dataset: Callable[..., Path], folder: Path, recipe_file: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    write_video(folder / "mask.mkv", white_in(0, 7), 25)
+    dataset({WIDE: {"mask": "mask.mkv"}})
+    recipe = load_recipe(recipe_file, [f"data.path={folder}", "data.window=all", "data.overlap=0.5"])
+    assert check_all(recipe, runtime, 1, tmp_path / "report") == []
+    (card,) = read_page(tmp_path / "report").cards
+    assert "1 window left out: 0.32 to 1.00 s" in card.tags
+
+
+def test_a_mask_is_decoded_once_as_long_as_it_does_not_change(
+    dataset: Callable[..., Path], folder: Path, recipe_file: Path, runtime: Runtime
+) -> None:
+    """What is found of it is remembered: other bytes under the same size and time are not noticed, as of any file."""
+    mask = folder / "mask.mkv"
+    write_video(mask, white_in(18, 24), 25)
+    dataset({WIDE: {"mask": "mask.mkv"}})
+
+    def problems() -> list[str]:
+        recipe = load_recipe(recipe_file, [f"data.path={folder}", f"data.cache={folder / 'cache'}"])
+        return [problem.what for problem in check_all(recipe, runtime, 1)]
+
+    before, state = problems(), mask.stat()
+    assert len(before) == 1
+    mask.write_bytes(bytes(state.st_size))
+    os.utime(mask, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert problems() == before
 
 
 def test_a_black_mask_of_copies_is_refused_with_each(

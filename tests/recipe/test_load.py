@@ -90,11 +90,36 @@ def test_unknown_key_names_the_nearest_that_exists(written, text: str, line: int
         ("[vae]\ntiling = 1", "vae.tiling = 1: should be true or false"),
         ("id_token = 7", "data.id_token = 7: should be a valid string"),
         ("caption_dropout = 1.5", "data.caption_dropout = 1.5: should be less than or equal to 1"),
+        ("fps = inf", "data.fps = inf: should be a finite number"),
+        ("[optimizer]\nlr = nan", "optimizer.lr = nan: should be a finite number"),
+        ("[optimizer]\nbetas = [0.9, nan]", "optimizer.betas[1] = nan: should be a finite number"),
+        ("[objective]\nlogit_mean = -inf", "objective.logit_mean = -inf: should be a finite number"),
+        ("[train]\nmax_grad_norm = inf", "train.max_grad_norm = inf: should be a finite number, or: should be 'none'"),
+        (
+            "cache = '~nosuchuser/run'",
+            "data.cache = '~nosuchuser/run': there is no user 'nosuchuser': write the folder in place of ~nosuchuser",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_type_or_value_says_what_should_be_there(written, text: str, what: str) -> None:
     found = problem(written(MINIMAL + text + "\n"))
     assert (found.what, found.where.rpartition(", ")[2]) == (what, f"line {7 if '[' not in text[:1] else 8}")
+
+
+@pytest.mark.parametrize(
+    "repeats, what",
+    [
+        ("inf", "should be a finite number"),
+        ("1001", "should be less than or equal to 1000"),
+        ("-1", "should be greater than or equal to 0"),
+        ("1e-6", "the least is 0.001; 0 leaves the source out"),
+    ],
+)
+def test_a_source_is_repeated_a_sensible_number_of_times(written, repeats: str, what: str) -> None:
+    sources = f"[[data.sources]]\npath = 'a'\nrepeats = {repeats}\n"
+    path = written(MINIMAL.replace('path = "clips"\n', "") + sources)
+    assert problem(path).what == f"data.sources[0].repeats = {float(repeats):g}: {what}"
+    load_recipe(written(MINIMAL.replace('path = "clips"\n', "") + sources.replace(repeats, "0.001")))
 
 
 @pytest.mark.parametrize("bucket", ["17x64", "17*64*96", "0x64x96", "17x64x96.5", ""])

@@ -34,6 +34,14 @@ def test_a_line_feed_in_a_name_begins_no_line(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "error: 2 of\\x1bthem\na\\nerror: b: wrong\n    -> cure it\nc: wrong\n"
 
 
+def test_of_very_many_problems_the_first_are_printed_and_all_are_kept() -> None:
+    error = UserError.of([Problem("wrong", f"clip {number}") for number in range(1000)], "1000 clips cannot be used:")
+    lines = str(error).splitlines()
+    assert (lines[0], lines[1], lines[50]) == ("1000 clips cannot be used:", "clip 0: wrong", "clip 49: wrong")
+    assert lines[51:] == ["and 950 more"]
+    assert len(error.problems) == 1000
+
+
 @pytest.mark.parametrize("encoding, shown", [("utf-8:strict", "é 猫"), ("ascii:strict", "\\xe9 \\u732b")])
 def test_a_stream_that_takes_ascii_alone_gets_it(encoding: str, shown: str) -> None:
     code = "from finetune.runtime.logging import say; say('\\udce9 \\ud800 \\x1b é 猫')"

@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 from finetune.data.clip import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Clip
@@ -211,6 +212,8 @@ def _add_orphans(stem: Path, cars: Sequence[Path], media: Mapping[Path, Sequence
                 cure = f"name it {stem.with_suffix('').name}{car.suffix}"
             elif lists_files(car):
                 cure = f'it lists videos: set data.video_column = "{car.stem}"'
+            elif beside := [file.name for file in car.parent.glob(f"{escape(stem.name)}.*") if file not in cars]:
+                cure = f"{beside[0]} beside it is of a kind that is not read: convert it to MP4, PNG or JPEG"
             found.problems.append(Problem("caption without a video", str(car), cure))
 
 

@@ -14,6 +14,7 @@ from finetune.data.formats.format import Columns, DatasetFormat, Manifest, disti
 from finetune.data.formats.rows import TableRows, other_columns
 from finetune.recipe.schema import Data
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.paths import NoSuchHome, expanded
 
 _HUB = "file_name"  # the Hub's name for the column of files
 _USUAL = {
@@ -120,10 +121,9 @@ def _path(folder: Path, where: str, row: Mapping[str, object], column: str) -> P
     if _ADDRESS.match(value.strip()):
         raise UserError("an address, not a file", "download the video, and write the path of its file", where)
     try:
-        return folder / Path(value.strip()).expanduser()
-    except RuntimeError:
-        user = value.strip().split("/")[0]
-        raise UserError(f"there is no user {user[1:]!r}", f"write the folder in place of {user}", where) from None
+        return folder / expanded(value.strip())
+    except NoSuchHome as error:
+        raise UserError(error.what, error.cure, where) from None
 
 
 def _captions(where: str, row: Mapping[str, object], column: str) -> tuple[str, ...]:

@@ -109,8 +109,8 @@ def _download(address: str, seconds: float) -> Fetched:
             data += chunk
             if len(data) > MAX_BYTES:
                 raise UserError(f"more than {MAX_BYTES >> 20} MB", "use a smaller image", address)
-            if time.monotonic() > deadline:
-                break  # nobody waits for it any more
+            if time.monotonic() > deadline:  # what is there may be a part, of an answer that announces no length
+                raise TimeoutError(f"it took more than {seconds:g} seconds")
         announced = answer.headers.get("Content-Length", "")
         if announced.isdigit() and len(data) < int(announced):
             raise OSError(f"the answer ends after {len(data)} of {announced} bytes")

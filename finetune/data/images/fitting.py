@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from finetune.data.cover import cover
 from finetune.data.decode import VideoInfo
 from finetune.data.images.opening import checked_size, opened_file, read_rgb
 from finetune.recipe import Bucket
@@ -41,9 +42,7 @@ def decode_image(path: Path, bucket: Bucket, background: str = "white") -> np.nd
     assert bucket.frames == 1
     with opened_file(path, str(path)) as file:
         image = read_rgb(file, str(path), background)
-    scale = max(bucket.height / image.height, bucket.width / image.width)
-    height, width = max(bucket.height, round(image.height * scale)), max(bucket.width, round(image.width * scale))
-    top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
+    height, width, top, left = cover(image.height, image.width, bucket)
     # The part of the image that is seen. Only it is scaled: a long strip as a whole could be of any size.
     down, across = image.height / height, image.width / width
     right, bottom = (left + bucket.width) * across, (top + bucket.height) * down

@@ -1,7 +1,6 @@
 """Loads condition images, in their own size."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from finetune.data.images.address import fetch, is_address
 from finetune.data.images.opening import file_problem, opened_file, read_rgb
 from finetune.recipe import Bucket
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.paths import NoSuchHome, expanded
 
 _CURE = "set `image` to an image, a video or an http(s) address"
 
@@ -21,9 +21,9 @@ def missing_image(source: str) -> Problem | None:
         return None
     scheme, is_other_address, _ = source.partition("://")
     try:
-        path = Path(source).expanduser()
-    except RuntimeError as error:  # ~nobody
-        return Problem(f"no such condition image ({error})", source, _CURE)
+        path = expanded(source)
+    except NoSuchHome as error:
+        return Problem(f"no such condition image ({error.what})", source, error.cure)
     problem = file_problem(path, source)
     if problem is None:
         return None
@@ -45,7 +45,7 @@ def load_image(source: str, background: str = "white") -> np.ndarray:
     if is_address(source):
         fetched = fetch(source)
         return np.array(read_rgb(io.BytesIO(fetched.data), source, background, fetched.content_type))
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix.lower() in VIDEO_SUFFIXES - {".gif"}:
         info = decode.probe(path)
         return decode.decode(path, info, Bucket(1, info.height, info.width), info.fps)[0]

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from finetune.data.images.colours import srgb, undeclared
-from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.errors import Problem, Unreadable, UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 2**26  # 8192 x 8192: half a GB while it is converted
@@ -73,11 +73,11 @@ def file_problem(path: Path, where: str) -> Problem | None:
 def opened_file(path: Path, where: str) -> Iterator[BinaryIO]:
     """Open an image file for reading. Raises UserError if that cannot be, or if it is empty or too large."""
     if problem := file_problem(path, where):
-        raise UserError.of([problem])
+        raise Unreadable.of([problem])
     try:
         file = path.open("rb")
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", "mend its permissions, or remove it", where) from None
+        raise Unreadable(f"cannot be read ({error.strerror})", "mend its permissions, or remove it", where) from None
     with file:
         size = path.stat().st_size
         if size == 0:
@@ -167,6 +167,8 @@ def _explained(file: BinaryIO, where: str, content_type: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except MemoryError:
+        raise Unreadable("there is no memory for it", "free some, or make the image smaller", where) from None
     except Image.DecompressionBombError:
         raise _too_large("as its header says", where) from None
     except UnidentifiedImageError:
@@ -175,6 +177,8 @@ def _explained(file: BinaryIO, where: str, content_type: str) -> Iterator[None]:
         raise UserError(f"no image can be read from it ({_kind(head)}{served})", _CURE, where) from None
     except Exception as error:  # decoders and metadata readers raise errors of many kinds for damaged files
         reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.errno is not None:  # Pillow's own OSErrors have none
+            raise Unreadable(f"cannot be read ({error.strerror})", "check the disk that it is on", where) from None
         raise UserError(f"no image can be read from it ({reason})", _AGAIN, where) from None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import av
 
-from finetune.runtime.errors import UserError
+from finetune.runtime.errors import Unreadable, UserError
 
 _AGAIN = "copy or export it again, or remove it"
 _CURES = {
@@ -19,6 +19,10 @@ _CURES = {
     errno.ENOENT: "mend the path, or remove the clip",
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.ENOMEM: f"the file is damaged, or its picture is too large for this machine: {_AGAIN}",
+    errno.EMFILE: "allow more open files: ulimit -n",
+    errno.ENFILE: "close other programs: all processes together have too many open files",
+    errno.ESTALE: "mount its file system again",
+    errno.ETIMEDOUT: "check the server or the network that it comes from",
 }
 _STRICT = {
     "mjpeg",
@@ -89,7 +93,9 @@ def unreadable(error: Exception, path: Path) -> UserError:
     """What an error of the system or of FFmpeg means for the user."""
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
     if number in _CURES:
-        return UserError(f"cannot be read ({reason})", _CURES[number], str(path))
+        return Unreadable(f"cannot be read ({reason})", _CURES[number], str(path))
+    if number and not isinstance(error, av.error.FFmpegError):  # FFmpeg has EINVAL and others for what a file holds
+        return Unreadable(f"cannot be read ({reason})", "check the disk that it is on, or remove it", str(path))
     cure = f"the file is cut off or not a video: {_AGAIN}"
     return UserError(f"cannot be read as a video ({reason})", cure, str(path))
 

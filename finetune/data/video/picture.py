@@ -9,6 +9,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
+from finetune.data.cover import cover
 from finetune.data.video.colour import Colours, colours_of, to_bt709
 from finetune.data.video.info import VideoInfo
 from finetune.data.video.opening import command, display_size
@@ -66,9 +67,7 @@ class Painter:
     ) -> None:
         self.path, self.info, self.bucket = path, info, bucket
         self.pixel_aspect, self.threads = pixel_aspect, threads
-        scale = max(bucket.height / info.height, bucket.width / info.width)
-        self.height = max(bucket.height, round(info.height * scale))
-        self.width = max(bucket.width, round(info.width * scale))
+        self.cover = cover(info.height, info.width, bucket)
         self.scaler = VideoReformatter()
 
     def paint(self, frame: av.VideoFrame, pixels: np.ndarray) -> None:
@@ -82,7 +81,8 @@ class Painter:
         if size != (self.info.height, self.info.width):
             raise self._changed("{1}x{0}".format(*size))
         colours = known_colours(frame, self.path)
-        rows, columns = (self.width, self.height) if turn.transposed else (self.height, self.width)
+        height, width, top, left = self.cover
+        rows, columns = (width, height) if turn.transposed else (height, width)
         scaled = self.scaler.reformat(
             frame,
             columns,
@@ -95,7 +95,6 @@ class Painter:
         )
         kind = "<u2" if colours.is_wide else "u1"
         target = np.empty(pixels.shape, kind) if colours.is_wide else pixels
-        top, left = (self.height - self.bucket.height) // 2, (self.width - self.bucket.width) // 2
         for channel, plane in zip(_PLANES, scaled.planes, strict=True):
             stored = np.frombuffer(memoryview(plane), kind).reshape(rows, -1)[:, :columns]
             shown = turn.upright(stored)[top : top + self.bucket.height, left : left + self.bucket.width]

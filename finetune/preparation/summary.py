@@ -1,0 +1,87 @@
+"""What a start says of its datasets: how many clips each bucket has, and what becomes of them."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from finetune.data.manifest import describe_unused
+from finetune.preparation.inspected import InspectedClip, Inspection, paths_by_content
+from finetune.recipe import Bucket
+from finetune.runtime.logging import listed, say
+
+
+def say_summary(path: Path, found: Inspection, buckets: Sequence[Bucket]) -> None:
+    """Say in a line each how many clips every bucket has and what is lost of them, which are copies, and which files are unused."""
+    clips = found.clips
+    counts = Counter(entry.fit.bucket for entry in clips)
+    trimmed = sum(entry.unused > 0 for entry in clips)
+    cropped = sum(entry.fit.is_cropped for entry in clips)
+    enlarged = sum(entry.fit.is_enlarged for entry in clips)
+    shapes = ", ".join(f"{count} in {bucket}" for bucket, count in sorted(counts.items()))
+    where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
+    say(f"{path}: {_counted(clips)}, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
+    for line in (
+        *_stills(clips, path),
+        *_empty(counts, buckets, path),
+        *_altered(clips, path),
+        *_left_out(clips, path),
+        *_copies(clips, path),
+        *describe_unused(found.unused, path),
+    ):
+        say(line)
+
+
+def _counted(clips: Sequence[InspectedClip]) -> str:
+    """How many clips there are, and how many of them are videos and images where there are both."""
+    images = sum(entry.clip.is_image for entry in clips)
+    kinds = [
+        f"{count} {kind}{'s' if count > 1 else ''}"
+        for count, kind in ((len(clips) - images, "video"), (images, "image"))
+    ]
+    several = f" ({', '.join(kinds)})" if 0 < images < len(clips) else ""
+    samples = sum(entry.samples for entry in clips)
+    return f"{len(clips)} clips{several}" + (f" with {samples} samples" if samples > len(clips) else "")
+
+
+def _stills(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """Which videos are trained as single images."""
+    found = [entry.clip.path for entry in clips if entry.fit.bucket.frames == 1 and not entry.clip.is_image]
+    if found:
+        are = "s are trained as images" if len(found) > 1 else " is trained as an image"
+        yield f"{path}: {len(found)} video{are}, too short for every bucket of several frames: {listed(found)}"
+
+
+def _empty(counts: Mapping[Bucket, int], buckets: Sequence[Bucket], path: Path) -> Iterator[str]:
+    """Which buckets no clip goes to."""
+    if empty := [bucket for bucket in buckets if not counts.get(bucket)]:
+        yield f"{path}: no clip for {listed(empty)}"
+
+
+def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """What is done to the pictures of how many clips, and how many frames are shown again or left out for the frame rate."""
+    changes = Counter(change for entry in clips for change in entry.info.changes)
+    if changes:
+        yield f"{path}: {', '.join(f'{count} {change}' for change, count in sorted(changes.items()))}"
+    found = [each for entry in clips if any(each := entry.resampled)]
+    if found:
+        repeated, left_out = (sum(counts) for counts in zip(*found, strict=True))
+        yield f"{path}: {len(found)} clips have another frame rate: {repeated} frames shown again, {left_out} left out"
+
+
+def _left_out(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """Which windows are left out for their masks."""
+    found = [entry for entry in clips if entry.black.starts]
+    if found:
+        count = sum(len(entry.black.starts) for entry in found)
+        which = listed([f"{entry.clip.path} ({entry.black_seconds})" for entry in found], most=10)
+        windows = f"{count} window{'s' if count > 1 else ''}"
+        yield f"{path}: {windows} left out, because nothing would count there by the clip's mask: {which}"
+
+
+def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+    """How many clips are the same file, byte for byte, as another."""
+    copies = [paths for paths in paths_by_content(clips).values() if len(paths) > 1]
+    if copies:
+        count = sum(len(paths) - 1 for paths in copies)
+        are = "s are copies" if count > 1 else " is a copy"
+        yield f"{path}: {count} clip{are} of others, byte for byte: {listed([' = '.join(map(str, paths)) for paths in copies])}"
