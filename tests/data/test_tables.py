@@ -128,6 +128,14 @@ def test_repeated_rows_are_captions_of_one_clip(folder: Path, suffix: str) -> No
     assert repeated.where.startswith(f"metadata{suffix}, ")
 
 
+def test_rows_with_some_new_captions_add_those(folder: Path) -> None:
+    rows = [["one", "two"], ["two", "three"], ["three", "one"], ["four"], ["two"]]
+    write_table(folder / "metadata.jsonl", [{"video": "a.mp4", "caption": captions} for captions in rows])
+    assert clips(folder) == [("a.mp4", ("one", "two", "three", "four"))]
+    repeated = [each.where for each in read(folder).unused if each.what == "repeats an earlier row"]
+    assert repeated == ["metadata.jsonl, line 3", "metadata.jsonl, line 5"]
+
+
 def test_repeated_rows_with_other_masks_are_no_captions_of_one_clip(folder: Path) -> None:
     (folder / "metadata.csv").write_text("video,caption,mask\na.mp4,one,m.png\na.mp4,two,other.png\n")
     (problem,) = problems(folder)
@@ -313,6 +321,65 @@ def test_videos_inside_of_parquet_are_not_read(folder: Path) -> None:
     (problem,) = problems(folder)
     assert problem.what == "there is no column 'video'"
     assert "columns of bytes are not read: save videos as files" in problem.cure
+
+
+def write_columns(folder: Path, **columns: object) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(
+        pyarrow.table({"video": ["a.mp4", "b.mp4"], "caption": ["x", "y"], **columns}), folder / "metadata.parquet"
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, values",
+    [
+        ("timestamp[us]", [10**18, 0]),  # the year 33,658
+        ("timestamp[s]", [10**15, 0]),
+        ("timestamp[us, tz=Not/AZone]", [10, 0]),
+        ("list<timestamp[us]>", [[10**18], []]),
+    ],
+)
+@pytest.mark.parametrize("column", ["when", "caption"])
+def test_a_column_that_python_cannot_hold_is_named_and_only_missed_where_it_is_used(
+    folder: Path, kind: str, values: list, column: str
+) -> None:
+    import pyarrow
+
+    of = {"s": pyarrow.timestamp("s"), "u": pyarrow.timestamp("us", tz="Not/AZone" if "tz" in kind else None)}
+    unit = of[kind.removeprefix("list<").removeprefix("timestamp[")[0]]
+    write_columns(folder, **{column: pyarrow.array(values, pyarrow.list_(unit) if "list" in kind else unit)})
+    if column == "caption":
+        (problem,) = problems(folder)
+    else:
+        assert clips(folder) == [("a.mp4", ("x",)), ("b.mp4", ("y",))]
+        problem = next(each for each in read(folder).unused if "cannot be read" in each.what)
+    assert problem.what.startswith(f"the column {column!r} cannot be read: ")
+    assert problem.where == str(folder / "metadata.parquet")
+
+
+def test_a_field_whose_name_says_binary_holds_no_bytes(folder: Path) -> None:
+    write_columns(folder, labels=[{"binary_label": 1}, {"binary_label": 2}])
+    assert [clip.columns for clip in read(folder).clips] == [
+        {"labels": '{"binary_label": 1}'},
+        {"labels": '{"binary_label": 2}'},
+    ]
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "fixed", "list", "map", "dictionary"])
+def test_columns_of_bytes_are_of_any_kind(folder: Path, kind: str) -> None:
+    import pyarrow
+
+    values = pyarrow.array([b"12", b"34"])
+    columns = {
+        "fixed": lambda: values.cast(pyarrow.binary(2)),
+        "list": lambda: pyarrow.array([[b"12"], [b"34"]]),
+        "map": lambda: pyarrow.array([[("k", b"1")], []], pyarrow.map_(pyarrow.string(), pyarrow.binary())),
+        "dictionary": values.dictionary_encode,
+    }
+    write_columns(folder, film=columns[kind]() if kind in columns else values.cast(getattr(pyarrow, kind)()))
+    assert [clip.columns for clip in read(folder).clips] == [{}, {}]
 
 
 def test_a_file_that_is_no_parquet(folder: Path) -> None:

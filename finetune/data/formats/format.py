@@ -118,13 +118,13 @@ def merge_rows(clips: Iterable[Clip]) -> Manifest:
 
     Rows of a file that differ in another column are a problem; a row that is there twice is used once.
     """
-    merged: dict[str, Clip] = {}
+    firsts: dict[str, Clip] = {}
+    captions: dict[str, dict[str, None]] = {}  # of each file, in their order; a list would be searched for each row
     problems, unused = [], []
     for clip in clips:
         key = normalised(str(clip.path))
-        first = merged.setdefault(key, clip)
-        if first is clip:
-            continue
+        first = firsts.setdefault(key, clip)
+        known = captions.setdefault(key, {})
         if first.columns != clip.columns:
             names = first.columns.keys() | clip.columns.keys()
             differing = sorted(name for name in names if first.columns.get(name) != clip.columns.get(name))
@@ -132,11 +132,12 @@ def merge_rows(clips: Iterable[Clip]) -> Manifest:
             problems.append(
                 Problem(what, f"{clip.where} ({clip.path.name})", "give both the same, or remove one of them")
             )
-        elif more := tuple(caption for caption in clip.captions if caption not in first.captions):
-            merged[key] = replace(first, captions=first.captions + more)
+        elif first is clip or any(caption not in known for caption in clip.captions):
+            known |= dict.fromkeys(clip.captions)
         else:
             unused.append(Problem("repeats an earlier row", clip.where, "remove it"))
-    return Manifest(tuple(merged.values()), tuple(problems), tuple(unused))
+    merged = (replace(clip, captions=tuple(captions[key])) for key, clip in firsts.items())
+    return Manifest(tuple(merged), tuple(problems), tuple(unused))
 
 
 def normalised(name: str) -> str:

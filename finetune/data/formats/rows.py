@@ -4,29 +4,48 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.data.formats.format import read_text, text_fault
 from finetune.recipe.text import load_json
 from finetune.runtime.errors import Problem, UserError
 
+if TYPE_CHECKING:
+    import pyarrow
+
 Rows = list[tuple[str, object]]
 """(where it is, the row) for each entry of a table; a `Problem` in the place of a row that cannot be read."""
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """What a table holds.
+
+    Attributes:
+        rows: its entries.
+        unread: columns that the rows lack since their values cannot be read, each with the reason.
+    """
+
+    rows: Rows
+    unread: Mapping[str, str] = field(default_factory=dict)
+
 
 _LONGEST_FIELD = 16 * 2**20  # characters; csv's own limit is 128 KiB, and captions that long get a message of their own
 
 
-def read_csv(path: Path) -> Rows:
+def read_csv(path: Path) -> TableRows:
     """Rows of a CSV file with a head line."""
     return _read_separated(path, ",", "a comma")
 
 
-def read_tsv(path: Path) -> Rows:
+def read_tsv(path: Path) -> TableRows:
     """Rows of a file of tab-separated values with a head line."""
     return _read_separated(path, "\t", "a tab")
 
 
-def _read_separated(path: Path, separator: str, name: str) -> Rows:
+def _read_separated(path: Path, separator: str, name: str) -> TableRows:
     reader = csv.reader(io.StringIO(read_text(path)), strict=True, delimiter=separator)
     rows: Rows = []
     limit = csv.field_size_limit(_LONGEST_FIELD)
@@ -46,7 +65,7 @@ def _read_separated(path: Path, separator: str, name: str) -> Rows:
         ) from None
     finally:
         csv.field_size_limit(limit)
-    return rows
+    return TableRows(rows)
 
 
 def _check_head(path: Path, head: Sequence[str]) -> None:
@@ -64,7 +83,7 @@ def _wrong_count(where: str, fields: Sequence[str], head: Sequence[str], separat
     return Problem(what, where, f'put the caption in quotes, "like this": {separator} separates fields')
 
 
-def read_jsonl(path: Path) -> Rows:
+def read_jsonl(path: Path) -> TableRows:
     """Rows of a file with a JSON object on each line."""
     rows: Rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -74,10 +93,10 @@ def read_jsonl(path: Path) -> Rows:
                 rows.append((where, load_json(line)))
             except json.JSONDecodeError as error:
                 rows.append((where, Problem(f"not valid JSON: {error.msg}", where, "mend the line")))
-    return rows
+    return TableRows(rows)
 
 
-def read_json(path: Path) -> Rows:
+def read_json(path: Path) -> TableRows:
     """Rows of a file with a JSON list."""
     try:
         entries = load_json(read_text(path))
@@ -85,10 +104,10 @@ def read_json(path: Path) -> Rows:
         raise UserError(f"not valid JSON: {error.msg}", "mend the line", f"{path}, line {error.lineno}") from None
     if not isinstance(entries, list):
         raise UserError("not a list", 'write [{"video": ..., "caption": ...}, ...]', str(path))
-    return [(f"{path.name}, entry {index + 1}", entry) for index, entry in enumerate(entries)]
+    return TableRows([(f"{path.name}, entry {index + 1}", entry) for index, entry in enumerate(entries)])
 
 
-def read_parquet(path: Path) -> Rows:
+def read_parquet(path: Path) -> TableRows:
     """Rows of a Parquet file. Columns of bytes, such as the videos themselves, are not read."""
     try:
         import pyarrow
@@ -100,16 +119,34 @@ def read_parquet(path: Path) -> Rows:
         with parquet.ParquetFile(path) as file:
             names = [field.name for field in file.schema_arrow if not _has_bytes(field.type)]
             table = file.read(columns=names)
-        entries = table.to_pylist()
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(
             f"not valid Parquet: {error}", "write it again, or save it as .csv or .jsonl", str(path)
         ) from None
-    return [(f"{path.name}, row {number}", entry) for number, entry in enumerate(entries, 1)]
+    columns: dict[str, list[object]] = {}
+    unread: dict[str, str] = {}
+    for name in names:
+        try:
+            columns[name] = table.column(name).to_pylist()
+        except (ValueError, ArithmeticError, LookupError, TypeError, pyarrow.ArrowException) as error:
+            unread[name] = str(error).split(". ")[0]  # such as times that Python's own types cannot hold
+    entries = [{name: values[row] for name, values in columns.items()} for row in range(table.num_rows)]
+    return TableRows([(f"{path.name}, row {number}", entry) for number, entry in enumerate(entries, 1)], unread)
 
 
-def _has_bytes(kind: object) -> bool:
-    return "binary" in str(kind)
+def _has_bytes(kind: "pyarrow.DataType") -> bool:
+    """Whether values of a type are bytes, or hold some: the Hub's videos are structs of bytes and a path."""
+    import pyarrow
+    from pyarrow import types
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _has_bytes(kind.storage_type)
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _has_bytes(kind.value_type)
+    of_bytes = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(test(kind) for test in of_bytes) or any(
+        _has_bytes(kind.field(number).type) for number in range(kind.num_fields)
+    )
 
 
 def other_columns(row: Mapping[str, object], named: Sequence[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.data.clip import Clip
 from finetune.data.formats.format import Columns, DatasetFormat, Manifest, distinct_captions, merge_rows, text_fault
-from finetune.data.formats.rows import Rows, other_columns
+from finetune.data.formats.rows import TableRows, other_columns
 from finetune.recipe.schema import Data
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.paths import NoSuchHome, expanded
@@ -25,11 +25,11 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DEFAULT_VIDEO = Data.model_fields["video_column"].default
 
 
-def table_format(suffix: str, read_rows: Callable[[Path], Rows]) -> DatasetFormat:
+def table_format(suffix: str, read_table: Callable[[Path], TableRows]) -> DatasetFormat:
     """Tables of one format.
 
     Args:
-        read_rows: reads a file of that suffix; raises UserError if it is not valid.
+        read_table: reads a file of that suffix; raises UserError if it is not valid.
     """
 
     def locate(path: Path, _: Columns) -> Path | None:
@@ -37,16 +37,17 @@ def table_format(suffix: str, read_rows: Callable[[Path], Rows]) -> DatasetForma
             path = path / f"metadata{suffix}"
         return path if path.suffix.lower() == suffix and path.is_file() else None
 
-    return DatasetFormat(locate, lambda path, columns: _manifest(path, read_rows(path), columns), suffix)
+    return DatasetFormat(locate, lambda path, columns: _manifest(path, read_table(path), columns), suffix)
 
 
-def _manifest(path: Path, rows: Rows, named: Columns) -> Manifest:
+def _manifest(path: Path, table: TableRows, named: Columns) -> Manifest:
     """The clips of a table's rows. Raises UserError for columns that no row has."""
-    named = _existing(path, dict.fromkeys(str(name) for _, row in rows if isinstance(row, dict) for name in row), named)
+    columns = dict.fromkeys(str(name) for _, row in table.rows if isinstance(row, dict) for name in row)
+    named = _existing(path, columns, table.unread, named)
     clips: list[Clip] = []
     problems: list[Problem] = []
     files = {path}
-    for where, row in rows:
+    for where, row in table.rows:
         if isinstance(row, Problem):
             problems.append(row)
         elif not isinstance(row, dict):
@@ -58,18 +59,26 @@ def _manifest(path: Path, rows: Rows, named: Columns) -> Manifest:
             except UserError as error:
                 problems += error.problems
     merged = merge_rows(clips)
-    return Manifest(merged.clips, (*problems, *merged.problems), merged.unused, frozenset(files))
+    unread = [
+        Problem(f"the column {name!r} cannot be read: {reason}", str(path), "write it as text to use it")
+        for name, reason in table.unread.items()
+    ]
+    return Manifest(merged.clips, (*problems, *merged.problems), (*merged.unused, *unread), frozenset(files))
 
 
-def _existing(path: Path, columns: Mapping[str, None], named: Columns) -> Columns:
-    """The columns to read. Raises UserError if there is none of a name."""
-    if not columns:
+def _existing(path: Path, columns: Mapping[str, None], unread: Mapping[str, str], named: Columns) -> Columns:
+    """The columns to read. Raises UserError if there is none of a name, or if it cannot be read."""
+    if not columns and not unread:
         return named
     if named.video not in columns and named.video == _DEFAULT_VIDEO and _HUB in columns:
         named = replace(named, video=_HUB)
     problems = []
     for kind, column in (("video", named.video), ("caption", named.caption)):
-        if column not in columns:
+        if column in unread:
+            problems.append(
+                Problem(f"the column {column!r} cannot be read: {unread[column]}", str(path), "write it as text")
+            )
+        elif column not in columns:
             problems.append(
                 Problem(f"there is no column {column!r}", str(path), _cure_of_no_column(path, kind, column, columns))
             )
