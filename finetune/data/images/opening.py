@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from finetune.data.clip import AGAIN
 from finetune.data.images.colours import srgb, undeclared
 from finetune.runtime.errors import Problem, Unreadable, UserError
 
@@ -19,7 +20,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 2**26  # 8192 x 8192: half a GB while it is converted
 MAX_BYTES = 8 * MAX_PIXELS  # no image within that limit is larger: four channels of 16 bits
 _CURE = f"use one of {', '.join(FORMATS)}"
-_AGAIN = "copy or export it again, or remove it"
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {  # what makes an image of an orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -81,7 +81,7 @@ def opened_file(path: Path, where: str) -> Iterator[BinaryIO]:
     with file:
         size = path.stat().st_size
         if size == 0:
-            raise UserError("the file is empty (0 bytes)", _AGAIN, where)
+            raise UserError("the file is empty (0 bytes)", AGAIN, where)
         if size > MAX_BYTES:
             raise UserError(f"the file is larger than {MAX_BYTES >> 20} MB", "use a smaller image", where)
         yield file
@@ -179,7 +179,7 @@ def _explained(file: BinaryIO, where: str, content_type: str) -> Iterator[None]:
         reason = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:  # Pillow's own OSErrors have none
             raise Unreadable(f"cannot be read ({error.strerror})", "check the disk that it is on", where) from None
-        raise UserError(f"no image can be read from it ({reason})", _AGAIN, where) from None
+        raise UserError(f"no image can be read from it ({reason})", AGAIN, where) from None
 
 
 def _kind(head: bytes) -> str:
