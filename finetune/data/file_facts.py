@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.files import NO_LOCKS, atomic, writing
@@ -182,7 +182,7 @@ def _may_hold(key: str, entry: dict) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, mode: str) -> Iterator[tuple[BinaryIO, bool]]:
+def _locked(path: Path, mode: str) -> Iterator[tuple[IO[bytes], bool]]:
     """The file open and locked, and whether it is: without locks, a line that another process has written into is passed over."""
     while True:
         with open(path, mode, buffering=0) as file:
@@ -198,7 +198,7 @@ def _locked(path: Path, mode: str) -> Iterator[tuple[BinaryIO, bool]]:
                 return
 
 
-def _append(file: BinaryIO, data: bytes) -> None:
+def _append(file: IO[bytes], data: bytes) -> None:
     """Append whole lines in one write, to a locked file."""
     if size := file.seek(0, os.SEEK_END):
         file.seek(size - 1)

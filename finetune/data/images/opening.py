@@ -3,7 +3,6 @@
 Pillow alone would hand PostScript to Ghostscript, allocate whatever a header asks for, and accept a PNG whose data is damaged.
 """
 
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from typing import BinaryIO
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from finetune.data.clip import AGAIN
+from finetune.data.file_fault import open_fault
 from finetune.data.images.colours import srgb, undeclared
-from finetune.runtime.errors import Problem, Unreadable, UserError
+from finetune.runtime.errors import Unreadable, UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 2**26  # 8192 x 8192: half a GB while it is converted
@@ -55,25 +55,11 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def file_problem(path: Path, where: str) -> Problem | None:
-    """The problem with a path that is no file which can be opened, else None. Pipes and devices are not opened: they may block."""
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        return Problem(f"cannot be read ({reason})", where, "mend the path")
-    if stat.S_ISDIR(mode):
-        return Problem("this is a folder, not an image", where, "give the path of a file")
-    if not stat.S_ISREG(mode):
-        return Problem("this is a pipe or a device, not a file", where, "give the path of a file")
-    return None
-
-
 @contextmanager
 def opened_file(path: Path, where: str) -> Iterator[BinaryIO]:
     """Open an image file for reading. Raises UserError if that cannot be, or if it is empty or too large."""
-    if problem := file_problem(path, where):
-        raise Unreadable.of([problem])
+    if fault := open_fault(path, "image file"):
+        raise Unreadable(*fault, where)
     try:
         file = path.open("rb")
     except OSError as error:

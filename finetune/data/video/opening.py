@@ -1,7 +1,6 @@
 """Opens video files; whatever hinders that is a UserError that names the file."""
 
 import errno
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -10,6 +9,7 @@ from pathlib import Path
 import av
 
 from finetune.data.clip import AGAIN
+from finetune.data.file_fault import open_fault
 from finetune.runtime.errors import Unreadable, UserError
 
 _CURES = {
@@ -75,18 +75,14 @@ def frames_of(container: av.container.InputContainer, stream: av.VideoStream, pa
 
 def require_file(path: Path) -> None:
     """Raise UserError unless the path is a file that has bytes and may be read."""
+    if fault := open_fault(path):
+        raise Unreadable(*fault, str(path))
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-            raise UserError("this is not a file", "remove it", str(path))
-        if found.st_size == 0:
-            raise UserError("the file is empty (0 bytes)", "copy or export it again", str(path))
         with path.open("rb") as file:
-            file.read(1)
+            if not file.read(1):
+                raise UserError("the file is empty (0 bytes)", AGAIN, str(path))
     except OSError as error:
         raise unreadable(error, path) from None
-    except ValueError as error:  # a name with a zero byte
-        raise UserError(f"cannot be read ({error})", "give it another name", str(path)) from None
 
 
 def unreadable(error: Exception, path: Path) -> UserError:
