@@ -13,6 +13,8 @@ VIDEO_SUFFIXES = frozenset(
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif"})
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 
+AGAIN = "copy or export it again, or remove it"  # the cure of a damaged file
+
 
 @dataclass(frozen=True)
 class Clip:

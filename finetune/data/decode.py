@@ -13,8 +13,9 @@ from pathlib import Path
 import av
 import numpy as np
 
+from finetune.data.clip import AGAIN
 from finetune.data.video.info import Resampling, VideoInfo
-from finetune.data.video.opening import FROM_THE_BEGINNING, NO_TIMES, command, opened, packets_of
+from finetune.data.video.opening import FROM_THE_BEGINNING, command, opened, packets_of, without_times
 from finetune.data.video.picture import Painter
 from finetune.data.video.probe import probe
 from finetune.recipe import Bucket
@@ -129,7 +130,7 @@ class _Window:
 
     def _index(self, frame: av.VideoFrame, stream: av.VideoStream) -> int:
         if frame.pts is None:
-            raise UserError(NO_TIMES, f"convert it: {command(self.path, '')}", str(self.path))
+            raise without_times(self.path)
         return self.info.index_of(round(frame.pts * (frame.time_base or stream.time_base) / stream.time_base))
 
     def _check(self, frame: av.VideoFrame, index: int, before: int, place: int | None) -> None:
@@ -143,7 +144,7 @@ class _Window:
                 raise _Elsewhere
             raise self._broken(index, "its data is damaged")
         if index < before:
-            raise UserError(NO_TIMES, f"convert it: {command(self.path, '')}", str(self.path))
+            raise without_times(self.path)
 
     def _broken(self, index: int, why: str) -> UserError:
         index = min(max(index, 0), self.info.frames)
@@ -154,7 +155,7 @@ class _Window:
         keep = f"; or keep its beginning: {command(self.path, f'-t {seconds:.2f}')}" if index else ""
         return UserError(
             f"the file breaks at frame {index} of {self.info.frames}, at {seconds:.2f} s ({why}); {sound}",
-            f"copy or export it again, or remove it{keep}",
+            f"{AGAIN}{keep}",
             str(self.path),
         )
 

@@ -16,15 +16,26 @@ def read_utf8(path: Path) -> str:
         OSError: it cannot be read.
         ValueError: it is not UTF-8 text; names the byte and its line.
     """
-    data = path.read_bytes()
-    if data.startswith(_UTF16):
-        raise ValueError("not UTF-8 text (it is UTF-16)")
     try:
-        text = data.decode("utf-8-sig")
+        return decoded(path.read_bytes())
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"not UTF-8 text (byte 0x{error.object[error.start]:02x} in line {line})") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    except ValueError as error:
+        raise ValueError(f"not UTF-8 text ({error})") from None
+
+
+def decoded(data: bytes, errors: str = "strict") -> str:
+    """Bytes of UTF-8 as text with "\\n" between lines, without a byte order mark.
+
+    Args:
+        errors: what becomes of other bytes, as `bytes.decode` has it.
+    Raises:
+        ValueError: it is UTF-16; or UnicodeDecodeError with "strict".
+    """
+    if data.startswith(_UTF16):
+        raise ValueError("it is UTF-16")
+    return data.decode("utf-8-sig", errors).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def load_json(text: str) -> Any:

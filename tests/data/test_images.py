@@ -202,12 +202,12 @@ def test_paths_that_are_no_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     for name, complaint in [
         ("folder.png", "this is a folder"),
-        ("pipe.png", "a pipe or a device"),
+        ("pipe.png", "this is a FIFO, not a regular file"),
         ("empty.png", "the file is empty"),
         ("loop.png", "symbolic links"),
-        ("a\0b.png", "null"),
+        ("a\0b.png", "NUL character"),
         ("x" * 5000 + ".png", "too long"),
-        ("folder.png/a.png", "No such file"),
+        ("folder.png/a.png", "no such image file"),
     ]:
         assert complaint in refusal(tmp_path / name)
 
@@ -234,4 +234,4 @@ def test_sources_that_are_neither_file_nor_address_are_named(source: str, compla
 def test_files_without_permission_are_named(tmp_path: Path) -> None:
     Image.fromarray(QUARTERS).save(tmp_path / "a.png")
     (tmp_path / "a.png").chmod(0)
-    assert "cannot be read (Permission denied)" in refusal(tmp_path / "a.png")
+    assert "cannot be read (permission denied)" in refusal(tmp_path / "a.png")

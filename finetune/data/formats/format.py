@@ -1,16 +1,15 @@
 """What a kind of dataset has to say, and the reading of text and captions that kinds share."""
 
-import io
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.clip import Clip
+from finetune.recipe.text import decoded
 from finetune.runtime.errors import Problem, UserError
 
 LONGEST_CAPTION = 50_000  # characters; text encoders read a few hundred words
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,10 @@ def read_text(path: Path, most: int | None = None) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", "check its permissions", str(path)) from None
-    if data.startswith(_UTF16):
-        raise UserError("cannot be read (it is UTF-16)", "save it as UTF-8 text", str(path))
-    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", errors="surrogateescape").read()
+    try:
+        return decoded(data, "surrogateescape")
+    except ValueError as error:
+        raise UserError(f"cannot be read ({error})", "save it as UTF-8 text", str(path)) from None
 
 
 def text_fault(text: str) -> tuple[str, str] | None:

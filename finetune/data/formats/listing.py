@@ -1,12 +1,12 @@
 """The files of a folder and of the folders in it, each once; what is hidden or cannot be read is named."""
 
 import os
-import stat
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.data.clip import MEDIA_SUFFIXES
+from finetune.data.file_fault import open_fault
 from finetune.data.formats.format import name_order, normalised, text_fault
 from finetune.runtime.errors import Problem, UserError
 
@@ -14,7 +14,6 @@ _OF_THE_SYSTEM = frozenset(
     {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "@recently-snapshot"}
     | {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 )
-_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 @dataclass
@@ -78,28 +77,10 @@ def is_hidden(name: str) -> bool:
 
 
 def file_fault(path: Path, kind: str = "video file") -> tuple[str, str] | None:
-    """(what is wrong, cure) of a path that is no file which can be read; None if it is one. Its content is not looked at."""
-    if "\0" in str(path):
-        return "the path has a NUL character", "mend the path"
+    """As `open_fault`; also of a name that is not UTF-8, which a manifest cannot have."""
     if fault := text_fault(str(path)):
         return f"the name {fault[0]}", "rename the file in ASCII or UTF-8"
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        if os.path.lexists(path):
-            return "a link to a file that does not exist", "mend or remove the link"
-        windows = "write / in place of \\ in paths" if "\\" in path.name else ""
-        return f"no such {kind}", windows or "mend the path or remove the line"
-    except OSError as error:  # too long a name, no permission, a circle of links
-        return f"cannot be opened ({error.strerror})", "mend the path, or its permissions"
-    if stat.S_ISDIR(mode):
-        return "this is a folder, not a video", "name a file in it"
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        return f"this is {kind}, not a regular file", "copy the video to a file"
-    if not os.access(path, os.R_OK, effective_ids=True):
-        return "cannot be read (permission denied)", "give yourself the right to read it: chmod u+r"
-    return None
+    return open_fault(path, kind)
 
 
 def _contains(folder: str, inner: str) -> bool:

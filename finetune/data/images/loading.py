@@ -6,8 +6,9 @@ import numpy as np
 
 from finetune.data import decode
 from finetune.data.clip import VIDEO_SUFFIXES
+from finetune.data.file_fault import open_fault
 from finetune.data.images.address import fetch, is_address
-from finetune.data.images.opening import file_problem, opened_file, read_rgb
+from finetune.data.images.opening import opened_file, read_rgb
 from finetune.recipe import Bucket
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.paths import NoSuchHome, expanded
@@ -24,12 +25,12 @@ def missing_image(source: str) -> Problem | None:
         path = expanded(source)
     except NoSuchHome as error:
         return Problem(f"no such condition image ({error.what})", source, error.cure)
-    problem = file_problem(path, source)
-    if problem is None:
+    fault = open_fault(path, "image file")
+    if fault is None:
         return None
     if is_other_address and scheme.isalnum():
         return Problem(f"images are not fetched from {scheme}: addresses", source, _CURE)
-    return Problem(f"no such condition image: {problem.what}", source, _CURE)
+    return Problem(f"no such condition image: {fault[0]}", source, _CURE)
 
 
 def load_image(source: str, background: str = "white") -> np.ndarray:

@@ -3,7 +3,6 @@
 Pillow alone would hand PostScript to Ghostscript, allocate whatever a header asks for, and accept a PNG whose data is damaged.
 """
 
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +11,15 @@ from typing import BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from finetune.data.clip import AGAIN
+from finetune.data.file_fault import open_fault
 from finetune.data.images.colours import srgb, undeclared
-from finetune.runtime.errors import Problem, Unreadable, UserError
+from finetune.runtime.errors import Unreadable, UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 2**26  # 8192 x 8192: half a GB while it is converted
 MAX_BYTES = 8 * MAX_PIXELS  # no image within that limit is larger: four channels of 16 bits
 _CURE = f"use one of {', '.join(FORMATS)}"
-_AGAIN = "copy or export it again, or remove it"
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {  # what makes an image of an orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,25 +55,11 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def file_problem(path: Path, where: str) -> Problem | None:
-    """The problem with a path that is no file which can be opened, else None. Pipes and devices are not opened: they may block."""
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        return Problem(f"cannot be read ({reason})", where, "mend the path")
-    if stat.S_ISDIR(mode):
-        return Problem("this is a folder, not an image", where, "give the path of a file")
-    if not stat.S_ISREG(mode):
-        return Problem("this is a pipe or a device, not a file", where, "give the path of a file")
-    return None
-
-
 @contextmanager
 def opened_file(path: Path, where: str) -> Iterator[BinaryIO]:
     """Open an image file for reading. Raises UserError if that cannot be, or if it is empty or too large."""
-    if problem := file_problem(path, where):
-        raise Unreadable.of([problem])
+    if fault := open_fault(path, "image file"):
+        raise Unreadable(*fault, where)
     try:
         file = path.open("rb")
     except OSError as error:
@@ -81,7 +67,7 @@ def opened_file(path: Path, where: str) -> Iterator[BinaryIO]:
     with file:
         size = path.stat().st_size
         if size == 0:
-            raise UserError("the file is empty (0 bytes)", _AGAIN, where)
+            raise UserError("the file is empty (0 bytes)", AGAIN, where)
         if size > MAX_BYTES:
             raise UserError(f"the file is larger than {MAX_BYTES >> 20} MB", "use a smaller image", where)
         yield file
@@ -179,7 +165,7 @@ def _explained(file: BinaryIO, where: str, content_type: str) -> Iterator[None]:
         reason = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:  # Pillow's own OSErrors have none
             raise Unreadable(f"cannot be read ({error.strerror})", "check the disk that it is on", where) from None
-        raise UserError(f"no image can be read from it ({reason})", _AGAIN, where) from None
+        raise UserError(f"no image can be read from it ({reason})", AGAIN, where) from None
 
 
 def _kind(head: bytes) -> str:

@@ -1,7 +1,6 @@
 """Opens video files; whatever hinders that is a UserError that names the file."""
 
 import errno
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -9,16 +8,17 @@ from pathlib import Path
 
 import av
 
+from finetune.data.clip import AGAIN
+from finetune.data.file_fault import open_fault
 from finetune.runtime.errors import Unreadable, UserError
 
-_AGAIN = "copy or export it again, or remove it"
 _CURES = {
     errno.EACCES: "give yourself the right to read it (chmod), or remove it",
     errno.EPERM: "give yourself the right to read it (chmod), or remove it",
     errno.EIO: "check the disk that it is on, copy it again, or remove it",
     errno.ENOENT: "mend the path, or remove the clip",
     errno.ENAMETOOLONG: "give it a shorter name",
-    errno.ENOMEM: f"the file is damaged, or its picture is too large for this machine: {_AGAIN}",
+    errno.ENOMEM: f"the file is damaged, or its picture is too large for this machine: {AGAIN}",
     errno.EMFILE: "allow more open files: ulimit -n",
     errno.ENFILE: "close other programs: all processes together have too many open files",
     errno.ESTALE: "mount its file system again",
@@ -66,7 +66,7 @@ def packets_of(
             return
         except IndexError:  # PyAV looks for the packet's stream among those that were there when it opened the file
             what = "the file is damaged: there are packets of a stream that it does not announce"
-            raise UserError(what, _AGAIN, str(path)) from None
+            raise UserError(what, AGAIN, str(path)) from None
         yield packet
 
 
@@ -78,18 +78,14 @@ def frames_of(container: av.container.InputContainer, stream: av.VideoStream, pa
 
 def require_file(path: Path) -> None:
     """Raise UserError unless the path is a file that has bytes and may be read."""
+    if fault := open_fault(path):
+        raise Unreadable(*fault, str(path))
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-            raise UserError("this is not a file", "remove it", str(path))
-        if found.st_size == 0:
-            raise UserError("the file is empty (0 bytes)", "copy or export it again", str(path))
         with path.open("rb") as file:
-            file.read(1)
+            if not file.read(1):
+                raise UserError("the file is empty (0 bytes)", AGAIN, str(path))
     except OSError as error:
         raise unreadable(error, path) from None
-    except ValueError as error:  # a name with a zero byte
-        raise UserError(f"cannot be read ({error})", "give it another name", str(path)) from None
 
 
 def unreadable(error: Exception, path: Path) -> UserError:
@@ -99,7 +95,7 @@ def unreadable(error: Exception, path: Path) -> UserError:
         return Unreadable(f"cannot be read ({reason})", _CURES[number], str(path))
     if number and not isinstance(error, av.error.FFmpegError):  # FFmpeg has EINVAL and others for what a file holds
         return Unreadable(f"cannot be read ({reason})", "check the disk that it is on, or remove it", str(path))
-    cure = f"the file is cut off or not a video: {_AGAIN}"
+    cure = f"the file is cut off or not a video: {AGAIN}"
     return UserError(f"cannot be read as a video ({reason})", cure, str(path))
 
 
@@ -126,11 +122,14 @@ def _video_stream(container: av.container.InputContainer, path: Path) -> av.Vide
     if streams[0].codec_context is None:
         raise UserError("the code of its video stream is unknown", "export it again as H.264", str(path))
     if not streams[0].time_base:
-        raise UserError(NO_TIMES, f"convert it: {command(path, '')}", str(path))
+        raise without_times(path)
     return streams[0]
 
 
-NO_TIMES = "the file does not say when its frames are shown"
+def without_times(path: Path, cure: str = "") -> UserError:
+    """The error of a file that does not say when its frames are shown."""
+    what = "the file does not say when its frames are shown"
+    return UserError(what, cure or f"convert it: {command(path, '')}", str(path))
 
 
 def display_size(frame: av.VideoFrame, pixel_aspect: Fraction | None, turned: bool) -> tuple[int, int]:

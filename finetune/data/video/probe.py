@@ -13,23 +13,23 @@ from pathlib import Path
 import av
 import numpy as np
 
+from finetune.data.clip import AGAIN
 from finetune.data.video.info import VideoInfo, packed
 from finetune.data.video.opening import (
     FROM_THE_BEGINNING,
-    NO_TIMES,
     command,
     display_size,
     frames_of,
     opened,
     packets_of,
     unreadable,
+    without_times,
 )
 from finetune.data.video.picture import known_colours, orientation_of
 from finetune.data.video.structure import break_in
 from finetune.data.video.timeline import Timeline, hole, timeline
 from finetune.runtime.errors import UserError
 
-_AGAIN = "copy or export it again, or remove it"
 _ANNOUNCING = {"matroska,webm", "flv", "asf"}  # formats whose head says how long the file is
 _WITHOUT_END = {"mpeg", "mpegts"}  # formats in which only the last frames tell whether the end is there
 _WHOLE = {"matroska,webm", "gif", "avi"}  # formats whose boxes show that nothing is missing; a pause in them is meant
@@ -67,7 +67,7 @@ def probe(path: Path) -> VideoInfo:
     with opened(path) as (container, stream):
         form = container.format.name
         if form in _RAW:
-            raise UserError(NO_TIMES, f"say its rate: {command(path, '', before='-r 25')}", str(path))
+            raise without_times(path, f"say its rate: {command(path, '', before='-r 25')}")
         # Before the packets, because decoding takes what the demuxer has read while opening.
         first = _first_frame(container, stream, path)
         turn, colours = orientation_of(first, path), known_colours(first, path)
@@ -90,9 +90,9 @@ def _first_frame(container: av.container.InputContainer, stream: av.VideoStream,
         raise UserError("not one frame can be decoded", "export it again, or remove it", str(path))
     has_no_order = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
     if frame.pts is None or (has_no_order and stream.codec_context.has_b_frames):
-        raise UserError(NO_TIMES, f"convert it: {command(path, '')}", str(path))
+        raise without_times(path)
     if frame.is_corrupt:
-        raise UserError("its first frame is damaged", _AGAIN, str(path))
+        raise UserError("its first frame is damaged", AGAIN, str(path))
     return frame
 
 
@@ -114,7 +114,7 @@ def _read_through(path: Path, form: str, first: int) -> tuple[Timeline, tuple[in
     times = np.frombuffer(packets.times, np.int64)
     ticks = np.unique(times)
     if not len(ticks):
-        raise UserError("there is not one frame in it", _AGAIN, str(path))
+        raise UserError("there is not one frame in it", AGAIN, str(path))
     if first > ticks[0] or not packets.begins_with_key:
         lost = max(1, int(np.searchsorted(ticks, first)))
         what = f"the stream does not begin with a key frame: its first {lost} frames cannot be decoded"
@@ -156,7 +156,7 @@ def _require_no_hole(path: Path, found: Timeline, is_broadcast: bool) -> None:
     if gap:
         filled = command(path, f"-vf fps={round(1 / float(np.median(np.diff(found.ticks)) * found.tick), 3):g}")
         what = f"frames are missing between {gap[0]:.2f} and {gap[1]:.2f} s, everywhere else they come at one rate"
-        raise UserError(what, f"{_AGAIN}; if the pause is meant, fill it: {filled}", str(path))
+        raise UserError(what, f"{AGAIN}; if the pause is meant, fill it: {filled}", str(path))
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream, path: Path, all_streams: bool) -> _Packets:
@@ -220,5 +220,5 @@ def _refused(path: Path, what: str, found: Timeline, until: int | None) -> UserE
         seconds = float((found.ticks[frames - 1] - found.ticks[0] + int(np.median(np.diff(found.ticks)))) * found.tick)
     keep = f"; or keep its beginning: {command(path, f'-t {seconds:.2f}')}" if frames else ""
     return UserError(
-        f"{what}; at most its first {frames} frames ({seconds:.2f} s) are sound", f"{_AGAIN}{keep}", str(path)
+        f"{what}; at most its first {frames} frames ({seconds:.2f} s) are sound", f"{AGAIN}{keep}", str(path)
     )
