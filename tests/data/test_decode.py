@@ -118,6 +118,17 @@ def test_frames_that_fill_a_duration(duration: float, fps: float, frames: int) -
     assert VideoInfo(128, 192, 10, duration).frames_at(fps) == frames
 
 
+@pytest.mark.parametrize("name, fps", [("one_frame.mp4", 16.0), ("one_frame.mp4", 25.0), ("b_frames.mp4", 0.5)])
+def test_the_first_frame_is_there_at_any_rate(ffmpeg: Ffmpeg, name: str, fps: float) -> None:
+    path = ffmpeg.make(name, *CONTAINERS[name])
+    clip = probe(path)
+    assert clip.frames_at(fps) == 1
+    frames = decode(path, clip, Bucket(1, 128, 192), fps)
+    assert difference(frames, ffmpeg.frames(path, 128, 192)[:1]) <= UNSCALED
+    with pytest.raises(UserError, match=rf"2 frames at {fps:g} fps"):
+        decode(path, clip, Bucket(2, 128, 192), fps)
+
+
 # --- frames and pixels ------------------------------------------------------------------------------------------------
 
 FILES = {

@@ -116,9 +116,9 @@ class VideoInfo:
         return Resampling(count - shown, indices[-1] - indices[0] + 1 - shown)
 
     def require(self, fps: float, count: int, start: float, where: str) -> None:
-        """Raise UserError unless the clip has `count` frames from `start` on."""
+        """Raise UserError unless the clip has `count` frames from `start` on. Its first frame is there at any rate."""
         end = start + (count - _SLACK) / fps
-        if start < 0 or end > self.duration + 1e-6:
+        if start < 0 or (end > self.duration + 1e-6 and (start, count) != (0, 1)):
             raise UserError(
                 f"{count} frames at {fps:g} fps from {start:g} s on end at {end:.3f} s, the clip at {self.duration:.3f} s",
                 "take a shorter bucket or an earlier window",

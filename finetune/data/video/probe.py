@@ -55,6 +55,8 @@ class _Packets:
     untimed: int = 0  # packets that do not say when they are shown
     marked: int | None = None  # time of the first packet that the container marks as damaged
     begins_with_key: bool = True
+    turns_back: bool = False  # whether a packet is to be decoded before the one that it follows
+    decoded: int | None = None  # time at which the last packet is to be decoded
     end: float = 0.0  # seconds at which the last stream ends
 
 
@@ -110,11 +112,13 @@ def _read_through(path: Path, form: str, first: int) -> tuple[Timeline, tuple[in
         seconds = (container.duration or 0) / av.time_base if form in _ANNOUNCING else 0.0
         begin = (container.start_time or 0) / av.time_base
     if 2 * packets.untimed > packets.count:
-        raise UserError(NO_TIMES, f"convert it: {command(path, '')}", str(path))
+        raise without_times(path)
     times = np.frombuffer(packets.times, np.int64)
     ticks = np.unique(times)
     if not len(ticks):
         raise UserError("there is not one frame in it", AGAIN, str(path))
+    if packets.turns_back or len(ticks) < len(times):
+        _require_order(path, max((rate for rate in rates if rate), default=Fraction(25)))
     if first > ticks[0] or not packets.begins_with_key:
         lost = max(1, int(np.searchsorted(ticks, first)))
         what = f"the stream does not begin with a key frame: its first {lost} frames cannot be decoded"
@@ -151,6 +155,25 @@ def _former(packets: _Packets, tick: Fraction, average_rate: Fraction | None) ->
     return len(times), float((span + last) * tick)
 
 
+def _require_order(path: Path, rate: Fraction) -> None:
+    """Raise UserError if frames would be lost because they are not shown after the one that they follow.
+
+    Packets do not tell: that two of them have one time may mean the two fields of a frame.
+    """
+    latest, count, lost = -(2**63), 0, 0
+    with opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        for frame in frames_of(container, stream, path):
+            if frame.pts is not None:
+                count, lost = count + 1, lost + (frame.pts <= latest)
+                latest = max(latest, frame.pts)
+    if lost:
+        retimed = command(path, f"-vf settb={rate.denominator}/{rate.numerator},setpts=N -r {rate} -an")
+        what = f"{lost} of its {count} frames are shown no later than the frame before them, and would be lost"
+        cure = f"give each a time of its own: {retimed}; or, if two films were joined, cut them where they meet"
+        raise UserError(what, cure, str(path))
+
+
 def _require_no_hole(path: Path, found: Timeline, is_broadcast: bool) -> None:
     gap = hole(found, is_broadcast)
     if gap:
@@ -173,6 +196,9 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream, pat
             found.begins_with_key = packet.is_keyframe
         found.count += 1
         found.untimed += packet.pts is None
+        if packet.dts is not None:
+            found.turns_back |= found.decoded is not None and packet.dts < found.decoded
+            found.decoded = packet.dts
         if packet.pts is None or packet.is_discard:
             continue
         last = packet.pts, packet.duration or 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
+_HEAD, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
 _TOP = frozenset(
     {  # what a Matroska segment consists of: heads, information, clusters, tracks, cues, attachments, chapters, tags
         0x114D9B74,
@@ -61,9 +61,13 @@ def _damaged(place: int, size: int) -> Break:
     return Break(f"the file is damaged {place / size:.0%} of the way into it (at byte {place:,})", place)
 
 
+def _second(place: int) -> Break:
+    return Break(f"a second film begins behind the first (at byte {place:,}), and players do not show it", place)
+
+
 def _movie(handle: int, size: int) -> Break | None:
     """MP4 and QuickTime: a row of boxes, each with its length."""
-    position = 0
+    position, seen = 0, set[bytes]()
     while position + 8 <= size:
         head = os.pread(handle, 16, position)
         length = int.from_bytes(head[:4], "big")
@@ -71,6 +75,9 @@ def _movie(handle: int, size: int) -> Break | None:
             length = int.from_bytes(head[8:16], "big")
         if head[4:8] in _MOVIE_BOXES and position + length > size:
             return _cut(position + length, size, size)
+        if head[4:8] == b"ftyp" and seen >= {b"moov", b"mdat"} and b"moof" not in seen:
+            return _second(position)
+        seen.add(head[4:8])
         if length < 8:  # 0 is "until the end"; anything else is no box
             return None
         position += length
@@ -92,6 +99,8 @@ def _matroska(handle: int, size: int) -> Break | None:
             return _cut(max(edge, end), size, place)
         if not known or edge > end:
             return _damaged(place, size)
+    if (behind := _element(handle, end, size)) and behind[0] in (_HEAD, _SEGMENT):
+        return _second(end)
     return _cut(end, size, size) if end > size else None
 
 
