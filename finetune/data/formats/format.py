@@ -15,10 +15,15 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns, or of the text files, that hold videos and captions."""
+    """Names of the columns, or of the text files, that hold videos and captions.
+
+    Attributes:
+        leave_out: folders in the dataset's own that are not looked into.
+    """
 
     video: str
     caption: str
+    leave_out: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True)
