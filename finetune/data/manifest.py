@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,9 @@ __all__ = ["Manifest", "describe_unused", "read_manifest"]
 _REASONS = 10  # in the summary
 
 
-def read_manifest(path: Path, video_column: str, caption_column: str, id_token: str = "") -> Manifest:
+def read_manifest(
+    path: Path, video_column: str, caption_column: str, id_token: str = "", leave_out: Collection[Path] = ()
+) -> Manifest:
     """Find the clips of a dataset, in an order that depends on names and lines only.
 
     Args:
@@ -26,6 +28,7 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
             `<video_column>s.txt` and `<caption_column>s.txt` (prompts.txt for "caption", too), a folder with metadata.csv,
             .tsv, .json, .jsonl or .parquet, or with train/ that has one, or such a file. Paths inside are relative to the file.
         id_token: text that is put in front of every caption, followed by a space.
+        leave_out: folders inside of a dataset's folder whose files are no part of it, such as the run's own.
     Returns:
         The clips, the clips and rows that cannot be used, and of a folder every file that is not used, each with the reason.
     Raises:
@@ -41,7 +44,7 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
             "set data.path, or `path` in [[data.sources]], to a folder of videos or a manifest file",
             str(path),
         )
-    found, manifest = _read(path, Columns(video_column, caption_column))
+    found, manifest = _read(path, columns := Columns(video_column, caption_column, frozenset(leave_out)))
     manifest = _with_files(manifest)
     if not manifest.clips and not manifest.problems:
         raise UserError(
@@ -53,7 +56,7 @@ def read_manifest(path: Path, video_column: str, caption_column: str, id_token: 
     if id_token:
         clips = tuple(replace(clip, captions=tuple(f"{id_token} {text}" for text in clip.captions)) for clip in clips)
     # A folder of side-cars is listed by its own reader, which knows more of each file.
-    left_over = _left_over(path, found, manifest) if is_folder and found != path else []
+    left_over = _left_over(path, found, manifest, columns) if is_folder and found != path else []
     return replace(manifest, clips=clips, unused=(*manifest.unused, *left_over))
 
 
@@ -130,12 +133,12 @@ def _entries(folder: Path) -> Iterable[str]:
         return ()
 
 
-def _left_over(path: Path, table: Path, manifest: Manifest) -> list[Problem]:
+def _left_over(path: Path, table: Path, manifest: Manifest, columns: Columns) -> list[Problem]:
     """The files in a dataset's folder that are neither used nor named yet."""
     named = {problem.where for problem in (*manifest.problems, *manifest.unused)}
     files = {os.path.normpath(file) for file in (*manifest.files, *(clip.path for clip in manifest.clips))}
     folders = {str(folder) for file in files for folder in Path(file).parents}
-    listed = list_files(path)
+    listed = list_files(path, columns.leave_out)
     hidden = [
         each for each in [*listed.problems, *listed.unused] if os.path.normpath(each.where) not in files | folders
     ]

@@ -56,7 +56,7 @@ def _sizes(
 ) -> list[tuple[VideoInfo, bool]]:
     """The usable clips of a dataset, and whether each is an image; none if it cannot be read. Collective."""
     try:
-        found = inspect_dataset(stated.data, source, number, stated.train.seed, cache, runtime, columns)
+        found = inspect_dataset(stated, source, number, cache, runtime, columns)
     except LostPeer:
         raise
     except UserError:  # on every rank: `inspect_data` raises it again, with the problems of the other datasets

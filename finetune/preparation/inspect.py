@@ -54,7 +54,7 @@ def inspect_datasets(
     recipe: Recipe, cache: Cache, runtime: Runtime, columns: Sequence[str] = (), unweighed: Unweighed | None = None
 ) -> list[Inspection]:
     """Inspect every dataset of a recipe, held-out clips last, whatever is wrong with them; see `inspect_data`."""
-    data, seed, named = recipe.data, recipe.train.seed, recipe.validation.heldout
+    data, named = recipe.data, recipe.validation.heldout
     held = [(0, DataSource(path=named))] if named else []
     for source in data.sources:
         if not source.repeats:
@@ -62,7 +62,7 @@ def inspect_datasets(
     found = []
     for number, source in (*data.used_datasets, *held):
         try:
-            found.append(inspect_dataset(data, source, number, seed, cache, runtime, columns, unweighed))
+            found.append(inspect_dataset(recipe, source, number, cache, runtime, columns, unweighed))
         except LostPeer:
             raise
         except UserError as error:  # the same on every rank
@@ -91,18 +91,18 @@ def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[st
 
 
 def inspect_dataset(
-    data: Data,
+    recipe: Recipe,
     source: DataSource,
     number: int,
-    seed: int,
     cache: Cache,
     runtime: Runtime,
     columns: Sequence[str],
     unweighed: Unweighed | None = None,
 ) -> Inspection:
     """Inspect one dataset. Collective; returns the same on every rank."""
+    data = recipe.data
     with runtime.together():
-        manifest = read_manifest(source.path, **data.reading(source))
+        manifest = read_manifest(source.path, **data.reading(source), leave_out=recipe.own_folders)
         clips, problems = _with_files(manifest.clips, columns)
         read = [*columns, *optional_columns(columns)]
         uses = uses_of(clips, read, PICTURES)
@@ -113,7 +113,7 @@ def inspect_dataset(
         try:
             info, content = facts.info(clip.path), facts.hash(clip.path)
             fit = fit_to_bucket(info, data.buckets, data.fps, str(clip.path), clip.is_image, _by_area(data, clip))
-            windows = windows_of(fit, data, seed, content)
+            windows = windows_of(fit, data, recipe.train.seed, content)
             named = {column: clip.file(column) for column in read if column in clip.columns}
             shown = {column: facts.info(file) for column, file in named.items() if column in PICTURES}
             check_pictures(clip, info, fit, shown, max(windows.starts) + fit.bucket.frames)

@@ -329,6 +329,12 @@ class Recipe(Table):
         return self.output / experts[0] if experts and len(experts) == 1 else self.output
 
     @property
+    def own_folders(self) -> list[Path]:
+        """Folders that a run writes into. If they lie in a dataset's folder, their videos and images are no clips of it."""
+        # samples/ by itself counts where the run writes into the dataset's folder itself, which cannot be left out as a whole.
+        return [self.output, self.run_folder / "samples", self.data.cache]
+
+    @property
     def adapter(self) -> Table | None:
         """The settings of the adapter that is trained: the table that is called as train.method. None with "full"."""
         return None if self.train.method == "full" else getattr(self, self.train.method)

@@ -17,7 +17,7 @@ from finetune.checks.model import open_family
 from finetune.checks.output import check_output
 from finetune.checks.settings import check_device, check_recipe
 from finetune.preparation.encode import prepare
-from finetune.recipe import load_recipe, write_recipe
+from finetune.recipe import Recipe, load_recipe, write_recipe
 from finetune.runtime.device import Device
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
@@ -243,3 +243,21 @@ def test_a_held_out_clip_that_is_trained_on_is_refused(recipe_file: Path, runtim
     recipe = load_recipe(recipe_file, [f"validation.heldout={tmp_path / 'heldout'}"])
     with pytest.raises(UserError, match="this held-out clip is trained on, too"):
         prepare(recipe, open_family(recipe), runtime)
+
+
+def test_a_run_in_its_dataset_s_folder_does_not_train_on_its_own_samples(
+    recipe_file: Path, runtime: Runtime, clips: Path, tmp_path: Path
+) -> None:
+    def recipe(output: Path) -> Recipe:
+        return load_recipe(recipe_file, [f"data.path={data}", f"data.cache={data / 'cache'}", f"output={output}"])
+
+    data = shutil.copytree(clips, tmp_path / "own")
+    for samples in (data / "run" / "samples", data / "samples"):
+        samples.mkdir(parents=True)
+        shutil.copy(clips / "wide.mp4", samples / "00_seed0.mp4")
+    (problem,) = check_all(recipe(data / "run"), runtime, gpus=1)
+    assert problem.where == str(data / "samples" / "00_seed0.mp4")
+    assert len(check_all(recipe(tmp_path / "elsewhere"), runtime, gpus=1)) == 2
+    shutil.rmtree(data / "run")
+    assert check_all(recipe(data), runtime, gpus=1) == []
+    assert len(prepare(recipe(data), open_family(recipe(data)), runtime).train) == len(list(clips.glob("*.txt")))

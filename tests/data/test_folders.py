@@ -381,3 +381,29 @@ def test_every_file_is_used_or_named(tmp_path: Path, kind: str) -> None:
             rf"(?<![^\s(]){re.escape(path.name)}(?![^\s),])", words
         )  # named with the file it belongs to
         assert str(parent or path) in words or partner, path
+
+
+@pytest.mark.parametrize("kind", ["side-cars", "table", "splits"])
+def test_folders_that_a_run_writes_into_are_no_part_of_the_dataset(tmp_path: Path, kind: str) -> None:
+    data = tmp_path / "data"
+    write(data, {"run/samples/step_1/00.mp4": "", "run/samples/step_1/sheet.png": "", "cache/x.mp4": ""})
+    (data / "latest").symlink_to("run/samples")
+    if kind == "side-cars":
+        write(data, {"a.mp4": "", "a.txt": "x"})
+    else:
+        folder = "train/" if kind == "splits" else ""
+        write(data, {f"{folder}a.mp4": "", f"{folder}metadata.csv": "video,caption\na.mp4,x\n"})
+    found = read_manifest(data, "video", "caption", leave_out=[data / "run", data / "cache", data / "later"])
+    assert [clip.captions for clip in found.clips] == [("x",)]
+    assert found.problems == ()
+    own = {problem.where for problem in found.unused if problem.what == "written by the run itself"}
+    assert own == {str(data / name) for name in ("run", "cache", "latest")}
+    assert len(found.unused) == 3
+
+
+def test_a_dataset_in_a_run_s_folder_is_read(tmp_path: Path) -> None:
+    write(tmp_path, {"run/clips/a.mp4": "", "run/clips/a.txt": "x", "run/clips/samples/b.mp4": ""})
+    run = tmp_path / "run"
+    found = read_manifest(run / "clips", "video", "caption", leave_out=[run, run / "clips", run / "clips" / "samples"])
+    assert [clip.path for clip in found.clips] == [run / "clips" / "a.mp4"]
+    assert [problem.where for problem in found.unused] == [str(run / "clips" / "samples")]

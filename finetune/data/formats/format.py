@@ -14,10 +14,15 @@ LONGEST_CAPTION = 50_000  # characters; text encoders read a few hundred words
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns, or of the text files, that hold videos and captions."""
+    """Names of the columns, or of the text files, that hold videos and captions.
+
+    Attributes:
+        leave_out: folders in the dataset's own that are not looked into.
+    """
 
     video: str
     caption: str
+    leave_out: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Listing:
         files: regular files that can be tried, by name.
         bad: what is no regular file or has a name that cannot be used, with the reason.
         problems: folders that cannot be read.
-        unused: hidden files and folders, and folders that are read under another path.
+        unused: hidden files and folders, and folders that are left out or read under another path.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -33,14 +34,17 @@ class Listing:
     unused: list[Problem] = field(default_factory=list)
 
 
-def list_files(root: Path) -> Listing:
+def list_files(root: Path, leave_out: Collection[Path] = ()) -> Listing:
     """List a folder. Links to folders are followed, and each real folder is read once, under its own path if that is in `root`.
 
+    Args:
+        leave_out: folders that a run writes into. They are named and not looked into, unless `root` lies in them.
     Raises:
         UserError: the folder cannot be read.
     """
     found = Listing()
     real_root = os.path.realpath(root)
+    own = [real for folder in leave_out if not _contains(real := os.path.realpath(folder), real_root)]
     folders, seen = [(root, real_root)], set[str]()
     links: deque[Path] = deque()  # after all that is no link
     while folders or links:
@@ -56,6 +60,9 @@ def list_files(root: Path) -> Listing:
             found.unused.append(Problem("a folder that is read under another path", str(folder)))
             continue
         seen.add(real)
+        if any(_contains(each, real) for each in own):
+            found.unused.append(Problem("written by the run itself", str(folder)))
+            continue
         for entry in _entries(folder, root, found):
             path = folder / entry.name
             if is_hidden(entry.name):

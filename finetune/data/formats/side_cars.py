@@ -52,7 +52,7 @@ def _locate(path: Path, _: Columns) -> Path | None:
 
 
 def _read(folder: Path, columns: Columns) -> Manifest:
-    listing = list_files(folder)
+    listing = list_files(folder, columns.leave_out)
     listed = sorted([*listing.files, *listing.bad], key=name_order)
     media: dict[Path, list[Path]] = defaultdict(list)
     for file in filter(is_media, listed):

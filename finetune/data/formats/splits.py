@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.formats.format import Columns, DatasetFormat, Manifest
-from finetune.data.formats.listing import is_hidden, is_media, list_files
+from finetune.data.formats.listing import is_media, list_files
 from finetune.runtime.errors import Problem
 
 _TRAIN = "train"
@@ -20,7 +20,7 @@ def split_format(tables: Sequence[DatasetFormat]) -> DatasetFormat:
         files, unused = set(found.files), list(found.unused)
         for folder in sorted(train.parent / name for name in _HELDOUT if (train.parent / name).is_dir()):
             cure = f'to measure the held-out loss on it, set validation.heldout = "{folder}"'
-            listed = list_files(folder)
+            listed = list_files(folder, columns.leave_out)
             kept_apart = sorted([*listed.files, *listed.bad])
             unused += [*listed.problems, *listed.unused]
             unused += [Problem(f"in {folder.name}/, which is not trained on", str(file), cure) for file in kept_apart]
@@ -32,12 +32,13 @@ def split_format(tables: Sequence[DatasetFormat]) -> DatasetFormat:
         if not train.is_dir():
             return None
         table = next((found for each in tables if (found := each.locate(train, columns))), None)
-        return None if table is None or _has_other_clips(path) else table
+        return None if table is None or _has_other_clips(path, columns) else table
 
     return DatasetFormat(locate, read)
 
 
-def _has_other_clips(path: Path) -> bool:
+def _has_other_clips(path: Path, columns: Columns) -> bool:
     """Whether there are clips outside of the splits; then the folder is one of side-cars."""
-    others = (each for each in path.iterdir() if each.name not in (_TRAIN, *_HELDOUT) and not is_hidden(each.name))
-    return any(any(map(is_media, list_files(each).files)) if each.is_dir() else is_media(each) for each in others)
+    splits = [path / name for name in (_TRAIN, *_HELDOUT)]
+    others = (each for each in list_files(path, [*splits, *columns.leave_out]).files)
+    return any(map(is_media, others))
