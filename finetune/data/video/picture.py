@@ -8,6 +8,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from PIL import ImageColor
 
 from finetune.data.video.colour import Colours, colours_of, to_bt709
 from finetune.data.video.info import VideoInfo
@@ -18,6 +19,8 @@ from finetune.runtime.errors import UserError
 # Without the last two, swscale makes limited-range video about 2 of 255 too dark.
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _PLANES = (1, 2, 0)  # channels of the planes of gbrp
+TRANSPARENT = "with transparent parts shown on the background"  # one of `VideoInfo.changes`, and so is
+UNREAD_ALPHA = "with an alpha channel that is not read (VP8 or VP9)"  # which FFmpeg's own decoders leave out
 
 
 class Orientation(NamedTuple):
@@ -55,6 +58,16 @@ def orientation_of(frame: av.VideoFrame, path: Path) -> Orientation:
     return Orientation(True, b < 0, c < 0) if across > straight else Orientation(False, d < 0, a < 0)
 
 
+def has_alpha(frame: av.VideoFrame) -> bool:
+    """Whether a frame's pixels may be transparent."""
+    return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+
+
+def is_transparent(frame: av.VideoFrame) -> bool:
+    """Whether a frame is transparent anywhere."""
+    return has_alpha(frame) and bool(frame.to_ndarray(format="rgba")[..., 3].min() < 255)
+
+
 class Painter:
     """Converts frames of one clip into a bucket's pixels; keeps swscale's filters between frames.
 
@@ -62,9 +75,16 @@ class Painter:
     """
 
     def __init__(
-        self, path: Path, info: VideoInfo, bucket: Bucket, pixel_aspect: Fraction | None, threads: int
+        self,
+        path: Path,
+        info: VideoInfo,
+        bucket: Bucket,
+        pixel_aspect: Fraction | None,
+        threads: int,
+        background: str = "white",
     ) -> None:
         self.path, self.info, self.bucket = path, info, bucket
+        self.background = np.array(ImageColor.getrgb(background))  # uint8 (3,) in range
         self.pixel_aspect, self.threads = pixel_aspect, threads
         scale = max(bucket.height / info.height, bucket.width / info.width)
         self.height = max(bucket.height, round(info.height * scale))
@@ -82,13 +102,15 @@ class Painter:
         if size != (self.info.height, self.info.width):
             raise self._changed("{1}x{0}".format(*size))
         colours = known_colours(frame, self.path)
+        if TRANSPARENT in self.info.changes and is_transparent(frame):
+            frame = self._opaque(frame, colours)
         rows, columns = (self.width, self.height) if turn.transposed else (self.height, self.width)
         scaled = self.scaler.reformat(
             frame,
             columns,
             rows,
             "gbrp16le" if colours.is_wide else "gbrp",
-            src_colorspace=colours.matrix,
+            src_colorspace=None if frame.format.is_rgb else colours.matrix,
             interpolation=_ACCURATE,
             dst_color_range=ColorRange.JPEG,
             threads=self.threads,
@@ -102,6 +124,23 @@ class Painter:
             target[..., channel] = shown
         if colours.is_wide:
             pixels[:] = to_bt709(target, colours)
+
+    def _opaque(self, frame: av.VideoFrame, colours: Colours) -> av.VideoFrame:
+        """A frame on the background, as RGB in its own size; before it is scaled, so that no hidden colour is mixed in."""
+        form, peak = ("rgba64le", 65535) if colours.is_wide else ("rgba", 255)
+        full = VideoReformatter().reformat(
+            frame,
+            format=form,
+            src_colorspace=colours.matrix,
+            interpolation=_ACCURATE,
+            dst_color_range=ColorRange.JPEG,
+            threads=self.threads,
+        )
+        pixels = full.to_ndarray().astype(np.int64)
+        alpha, behind = pixels[..., 3:], self.background * (peak // 255)
+        mixed = (pixels[..., :3] * alpha + behind * (peak - alpha) + peak // 2) // peak
+        kind, form = (np.uint16, "rgb48le") if colours.is_wide else (np.uint8, "rgb24")
+        return av.VideoFrame.from_ndarray(mixed.astype(kind), format=form)
 
     def _changed(self, size: str) -> UserError:
         what = f"its picture changes size, from {self.info.width}x{self.info.height} to {size}"

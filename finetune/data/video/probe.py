@@ -1,4 +1,5 @@
-"""Finds out what a video file holds, at the price of reading it through once; only its first frames are decoded.
+"""Finds out what a video file holds, at the price of reading it through once; only its first frames are decoded, or
+those up to the first that is transparent, if its pixels may be.
 
 What is found here: files that cannot be read, are cut off, announce more frames or seconds than they have, have packets
 marked as damaged, boxes that do not fit together, holes, no key frame at the beginning, no times, or colours that cannot
@@ -8,6 +9,7 @@ be converted. What is damaged inside a frame is found when that frame is decoded
 from array import array
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -24,7 +26,14 @@ from finetune.data.video.opening import (
     packets_of,
     unreadable,
 )
-from finetune.data.video.picture import known_colours, orientation_of
+from finetune.data.video.picture import (
+    TRANSPARENT,
+    UNREAD_ALPHA,
+    has_alpha,
+    is_transparent,
+    known_colours,
+    orientation_of,
+)
 from finetune.data.video.structure import break_in
 from finetune.data.video.timeline import Timeline, hole, timeline
 from finetune.runtime.errors import UserError
@@ -77,6 +86,10 @@ def probe(path: Path) -> VideoInfo:
         changes = ["deinterlaced"] if _is_interlaced(first, stream) else []
         changes += ["mirrored"] if turn.mirrored else []
         changes += [colours.change] if colours.change else []
+        if has_alpha(first) and any(map(is_transparent, chain([first], frames_of(container, stream, path)))):
+            changes.append(TRANSPARENT)
+        if stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1":
+            changes.append(UNREAD_ALPHA)
     found, former = _read_through(path, form, first.pts)
     if form in _WITHOUT_END:
         _decode_tail(path, found, form in FROM_THE_BEGINNING)
