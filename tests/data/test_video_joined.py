@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from drawn import film, numbers
 from ffmpeg_oracle import H264, VP9, Ffmpeg
 
 from finetune.data.decode import decode, probe
+from finetune.data.video.timeline import constant_rate
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
@@ -64,6 +66,20 @@ def test_frames_that_the_container_gives_one_time_are_not_lost(ffmpeg: Ffmpeg) -
     path = film(ffmpeg, "faster.mkv", *H264, fps="1200", count=60, size=SIZE)
     assert "10 of its 60 frames are shown no later than" in refusal(path)
     assert numbers(cured(ffmpeg, path)) == list(range(60))
+
+
+@pytest.mark.parametrize("fps", ["950", "960", "999", "1000"])
+@pytest.mark.parametrize("suffix", ["mkv", "webm"])
+def test_frames_that_are_hardly_longer_than_a_tick_are_of_constant_rate(ffmpeg: Ffmpeg, suffix: str, fps: str) -> None:
+    path = film(ffmpeg, f"fast_{fps}.{suffix}", *KINDS[suffix], fps=fps, count=60, size=SIZE)
+    info = probe(path)
+    assert (info.frames, info.fps, info.times) == (60, pytest.approx(float(fps)), "")
+    assert numbers(decode(path, info, Bucket(60, *SIZE), info.fps)) == list(range(60))
+
+
+def test_a_frame_that_is_left_out_is_no_rounding() -> None:
+    ticks = np.array([0, 1, 2, 3, 5, 6, 7, 8])
+    assert constant_rate(ticks, Fraction(1, 25), [Fraction(25)]) != 25
 
 
 def test_two_fields_of_a_frame_that_have_one_time_are_one_frame(ffmpeg: Ffmpeg) -> None:
