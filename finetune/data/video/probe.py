@@ -24,6 +24,7 @@ from finetune.data.video.opening import (
     frames_of,
     opened,
     packets_of,
+    pictures,
     unreadable,
 )
 from finetune.data.video.picture import (
@@ -88,6 +89,8 @@ def probe(path: Path) -> VideoInfo:
         changes += [colours.change] if colours.change else []
         if has_alpha(first) and any(map(is_transparent, chain([first], frames_of(container, stream, path)))):
             changes.append(TRANSPARENT)
+        if len(pictures(container)) > 1:
+            changes.append("taken from one of several video streams")
         if stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1":
             changes.append(UNREAD_ALPHA)
     found, former = _read_through(path, form, first.pts)
