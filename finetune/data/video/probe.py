@@ -65,6 +65,7 @@ class _Packets:
     untimed: int = 0  # packets that do not say when they are shown
     marked: int | None = None  # time of the first packet that the container marks as damaged
     begins_with_key: bool = True
+    begins_hidden: bool = False  # whether an edit list hides the first frames; FFmpeg leaves some of them out
     turns_back: bool = False  # whether a packet is to be decoded before the one that it follows
     decoded: int | None = None  # time at which the last packet is to be decoded
     end: float = 0.0  # seconds at which the last stream ends
@@ -123,6 +124,7 @@ def _read_through(path: Path, form: str, first: int) -> tuple[Timeline, tuple[in
     """The times of all frames, from the packets; and what `_former` makes of them."""
     with opened(path) as (container, stream):
         tick, announced = stream.time_base, stream.frames
+        announced_end = (stream.start_time or 0) + (stream.duration or 0)
         rates = (stream.base_rate, stream.guessed_rate, stream.average_rate)
         packets = _packets(container, stream, path, all_streams=form in _ANNOUNCING)
         seconds = (container.duration or 0) / av.time_base if form in _ANNOUNCING else 0.0
@@ -140,7 +142,9 @@ def _read_through(path: Path, form: str, first: int) -> tuple[Timeline, tuple[in
         what = f"the stream does not begin with a key frame: its first {lost} frames cannot be decoded"
         raise UserError(what, f"make a file of those that can: {command(path, '')}", str(path))
     found = timeline(ticks, tick, packets.last[1], rates)
-    if packets.count < announced:
+    last, lasts = packets.last
+    is_whole = packets.begins_hidden and last + 2 * lasts >= announced_end  # an edit may end within a frame
+    if packets.count < announced and not is_whole:
         what = f"the file is cut off: {packets.count} of the {announced} frames it announces are there"
         raise _refused(path, what, found, packets.marked)
     if packets.marked is not None:
@@ -210,6 +214,7 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream, pat
             found.marked = packet.dts if packet.pts is None else packet.pts
         if not found.count:
             found.begins_with_key = packet.is_keyframe
+            found.begins_hidden = packet.is_discard
         found.count += 1
         found.untimed += packet.pts is None
         if packet.dts is not None:
