@@ -25,6 +25,7 @@ FILMS = {
     "animation.mov": ("-c:v", "qtrle", "-pix_fmt", "argb"),
     "ffv1.mkv": ("-c:v", "ffv1", "-pix_fmt", "bgra"),
     "ffv1_yuv.mkv": ("-c:v", "ffv1", "-pix_fmt", "yuva420p"),
+    "ffv1_422.mkv": ("-c:v", "ffv1", "-pix_fmt", "yuva422p"),
     "gif.gif": (),
 }
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "#20a040": (32, 160, 64)}
@@ -73,7 +74,7 @@ def test_parts_that_become_transparent_later_are_told_too(ffmpeg: Ffmpeg, tmp_pa
     assert frames[-1, :, WIDTH // 2 :].max() == 0
 
 
-@pytest.mark.parametrize("name", ["png.mov", "ffv1_yuv.mkv", "gif.gif", "prores_4444.mov"])
+@pytest.mark.parametrize("name", ["png.mov", "ffv1_yuv.mkv", "ffv1_422.mkv", "gif.gif", "prores_4444.mov"])
 def test_an_opaque_alpha_channel_changes_nothing(ffmpeg: Ffmpeg, tmp_path: Path, name: str) -> None:
     frames = layers(opaque_frames=COUNT)
     frames[:, :, :, 0] = np.arange(COUNT)[:, None, None] * 60  # or a GIF keeps one frame

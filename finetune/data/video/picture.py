@@ -65,7 +65,10 @@ def has_alpha(frame: av.VideoFrame) -> bool:
 
 def is_transparent(frame: av.VideoFrame) -> bool:
     """Whether a frame is transparent anywhere."""
-    return has_alpha(frame) and bool(frame.to_ndarray(format="rgba")[..., 3].min() < 255)
+    if not has_alpha(frame):
+        return False
+    # With its default flags, swscale makes 254 of an opaque yuva422p.
+    return bool(frame.reformat(format="rgba", interpolation=_ACCURATE).to_ndarray()[..., 3].min() < 255)
 
 
 class Painter:
