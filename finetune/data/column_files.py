@@ -12,6 +12,7 @@ from finetune.data.buckets import BucketFit
 from finetune.data.clip import VIDEO_SUFFIXES
 from finetune.data.decode import VideoInfo
 from finetune.data.images import decode_image, probe_image
+from finetune.data.video.picture import UNREAD_ALPHA
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
@@ -52,6 +53,9 @@ def check_picture(
                 f"scale or crop it to the clip's aspect ratio: it is fitted into {fit.bucket} as the clip is",
                 where,
             )
+    if column == MASK and UNREAD_ALPHA in info.changes:
+        what = f"{named} is a video {UNREAD_ALPHA}: what is transparent in it would count"
+        raise UserError(what, "make it without transparency, black where it must not count", where)
     if is_image(file):
         if column == "control" and fit.bucket.frames > 1:
             what = f"{named} is an image, and the clip is trained with {fit.bucket.frames} frames"
@@ -72,7 +76,7 @@ def read_frames(
     """The frames of a video at `fps` from `start` (seconds) on, or those of an image, which is one, as they fit into a bucket.
 
     Args:
-        background: a colour, seen where an image is transparent.
+        background: a colour, seen where the picture is transparent.
     Returns:
         uint8 (F, H, W, 3); F = 1 of an image.
     Raises:
@@ -80,4 +84,4 @@ def read_frames(
     """
     if is_image(path):
         return decode_image(path, bucket._replace(frames=1), background)
-    return decode.decode(path, info, bucket, fps, start)
+    return decode.decode(path, info, bucket, fps, start, background=background)

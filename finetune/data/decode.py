@@ -44,12 +44,21 @@ class _Elsewhere(Exception):
         self.interlaced = interlaced
 
 
-def decode(path: Path, info: VideoInfo, bucket: Bucket, fps: float, start: float = 0.0, threads: int = 0) -> np.ndarray:
+def decode(
+    path: Path,
+    info: VideoInfo,
+    bucket: Bucket,
+    fps: float,
+    start: float = 0.0,
+    threads: int = 0,
+    background: str = "white",
+) -> np.ndarray:
     """Decode `bucket.frames` frames, the nearest in time to start + k / fps, scaled to cover the bucket and cropped at the centre.
 
     Args:
         start: seconds after the first frame.
         threads: of the decoder and the scaler each; 0 takes as many as there are processors.
+        background: a colour, seen where the video is transparent.
     Returns:
         uint8 array (F, H, W, 3), RGB.
     Raises:
@@ -57,7 +66,7 @@ def decode(path: Path, info: VideoInfo, bucket: Bucket, fps: float, start: float
     """
     info.require(fps, bucket.frames, start, str(path))
     wanted = info.frame_indices(fps, bucket.frames, start)
-    window = _Window(path, info, bucket, wanted, threads)
+    window = _Window(path, info, bucket, wanted, threads, background)
     for margin in (*_MARGINS, None) if window.begin > 0 else (None,):
         place = None if margin is None else window.begin - round(margin * info.fps)
         try:
@@ -72,8 +81,11 @@ def decode(path: Path, info: VideoInfo, bucket: Bucket, fps: float, start: float
 class _Window:
     """The frames of a window, and what is needed to read them."""
 
-    def __init__(self, path: Path, info: VideoInfo, bucket: Bucket, wanted: Sequence[int], threads: int) -> None:
+    def __init__(
+        self, path: Path, info: VideoInfo, bucket: Bucket, wanted: Sequence[int], threads: int, background: str
+    ) -> None:
         self.path, self.info, self.bucket, self.wanted, self.threads = path, info, bucket, wanted, threads
+        self.background = background
         self.deinterlace = "deinterlaced" in info.changes
 
     @property
@@ -90,7 +102,9 @@ class _Window:
             place = None if container.format.name in FROM_THE_BEGINNING else place
             if place is not None:
                 self._seek(container, stream, place)
-            painter = Painter(self.path, self.info, self.bucket, stream.sample_aspect_ratio, self.threads)
+            painter = Painter(
+                self.path, self.info, self.bucket, stream.sample_aspect_ratio, self.threads, self.background
+            )
             source = _Decoder(container, stream, self.path, self.info.ticks_of(max(0, self.begin - 1)))
             try:
                 for frame in _deinterlaced(source, stream) if self.deinterlace else source:

@@ -11,6 +11,7 @@ from PIL import Image
 from finetune.data import column_files, decode
 from finetune.data.clip import Clip
 from finetune.data.images import IMAGE_DECODER, decode_image, load_image
+from finetune.data.video.picture import TRANSPARENT
 from finetune.recipe import Bucket
 
 FRAMES = ("first_frame", "last_frame")  # sources that every clip has, and that a prompt's images stand for
@@ -100,19 +101,19 @@ def clip_sources(
     """A piece of a clip: its frames, and the first and the last of them, as a family takes them for condition images.
 
     Args:
-        background: a colour, seen where an image is transparent.
+        background: a colour, seen where a picture is transparent.
     """
     first = Bucket(1, piece.bucket.height, piece.bucket.width)
 
     def frames(bucket: Bucket) -> np.ndarray:
         if clip.is_image:
             return decode_image(clip.path, bucket, background)
-        return decode.decode(clip.path, info, bucket, piece.fps, piece.seconds)
+        return decode.decode(clip.path, info, bucket, piece.fps, piece.seconds, background=background)
 
     def source(read: Callable[[], np.ndarray], *name: str) -> Source:
         if clip.is_image:  # which versions with the first decoder did not train on
             return Source((*_image_identity(content_hash, piece, background), *name), read)
-        identity = content_hash, *piece.fingerprint, decode.DECODER, *name
+        identity = content_hash, *piece.fingerprint, *_decoded(info, background), *name
         return Source(identity, read, (content_hash, *piece.former, *name))
 
     return {
@@ -120,6 +121,11 @@ def clip_sources(
         "first_frame": source(lambda: frames(first)[0], "first frame"),
         "last_frame": source(lambda: frames(piece.bucket)[-1], "last frame"),
     }
+
+
+def _decoded(info: decode.VideoInfo, background: str) -> tuple[Any, ...]:
+    """What determines the pixels of a video besides its file and the piece of it."""
+    return decode.DECODER, *((background,) if TRANSPARENT in info.changes else ())
 
 
 def _image_identity(content_hash: str, piece: Piece, background: str) -> tuple[Any, ...]:
@@ -165,4 +171,4 @@ def file_source(
         return Source((content_hash, *piece.fingerprint), read, (content_hash, *piece.former))
     if column_files.is_image(path):
         return Source(_image_identity(content_hash, piece, background), read)
-    return Source((content_hash, *piece.fingerprint, decode.DECODER), read)
+    return Source((content_hash, *piece.fingerprint, *_decoded(info, background)), read)

@@ -95,7 +95,7 @@ def _first_frames(entry: InspectedClip, windows: int, background: str) -> Iterat
         if clip.is_image:
             yield decode_image(clip.path, first, background)[0]
         else:  # several threads would decode frames ahead that are not needed
-            yield decode.decode(clip.path, entry.info, first, fit.fps, start / fit.fps, threads=1)[0]
+            yield decode.decode(clip.path, entry.info, first, fit.fps, start / fit.fps, 1, background)[0]
 
 
 def small_file(image: Image.Image, most_bytes: int) -> bytes:

@@ -103,6 +103,18 @@ def test_a_clip_that_was_cut_out_without_encoding_shows_its_part_only(ffmpeg: Ff
     assert difference(decode(path, clip, whole(clip), clip.fps), ffmpeg.frames(path, 128, 192)) <= UNSCALED
 
 
+@pytest.mark.parametrize("offset", ["-0.3", "-0.5", "-0.52"])
+def test_a_clip_that_begins_before_its_time_shows_what_players_show(ffmpeg: Ffmpeg, offset: str) -> None:
+    """FFmpeg leaves out whole groups of frames that an edit list hides: they are not missing."""
+    plain, late = ffmpeg.make("groups.mp4", *H264, "-g", "5"), ("-output_ts_offset", offset)
+    path = ffmpeg.remake(f"early{offset}.mp4", plain, after=(*late, "-avoid_negative_ts", "disabled"))
+    clip, theirs = probe(path), ffmpeg.frames(path, 128, 192)
+    assert clip.frames == len(theirs) < 25
+    assert difference(decode(path, clip, whole(clip), clip.fps), theirs) <= UNSCALED
+    window = decode(path, clip, Bucket(5, 128, 192), clip.fps, start=4 / clip.fps)
+    assert difference(window, theirs[4:9]) <= UNSCALED
+
+
 @pytest.mark.parametrize(
     "duration, fps, frames",
     [

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from drawn import film, numbers
 from ffmpeg_oracle import H264, VP9, Ffmpeg
 
 from finetune.data.decode import decode, probe
+from finetune.data.video.timeline import constant_rate
 from finetune.recipe import Bucket
 from finetune.runtime.errors import UserError
 
@@ -66,6 +68,51 @@ def test_frames_that_the_container_gives_one_time_are_not_lost(ffmpeg: Ffmpeg) -
     assert numbers(cured(ffmpeg, path)) == list(range(60))
 
 
+@pytest.mark.parametrize("fps", ["950", "960", "999", "1000"])
+@pytest.mark.parametrize("suffix", ["mkv", "webm"])
+def test_frames_that_are_hardly_longer_than_a_tick_are_of_constant_rate(ffmpeg: Ffmpeg, suffix: str, fps: str) -> None:
+    path = film(ffmpeg, f"fast_{fps}.{suffix}", *KINDS[suffix], fps=fps, count=60, size=SIZE)
+    info = probe(path)
+    assert (info.frames, info.fps, info.times) == (60, pytest.approx(float(fps)), "")
+    assert numbers(decode(path, info, Bucket(60, *SIZE), info.fps)) == list(range(60))
+
+
+def test_a_frame_that_is_left_out_is_no_rounding() -> None:
+    ticks = np.array([0, 1, 2, 3, 5, 6, 7, 8])
+    assert constant_rate(ticks, Fraction(1, 25), [Fraction(25)]) != 25
+
+
 def test_two_fields_of_a_frame_that_have_one_time_are_one_frame(ffmpeg: Ffmpeg) -> None:
     path = ffmpeg.make("fields.ts", "-flags", "+ilme+ildct", *H264, "-x264-params", "tff=1", seconds=1.0)
     assert probe(path).frames == len(ffmpeg.frames(path, 128, 192))
+
+
+STREAMS = {  # two films of other sizes and numbers; options of the file; the film that ffmpeg shows
+    "marked_second.mkv": ("-disposition:v:0", "0", "-disposition:v:1", "default"),
+    "marked_first.mkv": ("-disposition:v:0", "default", "-disposition:v:1", "0"),
+    "marked_second.mp4": ("-disposition:v:0", "0", "-disposition:v:1", "default"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_of_several_streams_the_one_that_ffmpeg_shows_is_taken(ffmpeg: Ffmpeg, name: str) -> None:
+    one = film(ffmpeg, "one.mp4", *H264, count=COUNT, size=SIZE)
+    two = film(ffmpeg, "short.mp4", *H264, count=COUNT // 2, size=(128, 64))
+    path = ffmpeg.folder / name
+    ffmpeg.run("-i", one, "-i", two, "-map", "0", "-map", "1", "-c", "copy", *STREAMS[name], path)
+    info, shown = probe(path), ffmpeg.shown(path)
+    assert (info.height, info.width, info.frames) == (shown.height, shown.width, shown.frames)
+    assert info.changes == ("taken from one of several video streams",)
+    frames = decode(path, info, Bucket(info.frames, info.height, info.width), info.fps)
+    assert numbers(frames) == list(range(shown.frames))
+
+
+def test_a_picture_that_comes_first_is_not_the_film(ffmpeg: Ffmpeg) -> None:
+    """A cover in Matroska that is not marked as one."""
+    one = film(ffmpeg, "one.mp4", *H264, count=COUNT, size=SIZE)
+    picture, path = ffmpeg.folder / "picture.png", ffmpeg.folder / "picture_first.mkv"
+    ffmpeg.run("-i", one, "-frames:v", "1", picture)
+    ffmpeg.run("-i", picture, "-i", one, "-map", "0", "-map", "1", "-c:v:0", "png", "-c:v:1", "copy", path)
+    info = probe(path)
+    assert info.frames == ffmpeg.shown(path).frames == COUNT
+    assert numbers(decode(path, info, Bucket(COUNT, *SIZE), info.fps)) == list(range(COUNT))

@@ -34,6 +34,7 @@ FILMS = {
     "mpeg1.mpg": (*MPEG1, "-bf", "2"),
     "mpeg1_ordered.mpg": (*MPEG1, "-bf", "0"),
     "mpeg1.mkv": (*MPEG1, "-bf", "2"),
+    "mpeg1_vcd.mpg": (*MPEG1, "-bf", "2", "-f", "vcd"),
     "mpeg2.mpg": (*MPEG2, "-bf", "2"),
     "mpeg2.vob": (*MPEG2, "-bf", "2"),
     "mpeg2_ordered.vob": (*MPEG2, "-bf", "0"),  # whose times FFmpeg guesses with a step, so that its rate varies

@@ -36,7 +36,7 @@ FROM_THE_BEGINNING = {
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """A file's container and its first video stream that is not a cover picture.
+    """A file's container and its video stream; of several, the one that FFmpeg takes for the best, but no cover picture.
 
     Raises:
         UserError: the file cannot be read, is no video, or has no video stream.
@@ -110,20 +110,27 @@ def _quoted(name: str) -> str:
     return name if plain else "'" + f"./{name}".replace("'", "'\\''") + "'"
 
 
-def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+def pictures(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """The video streams of a file that are not its cover picture."""
     cover = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    return [stream for stream in container.streams.video if not stream.disposition & cover]
+
+
+def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+    streams = pictures(container)
     if not streams:
         raise UserError("there is no video stream in it", "remove it: sound alone cannot be trained on", str(path))
     form = container.format.name
     if form.endswith("_pipe") or form == "image2":
         kind = form.removesuffix("_pipe").upper()
         raise UserError(f"this is an image ({kind}), not a video", "remove it, or make a video of it", str(path))
-    if streams[0].codec_context is None:
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
         raise UserError("the code of its video stream is unknown", "export it again as H.264", str(path))
-    if not streams[0].time_base:
+    if not stream.time_base:
         raise without_times(path)
-    return streams[0]
+    return stream
 
 
 def without_times(path: Path, cure: str = "") -> UserError:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from PIL import ImageColor
 
 from finetune.data.cover import cover
 from finetune.data.video.colour import Colours, colours_of, to_bt709
@@ -19,6 +20,8 @@ from finetune.runtime.errors import UserError
 # Without the last two, swscale makes limited-range video about 2 of 255 too dark.
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _PLANES = (1, 2, 0)  # channels of the planes of gbrp
+TRANSPARENT = "with transparent parts shown on the background"  # one of `VideoInfo.changes`, and so is
+UNREAD_ALPHA = "with an alpha channel that is not read (VP8 or VP9)"  # which FFmpeg's own decoders leave out
 
 
 class Orientation(NamedTuple):
@@ -56,6 +59,19 @@ def orientation_of(frame: av.VideoFrame, path: Path) -> Orientation:
     return Orientation(True, b < 0, c < 0) if across > straight else Orientation(False, d < 0, a < 0)
 
 
+def has_alpha(frame: av.VideoFrame) -> bool:
+    """Whether a frame's pixels may be transparent."""
+    return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+
+
+def is_transparent(frame: av.VideoFrame) -> bool:
+    """Whether a frame is transparent anywhere."""
+    if not has_alpha(frame):
+        return False
+    # With its default flags, swscale makes 254 of an opaque yuva422p.
+    return bool(frame.reformat(format="rgba", interpolation=_ACCURATE).to_ndarray()[..., 3].min() < 255)
+
+
 class Painter:
     """Converts frames of one clip into a bucket's pixels; keeps swscale's filters between frames.
 
@@ -63,9 +79,16 @@ class Painter:
     """
 
     def __init__(
-        self, path: Path, info: VideoInfo, bucket: Bucket, pixel_aspect: Fraction | None, threads: int
+        self,
+        path: Path,
+        info: VideoInfo,
+        bucket: Bucket,
+        pixel_aspect: Fraction | None,
+        threads: int,
+        background: str = "white",
     ) -> None:
         self.path, self.info, self.bucket = path, info, bucket
+        self.background = np.array(ImageColor.getrgb(background))  # uint8 (3,) in range
         self.pixel_aspect, self.threads = pixel_aspect, threads
         self.cover = cover(info.height, info.width, bucket)
         self.scaler = VideoReformatter()
@@ -81,6 +104,8 @@ class Painter:
         if size != (self.info.height, self.info.width):
             raise self._changed("{1}x{0}".format(*size))
         colours = known_colours(frame, self.path)
+        if TRANSPARENT in self.info.changes and is_transparent(frame):
+            frame = self._opaque(frame, colours)
         height, width, top, left = self.cover
         rows, columns = (width, height) if turn.transposed else (height, width)
         scaled = self.scaler.reformat(
@@ -88,7 +113,7 @@ class Painter:
             columns,
             rows,
             "gbrp16le" if colours.is_wide else "gbrp",
-            src_colorspace=colours.matrix,
+            src_colorspace=None if frame.format.is_rgb else colours.matrix,
             interpolation=_ACCURATE,
             dst_color_range=ColorRange.JPEG,
             threads=self.threads,
@@ -101,6 +126,23 @@ class Painter:
             target[..., channel] = shown
         if colours.is_wide:
             pixels[:] = to_bt709(target, colours)
+
+    def _opaque(self, frame: av.VideoFrame, colours: Colours) -> av.VideoFrame:
+        """A frame on the background, as RGB in its own size; before it is scaled, so that no hidden colour is mixed in."""
+        form, peak = ("rgba64le", 65535) if colours.is_wide else ("rgba", 255)
+        full = VideoReformatter().reformat(
+            frame,
+            format=form,
+            src_colorspace=colours.matrix,
+            interpolation=_ACCURATE,
+            dst_color_range=ColorRange.JPEG,
+            threads=self.threads,
+        )
+        pixels = full.to_ndarray().astype(np.int64)
+        alpha, behind = pixels[..., 3:], self.background * (peak // 255)
+        mixed = (pixels[..., :3] * alpha + behind * (peak - alpha) + peak // 2) // peak
+        kind, form = (np.uint16, "rgb48le") if colours.is_wide else (np.uint8, "rgb24")
+        return av.VideoFrame.from_ndarray(mixed.astype(kind), format=form)
 
     def _changed(self, size: str) -> UserError:
         what = f"its picture changes size, from {self.info.width}x{self.info.height} to {size}"

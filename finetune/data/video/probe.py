@@ -1,4 +1,5 @@
-"""Finds out what a video file holds, at the price of reading it through once; only its first frames are decoded.
+"""Finds out what a video file holds, at the price of reading it through once; only its first frames are decoded, or
+those up to the first that is transparent, if its pixels may be.
 
 What is found here: files that cannot be read, are cut off, announce more frames or seconds than they have, have packets
 marked as damaged, boxes that do not fit together, holes, no key frame at the beginning, no times, or colours that cannot
@@ -8,6 +9,7 @@ be converted. What is damaged inside a frame is found when that frame is decoded
 from array import array
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -22,10 +24,18 @@ from finetune.data.video.opening import (
     frames_of,
     opened,
     packets_of,
+    pictures,
     unreadable,
     without_times,
 )
-from finetune.data.video.picture import known_colours, orientation_of
+from finetune.data.video.picture import (
+    TRANSPARENT,
+    UNREAD_ALPHA,
+    has_alpha,
+    is_transparent,
+    known_colours,
+    orientation_of,
+)
 from finetune.data.video.structure import break_in
 from finetune.data.video.timeline import Timeline, hole, timeline
 from finetune.runtime.errors import UserError
@@ -55,6 +65,7 @@ class _Packets:
     untimed: int = 0  # packets that do not say when they are shown
     marked: int | None = None  # time of the first packet that the container marks as damaged
     begins_with_key: bool = True
+    begins_hidden: bool = False  # whether an edit list hides the first frames; FFmpeg leaves some of them out
     turns_back: bool = False  # whether a packet is to be decoded before the one that it follows
     decoded: int | None = None  # time at which the last packet is to be decoded
     end: float = 0.0  # seconds at which the last stream ends
@@ -77,6 +88,12 @@ def probe(path: Path) -> VideoInfo:
         changes = ["deinterlaced"] if _is_interlaced(first, stream) else []
         changes += ["mirrored"] if turn.mirrored else []
         changes += [colours.change] if colours.change else []
+        if has_alpha(first) and any(map(is_transparent, chain([first], frames_of(container, stream, path)))):
+            changes.append(TRANSPARENT)
+        if len(pictures(container)) > 1:
+            changes.append("taken from one of several video streams")
+        if stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1":
+            changes.append(UNREAD_ALPHA)
     found, former = _read_through(path, form, first.pts)
     if form in _WITHOUT_END:
         _decode_tail(path, found, form in FROM_THE_BEGINNING)
@@ -107,6 +124,7 @@ def _read_through(path: Path, form: str, first: int) -> tuple[Timeline, tuple[in
     """The times of all frames, from the packets; and what `_former` makes of them."""
     with opened(path) as (container, stream):
         tick, announced = stream.time_base, stream.frames
+        announced_end = (stream.start_time or 0) + (stream.duration or 0)
         rates = (stream.base_rate, stream.guessed_rate, stream.average_rate)
         packets = _packets(container, stream, path, all_streams=form in _ANNOUNCING)
         seconds = (container.duration or 0) / av.time_base if form in _ANNOUNCING else 0.0
@@ -124,7 +142,9 @@ def _read_through(path: Path, form: str, first: int) -> tuple[Timeline, tuple[in
         what = f"the stream does not begin with a key frame: its first {lost} frames cannot be decoded"
         raise UserError(what, f"make a file of those that can: {command(path, '')}", str(path))
     found = timeline(ticks, tick, packets.last[1], rates)
-    if packets.count < announced:
+    last, lasts = packets.last
+    is_whole = packets.begins_hidden and last + 2 * lasts >= announced_end  # an edit may end within a frame
+    if packets.count < announced and not is_whole:
         what = f"the file is cut off: {packets.count} of the {announced} frames it announces are there"
         raise _refused(path, what, found, packets.marked)
     if packets.marked is not None:
@@ -194,6 +214,7 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream, pat
             found.marked = packet.dts if packet.pts is None else packet.pts
         if not found.count:
             found.begins_with_key = packet.is_keyframe
+            found.begins_hidden = packet.is_discard
         found.count += 1
         found.untimed += packet.pts is None
         if packet.dts is not None:

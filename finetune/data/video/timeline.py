@@ -8,6 +8,7 @@ import numpy as np
 
 _JITTER = 1.25e-3  # seconds: as far as phones and cameras write a time from where it should be
 _SHARE = 0.45  # of a frame: times that are further off belong to another frame
+_ROUNDED = 0.4999  # of a tick: with half a tick, a frame that is left out would pass for rounding
 _HOLE = 0.25  # seconds: a single gap of this length in a clip of constant rate is a hole in the file
 _REORDERED = 8  # frames: how far apart the gaps are that one hole leaves
 
@@ -67,7 +68,9 @@ def constant_rate(ticks: np.ndarray, tick: Fraction, announced: Iterable[Fractio
         if abs(rate / fitted - 1) * (len(ticks) - 1) > 1:
             continue
         off = _off(ticks, tick, rate)
-        if (off.max() - off.min()) / 2 <= min(_JITTER + float(tick), _SHARE / float(rate)):
+        # Rounding alone puts times almost half a tick off, which may be more than a share of a very short frame.
+        share = max(_SHARE / float(rate), _ROUNDED * float(tick))
+        if (off.max() - off.min()) / 2 <= min(_JITTER + float(tick), share):
             return rate
     return None
 
