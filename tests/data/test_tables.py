@@ -412,6 +412,20 @@ def test_columns_of_bytes_are_of_any_kind(folder: Path, kind: str) -> None:
     assert [clip.columns for clip in read(folder).clips] == [{}, {}]
 
 
+@pytest.mark.parametrize("column", ["caption", "n", "film"])
+def test_a_column_that_is_there_twice_in_parquet(folder: Path, column: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {"video": ["a.mp4"], "caption": ["x"], "n": [1], "film": [b"0"]}
+    names = [*columns, column]
+    table = pyarrow.Table.from_arrays([pyarrow.array(columns[name]) for name in names], names)
+    parquet.write_table(table, folder / "metadata.parquet")
+    (problem,) = problems(folder)
+    assert problem.what == f"the column {column!r} is there twice"
+    assert problem.where == str(folder / "metadata.parquet")
+
+
 def test_a_file_that_is_no_parquet(folder: Path) -> None:
     (folder / "metadata.parquet").write_bytes(b"PAR1 and no more")
     (problem,) = problems(folder)

@@ -79,7 +79,11 @@ def _check_head(path: Path, head: Sequence[str]) -> None:
     where = f"{path}, line 1"
     if fault := text_fault("".join(head)):
         raise UserError(f"the head line {fault[0]}", fault[1], where)
-    if twice := next((name for name in head if name and head.count(name) > 1), None):
+    _refuse_repeated(head, where)
+
+
+def _refuse_repeated(columns: Sequence[str], where: str) -> None:
+    if twice := next((name for name in columns if name and columns.count(name) > 1), None):
         raise UserError(f"the column {twice!r} is there twice", "give each column a name of its own", where)
 
 
@@ -152,6 +156,7 @@ def read_parquet(path: Path) -> TableRows:
         raise UserError("pyarrow is not installed, which reads Parquet", cure, str(path)) from None
     try:
         with parquet.ParquetFile(path) as file:
+            _refuse_repeated(file.schema_arrow.names, str(path))
             names = [field.name for field in file.schema_arrow if not _has_bytes(field.type)]
             table = file.read(columns=names)
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
