@@ -397,6 +397,15 @@ def test_a_field_whose_name_says_binary_holds_no_bytes(folder: Path) -> None:
     ]
 
 
+def test_identifiers_are_text(folder: Path) -> None:
+    import pyarrow
+
+    write_columns(folder, id=pyarrow.array([bytes(range(16)), None], pyarrow.uuid()))
+    first, second = read(folder).clips
+    assert first.columns == {"id": '"00010203-0405-0607-0809-0a0b0c0d0e0f"'}
+    assert second.columns == {}
+
+
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "fixed", "list", "map", "dictionary"])
 def test_columns_of_bytes_are_of_any_kind(folder: Path, kind: str) -> None:
     import pyarrow

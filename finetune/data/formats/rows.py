@@ -176,11 +176,8 @@ def read_parquet(path: Path) -> TableRows:
 
 def _has_bytes(kind: "pyarrow.DataType") -> bool:
     """Whether values of a type are bytes, or hold some: the Hub's videos are structs of bytes and a path."""
-    import pyarrow
     from pyarrow import types
 
-    if isinstance(kind, pyarrow.BaseExtensionType):
-        return _has_bytes(kind.storage_type)
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return _has_bytes(kind.value_type)
     of_bytes = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
