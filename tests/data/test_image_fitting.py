@@ -115,6 +115,23 @@ def test_exif_data_that_cannot_be_read_leaves_an_image_as_it_is(tmp_path: Path) 
     assert probe_image(tmp_path / "a.jpg").height == 64
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 99])
+def test_orientations_that_there_are_not_leave_an_image_as_it_is(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.jpg", exif=exif)
+    info = probe_image(tmp_path / "a.jpg")
+    assert (info.height, info.width) == (64, 96)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (7, 7), (3, 500), (500, 3)])
+def test_jpegs_of_few_pixels_are_read(tmp_path: Path, height: int, width: int) -> None:
+    Image.new("RGB", (width, height), "red").save(tmp_path / "a.jpg")
+    info = probe_image(tmp_path / "a.jpg")
+    assert (info.height, info.width) == (height, width)
+    assert np.abs(decode_image(tmp_path / "a.jpg", Bucket(1, 32, 32))[0] - (254.0, 0, 0)).max() <= 2
+
+
 def test_of_an_animated_image_the_first_frame_is_taken(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (96, 64), colour) for colour in ("red", "lime", "blue")]
     for suffix, options in (("gif", {}), ("webp", {"lossless": True}), ("png", {}), ("avif", {"quality": 95})):

@@ -201,6 +201,45 @@ def test_a_caption_is_not_cut_at_a_separator(folder: Path, suffix: str, separato
     assert [clip.path.name for clip in read(folder).clips] == ["b.mp4"]
 
 
+@pytest.mark.parametrize("columns", ["{v}{s}{c}", "{c}{s}{v}", "{v}{s}{c}{s}n", "n{s}{c}{s}{v}"])
+@pytest.mark.parametrize("suffix, separator", [(".csv", ","), (".tsv", "\t")])
+@pytest.mark.parametrize("between", [0, 1, 3])
+def test_quotes_of_two_captions_do_not_make_one_row_of_all_between(
+    folder: Path, columns: str, suffix: str, separator: str, between: int
+) -> None:
+    captions = ['"Hello there.', *(f"number {n}" for n in range(between)), 'He says hello."']
+    rows = [columns.format(v="video", c="caption", s=separator)]
+    rows += [columns.format(v="a.mp4", c=caption, s=separator) for caption in captions]
+    rows += [columns.format(v="b.mp4", c="good", s=separator)]
+    (folder / f"metadata{suffix}").write_text("\n".join(rows) + "\n")
+    (problem,) = problems(folder)
+    assert problem.where == f"metadata{suffix}, line 2"
+    assert problem.what.startswith(f"a quote opens a field here that is closed on line {between + 3}, ")
+    assert [clip.path.name for clip in read(folder).clips] == ["b.mp4"]
+
+
+def test_captions_of_several_lines_are_no_rows(folder: Path) -> None:
+    captions = [
+        "Two people,\nboth old, talk.\n\nOne, who smiles,",
+        "Like a.mp4,\nbut,\n, longer",
+        'He says: "Hi,\nyou"',
+    ]
+    for suffix in (".csv", ".tsv"):
+        rows = [{"video": f"{name}.mp4", "caption": text} for name, text in zip("abc", captions, strict=True)]
+        path = write_table(folder / f"own{suffix}", rows)
+        assert [found for _, (found,) in clips(path)] == captions
+
+
+def test_a_space_after_the_comma_is_no_part_of_a_field(folder: Path) -> None:
+    (folder / "metadata.csv").write_text('video, caption\na.mp4, "one, two"\nb.mp4, three\n')
+    assert clips(folder) == [("a.mp4", ("one, two",)), ("b.mp4", ("three",))]
+
+
+def test_a_quote_after_a_space_in_tsv_is_text(folder: Path) -> None:
+    (folder / "metadata.tsv").write_text('video\tcaption\na.mp4\t "One" and two\n')
+    assert clips(folder) == [("a.mp4", ('"One" and two',))]
+
+
 def test_a_column_that_is_there_twice(folder: Path) -> None:
     (folder / "metadata.csv").write_text("video,caption,caption\na.mp4,x,y\n")
     assert [problem.what for problem in problems(folder)] == ["the column 'caption' is there twice"]
@@ -367,6 +406,15 @@ def test_a_field_whose_name_says_binary_holds_no_bytes(folder: Path) -> None:
     ]
 
 
+def test_identifiers_are_text(folder: Path) -> None:
+    import pyarrow
+
+    write_columns(folder, id=pyarrow.array([bytes(range(16)), None], pyarrow.uuid()))
+    first, second = read(folder).clips
+    assert first.columns == {"id": '"00010203-0405-0607-0809-0a0b0c0d0e0f"'}
+    assert second.columns == {}
+
+
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "fixed", "list", "map", "dictionary"])
 def test_columns_of_bytes_are_of_any_kind(folder: Path, kind: str) -> None:
     import pyarrow
@@ -380,6 +428,20 @@ def test_columns_of_bytes_are_of_any_kind(folder: Path, kind: str) -> None:
     }
     write_columns(folder, film=columns[kind]() if kind in columns else values.cast(getattr(pyarrow, kind)()))
     assert [clip.columns for clip in read(folder).clips] == [{}, {}]
+
+
+@pytest.mark.parametrize("column", ["caption", "n", "film"])
+def test_a_column_that_is_there_twice_in_parquet(folder: Path, column: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {"video": ["a.mp4"], "caption": ["x"], "n": [1], "film": [b"0"]}
+    names = [*columns, column]
+    table = pyarrow.Table.from_arrays([pyarrow.array(columns[name]) for name in names], names)
+    parquet.write_table(table, folder / "metadata.parquet")
+    (problem,) = problems(folder)
+    assert problem.what == f"the column {column!r} is there twice"
+    assert problem.where == str(folder / "metadata.parquet")
 
 
 def test_a_file_that_is_no_parquet(folder: Path) -> None:

@@ -5,9 +5,10 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
+from finetune.data.clip import MEDIA_SUFFIXES
 from finetune.data.formats.format import read_text, text_fault
 from finetune.recipe.text import load_json
 from finetune.runtime.errors import Problem, UserError
@@ -46,18 +47,24 @@ def read_tsv(path: Path) -> TableRows:
 
 
 def _read_separated(path: Path, separator: str, name: str) -> TableRows:
-    reader = csv.reader(io.StringIO(read_text(path)), strict=True, delimiter=separator)
+    # Where a space follows each comma, a quote after it opens a field, too. After a tab and a space, it is text.
+    is_csv = separator == ","
+    reader = csv.reader(io.StringIO(read_text(path)), strict=True, delimiter=separator, skipinitialspace=is_csv)
     rows: Rows = []
     limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
         head = next(reader, [])
         _check_head(path, head)
+        first = reader.line_num + 1
         for fields in reader:
-            where = f"{path.name}, line {reader.line_num}"
-            if len(fields) == len(head):
+            where, opens = f"{path.name}, line {reader.line_num}", f"{path.name}, line {first}"
+            if _has_swallowed_rows(fields, separator):
+                rows.append((opens, _swallowed(opens, reader.line_num)))
+            elif len(fields) == len(head):
                 rows.append((where, dict(zip(head, fields, strict=True))))
             elif fields:  # not an empty line
                 rows.append((where, _wrong_count(where, fields, head, name)))
+            first = reader.line_num + 1
     except csv.Error as error:
         cure = "close every quote that is opened, and double the quotes inside of a field"
         raise UserError(
@@ -72,8 +79,40 @@ def _check_head(path: Path, head: Sequence[str]) -> None:
     where = f"{path}, line 1"
     if fault := text_fault("".join(head)):
         raise UserError(f"the head line {fault[0]}", fault[1], where)
-    if twice := next((name for name in head if name and head.count(name) > 1), None):
+    _refuse_repeated(head, where)
+
+
+def _refuse_repeated(columns: Sequence[str], where: str) -> None:
+    if twice := next((name for name in columns if name and columns.count(name) > 1), None):
         raise UserError(f"the column {twice!r} is there twice", "give each column a name of its own", where)
+
+
+def _has_swallowed_rows(fields: Sequence[str], separator: str) -> bool:
+    """Whether a field holds other rows, since a quote that is part of a caption has opened it, and that of another has closed it.
+
+    Captions may have several lines, with separators in them. Taken for rows are those of which a line has as many separators as its
+    part of a row would have, and the name of a video or an image between them.
+    """
+    after = len(fields) - 1  # separators of a whole row
+    for before, text in enumerate(fields):
+        lines = text.split("\n")
+        if len(lines) > 1 and separator in text:
+            expected = [after - before, *[after] * (len(lines) - 2), before]
+            for line, count in zip(lines, expected, strict=True):
+                if count and line.count(separator) == count and any(map(_names_media, line.split(separator))):
+                    return True
+    return False
+
+
+def _names_media(text: str) -> bool:
+    return PurePath(text.strip()).suffix.lower() in MEDIA_SUFFIXES
+
+
+def _swallowed(where: str, last: int) -> Problem:
+    what = f"a quote opens a field here that is closed on line {last}, so that the rows in between would be part of it"
+    return Problem(
+        what, where, 'put captions with quotes in quotes, and double those inside of them: """Hi"", he says"'
+    )
 
 
 def _wrong_count(where: str, fields: Sequence[str], head: Sequence[str], separator: str) -> Problem:
@@ -117,6 +156,7 @@ def read_parquet(path: Path) -> TableRows:
         raise UserError("pyarrow is not installed, which reads Parquet", cure, str(path)) from None
     try:
         with parquet.ParquetFile(path) as file:
+            _refuse_repeated(file.schema_arrow.names, str(path))
             names = [field.name for field in file.schema_arrow if not _has_bytes(field.type)]
             table = file.read(columns=names)
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
@@ -136,11 +176,8 @@ def read_parquet(path: Path) -> TableRows:
 
 def _has_bytes(kind: "pyarrow.DataType") -> bool:
     """Whether values of a type are bytes, or hold some: the Hub's videos are structs of bytes and a path."""
-    import pyarrow
     from pyarrow import types
 
-    if isinstance(kind, pyarrow.BaseExtensionType):
-        return _has_bytes(kind.storage_type)
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return _has_bytes(kind.value_type)
     of_bytes = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)

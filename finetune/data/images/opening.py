@@ -96,7 +96,7 @@ def checked_size(file: BinaryIO, where: str) -> tuple[int, int]:
         width, height = image.size
         is_jpeg = image.format in ("JPEG", "MPO")
         if is_jpeg:
-            image.draft(None, (width // 8, height // 8))  # all of its data is read, and little computed
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))  # all of its data is read, and little computed
         is_turned = _orientation(image) >= 5
         whole = _upright(image, where, "white")
         if is_jpeg:
@@ -111,12 +111,12 @@ def _upright(image: ImageFile.ImageFile, where: str, background: str) -> Image.I
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, from 1 to 8. If the EXIF data cannot be read, nothing says that the image is turned."""
+    """The EXIF orientation, from 1 to 8. If it cannot be read or is none of them, nothing says that the image is turned."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # Pillow raises errors of many kinds
         return 1
-    return orientation if isinstance(orientation, int) else 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _open(file: BinaryIO, where: str) -> ImageFile.ImageFile:
