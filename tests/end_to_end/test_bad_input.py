@@ -140,8 +140,12 @@ AGAIN = "copy or export it again, or remove it"
     "name, what, cure",
     [
         ("no_index.mp4", "cannot be read as a video", f"the file is cut off or not a video: {AGAIN}"),
-        ("no_end.mp4", "the file is cut off: ", AGAIN),
-        ("nothing.mp4", "the file is empty (0 bytes)", "copy or export it again"),
+        (
+            "no_end.mp4",
+            "the file is cut off: ",
+            f"{AGAIN}; or keep its beginning: ffmpeg -i no_end.mp4 -t 0.56 no_end_new.mp4",
+        ),
+        ("nothing.mp4", "the file is empty (0 bytes)", AGAIN),
         ("text.mp4", "cannot be read as a video", f"the file is cut off or not a video: {AGAIN}"),
         ("sound.mp4", "there is no video stream in it", "remove it: sound alone cannot be trained on"),
         ("png.mp4", "this is an image (PNG), not a video", "remove it, or make a video of it"),

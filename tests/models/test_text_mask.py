@@ -48,7 +48,7 @@ def lengths(job: Job, micro_step: int) -> list[int]:
     for position in job.split.positions(micro_step):
         item = job.prepared.train[job.order.plan(0).items[position]]
         drawn = torch.rand((), generator=seeds.generator(job.recipe.train.seed, "image", 0, position)).item()
-        dropped = item.text_alone if drawn < job.recipe.data.image_dropout else None
+        dropped = item.windows[0][0].text_alone if drawn < job.recipe.data.image_dropout else None
         keys.append(dropped or item.keys["text"])
     return [int(job.prepared.cache.read("text", key)["encoder_attention_mask"].sum()) for key in keys]
 
