@@ -30,7 +30,8 @@ CLIPS = {  # file name -> options of ffmpeg
     "c.webm": ["-c:v", "libvpx", "-auto-alt-ref", "1", "-lag-in-frames", "16", "-r", "30"],  # with hidden frames
     "d.mp4": ["-c:v", "libx264", "-r", "24"],
 }
-JITTERED = ["-vf", "settb=1/1000,setpts=N*40+mod(N*7\\,3)-1+1", "-fps_mode", "passthrough", "-c:v", "libx264"]
+JITTERED = ["-vf", "settb=1/1000,setpts=N*40+mod(N*7\\,3)-1+1", "-fps_mode", "passthrough"]
+JITTERED += ["-enc_time_base", "1/1000", "-c:v", "libx264"]
 
 
 def make_clip(path: Path, options: list[str]) -> Path:
