@@ -21,7 +21,7 @@ def say_summary(path: Path, found: Inspection, buckets: Sequence[Bucket]) -> Non
     where = " at the end" if {entry.windows.starts for entry in clips} == {(0,)} else ""
     say(f"{path}: {_counted(clips)}, {shapes}; {trimmed} trimmed{where}, {cropped} cropped, {enlarged} enlarged")
     for line in (
-        *_stills(clips, path),
+        *_stills(clips, buckets, path),
         *_empty(counts, buckets, path),
         *_altered(clips, path),
         *_left_out(clips, path),
@@ -43,12 +43,14 @@ def _counted(clips: Sequence[InspectedClip]) -> str:
     return f"{len(clips)} clips{several}" + (f" with {samples} samples" if samples > len(clips) else "")
 
 
-def _stills(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
+def _stills(clips: Sequence[InspectedClip], buckets: Sequence[Bucket], path: Path) -> Iterator[str]:
     """Which videos are trained as single images."""
     found = [entry.clip.path for entry in clips if entry.fit.bucket.frames == 1 and not entry.clip.is_image]
     if found:
         are = "s are trained as images" if len(found) > 1 else " is trained as an image"
-        yield f"{path}: {len(found)} video{are}, too short for every bucket of several frames: {listed(found)}"
+        has_longer = any(bucket.frames > 1 for bucket in buckets)
+        why = "too short for every bucket of several frames" if has_longer else "because all buckets have one frame"
+        yield f"{path}: {len(found)} video{are}, {why}: {listed(found)}"
 
 
 def _empty(counts: Mapping[Bucket, int], buckets: Sequence[Bucket], path: Path) -> Iterator[str]:

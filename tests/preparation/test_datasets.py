@@ -245,3 +245,24 @@ def test_a_table_that_says_too_little_or_too_much_is_refused(tmp_path: Path, dat
     path.write_text(f'[model]\nfamily = "ltx"\npath = "m"\n[data]\n{data}\n')
     with pytest.raises(UserError, match=words):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "buckets, why",
+    [
+        ('["1x64x96"]', "because all buckets have one frame"),
+        ('["49x64x96", "1x64x96"]', "too short for every bucket of several frames"),
+    ],
+)
+def test_videos_that_become_images_are_named_with_the_reason(
+    recipe_of: Callable[..., Recipe],
+    runtime: Runtime,
+    long_clips: Path,
+    capsys: pytest.CaptureFixture,
+    buckets: str,
+    why: str,
+) -> None:
+    recipe = recipe_of(f"data.path={long_clips}", f"data.buckets={buckets}")
+    assert check_all(recipe, runtime, 1) == []
+    names = ", ".join(str(long_clips / f"{number}.mkv") for number in range(3))
+    assert f"3 videos are trained as images, {why}: {names}" in capsys.readouterr().err
