@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, zip_longest
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.runtime.distributed import Runtime, host_threads
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def _image_content(source: str, cache: Cache) -> str:
     """What identifies an image in its cache key: the hash of a file, or an address, so that an address is fetched only once."""
     if missing := missing_image(source):
         raise UserError.of([missing])
-    return source if is_address(source) else cache.file_hash(Path(source).expanduser())
+    return source if is_address(source) else cache.file_hash(expanded(source))
 
 
 def _pixels(image: np.ndarray) -> dict[str, Tensor]:
