@@ -91,7 +91,7 @@ def wait(recipe: Recipe, steps: int) -> None:
     assemble = partial(family.batch, objective=family.training_objective(recipe.objective))
     split, dropout = BatchSplit(0, 1, 1, 1), Dropout(0.0, 0.0, prepared.unconditional_key)
     batches = MicroBatches(prepared.train, order_of(recipe, prepared), split, prepared.cache, assemble, 42, dropout)
-    loader = iter(open_loader(batches, 0, steps + 1, workers=2, pin_memory=False))
+    loader = open_loader(batches, 0, steps + 1, workers=2, pin_memory=False)
     next(loader)  # the processes have started
     waited, begun = 0.0, time.perf_counter()
     for _ in range(steps):

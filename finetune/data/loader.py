@@ -5,12 +5,13 @@ step n simply starts to read there.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,6 @@ from finetune.recipe import Bucket
 from finetune.runtime import seeds
 from finetune.runtime.errors import UserError
 from finetune.runtime.signals import end_with_parent, leave_group
-
-if TYPE_CHECKING:  # commands that load nothing need not wait for its import
-    from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 @dataclass(frozen=True)
@@ -228,13 +226,18 @@ def _init_worker(parent: int | None, _: int) -> None:
 
 def open_loader(
     batches: MicroBatches, first_step: int, last_step: int, workers: int, pin_memory: bool
-) -> "StatefulDataLoader":
-    """Open a loader that yields the micro-batches of steps first_step .. last_step - 1, in order."""
+) -> Iterator[Any]:
+    """Yield the micro-batches of steps first_step .. last_step - 1, in order.
+
+    What worker processes have read is taken over by a thread while the step computes: of torch's, which moves it to page-locked
+    memory, or of our own.
+    """
+    # Here, because commands that load nothing need not wait for its import.
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     accumulation = batches.split.accumulation
     parent = os.getpid() if torch.multiprocessing.get_start_method() == "fork" else None
-    return StatefulDataLoader(
+    loader = StatefulDataLoader(
         batches,
         batch_size=None,
         sampler=_Range(first_step * accumulation, last_step * accumulation),
@@ -243,3 +246,17 @@ def open_loader(
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
     )
+    started = iter(loader)  # by this thread, with which the processes end
+    return _one_ahead(started) if workers and not pin_memory else started
+
+
+def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same, each taken while the one before it is used."""
+    with ThreadPoolExecutor(1, "batches") as reader:
+        coming = reader.submit(next, batches, _END)
+        while (batch := coming.result()) is not _END:
+            coming = reader.submit(next, batches, _END)
+            yield batch
+
+
+_END = object()
