@@ -178,8 +178,7 @@ def refuse_or_skip(problems: Sequence[Problem], policy: str, verb: str) -> None:
     if problems and policy == "refuse":
         hint = 'or data.bad_clips = "skip" goes on without it'
         problems = [replace(problem, cure=f"{problem.cure}; {hint}") for problem in problems]
-        count = len({problem.where for problem in problems})
-        raise UserError.of(problems, f"{count} clip{'s' if count > 1 else ''} cannot be {verb}:")
+        raise UserError.of(problems, f"{len(problems)} clips cannot be {verb}:")
     for problem in problems:
         say(f"skipped {Problem(problem.what, problem.where)}")
 

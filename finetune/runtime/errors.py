@@ -91,8 +91,11 @@ def _text(alike: Sequence[Problem]) -> str:
     first = alike[0]
     if len(alike) == 1:
         return str(first)
-    folder = os.path.commonprefix([problem.where for problem in alike]).rpartition("/")[0]
-    names = ", ".join(one_line(problem.where.removeprefix(f"{folder}/")) for problem in alike[:_MOST_ALIKE])
+    folders = {problem.where.rpartition("/")[0] for problem in alike}
+    folder = os.path.commonpath(folders) if all(each.startswith("/") for each in folders) or len(folders) == 1 else ""
+    names = ", ".join(
+        one_line(problem.where.removeprefix(f"{folder}/" if folder else "")) for problem in alike[:_MOST_ALIKE]
+    )
     there = f"in {one_line(folder)}: " if folder else ""
     which = "" if all((problem.what, problem.cure) == (first.what, first.cure) for problem in alike) else "the first: "
     places = f"{there}{names} and {len(alike) - _MOST_ALIKE} more"
