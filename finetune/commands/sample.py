@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from finetune.commands.common import add_recipe_arguments, with_runtime
 from finetune.recipe import Recipe, load_recipe
-from finetune.recipe.schema import Prompt
+from finetune.recipe.schema import GENERATED, Prompt
 from finetune.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     def body(runtime: Runtime) -> int:
         if runtime.world_size > 1:
             raise UserError("sample runs in one process", "start it with python -m finetune sample")
-        out = arguments.out or recipe.output / "generated"
+        out = arguments.out or recipe.output / GENERATED
         family = open_family(recipe)
         sample(with_own_shape(recipe, family), family, runtime, out, arguments.adapter, arguments.compare)
         return 0
