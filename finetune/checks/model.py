@@ -12,12 +12,12 @@ from finetune.models.family import Family
 from finetune.models.folder import ModelFolder, resolve
 from finetune.models.noise_range import Restricted
 from finetune.models.text_mask import why_masked
+from finetune.preparation.own_shape import legal_shape, with_own_shape
 from finetune.recipe import Recipe
-from finetune.recipe.bucket import Bucket
+from finetune.recipe.bucket import Area, Bucket
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import is_set
-from finetune.recipe.shapes import with_stated_buckets
 from finetune.runtime.errors import Problem, UserError
 
 
@@ -29,7 +29,7 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     Raises:
         UserError: every problem of model folder and buckets at once.
     """
-    recipe, cls = with_stated_buckets(recipe), family_class(recipe.model.family)
+    cls = family_class(recipe.model.family)
     wanted = (
         [f"{name}/*" for name in (*cls.components, *cls.optional_components)]
         if with_weights
@@ -128,6 +128,7 @@ def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     yield from _unused(recipe, family)
     yield from _attention_problems(recipe, family)
     yield from _shape_problems(recipe, family)
+    recipe = with_own_shape(recipe, family, is_said=False)
     for each in recipes_of_experts(recipe, list(family.experts)):
         experts = each.model.experts
         yield from _noise_problems(each, family.of_expert(experts[0]) if experts and family.experts else family)
@@ -174,11 +175,16 @@ def _attention_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
 
 
 def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
-    for bucket in recipe.data.buckets:
-        if text := family.bucket_problem(bucket):
-            yield _bucket_problem(recipe, family, bucket, text)
-    for prompt in validation_prompts(recipe.validation, recipe.data.sample_shape):
-        if text := family.bucket_problem(prompt.shape):
+    if recipe.data.area and not recipe.data.buckets and legal_shape(recipe.data, family) is None:
+        least = Area(*family.nearest_bucket(Bucket(max(recipe.data.frames), 1, 1))[1:])
+        what = f"{recipe.data.area} has fewer pixels than any shape that {family.title} takes"
+        yield Problem(what, "data.area", f"the least is {least}")
+    known = with_own_shape(recipe, family, is_said=False).data
+    refused = {bucket: text for bucket in known.buckets if (text := family.bucket_problem(bucket))}
+    for bucket, text in refused.items():
+        yield _bucket_problem(recipe, family, bucket, text)
+    for prompt in validation_prompts(recipe.validation, known.sample_shape):
+        if (text := family.bucket_problem(prompt.shape)) and prompt.shape not in refused:
             yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
         if text := family.prompt_problem(prompt):
             yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")
@@ -188,7 +194,7 @@ def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
 
 def _bucket_problem(recipe: Recipe, family: Family, bucket: Bucket, text: str) -> Problem:
     """A bucket that the model cannot be trained at, and why; of `data.area` and `data.frames`, which of them is to be changed."""
-    if recipe.data.area is None:
+    if recipe.data.area is None or recipe.data.buckets:
         return Problem(f"{bucket}: {text}", "data.buckets")
     if lengths := near_lengths(bucket, lambda other: family.bucket_problem(other) is None):
         cure = f"the nearest {'lengths are' if len(lengths) > 1 else 'length is'} {' and '.join(map(str, lengths))}"

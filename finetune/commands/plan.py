@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from finetune.commands.common import add_recipe_arguments, number_of_gpus
 from finetune.planning import DOES_NOT_FIT
 from finetune.planning.gpus import CONTEXT, GPUS, Hardware
-from finetune.recipe import Recipe, load_recipe, write_recipe
-from finetune.recipe.shapes import with_buckets, with_stated_buckets
+from finetune.recipe import Bucket, Recipe, load_recipe, write_recipe
+from finetune.recipe.shapes import with_buckets
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say, tell
 from finetune.runtime.signals import end_with_parent
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_options(arguments, gpus)
     from finetune.checks.model import open_family
     from finetune.checks.settings import attention_problems, check_gpu, check_recipe
+    from finetune.preparation.own_shape import with_own_shape
 
     gpu = GPUS.get(arguments.gpu)
     problems = check_recipe(recipe, gpus)
@@ -69,7 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
     family = open_family(recipe, with_weights=False)
     capacity = arguments.device_memory or (gpu.memory - CONTEXT if gpu else None)
     hardware = Hardware(gpus, arguments.gpus_per_node, capacity, arguments.host_memory, gpu or GPUS["A100"])
-    return (_fit if arguments.fit else _plan)(recipe, family, hardware, arguments)
+    planned = with_own_shape(recipe, family)
+    if arguments.fit:
+        return _fit(planned, recipe.data.buckets, family, hardware, arguments)
+    return _plan(planned, family, hardware, arguments)
 
 
 def _check_options(arguments: argparse.Namespace, gpus: int) -> None:
@@ -99,7 +103,6 @@ def _plan(recipe: Recipe, family: Family, hardware: Hardware, arguments: argpars
     from finetune.engine.precision import DTYPES
     from finetune.planning.simulate import cache_bytes, largest, simulate_all
 
-    recipe = with_stated_buckets(recipe)
     buckets = recipe.data.buckets if arguments.all_buckets else [largest(family, recipe.data.buckets)]
     plan = simulate_all(recipe, family, buckets, hardware, arguments.plot)
     clip, caption = (size / 2**20 for size in cache_bytes(family, buckets[0], DTYPES[recipe.train.precision]))
@@ -114,16 +117,18 @@ def _plan(recipe: Recipe, family: Family, hardware: Hardware, arguments: argpars
     return 0 if plan.fits is not False else DOES_NOT_FIT
 
 
-def _fit(recipe: Recipe, family: Family, hardware: Hardware, arguments: argparse.Namespace) -> int:
+def _fit(recipe: Recipe, given: list[Bucket], family: Family, hardware: Hardware, arguments: argparse.Namespace) -> int:
+    """Search settings; the recipe that is written has the buckets that were given, and not those planned for data.area."""
     from finetune.planning.search import fit
     from finetune.runtime.files import atomic
 
-    found = fit(with_stated_buckets(recipe), family, hardware, say)
+    found = fit(recipe, family, hardware, say)
     told = "is not written"
     if arguments.write and found.fits:
         with atomic(arguments.write) as partial:
-            found_recipe = with_buckets(found.recipe, recipe.data.buckets)  # not those that were planned for data.area
-            write_recipe(found_recipe, partial, "Found by plan --fit, with every default spelled out.")
+            write_recipe(
+                with_buckets(found.recipe, given), partial, "Found by plan --fit, with every default spelled out."
+            )
         told = "is written"
     if arguments.json:
         tell(json.dumps(found.as_json(), indent=1))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from finetune.commands.common import add_recipe_arguments, with_runtime
 from finetune.recipe import Recipe, load_recipe
-from finetune.recipe.schema import Prompt
+from finetune.recipe.schema import GENERATED, Prompt
 from finetune.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,13 +45,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not (recipe.validation.prompts or recipe.validation.prompts_file):
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
     from finetune.checks.model import open_family
+    from finetune.preparation.own_shape import with_own_shape
     from finetune.training.exported_videos import sample
 
     def body(runtime: Runtime) -> int:
         if runtime.world_size > 1:
             raise UserError("sample runs in one process", "start it with python -m finetune sample")
-        out = arguments.out or recipe.output / "generated"
-        sample(recipe, open_family(recipe), runtime, out, arguments.adapter, arguments.compare)
+        out = arguments.out or recipe.output / GENERATED
+        family = open_family(recipe)
+        sample(with_own_shape(recipe, family), family, runtime, out, arguments.adapter, arguments.compare)
         return 0
 
     return with_runtime(recipe, body)

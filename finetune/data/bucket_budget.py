@@ -27,6 +27,7 @@ def find_buckets(
     count: int,
     fps: float | None,
     is_legal: IsLegal,
+    near: Area | None = None,
 ) -> dict[Bucket, int]:
     """The buckets of a dataset, each with the number of clips to train on that go to it, in the order of `_by_length`.
 
@@ -37,13 +38,14 @@ def find_buckets(
     Args:
         clips: those to train on, each with whether it is an image.
         heldout: the same of those that are held out.
-        area: a legal shape; no other has more pixels.
+        area: no shape has more pixels.
         fps: the frame rate to train at; None keeps each clip's own.
+        near: as for `shapes`.
     """
     shortest = [Bucket(min(frames), *area)]
     usable, others = (Counter(clip for clip in part if _fits(*clip, shortest, fps)) for part in (clips, heldout))
     chosen = best_shapes(
-        [clip.width / clip.height for clip, _ in usable.elements()], shapes(area, frames, is_legal), count
+        [clip.width / clip.height for clip, _ in usable.elements()], shapes(area, frames, is_legal, near), count
     )
     possible = sorted((Bucket(length, *shape) for length in set(frames) for shape in chosen), key=_by_length(area))
     found: Counter[Bucket] = Counter()
@@ -71,13 +73,16 @@ def _by_length(area: Area) -> Callable[[Bucket], tuple[int, float, int]]:
     return key
 
 
-def shapes(area: Area, frames: Iterable[int], is_legal: IsLegal) -> list[Area]:
+def shapes(area: Area, frames: Iterable[int], is_legal: IsLegal, near: Area | None = None) -> list[Area]:
     """The shapes, legal in every length, that have no more pixels than the area, but would if both sides were a step longer.
 
     These are the multiples that the curve of all shapes of exactly this area passes next to. A step is the least change of a side
     that leaves the area's own shape legal. The model may limit a side; shapes at the limit may then be smaller than others.
+
+    Args:
+        near: a legal shape, where the area's own is not legal: it then takes its place for the steps.
     """
-    lengths = sorted(set(frames))
+    lengths, near = sorted(set(frames)), near or area
 
     pixels = area.height * area.width
 
@@ -88,16 +93,33 @@ def shapes(area: Area, frames: Iterable[int], is_legal: IsLegal) -> list[Area]:
     def grows(height: int, width: int) -> bool:
         return min(down, across) > 0 and height * width <= pixels and takes(height, width)
 
-    down = _step(area.height, lambda height: takes(height, area.width))
-    across = _step(area.width, lambda width: takes(area.height, width))
+    down = _step(near.height, lambda height: takes(height, near.width))
+    across = _step(near.width, lambda width: takes(near.height, width))
     found = []
-    for height in _multiples(area.height, down, pixels):
-        for width in reversed(_multiples(area.width, across, pixels // height)):
+    for height in _multiples(near.height, down, pixels):
+        for width in reversed(_multiples(near.width, across, pixels // height)):
             if grows(height + down, width + across):
                 break  # and so do all that are narrower
             if takes(height, width):
                 found.append(Area(height, width))
     return found
+
+
+def own_shape(area: Area, frames: Iterable[int], is_legal: IsLegal, near: Area) -> Area | None:
+    """The shape that stands for an area: the area's own if it is legal, else the nearest of `shapes`; None if there is none.
+
+    Args:
+        near: as for `shapes`.
+    """
+    lengths = sorted(set(frames))
+    if all(is_legal(Bucket(length, *area)) for length in lengths):
+        return area
+
+    def distance(shape: Area) -> tuple[float, int]:
+        off = abs(math.log(shape.height / area.height)) + abs(math.log(shape.width / area.width))
+        return round(off, 6), shape.height
+
+    return min(shapes(area, lengths, is_legal, near), key=distance, default=None)
 
 
 def _step(side: int, is_legal: Callable[[int], bool]) -> int:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 import zlib
@@ -51,6 +52,9 @@ class StoredItem(NamedTuple):
     path: Path
     size: int
     written: float
+
+
+_VERIFY = ("python", "-m", "finetune", "cache", "verify", "--remove", "--dir")  # the command that reads every item
 
 
 class Cache:
@@ -104,7 +108,8 @@ class Cache:
         except FileNotFoundError:
             what, cure = "it is gone", "run the same command again: it is encoded anew"
         except DamagedItem as damage:
-            what, cure = str(damage), "it is removed: run the same command again: it is encoded anew"
+            others = f"others may be damaged, too: {shlex.join([*_VERIFY, str(self.folder)])} removes all that are"
+            what, cure = str(damage), f"it is removed: run the same command again: it is encoded anew; {others}"
             if not _remove(path):
                 cure = (
                     "it cannot be removed: make the cache writable or set data.cache to another folder, and remove it"

@@ -10,6 +10,7 @@ from finetune.data.clip import VIDEO_SUFFIXES, Clip
 from finetune.data.formats import FORMATS
 from finetune.data.formats.format import Columns, Manifest, normalised
 from finetune.data.formats.listing import file_fault, list_files
+from finetune.data.formats.tables import only_table
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.logging import listed
 
@@ -77,13 +78,15 @@ def describe_unused(unused: Iterable[Problem], path: Path) -> list[str]:
 
 def _read(path: Path, columns: Columns) -> tuple[Path, Manifest]:
     """The clips of a dataset by the first kind that recognises it, and the file or folder that it takes."""
-    for form in FORMATS.values():
-        try:
-            found = form.locate(path, columns)
-        except OSError as error:
-            raise UserError(f"cannot be opened ({error.strerror})", "mend its permissions", str(path)) from None
-        if found is not None:
-            return found, form.read(found, columns)
+    try:
+        only_table(path, [form for form in FORMATS.values() if form.suffix], columns)
+        kinds = ((form, found) for form in FORMATS.values() if (found := form.locate(path, columns)) is not None)
+        kind = next(kinds, None)
+    except OSError as error:
+        raise UserError(f"cannot be opened ({error.strerror})", "mend its permissions", str(path)) from None
+    if kind is not None:
+        form, found = kind
+        return found, form.read(found, columns)
     *others, last = sorted(form.suffix for form in FORMATS.values() if form.suffix)
     raise UserError("not a manifest", f"use a folder, {', '.join(others)} or {last}", str(path))
 

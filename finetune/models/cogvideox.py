@@ -58,15 +58,25 @@ class CogVideoX(Family):
     def bucket_problem(self, bucket: Bucket) -> str | None:
         # The number of latent frames must be odd: an even number of them is decoded to too many frames.
         frames, side = 2 * self.temporal, self.spatial * self.patch
-        largest = self.config["sample_height"] * self.spatial, self.config["sample_width"] * self.spatial
-        nearest = nearest_bucket(bucket._replace(frames=max(bucket.frames, self.least_frames)), frames, side)
         needs = f"{frames}k + 1 frames{self._least_frames_reason()} and sides that {side} divides"
         if self.config.get("use_learned_positional_embeddings"):
-            nearest, needs = Bucket(self.config["sample_frames"], *largest), "the shape of its learned positions"
+            needs = "the shape of its learned positions"
         elif self.patch_t > 1:
-            nearest = Bucket(nearest.frames, *map(min, nearest[1:], largest))
-            needs += f", at most {largest[0]} high and {largest[1]} wide"
+            needs += ", at most {} high and {} wide".format(*self._trained_sides)
+        nearest = self.nearest_bucket(bucket)
         return None if nearest == bucket else f"this checkpoint needs {needs}; the nearest is {nearest}"
+
+    def nearest_bucket(self, bucket: Bucket) -> Bucket:
+        if self.config.get("use_learned_positional_embeddings"):
+            return Bucket(self.config["sample_frames"], *self._trained_sides)
+        frames, side = 2 * self.temporal, self.spatial * self.patch
+        nearest = nearest_bucket(bucket._replace(frames=max(bucket.frames, self.least_frames)), frames, side)
+        return Bucket(nearest.frames, *map(min, nearest[1:], self._trained_sides)) if self.patch_t > 1 else nearest
+
+    @property
+    def _trained_sides(self) -> tuple[int, int]:
+        """Height and width of the checkpoint's own samples, in pixels."""
+        return self.config["sample_height"] * self.spatial, self.config["sample_width"] * self.spatial
 
     def unused_keys(self) -> dict[str, str]:
         why = "CogVideoX predicts v on its own schedule of noise levels"

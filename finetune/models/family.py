@@ -92,12 +92,17 @@ class Family(Components, ABC):
 
     def bucket_problem(self, bucket: Bucket) -> str | None:
         """Why the model cannot be trained at a bucket, with the nearest bucket that works; None if it can."""
-        frames, side = self.temporal, self.spatial * self.patch
-        nearest = nearest_bucket(bucket._replace(frames=max(bucket.frames, self.least_frames)), frames, side)
+        nearest = self.nearest_bucket(bucket)
         if nearest == bucket:
             return None
+        frames, side = self.temporal, self.spatial * self.patch
         needed = f"{frames}k + 1 frames{self._least_frames_reason()} and sides that {side} divides"
         return f"{self.title} needs {needed}; the nearest is {nearest}"
+
+    def nearest_bucket(self, bucket: Bucket) -> Bucket:
+        """The bucket that the model can be trained at whose frames, height and width are nearest, each by itself."""
+        long_enough = bucket._replace(frames=max(bucket.frames, self.least_frames))
+        return nearest_bucket(long_enough, self.temporal, self.spatial * self.patch)
 
     def _least_frames_reason(self) -> str:
         return f", at least {self.least_frames} because those of its images are given," if self.least_frames > 1 else ""

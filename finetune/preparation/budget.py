@@ -9,9 +9,10 @@ from finetune.models.family import Family
 from finetune.preparation.columns import further_columns
 from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import inspect_dataset
+from finetune.preparation.own_shape import near_shape, with_own_shape
 from finetune.recipe import Recipe
 from finetune.recipe.data import DataSource
-from finetune.recipe.shapes import with_buckets, with_stated_buckets
+from finetune.recipe.shapes import with_buckets
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.logging import say
@@ -29,7 +30,7 @@ def with_found_buckets(recipe: Recipe, family: Family, runtime: Runtime, cache: 
     data, named = recipe.data, recipe.validation.heldout
     assert data.area is not None  # see above
     runtime.doing("looking for the clips' buckets")
-    stated = with_stated_buckets(recipe)
+    stated = with_own_shape(recipe, family, is_said=False)
     columns = further_columns(encoders_of(family, recipe))
     cache = cache or Cache(data.cache)
     clips = [info for pair in data.used_datasets for info in _sizes(stated, *pair, cache, runtime, columns)]
@@ -42,6 +43,7 @@ def with_found_buckets(recipe: Recipe, family: Family, runtime: Runtime, cache: 
         data.bucket_count,
         data.fps,
         lambda bucket: family.bucket_problem(bucket) is None,
+        near_shape(data, family),
     )
     found = runtime.from_main(found)  # whatever the processors of the others make of logarithms
     if not found:

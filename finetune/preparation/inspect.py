@@ -15,7 +15,7 @@ from finetune.preparation.columns import check_pictures, optional_columns, say_c
 from finetune.preparation.facts import read_facts, uses_of
 from finetune.preparation.inspected import InspectedClip, Inspection
 from finetune.preparation.mask_facts import last_white_frames, white_windows
-from finetune.preparation.summary import say_summary
+from finetune.preparation.summary import say_shared, say_summary
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.data import Data, DataSource
 from finetune.runtime.distributed import Runtime
@@ -78,6 +78,7 @@ def accept(recipe: Recipe, inspected: Sequence[Inspection], columns: Sequence[st
         if each.clips:
             say_summary(each.path, each, recipe.data.buckets)
             say_columns(each.path, [entry.clip for entry in each.clips], columns)
+    say_shared(inspected[: len(recipe.data.used_datasets)])
     refuse_or_skip([problem for each in inspected for problem in each.problems], recipe.data.bad_clips, "used")
     for each in inspected:
         require(each.clips, each.path)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from finetune.data.manifest import describe_unused
@@ -29,6 +30,17 @@ def say_summary(path: Path, found: Inspection, buckets: Sequence[Bucket]) -> Non
         *describe_unused(found.unused, path),
     ):
         say(line)
+
+
+def say_shared(inspected: Sequence[Inspection]) -> None:
+    """Say which clips two of the datasets to train on have in common, so that an epoch takes them for each."""
+    for (number, one), (other_number, other) in combinations(enumerate(inspected), 2):
+        theirs = {entry.hash: entry.clip.path for entry in other.clips}
+        if both := [entry.clip.path for entry in one.clips if entry.hash in theirs]:
+            which = f"{one.path} and {other.path} (sources {number + 1} and {other_number + 1} of those that are trained on)"
+            are = "clips are" if len(both) > 1 else "clip is"
+            cure = "move one of the folders or shorten a table to have them once; `repeats` takes clips more often"
+            say(f"{which}: {len(both)} {are} in both, byte for byte, and trained on for each: {listed(both)} ({cure})")
 
 
 def _counted(clips: Sequence[InspectedClip]) -> str:

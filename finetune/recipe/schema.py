@@ -14,6 +14,8 @@ from finetune.recipe.optimizers import AdamW, AnyOptimizer
 from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
 from finetune.recipe.values import BucketText, PathText
 
+GENERATED = "generated"  # the folder of `sample` in `output`
+
 AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
 
 
@@ -331,8 +333,8 @@ class Recipe(Table):
     @property
     def own_folders(self) -> list[Path]:
         """Folders that a run writes into. If they lie in a dataset's folder, their videos and images are no clips of it."""
-        # samples/ by itself counts where the run writes into the dataset's folder itself, which cannot be left out as a whole.
-        return [self.output, self.run_folder / "samples", self.data.cache]
+        # Those in it count by themselves where the run writes into the dataset's folder itself, which cannot be left out whole.
+        return [self.output, self.run_folder / "samples", self.output / GENERATED, self.data.cache]
 
     @property
     def adapter(self) -> Table | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from finetune.recipe.bucket import Bucket
+from finetune.recipe.bucket import Area, Bucket
 from finetune.recipe.schema import Recipe
 
 
@@ -11,6 +11,13 @@ def with_buckets(recipe: Recipe, buckets: Sequence[Bucket]) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"buckets": list(buckets)})})
 
 
-def with_stated_buckets(recipe: Recipe) -> Recipe:
-    """The recipe as far as it is known without its clips: with `Data.stated_buckets`."""
-    return with_buckets(recipe, recipe.data.stated_buckets)
+def with_stated_buckets(recipe: Recipe, shape: Area | None = None) -> Recipe:
+    """The recipe as far as it is known without its clips: with `Data.stated_buckets`.
+
+    Args:
+        shape: what the model takes in the place of `data.area`, if that is no shape of its own.
+    """
+    stated = recipe.data.stated_buckets
+    if shape is not None and not recipe.data.buckets:
+        stated = [Bucket(bucket.frames, *shape) for bucket in stated]
+    return with_buckets(recipe, stated)

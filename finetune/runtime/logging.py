@@ -17,6 +17,7 @@ from finetune.runtime.errors import LostPeer, UserError, harmless, one_line
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 _LET_THE_OTHER_SPEAK = 1.0  # seconds
+ALL_PROBLEMS = "finetune_problems.txt"  # in the folder where the command was started
 
 LIBRARIES = (
     "diffusers",
@@ -66,8 +67,15 @@ def quietly() -> Iterator[None]:
 
 def say(message: str) -> None:
     """Print one line on rank 0; other ranks stay silent."""
-    if int(os.environ.get("RANK", 0)) == 0 or "WORLD_SIZE" not in os.environ:  # RANK alone is left from something else
+    if _is_main():
         _show(message)
+
+
+def _is_main() -> bool:
+    """Whether this process is the run's rank 0, or alone."""
+    return (
+        int(os.environ.get("RANK", 0)) == 0 or "WORLD_SIZE" not in os.environ
+    )  # RANK alone is left from something else
 
 
 def listed(names: Sequence[object], most: int | None = 3) -> str:
@@ -95,6 +103,7 @@ def _show(message: str, style: str | None = None) -> None:
 def print_error(error: UserError) -> None:
     """Print an error on one process of each node, and leave it for torchrun's closing summary. Every rank ends with it.
 
+    Where its text does not name every problem, rank 0 writes all of them into a file, and says where.
     Other processes wait a moment, since torchrun ends all of a node as soon as one has ended.
     """
     if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -106,5 +115,20 @@ def print_error(error: UserError) -> None:
         is_speaker = is_speaker or int(os.environ.get("RANK", 0)) == 1
     if is_speaker:
         _show(f"error: {error}", style="red")
+        if error.is_short and _is_main():
+            _show(_written_out(error), style="red")
     else:
         time.sleep(_LET_THE_OTHER_SPEAK)
+
+
+def _written_out(error: UserError) -> str:
+    """Write every problem of an error into a file; returns where they are, or why they are not there."""
+    path = Path(ALL_PROBLEMS)
+    lines = [f"{problem}\n" for problem in error.problems]
+    try:
+        path = path.absolute()
+        path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    except OSError as failure:
+        why = failure.strerror or failure
+        return f"all {len(lines)}, one by one, could not be written to {path} ({why}); check --report DIR lists clips"
+    return f"all {len(lines)}, one by one: {path}"

@@ -1,6 +1,7 @@
 """`cache`: what takes room in a cache, what is damaged in it, and what no recipe uses."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -167,6 +168,25 @@ def test_damaged_items_are_removed_if_asked_and_encoded_anew(made: Made) -> None
     assert [path.exists() for path in paths] == [False, False]
     names = {f"{path.parent.parent.name}/{path.stem}" for path in paths}
     assert made.encoded_by(0) | made.encoded_by(1) == names
+
+
+def test_what_a_damaged_item_ends_a_training_with_names_the_command_that_removes_all_others(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bits are flipped in each of them, which a start does not see: only the reading of an item compares its bytes."""
+    cache = Cache(made.folder)
+    for item in cache.items():
+        data = bytearray(item.path.read_bytes())
+        data[-3] ^= 16
+        item.path.write_bytes(data)
+    first, *others = list(cache.items())
+    with pytest.raises(UserError) as caught:
+        cache.read(first.kind, first.key)
+    command = shlex.split(caught.value.problems[0].cure.partition("too: ")[2].removesuffix(" removes all that are"))
+    assert command[:3] == ["python", "-m", "finetune"]
+    assert main(command[3:]) == 0
+    assert f"removed {len(others)}: the next start that needs one encodes it anew" in capsys.readouterr().err
+    assert list(cache.items()) == []
 
 
 def test_prune_counts_and_removes_only_when_told_and_only_what_no_recipe_uses(made: Made) -> None:

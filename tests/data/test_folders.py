@@ -401,6 +401,22 @@ def test_folders_that_a_run_writes_into_are_no_part_of_the_dataset(tmp_path: Pat
     assert len(found.unused) == 3
 
 
+def test_other_runs_in_a_dataset_s_folder_are_no_part_of_it(tmp_path: Path) -> None:
+    """Of one expert or two; not so a folder that has a recipe and no run, nor a run whose own folder is the dataset."""
+    clip = {"00.mp4": "", "00.txt": "x"}
+    for run, left in (
+        ("old", "checkpoints/step_00000010/trainer.json"),
+        ("begun", "starts/after_step_00000000.toml"),
+        ("both", "high/starts/after_step_00000000.toml"),
+    ):
+        write(tmp_path / run, {"recipe.toml": "", left: "", **{f"samples/{name}": text for name, text in clip.items()}})
+    write(tmp_path, {"a.mp4": "", "a.txt": "x", "more/recipe.toml": "", "more/b.mp4": "", "more/b.txt": "y"})
+    assert used(tmp_path) == ["a.mp4", "more/b.mp4"]
+    runs = dict.fromkeys(("begun", "both", "old"), "written by another run")
+    assert {where: why for where, why in reasons(tmp_path).items() if where in runs} == runs
+    assert used(tmp_path / "old") == ["samples/00.mp4"]
+
+
 def test_a_dataset_in_a_run_s_folder_is_read(tmp_path: Path) -> None:
     write(tmp_path, {"run/clips/a.mp4": "", "run/clips/a.txt": "x", "run/clips/samples/b.mp4": ""})
     run = tmp_path / "run"

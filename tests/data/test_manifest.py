@@ -25,6 +25,19 @@ def dataset(tmp_path: Path):
     return write
 
 
+@pytest.mark.parametrize("part", ["", "train/"])
+def test_of_several_tables_none_is_taken_before_one_is_named(dataset, part: str) -> None:
+    table = "video,caption\na.mp4,x\n"
+    folder = dataset({f"{part}a.mp4": "", f"{part}metadata.csv": table, f"{part}metadata.jsonl": ""})
+    with pytest.raises(UserError) as caught:
+        pairs(folder)
+    (problem,) = caught.value.problems
+    assert problem.what == "there are 2 tables: metadata.csv, metadata.jsonl"
+    assert problem.where == str(folder / part)
+    assert f"data.path, such as {folder / part / 'metadata.csv'}" in problem.cure
+    assert pairs(folder / part / "metadata.csv") == [("a.mp4", "x")]
+
+
 def pairs(path: Path, video: str = "video", caption: str = "caption", token: str = "") -> list[tuple[str, str]]:
     """(path inside the dataset, caption) of each clip."""
     folder = path if path.is_dir() else path.parent

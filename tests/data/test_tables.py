@@ -306,13 +306,6 @@ def test_masks_and_controls_are_relative_to_the_table(folder: Path, suffix: str)
     assert unused == {"b.mp4": f"not in metadata{suffix}"}
 
 
-def test_a_second_table_is_named(folder: Path) -> None:
-    write_table(folder / "metadata.csv", [{"video": "a.mp4", "caption": "x"}])
-    write_table(folder / "metadata.jsonl", [{"video": "b.mp4", "caption": "y"}])
-    assert clips(folder) == [("a.mp4", ("x",))]
-    assert str(folder / "metadata.jsonl") in [each.where for each in read(folder).unused]
-
-
 # --- the Hub's folders ------------------------------------------------------------------------------------------------
 
 
@@ -426,8 +419,13 @@ def test_columns_of_bytes_are_of_any_kind(folder: Path, kind: str) -> None:
         "map": lambda: pyarrow.array([[("k", b"1")], []], pyarrow.map_(pyarrow.string(), pyarrow.binary())),
         "dictionary": values.dictionary_encode,
     }
-    write_columns(folder, film=columns[kind]() if kind in columns else values.cast(getattr(pyarrow, kind)()))
-    assert [clip.columns for clip in read(folder).clips] == [{}, {}]
+    film = columns[kind]() if kind in columns else values.cast(getattr(pyarrow, kind)())
+    write_columns(folder, film=film, score=[1, 2], still=film)
+    found = read(folder)
+    assert [clip.columns for clip in found.clips] == [{"score": "1"}, {"score": "2"}]
+    (named,) = [each for each in found.unused if "bytes" in each.what]
+    assert named.what == "columns of bytes are not read: 'film', 'still'"
+    assert named.where == str(folder / "metadata.parquet")
 
 
 @pytest.mark.parametrize("column", ["caption", "n", "film"])

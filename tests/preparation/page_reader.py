@@ -14,6 +14,7 @@ class Card:
     captions: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
     name: str = ""
 
 
@@ -44,7 +45,7 @@ class Page(HTMLParser):
         if values.get("class") == "card":
             self.cards.append(Card(self._bucket))
         if self.card and tag == "img":
-            self.card.pictures.append(values["src"])
+            (self.card.masks if values.get("class") == "mask" else self.card.pictures).append(values["src"])
         if self.card and "caption" in values.get("class", "").split():
             self.card.captions.append("")
         if self.card and tag == "li" and values.get("class") != "card":

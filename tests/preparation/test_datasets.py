@@ -1,6 +1,7 @@
 """Several datasets, pieces of long clips and several captions, from files to batches."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,29 @@ def test_a_source_of_no_repeats_is_not_read(sources: Callable[..., Recipe], runt
     recipe = sources(1, 0)
     found = prepare(recipe, open_family(recipe), runtime)
     assert {item.source for item in found.train} == {0}
+
+
+def test_clips_of_two_sources_are_said_to_be_trained_on_for_each(
+    sources: Callable[..., Recipe], runtime: Runtime, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A source that lies in another one has all its clips there, too."""
+    outer = tmp_path / "outer"
+    inner = Path(shutil.copytree(clips, outer / "inner"))
+    shutil.copy(clips / "wide.mp4", outer / "alone.mp4")
+    (outer / "alone.txt").write_text("a clip")
+    recipe = sources(1, 1)
+    parts = [
+        each.model_copy(update={"path": path}) for each, path in zip(recipe.data.sources, (outer, inner), strict=True)
+    ]
+    assert check_all(recipe, runtime, 1) == []
+    assert "in both" not in capsys.readouterr().err
+    nested = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": parts})})
+    assert check_all(nested, runtime, 1) == []
+    said = capsys.readouterr().err
+    assert (
+        f"{outer} and {inner} (sources 1 and 2 of those that are trained on): 13 clips are in both, byte for byte"
+        in said
+    )
 
 
 def test_a_recipe_of_no_samples_is_refused(sources: Callable[..., Recipe]) -> None:

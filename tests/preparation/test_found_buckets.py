@@ -1,6 +1,7 @@
 """Buckets that are found for real clips: in check, in training, on resume, and what is said without the clips."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from finetune.checks.everything import check_all
 from finetune.checks.model import open_family
 from finetune.data.synthetic import Recording, write_clips
 from finetune.preparation.encode import prepare
-from finetune.recipe import Recipe, load_recipe
+from finetune.preparation.own_shape import with_own_shape
+from finetune.recipe import Bucket, Recipe, load_recipe
+from finetune.recipe.bucket import Area
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.training.run import train
@@ -170,17 +173,46 @@ def test_where_all_are_too_short_each_is_named(by_area: Callable[..., Recipe], r
     "override, where, what, cure",
     [
         ("data.frames=9,20", "data.frames", "20: LTX-Video needs 8k + 1 frames", "the nearest lengths are 17 and 25"),
-        ("data.area=60x100", "data.area", "60x100: LTX-Video needs", "the nearest is 17x64x96"),
+        ("data.area=20x40", "data.area", "20x40 has fewer pixels than any shape", "the least is 32x32"),
     ],
 )
 def test_what_the_model_cannot_take_is_named_with_what_it_can(
     by_area: Callable[..., Recipe], override: str, where: str, what: str, cure: str
 ) -> None:
+    prompt = 'validation.prompts=[{text = "a"}]'  # its shape is that of the area: no problem of its own
     with pytest.raises(UserError) as caught:
-        open_family(by_area(override))
-    assert {problem.where for problem in caught.value.problems} == {where}
+        open_family(by_area(override, prompt))
+    assert [problem.where for problem in caught.value.problems] == [where]
     assert what in str(caught.value)
     assert cure in str(caught.value)
+
+
+def test_an_area_need_not_be_a_shape_of_the_model(
+    by_area: Callable[..., Recipe], runtime: Runtime, capsys: pytest.CaptureFixture
+) -> None:
+    """It is a number of pixels: what is found has no more of them."""
+    recipe = by_area("data.area=70x100")
+    assert check_all(recipe, runtime, gpus=1) == []
+    assert resolved(recipe, runtime) == ["17x64x96", "17x64x64", "17x96x64"]
+    family = open_family(recipe)
+    capsys.readouterr()
+    assert with_own_shape(recipe, family).data.sample_shape == Bucket(17, 64, 96)
+    said = "data.area = 70x100 is no shape of LTX-Video; the nearest of no more pixels is taken: 64x96\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("area", ["1x5000", "33x33", "63x95", "64x96", "500x700", "719x1279"])
+def test_whatever_its_sides_the_shape_of_an_area_is_legal_and_near(
+    by_area: Callable[..., Recipe], runtime: Runtime, area: str
+) -> None:
+    recipe = by_area(f"data.area={area}")
+    family = open_family(recipe)
+    shape = with_own_shape(recipe, family, is_said=False).data.sample_shape
+    assert family.bucket_problem(shape) is None
+    asked = Area.parse(area)
+    legal = [(h, w) for h in range(32, 5001, 32) for w in range(32, 5001, 32) if h * w <= asked.height * asked.width]
+    off = lambda h, w: abs(math.log(h / asked.height)) + abs(math.log(w / asked.width))  # noqa: E731
+    assert off(*shape[1:]) == pytest.approx(min(off(*each) for each in legal))
 
 
 def test_a_cache_is_pruned_of_nothing_that_they_use(
@@ -197,9 +229,12 @@ def test_a_cache_is_pruned_of_nothing_that_they_use(
     assert len(items) > len(FOUND)
 
 
-def test_a_plan_takes_the_area_s_own_shape_and_needs_no_clips(finetune, recipe_file: Path, tmp_path: Path) -> None:
-    """It is the largest that may be found."""
-    overrides = [*BY_AREA, "train.global_batch_size=2", f"data.path={tmp_path / 'nothing'}"]
+@pytest.mark.parametrize("area", ["64x96", pytest.param("67x99", marks=pytest.mark.full)])
+def test_a_plan_takes_the_area_s_own_shape_and_needs_no_clips(
+    finetune, recipe_file: Path, tmp_path: Path, area: str
+) -> None:
+    """It is the largest that may be found; the nearest legal one, where it is none."""
+    overrides = [*BY_AREA, f"data.area={area}", "train.global_batch_size=2", f"data.path={tmp_path / 'nothing'}"]
     done = finetune(
         "plan", "--recipe", recipe_file, *(part for each in overrides for part in ("--set", each)), "--json"
     )

@@ -113,6 +113,32 @@ def test_pictures_show_what_the_model_sees_of_each_window(report: Report, folder
     assert "51 of 51 frames at 24 fps in 3 windows" in " ".join(cards["after.mp4"].texts)
 
 
+def test_a_mask_is_shown_at_the_frame_of_each_picture(report: Report, folder: Path) -> None:
+    """As it weighs the loss: cropped as the clip is, and at the window's time. A clip without one has none."""
+    for file in folder.iterdir():
+        file.unlink()
+    white, black = (255,) * 3, (0,) * 3
+    stripes(folder / "after.mp4", [RED, GREEN, BLUE])
+    stripes(folder / "turns.mkv", [white, (128,) * 3, white])
+    stripes(folder / "across.mp4", [RED, BLUE, BLUE, GREEN], across=True)  # the middle of 64x192 fills 64x96
+    stripes(folder / "side.mkv", [white, black, white, white], across=True)
+    stripes(folder / "bare.mp4", [RED])
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    rows = ["video,caption,mask", "after.mp4,x,turns.mkv", "across.mp4,x,side.mkv", "bare.mp4,x,"]
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    page, problems = report("data.window=all")
+    assert problems == []
+    cards = page.by_name()
+    assert [round(pixels(mask).mean(), -1) for mask in cards["after.mp4"].masks] == [260, 130, 260]
+    assert len(cards["after.mp4"].pictures) == 3
+    (mask,) = map(pixels, cards["across.mp4"].masks)
+    assert mask.shape[:2] == (32, 48)
+    assert mask[:, :20].mean() < 12
+    assert mask[:, 28:].mean() > 243
+    assert cards["bare.mp4"].masks == []
+
+
 def test_images_copies_held_out_clips_and_unused_files(report: Report, folder: Path) -> None:
     Image.new("RGB", (96, 64), RED).save(folder / "still.png")
     (folder / "still.txt").write_text("all red")
@@ -249,8 +275,9 @@ def many(recipe_file: Path, runtime: Runtime, folder: Path, tmp_path: Path) -> t
 def test_a_page_about_3000_clips_has_at_most_20_mb(many: tuple[Recipe, list[Inspection]], tmp_path: Path) -> None:
     recipe, inspected = many
     account = account_of(recipe, inspected)
-    largest = os.urandom(bytes_of_each(2 * 3000))
-    path, size = write_page(tmp_path, account, [Thumbnails((largest, largest), 85, 128)] * 3000)
+    largest = os.urandom(bytes_of_each(2 * 3000, masks=2 * 3000))
+    masks = (largest[: len(largest) // 4],) * 2
+    path, size = write_page(tmp_path, account, [Thumbnails((largest, largest), 85, 128, masks=masks)] * 3000)
     assert size == path.stat().st_size
     assert 12e6 < size <= 20e6
     assert path.read_text(encoding="utf-8").count('<li class="card"') == 3000

@@ -9,12 +9,15 @@ from pathlib import Path
 from finetune.data.clip import MEDIA_SUFFIXES
 from finetune.data.file_fault import open_fault
 from finetune.data.formats.format import name_order, normalised, text_fault
+from finetune.recipe import RECIPE_FILE
 from finetune.runtime.errors import Problem, UserError
 
 _OF_THE_SYSTEM = frozenset(
     {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "@recently-snapshot"}
     | {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 )
+
+_OF_RUNS = tuple(f"{expert}{left}" for expert in ("", "*/") for left in ("checkpoints/step_*", "starts/after_step_*"))
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Listing:
 
 def list_files(root: Path, leave_out: Collection[Path] = ()) -> Listing:
     """List a folder. Links to folders are followed, and each real folder is read once, under its own path if that is in `root`.
+
+    Folders of other runs in it are named and not looked into.
 
     Args:
         leave_out: folders that a run writes into. They are named and not looked into, unless `root` lies in them.
@@ -63,6 +68,10 @@ def list_files(root: Path, leave_out: Collection[Path] = ()) -> Listing:
         if any(_contains(each, real) for each in own):
             found.unused.append(Problem("written by the run itself", str(folder)))
             continue
+        if folder != root and _is_run(folder):
+            cure = "to train on its samples, copy them elsewhere with captions"
+            found.unused.append(Problem("written by another run", str(folder), cure))
+            continue
         for entry in _entries(folder, root, found):
             path = folder / entry.name
             if is_hidden(entry.name):
@@ -81,6 +90,14 @@ def list_files(root: Path, leave_out: Collection[Path] = ()) -> Listing:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden, or of a kind that operating systems and servers write by themselves."""
     return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or that of the runs of two experts: it has a recipe, and what starts and steps leave."""
+    try:
+        return (folder / RECIPE_FILE).is_file() and any(any(folder.glob(pattern)) for pattern in _OF_RUNS)
+    except OSError:  # `_entries` says what is wrong with it
+        return False
 
 
 def file_fault(path: Path, kind: str = "video file") -> tuple[str, str] | None:

@@ -27,10 +27,12 @@ class TableRows:
     Attributes:
         rows: its entries.
         unread: columns that the rows lack since their values cannot be read, each with the reason.
+        of_bytes: columns that they lack since they hold bytes, such as the videos themselves.
     """
 
     rows: Rows
     unread: Mapping[str, str] = field(default_factory=dict)
+    of_bytes: Sequence[str] = ()
 
 
 _LONGEST_FIELD = 16 * 2**20  # characters; csv's own limit is 128 KiB, and captions that long get a message of their own
@@ -147,7 +149,7 @@ def read_json(path: Path) -> TableRows:
 
 
 def read_parquet(path: Path) -> TableRows:
-    """Rows of a Parquet file. Columns of bytes, such as the videos themselves, are not read."""
+    """Rows of a Parquet file. Columns of bytes, such as the videos themselves, are named and not read."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -157,7 +159,8 @@ def read_parquet(path: Path) -> TableRows:
     try:
         with parquet.ParquetFile(path) as file:
             _refuse_repeated(file.schema_arrow.names, str(path))
-            names = [field.name for field in file.schema_arrow if not _has_bytes(field.type)]
+            of_bytes = [field.name for field in file.schema_arrow if _has_bytes(field.type)]
+            names = [name for name in file.schema_arrow.names if name not in of_bytes]
             table = file.read(columns=names)
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(
@@ -171,7 +174,8 @@ def read_parquet(path: Path) -> TableRows:
         except (ValueError, ArithmeticError, LookupError, TypeError, pyarrow.ArrowException) as error:
             unread[name] = str(error).split(". ")[0]  # such as times that Python's own types cannot hold
     entries = [{name: values[row] for name, values in columns.items()} for row in range(table.num_rows)]
-    return TableRows([(f"{path.name}, row {number}", entry) for number, entry in enumerate(entries, 1)], unread)
+    rows: Rows = [(f"{path.name}, row {number}", entry) for number, entry in enumerate(entries, 1)]
+    return TableRows(rows, unread, of_bytes)
 
 
 def _has_bytes(kind: "pyarrow.DataType") -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from finetune.data.formats.format import Columns, DatasetFormat, Manifest
 from finetune.data.formats.listing import is_media, list_files
+from finetune.data.formats.tables import only_table
 from finetune.runtime.errors import Problem
 
 _TRAIN = "train"
@@ -31,7 +32,7 @@ def split_format(tables: Sequence[DatasetFormat]) -> DatasetFormat:
         train = path / _TRAIN
         if not train.is_dir():
             return None
-        table = next((found for each in tables if (found := each.locate(train, columns))), None)
+        table = only_table(train, tables, columns)
         return None if table is None or _has_other_clips(path, columns) else table
 
     return DatasetFormat(locate, read)

@@ -5,7 +5,7 @@ Paths in them are relative to the file.
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +40,15 @@ def table_format(suffix: str, read_table: Callable[[Path], TableRows]) -> Datase
     return DatasetFormat(locate, lambda path, columns: _manifest(path, read_table(path), columns), suffix)
 
 
+def only_table(path: Path, formats: Iterable[DatasetFormat], columns: Columns) -> Path | None:
+    """The table of a folder, or of a path that is one; None if there is none. Raises UserError if there are several."""
+    found = [table for each in formats if (table := each.locate(path, columns))]
+    if len(found) > 1:
+        cure = f"name the one that is meant in data.path, such as {found[0]}; or remove the others"
+        raise UserError(f"there are {len(found)} tables: {', '.join(table.name for table in found)}", cure, str(path))
+    return next(iter(found), None)
+
+
 def _manifest(path: Path, table: TableRows, named: Columns) -> Manifest:
     """The clips of a table's rows. Raises UserError for columns that no row has."""
     columns = dict.fromkeys(str(name) for _, row in table.rows if isinstance(row, dict) for name in row)
@@ -63,6 +72,9 @@ def _manifest(path: Path, table: TableRows, named: Columns) -> Manifest:
         Problem(f"the column {name!r} cannot be read: {reason}", str(path), "write it as text to use it")
         for name, reason in table.unread.items()
     ]
+    if table.of_bytes:
+        what = f"columns of bytes are not read: {', '.join(map(repr, table.of_bytes))}"
+        unread.append(Problem(what, str(path), "save what they hold as files, and name these in a column, to use it"))
     return Manifest(merged.clips, (*problems, *merged.problems), (*merged.unused, *unread), frozenset(files))
 
 
