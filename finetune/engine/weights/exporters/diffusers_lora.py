@@ -15,19 +15,15 @@ from torch import Tensor, nn
 
 from finetune.engine.weights.exporters.exporter import Exporter, gathered, tidy
 from finetune.models.adapters import ADAPTER, is_adapters
+from finetune.models.adapters.places import LORA_FILE as LORA_FILE  # for those who import it from here
+from finetune.models.adapters.places import lora_file
 from finetune.models.family import Family
 from finetune.recipe.schema import ExpertName
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # of all names in the file: diffusers has one form, also for a component of another name
-
-
-def lora_file(family: Family) -> str:
-    """The name of an adapter's file; that of an expert says which one it is for."""
-    return LORA_FILE if family.expert is None else LORA_FILE.replace(".", f"_{family.expert}_noise.", 1)
 
 
 def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
