@@ -61,6 +61,10 @@ class LowRank:
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
+    def delta(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """What it adds to rows `start` to `stop` - 1 of the weight, float32 (rows, in)."""
+        return self.scale * (self.lora_B[start:stop].float() @ self.lora_A.float())
+
 
 @dataclass(frozen=True)
 class ReadAdapter:
