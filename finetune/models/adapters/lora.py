@@ -44,6 +44,13 @@ def check(transformer: nn.Module, family: Family, settings: Lora) -> None:
     check_targets(transformer, family, settings.targets)
 
 
+def ranks(transformer: nn.Module, family: Family, settings: Lora) -> dict[str, int]:
+    """The rank of each layer that gets an adapter, by the layer's name in a transformer that has none yet."""
+    pattern = re.compile(target_pattern(family, settings.targets))
+    linear = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+    return {name: settings.rank for name in linear if pattern.fullmatch(name)}
+
+
 def add(transformer: ModelMixin, family: Family, settings: Lora, seed: int) -> None:
     """Add a LoRA adapter in place. Its initial weights depend only on the seed.
 
