@@ -1,6 +1,6 @@
 """Trainings that continue an adapter on top of a frozen one, with weights held in several ways, by one process or by two.
 
-Usage: [torchrun ... ] started_worker.py OUT RECIPE...       figures of each recipe, and of each way, go to OUT as JSON.
+Usage: [torchrun ... ] started_worker.py OUT WHICH RECIPE...       WHICH is "all" ways or "some"; figures go to OUT as JSON.
 """
 
 import json
@@ -29,6 +29,7 @@ WAYS = {
     "nf4": ["memory.low_bit=nf4"],
     "bf16": ["train.precision=bf16"],
 }
+OFTEN = {name: WAYS[name] for name in ("plain", "streamed", "nf4")}
 
 
 def given(recipe_file: str, folder: Path) -> list[str]:
@@ -39,14 +40,14 @@ def given(recipe_file: str, folder: Path) -> list[str]:
     return [f"lora.start_from={started}", f'lora.frozen=[{{path = "{frozen}", strength = 0.5}}]']
 
 
-def main(recipe_files: list[str], out: Path, runtime: Runtime) -> None:
+def main(which: str, recipe_files: list[str], out: Path, runtime: Runtime) -> None:
     results: dict[str, dict] = {}
     for file in recipe_files:
         folder = out.parent / str(runtime.rank)
         folder.mkdir(exist_ok=True)
-        overrides = [*given(file, folder), "lora.rank=4", "lora.alpha=8", "train.steps=3", "schedule.warmup_steps=1"]
+        overrides = [*given(file, folder), "lora.rank=4", "lora.alpha=8", "train.steps=2", "schedule.warmup_steps=1"]
         prepared = None
-        for way, settings in WAYS.items():
+        for way, settings in WAYS.items() if which == "all" else OFTEN.items():
             share = f"train.micro_batch_size={2 // runtime.world_size}"
             recipe = load_recipe(file, [*overrides, *settings, share])
             assert not check_recipe(recipe, runtime.world_size), way
@@ -61,6 +62,6 @@ def main(recipe_files: list[str], out: Path, runtime: Runtime) -> None:
 
 if __name__ == "__main__":
     quiet_libraries()
-    main(sys.argv[2:], Path(sys.argv[1]), distributed.start(timeout_seconds=60))
+    main(sys.argv[2], sys.argv[3:], Path(sys.argv[1]), distributed.start(timeout_seconds=60))
     distributed.stop()
     leave(0)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from finetune.models.adapters.lora import ranks
@@ -20,6 +21,9 @@ from finetune.recipe.schema import Lora
 from finetune.recipe.table import Table
 from finetune.runtime.errors import UserError
 
+Frozen = Sequence[tuple[ReadAdapter, float]]
+"""Adapters, each with its strength."""
+
 
 def read_started(settings: Table | None, family: Family) -> ReadAdapter | None:
     """The adapter that the trained one begins as; None for one that begins anew. Raises UserError as `read_adapter`."""
@@ -30,9 +34,31 @@ def read_started(settings: Table | None, family: Family) -> ReadAdapter | None:
 
 def with_frozen(weights: Weights, settings: Table | None, family: Family) -> Weights:
     """The base weights with the frozen adapters in them. Raises UserError as `read_adapter`."""
-    if not isinstance(settings, Lora) or not settings.frozen:
-        return weights
-    return MergedWeights(weights, [(read_adapter(each.path, family), each.strength) for each in settings.frozen])
+    frozen = _read_frozen(settings, family)
+    return MergedWeights(weights, frozen) if frozen else weights
+
+
+def add_frozen(transformer: nn.Module, settings: Table | None, family: Family) -> None:
+    """The same for a transformer that has its weights, in place."""
+    frozen, weights = _read_frozen(settings, family), dict(transformer.named_parameters())
+    with torch.no_grad():
+        for layer in sorted({layer for adapter, _ in frozen for layer in adapter.layers}):
+            weight = weights[f"{layer}.weight"]
+            weight.copy_(_added(weight.float(), layer, 0, len(weight), frozen))
+
+
+def _read_frozen(settings: Table | None, family: Family) -> Frozen:
+    if not isinstance(settings, Lora):
+        return []
+    return [(read_adapter(each.path, family), each.strength) for each in settings.frozen]
+
+
+def _added(rows: Tensor, layer: str, start: int, stop: int, frozen: Frozen) -> Tensor:
+    """Rows of a layer's weight, float32 if any adapter adds to them."""
+    for adapter, strength in frozen:
+        if layer in adapter.layers:
+            rows = rows.float() + strength * adapter.layers[layer].delta(start, stop).to(rows.device)
+    return rows
 
 
 def given_identity(settings: Table | None, family: Family, file_hash: Callable[[Path], str]) -> list[Any]:
@@ -52,8 +78,7 @@ def check_given(transformer: nn.Module, family: Family, settings: Table | None) 
     """Raise UserError for an adapter that cannot be read, or that the trained one cannot begin as. The transformer has none yet."""
     if not isinstance(settings, Lora):
         return
-    for each in settings.frozen:
-        read_adapter(each.path, family)
+    _read_frozen(settings, family)
     if (started := read_started(settings, family)) is not None:
         check_fits(started, ranks(transformer, family, settings))
 
@@ -74,15 +99,13 @@ def check_fits(started: ReadAdapter, ranks: Mapping[str, int]) -> None:
 class MergedWeights(Weights):
     """Weights to which adapters are added as they are read."""
 
-    def __init__(self, base: Weights, adapters: Sequence[tuple[ReadAdapter, float]]) -> None:
+    def __init__(self, base: Weights, adapters: Frozen) -> None:
         super().__init__([])
         self._where = base._where
         self._adapters = adapters
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Weights.rows`; those of an adapted layer are float32."""
-        rows, layer = super().rows(name, start, stop), name.removesuffix(".weight")
-        for adapter, strength in self._adapters:
-            if layer != name and layer in adapter.layers:
-                rows = rows.float() + strength * adapter.layers[layer].delta(start, stop)
-        return rows
+        rows = super().rows(name, start, stop)
+        layer, _, what = name.rpartition(".")
+        return _added(rows, layer, start, stop, self._adapters) if what == "weight" else rows
