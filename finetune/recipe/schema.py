@@ -102,6 +102,18 @@ class Lora(Table):
     """The adapter's output is scaled by alpha / rank."""
     targets: list[str] = Field(default=[])
     """Linear layers inside the transformer blocks, like ["to_q", "to_k", "to_v", "to_out.0"]; empty: the family's default."""
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
+    """Ranks of layers that are to have another one than `rank`, by the end of their names as in `targets`, like
+    {"attn1.to_q" = 32}, or one block's, {"transformer_blocks.0.attn1.to_q" = 8}. Of several that fit, the longest holds."""
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    """Their alphas in the same way; a layer that is not named has `alpha`, also if it has a rank of its own."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023), so that a higher rank does not learn more slowly."""
+    dora: bool = False
+    """Train the length of each row of W + BA, too, apart from its direction (Liu et al. 2024, DoRA)."""
+    plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """The learning rate of the second matrix of each pair, B, is this many times optimizer.lr (Hayou et al. 2024, LoRA+; they
+    take 16); 1: the same."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
 

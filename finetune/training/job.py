@@ -13,6 +13,7 @@ from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizers import build_optimizer
 from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.optimizers.offloaded import HostGradients, OffloadedOptimizer
+from finetune.engine.optimizers.rates import scale_rates
 from finetune.engine.parallel import parallelize, trained_parameters
 from finetune.engine.parts import OptimizerState, TrainedWeights, evaluating
 from finetune.engine.precision import storage_dtype
@@ -23,6 +24,7 @@ from finetune.engine.weights.checkpoint import Checkpoints, Pending
 from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.engine.weights.loading import load_weights
+from finetune.models.adapters import ADAPTERS
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.models.objective import Objective
@@ -147,6 +149,8 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
         load_weights(transformer, weights, runtime.device.torch_device)
     parameters = trained_parameters(transformer)
     optimizer, host_gradients = build_optimizer(parameters, recipe.optimizer, train.weights), None
+    if recipe.adapter is not None:
+        scale_rates(optimizer, parameters, partial(ADAPTERS[train.method].rate, recipe.adapter))
     if recipe.optimizer.offload == "state_and_gradients":
         host_gradients = HostGradients(list(parameters.values()), runtime.device)
     if recipe.optimizer.offload != "none":

@@ -54,6 +54,8 @@ class LowBitLinear(nn.Module):
     `storage`: as numbers they mean nothing, and may be NaN.
     """
 
+    table: Tensor | None
+
     def __init__(self, linear: nn.Linear, kind: str, storage: torch.dtype) -> None:
         super().__init__()
         self.kind, self.dtype = kind, linear.weight.dtype
@@ -75,6 +77,14 @@ class LowBitLinear(nn.Module):
         new_codes, new_scale = quantize(weight.to(self.dtype), self.kind)
         codes.copy_(new_codes.view(codes.dtype))
         scale.copy_(new_scale.view(scale.dtype))
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight (out, in)."""
+        return dequantize(self.weight, self.weight_scale, self.kind, dtype, self.table)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Rows of a weight (rows, in) as they are once they have been held in few bits, in the layer's own dtype."""
+        return dequantize(*quantize(weight.to(self.dtype), self.kind), self.kind, self.dtype, self.table)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.weight, self.weight_scale, self.table, self.bias, self.kind)

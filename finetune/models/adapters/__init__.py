@@ -27,14 +27,16 @@ class Adapter:
         add: (transformer, family, settings, seed); adds the adapter in place. The transformer's own parameters are frozen and
             on the meta device; the adapter's are made on the CPU, whole, from the seed alone, and require gradients.
             `ADAPTER` is a part of their names, between dots, as peft has it: that is how they are told from pretrained ones.
+        rate: (settings, a parameter's name); how many times optimizer.lr its learning rate is.
     """
 
     check: Callable[[nn.Module, Family, Any], None]
     add: Callable[[ModelMixin, Family, Any, int], None]
+    rate: Callable[[Any, str], float] = lambda settings, name: 1.0
 
 
 ADAPTERS: dict[str, Adapter] = {
-    "lora": Adapter(lora.check, lora.add),
+    "lora": Adapter(lora.check, lora.add, lora.rate),
 }
 
 
