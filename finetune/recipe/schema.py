@@ -60,8 +60,8 @@ class Vae(Table):
 
 
 class Train(Table):
-    method: Literal["lora", "full"] = "lora"
-    """Train a low-rank adapter, or all weights."""
+    method: Literal["lora", "full", "partial"] = "lora"
+    """Train a low-rank adapter, all weights, or those weights that [partial] names."""
     steps: Annotated[int, Field(ge=1), WithJsonSchema(_of_experts(_STEPS_SCHEMA))] = Free(1000)
     """Optimizer steps in all."""
     expert_steps: dict[ExpertName, Annotated[int, Field(ge=1)]] = Free({})
@@ -116,6 +116,12 @@ class Lora(Table):
     take 16); 1: the same."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
+
+
+class Partial(Table):
+    modules: list[str] = Field(default=[])
+    """What is trained, by its name: a part of it like "norm" (also norm1 and norm_q) or "attn1.to_q"; or with `*`, the whole of it,
+    like "*.bias" or "transformer_blocks.0.*"."""
 
 
 class ObjectiveSettings(Table):
@@ -319,6 +325,8 @@ class Recipe(Table):
     """How it is trained."""
     lora: Lora = Lora()
     """The adapter, for train.method = "lora"."""
+    partial: Partial = Partial()
+    """The trained weights, for train.method = "partial"."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """Noise levels and loss."""
     optimizer: AnyOptimizer = AdamW()
@@ -350,7 +358,7 @@ class Recipe(Table):
 
     @property
     def adapter(self) -> Table | None:
-        """The settings of the adapter that is trained: the table that is called as train.method. None with "full"."""
+        """The settings of what is trained: the table that is called as train.method. None with "full"."""
         return None if self.train.method == "full" else getattr(self, self.train.method)
 
 

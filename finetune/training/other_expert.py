@@ -5,6 +5,7 @@ from finetune.data.cache import Cache
 from finetune.engine.companion import Companion, build_companion
 from finetune.engine.parts import Part
 from finetune.engine.weights.checkpoint import Checkpoints
+from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
 from finetune.recipe import RECIPE_FILE, Recipe
 from finetune.recipe.experts import of_expert
@@ -61,7 +62,7 @@ def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
         saved = own.run_folder / RECIPE_FILE
         if runtime.is_main and saved.exists():
             found = read_saved(saved)
-            own = own.model_copy(update={"train": found.train, "lora": found.lora})
+            own = own.model_copy(update={"train": found.train, **{name: getattr(found, name) for name in ADAPTERS}})
     return runtime.from_main(own)
 
 

@@ -29,15 +29,19 @@ def materialise_blocks(lists: list[nn.ModuleList], device: torch.device) -> None
     weight, which can take a fifth more than all of them have.
     """
     for block in (block for blocks in lists for block in blocks):
-        sizes = [_aligned(parameter) for parameter in block.parameters() if parameter.is_meta]
+        sizes = [_aligned(parameter) for parameter in block.parameters() if _is_whole_on_meta(parameter)]
         buffer = iter(torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes))
 
         def placed(tensor: Tensor, buffer: Iterator[Tensor] = buffer) -> Tensor:
-            if not tensor.is_meta:
+            if not _is_whole_on_meta(tensor):
                 return tensor
             return next(buffer)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
         replace_tensors(block, placed)
+
+
+def _is_whole_on_meta(tensor: Tensor) -> bool:
+    return tensor.is_meta and not isinstance(tensor, DTensor)  # trained parameters are distributed
 
 
 def _aligned(tensor: Tensor) -> int:
