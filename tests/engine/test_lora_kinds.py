@@ -1,6 +1,7 @@
 """rsLoRA, LoRA+, DoRA, and ranks by layer: each is what peft trains, and what diffusers loads of it is what was trained."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from every_family import Model
 from exports import load_adapter
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -126,6 +127,57 @@ def test_lengths_are_those_of_the_base_weights_rows_at_the_start(make_job: Build
         weight = base.get_submodule(name.partition(".lora_")[0]).weight
         assert torch.allclose(value, weight.norm(dim=1), rtol=1e-6, atol=0)
     assert torch.equal(prediction(job, base), prediction(job, job.state.transformer))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ["optimizer.name=adamw"],
+        ["optimizer.name=adamw_8bit"],
+        ["optimizer.offload=state_and_gradients"],
+        ["train.weights=bf16"],
+    ],
+    ids=" ".join,
+)
+def test_second_matrices_have_a_multiple_of_the_rate_in_every_optimizer(
+    make_job: BuildJob, optimizer: list[str]
+) -> None:
+    """The schedule moves both, also after a resume, which is bit for bit."""
+    straight, first, second = (make_job(FAMILIES[0], "dora, rslora, plus", *optimizer) for _ in range(3))
+    expected = []
+    for number in range(4):
+        expected.append(straight.step(number, [straight.micro_batches()[number]]))
+        base, ratio = (float(group["lr"]) for group in straight.state.optimizer.param_groups)
+        assert ratio == pytest.approx(4 * base)
+    names = {plain_name(name): parameter for name, parameter in straight.state.transformer.named_parameters()}
+    seconds = {parameter for name, parameter in names.items() if ".lora_B." in name}
+    assert set(straight.state.optimizer.param_groups[1]["params"]) == seconds
+    before = [first.step(number, [first.micro_batches()[number]]) for number in range(2)]
+    first.save(2)
+    assert second.resume() == 2
+    after = [second.step(number, [second.micro_batches()[number]]) for number in range(2, 4)]
+    assert before + after == expected
+    ours, theirs = adapter(second), adapter(straight)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("layout", ["shard", "replicate"])
+def test_lengths_follow_the_base_in_bf16(make_job: BuildJob, layout: str) -> None:
+    """Compute precision rounds lengths and norms alike, so that an untrained adapter changes nothing there either."""
+    settings = ["train.precision=bf16", f"memory.layout={layout}"]
+    plain, adapted = (make_job(FAMILIES[0], kind, *settings) for kind in ("rslora", "dora"))
+    assert step(plain, 0) == step(adapted, 0)
+
+
+def test_rows_of_zeros_are_refused_by_name(build_job: BuildJob, tiny_ltx: Path, tmp_path: Path) -> None:
+    model, layer = tmp_path / "model", "transformer_blocks.0.attn1.to_q"
+    shutil.copytree(tiny_ltx, model)
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{layer}.weight"][3] = 0
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{layer} has rows of zeros"):
+        build_job("lora.dora=true", f"model.path={model}")
 
 
 # Exported
