@@ -56,14 +56,17 @@ def adapter(family: Family, tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter.safetensors", family)
 
 
-@pytest.mark.parametrize("alpha", [4, 8, 3])
+@pytest.mark.parametrize(
+    "alpha, overrides",
+    [(4, []), (8, ["lora.rslora=true"]), (3, []), (8, ['lora.ranks={"to_q" = 8}', "lora.plus_ratio=4"])],
+)
 def test_a_continued_adapter_begins_with_the_loss_of_the_base_with_it_loaded(
-    build_job: BuildJob, adapter: Path, alpha: int
+    build_job: BuildJob, adapter: Path, alpha: int, overrides: list[str]
 ) -> None:
-    """The strength of the file is 1; alpha = 8 at rank 4 halves lora_B exactly, alpha = 3 rounds it."""
-    job = build_job(f"lora.start_from={adapter}", f"lora.alpha={alpha}")
+    """The strength of the file is 1; one that is a power of two here divides lora_B exactly, alpha = 3 rounds it."""
+    job = build_job(f"lora.start_from={adapter}", f"lora.alpha={alpha}", *overrides)
     with_it, untouched = loaded(job.state.family, (adapter, 1.0)), loaded(job.state.family)
-    if alpha != 3:
+    if alpha != 3 and not overrides:
         assert torch.equal(prediction(job, job.state.transformer), prediction(job, with_it))
     torch.testing.assert_close(prediction(job, job.state.transformer), prediction(job, with_it), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(prediction(job, with_it), prediction(job, untouched), atol=1e-2)
@@ -132,6 +135,8 @@ def test_targets_that_the_file_lacks_begin_anew(
     "overrides, what",
     [
         (["lora.targets=to_q,to_k"], r"adapts 8 layers that are not among the targets.*\n.*set lora\.targets = \["),
+        (["lora.dora=true"], "cannot be continued as DoRA"),
+        (['lora.frozen=[{path = "a.safetensors", strength = 0}]'], r"a\.safetensors has no effect at strength 0"),
         (["lora.rank=3"], r"has rank 4 in .*, which does not fit into 3\n.*set lora\.rank = 4"),
     ],
 )

@@ -78,6 +78,11 @@ def check_given(transformer: nn.Module, family: Family, settings: Table | None) 
     """Raise UserError for an adapter that cannot be read, or that the trained one cannot begin as. The transformer has none yet."""
     if not isinstance(settings, Lora):
         return
+    if settings.dora and settings.start_from is not None:
+        what = "an adapter of another kind cannot be continued as DoRA, whose lengths it has not"
+        raise UserError(what, "set lora.dora = false, or name it in lora.frozen and begin anew", "lora.start_from")
+    if idle := [each.path for each in settings.frozen if each.strength == 0]:
+        raise UserError(f"{idle[0]} has no effect at strength 0", "remove it, or give it a strength", "lora.frozen")
     _read_frozen(settings, family)
     if (started := read_started(settings, family)) is not None:
         check_fits(started, ranks(transformer, family, settings))
