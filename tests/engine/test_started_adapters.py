@@ -14,11 +14,15 @@ from started_worker import OFTEN, WAYS
 from torch import Tensor, nn
 
 from finetune.checks.model import open_family
+from finetune.engine.gradients import local
 from finetune.engine.weights.exporters.exporter import gathered
+from finetune.engine.weights.loading import plain_name
 from finetune.models.family import Family
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import FrozenAdapter, Lora
+from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.training.exported_videos import load_pipeline
 from finetune.training.frozen_usage import frozen_lines
 from finetune.training.job import Job, export_weights
 
@@ -180,7 +184,20 @@ def test_a_run_does_not_go_on_with_another_adapter_in_the_files_place(
         build_job(key.format(adapter)).resume()
 
 
-# What users are told
+# What users are told, and what `sample` does
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_sample_has_the_frozen_adapters_in_the_pipelines_weights(
+    build_job: BuildJob, runtime: Runtime, adapter: Path, precision: str
+) -> None:
+    """The same weights as in training, bit for bit: both round the sum once."""
+    job = build_job(f'lora.frozen=[{{path = "{adapter}", strength = 0.5}}]', f"train.precision={precision}")
+    pipeline = load_pipeline(job.recipe, job.state.family, runtime)
+    ours = {plain_name(name): value for name, value in job.state.transformer.state_dict().items()}
+    for name, value in pipeline.transformer.state_dict().items():
+        assert torch.equal(value, local(ours[name])), name
+    assert torch.equal(prediction(job, pipeline.transformer.eval()), prediction(job, job.state.transformer))
 
 
 def test_the_lines_that_are_printed_load_the_frozen_adapters(

@@ -39,26 +39,20 @@ def with_frozen(weights: Weights, settings: Table | None, family: Family) -> Wei
 
 
 def add_frozen(transformer: nn.Module, settings: Table | None, family: Family) -> None:
-    """The same for a transformer that has its weights, in place."""
-    frozen, weights = _read_frozen(settings, family), dict(transformer.named_parameters())
+    """Give a transformer that has its weights, of the family's files, those with the frozen adapters in them, in place."""
+    merged = with_frozen(family.transformer_weights(), settings, family)
+    if not isinstance(merged, MergedWeights):
+        return
+    parameters = dict(transformer.named_parameters())
     with torch.no_grad():
-        for layer in sorted({layer for adapter, _ in frozen for layer in adapter.layers}):
-            weight = weights[f"{layer}.weight"]
-            weight.copy_(_added(weight.float(), layer, 0, len(weight), frozen))
+        for name in merged.adapted():
+            parameters[name].copy_(merged.rows(name, 0, len(parameters[name])))
 
 
 def _read_frozen(settings: Table | None, family: Family) -> Frozen:
     if not isinstance(settings, Lora):
         return []
     return [(read_adapter(each.path, family), each.strength) for each in settings.frozen]
-
-
-def _added(rows: Tensor, layer: str, start: int, stop: int, frozen: Frozen) -> Tensor:
-    """Rows of a layer's weight, float32 if any adapter adds to them."""
-    for adapter, strength in frozen:
-        if layer in adapter.layers:
-            rows = rows.float() + strength * adapter.layers[layer].delta(start, stop).to(rows.device)
-    return rows
 
 
 def given_identity(settings: Table | None, family: Family, file_hash: Callable[[Path], str]) -> list[Any]:
@@ -109,8 +103,15 @@ class MergedWeights(Weights):
         self._where = base._where
         self._adapters = adapters
 
+    def adapted(self) -> set[str]:
+        """The names of the weights that an adapter adds to."""
+        return {f"{layer}.weight" for adapter, _ in self._adapters for layer in adapter.layers}
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Weights.rows`; those of an adapted layer are float32."""
         rows = super().rows(name, start, stop)
         layer, _, what = name.rpartition(".")
-        return _added(rows, layer, start, stop, self._adapters) if what == "weight" else rows
+        for adapter, strength in self._adapters:
+            if what == "weight" and layer in adapter.layers:
+                rows = rows.float() + strength * adapter.layers[layer].delta(start, stop)
+        return rows
