@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from finetune.checks.model import open_family
     from finetune.checks.output import check_same_run
     from finetune.engine.weights.exporters import exporter_of
+    from finetune.models.adapters.given import with_frozen
     from finetune.runtime.files import writing
     from finetune.training.job import build_state, open_checkpoints, sound_checkpoint, write_weights
 
@@ -69,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         exporter: Exporter,
         runtime: Runtime,
     ) -> None:
-        state = build_state(recipe, runtime, family, family.transformer_weights())
+        with runtime.together():
+            weights = with_frozen(family.transformer_weights(), recipe.adapter, family)
+        state = build_state(recipe, runtime, family, weights)
         # The weights alone: moments would need memory, and the ranks that they were saved by.
         checkpoints.load(step, state.parts[:1])
         with writing(out):

@@ -13,6 +13,7 @@ from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizers import build_optimizer
 from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.optimizers.offloaded import HostGradients, OffloadedOptimizer
+from finetune.engine.optimizers.rates import scale_rates
 from finetune.engine.parallel import parallelize, trained_parameters
 from finetune.engine.parts import OptimizerState, TrainedWeights, evaluating
 from finetune.engine.precision import storage_dtype
@@ -23,6 +24,10 @@ from finetune.engine.weights.checkpoint import Checkpoints, Pending
 from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.engine.weights.loading import load_weights
+from finetune.engine.weights.starting import start_adapter
+from finetune.models.adapters import ADAPTERS
+from finetune.models.adapters.given import read_started, with_frozen
+from finetune.models.adapters.reading import ReadAdapter
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.models.objective import Objective
@@ -133,11 +138,14 @@ class Job:
         return heldout_loss(self.state, self.objective, self.prepared.heldout, self.prepared.cache, quantiles)
 
 
-def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weights) -> StepState:
+def build_state(
+    recipe: Recipe, runtime: Runtime, family: Family, weights: Weights, started: ReadAdapter | None = None
+) -> StepState:
     """Build the transformer, make it trainable, read its weights, and put optimizer and schedule around it. Collective.
 
     Args:
         weights: the pretrained transformer's; each rank reads the rows that it holds.
+        started: the adapter that the trained one begins as.
     """
     train, memory = recipe.train, recipe.memory
     family.keeps_text_length = memory.compile
@@ -145,8 +153,12 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
     transformer = parallelize(transformer, family, train, recipe.adapter, memory, runtime)
     with runtime.together():
         load_weights(transformer, weights, runtime.device.torch_device)
+        if started is not None:
+            start_adapter(transformer, started)
     parameters = trained_parameters(transformer)
     optimizer, host_gradients = build_optimizer(parameters, recipe.optimizer, train.weights), None
+    if recipe.adapter is not None:
+        scale_rates(optimizer, parameters, partial(ADAPTERS[train.method].rate, recipe.adapter))
     if recipe.optimizer.offload == "state_and_gradients":
         host_gradients = HostGradients(list(parameters.values()), runtime.device)
     if recipe.optimizer.offload != "none":
@@ -171,7 +183,10 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
 def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) -> Job:
     """The training of a recipe on a prepared dataset. Collective."""
     train = recipe.train
-    state = build_state(recipe, runtime, family, family.transformer_weights())
+    with runtime.together():
+        weights = with_frozen(family.transformer_weights(), recipe.adapter, family)
+        started = read_started(recipe.adapter, family)
+    state = build_state(recipe, runtime, family, weights, started)
     runtime.device.reset_peak()
     return Job(
         recipe=recipe,
@@ -181,7 +196,7 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         order=order_of(recipe, prepared),
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
         checkpoints=open_checkpoints(recipe, runtime),
-        identity=shared_identity(family, prepared, runtime),
+        identity=shared_identity(recipe, family, prepared, runtime),
     )
 
 

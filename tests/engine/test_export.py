@@ -158,7 +158,7 @@ def tamper(folder: Path, change: Callable[[dict[str, Tensor], dict[str, str]], N
 
 def test_a_faithful_file_passes_verification(exported: tuple[Job, Path, dict[str, Tensor]]) -> None:
     job, folder, layers = exported
-    verify_lora(folder, layers, 2.0, job.state.family)
+    verify_lora(folder, layers, lambda layer: 2.0, job.state.family)
 
 
 def nudge(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -198,7 +198,7 @@ def test_a_file_that_differs_in_anything_is_refused(
     job, folder, layers = exported
     tamper(folder, change)
     with pytest.raises(UserError, match="differs from the trained one"):
-        verify_lora(folder, layers, 2.0, job.state.family)
+        verify_lora(folder, layers, lambda layer: 2.0, job.state.family)
 
 
 # All weights

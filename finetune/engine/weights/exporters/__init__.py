@@ -1,12 +1,14 @@
 """Forms in which trained weights are written for other tools. A new one is one file here and one line in `EXPORTERS`."""
 
-from finetune.engine.weights.exporters import diffusers_lora, diffusers_transformer
+from finetune.engine.weights.exporters import diffusers_lora, diffusers_transformer, partial
 from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.runtime.errors import UserError
 
 EXPORTERS: dict[str, Exporter] = {
     "diffusers_lora": diffusers_lora.EXPORTER,
     "diffusers_transformer": diffusers_transformer.EXPORTER,
+    "partial_transformer": partial.TRANSFORMER,
+    "partial_difference": partial.DIFFERENCE,
 }
 
 

@@ -1,6 +1,7 @@
 """A LoRA as diffusers' pipelines save and load it, verified by loading it back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -15,19 +16,16 @@ from torch import Tensor, nn
 
 from finetune.engine.weights.exporters.exporter import Exporter, gathered, tidy
 from finetune.models.adapters import ADAPTER, is_adapters
+from finetune.models.adapters.lora import scaling_of
+from finetune.models.adapters.places import LORA_FILE as LORA_FILE  # for those who import it from here
+from finetune.models.adapters.places import lora_file
 from finetune.models.family import Family
 from finetune.recipe.schema import ExpertName
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # of all names in the file: diffusers has one form, also for a component of another name
-
-
-def lora_file(family: Family) -> str:
-    """The name of an adapter's file; that of an expert says which one it is for."""
-    return LORA_FILE if family.expert is None else LORA_FILE.replace(".", f"_{family.expert}_noise.", 1)
 
 
 def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
@@ -42,7 +40,7 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
         if runtime.is_main:
             # By peft's file names; a persistent buffer (CogVideoX-I2V's learned positions) is no part of the adapter.
             adapter = {name: value for name, value in whole.items() if is_adapters(name)}
-            layers = {name.replace(f".{ADAPTER}.", "."): value for name, value in adapter.items()}
+            layers = {_peft_name(name): value for name, value in adapter.items()}
             config: LoraConfig = cast(Any, transformer).peft_config[ADAPTER]
             _mixin(family).save_lora_weights(
                 folder,
@@ -53,15 +51,20 @@ def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: R
             if family.expert is not None:
                 _say_expert(folder / lora_file(family), family, family.expert)
             tidy([folder / lora_file(family)])
-            verify_lora(folder, layers, config.lora_alpha / config.r, family)
+            verify_lora(folder, layers, partial(scaling_of, config), family)
 
 
-def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family: Family) -> None:
+def _peft_name(name: str) -> str:
+    """A parameter's name in peft's files: without the adapter's; the lengths of DoRA, a module's, are named as the tensor."""
+    return name.replace(f".{ADAPTER}.", ".").replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+
+
+def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: Callable[[str], float], family: Family) -> None:
     """Load an exported adapter through the pipeline class into an empty transformer and compare all of it.
 
     Args:
         layers: the trained tensors by peft's names.
-        scaling: alpha / rank.
+        scaling: what the product of each layer's matrices is multiplied by, by the layer's name.
     Raises:
         UserError: a tensor, a name or the scaling differs from what was trained.
     """
@@ -80,7 +83,7 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: float, family:
     adapted = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     expected = {name.rpartition(".lora_")[0] for name in layers}
     wrong += sorted(adapted.keys() ^ expected)
-    wrong += [name for name, module in adapted.items() if set(module.scaling.values()) != {scaling}]
+    wrong += [name for name, module in adapted.items() if set(module.scaling.values()) != {scaling(name)}]
     if wrong:
         raise UserError(
             f"the exported adapter differs from the trained one: {', '.join(wrong[:3])}",

@@ -6,7 +6,7 @@ from typing import cast
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.engine.weights.exporters.exporter import Exporter, gathered, tidy
 from finetune.models.family import Family
@@ -19,13 +19,18 @@ def export_transformer(transformer: nn.Module, family: Family, folder: Path, run
     whole = gathered(transformer, trained_only=False)
     with runtime.together():
         if runtime.is_main:
-            skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
-            skeleton.load_state_dict(whole, assign=True)
-            skeleton.save_pretrained(folder)
-            tidy([folder / "config.json", *folder.glob("diffusion_pytorch_model*.*")])
-            saved = type(skeleton).from_pretrained(folder).state_dict()
+            saved = write(family, whole, folder).from_pretrained(folder).state_dict()
             if wrong := [name for name, value in whole.items() if not torch.equal(saved[name], value)]:
                 raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(folder))
+
+
+def write(family: Family, whole: dict[str, Tensor], folder: Path) -> type[diffusers.ModelMixin]:
+    """Write tensors by their names as a diffusers model folder; returns the model's class."""
+    skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
+    skeleton.load_state_dict(whole, assign=True)
+    skeleton.save_pretrained(folder)
+    tidy([folder / "config.json", *folder.glob("diffusion_pytorch_model*.*")])
+    return type(skeleton)
 
 
 def usage(base: str, dtype: str, parts: Sequence[tuple[Family, Path]]) -> list[str]:
