@@ -145,7 +145,7 @@ def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:
         if is_set(recipe, key):
             yield Problem(f"this key has no effect here: {why}", key, "remove it")
     if settings.weighting not in family.weightings:
-        what = f'"{settings.weighting}" is no weighting of the objective of {family.title}'
+        what = f'"{settings.weighting}" has no effect here: {family.title} is trained by another objective'
         others = " or ".join(f'"{name}"' for name in family.weightings if name != "none")
         yield Problem(what, "objective.weighting", f"remove it, or set it to {others}")
     told = settings.guidance
