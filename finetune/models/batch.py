@@ -85,7 +85,7 @@ class Batch:
         for name, term in self.terms.items():
             base, scale = predictions[name].float(), self.guidance.view(-1, *[1] * (term.target.ndim - 1))
             terms[name] = replace(term, target=base + scale * (term.target - base))
-        return replace(self, terms=terms)
+        return replace(self, terms=terms, unguided=None, guidance=None)
 
     def is_finite(self, place: int) -> bool:
         """Whether all numbers of one of the batch's samples are, on the CPU."""
