@@ -140,12 +140,24 @@ def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
 def _unused(recipe: Recipe, family: Family) -> Iterator[Problem]:
     """Settings that mean nothing to this checkpoint."""
     unused = family.unused_keys()
-    default = family.training_objective(recipe.objective).default_sampling
-    if recipe.objective.sigma_sampling is None and default != "logit_normal":
+    settings = recipe.objective
+    default = family.training_objective(settings).default_sampling
+    if settings.sigma_sampling is None and settings.sigma_table is None and default != "logit_normal":
         unused |= dict.fromkeys(("objective.logit_mean", "objective.logit_std"), f"sigma_sampling is {default}")
     for key, why in unused.items():
         if is_set(recipe, key):
             yield Problem(f"this key has no effect here: {why}", key, "remove it")
+    if settings.weighting not in family.weightings:
+        what = f'"{settings.weighting}" has no effect here: {family.title} is trained by another objective'
+        others = " or ".join(f'"{name}"' for name in family.weightings if name != "none")
+        yield Problem(what, "objective.weighting", f"remove it, or set it to {others}")
+    told = settings.guidance
+    if "objective.guidance" not in unused and settings.guidance_target not in (None, told):
+        what = f"{family.title} is told the scale of its guidance, {told:g}, but its target would have another"
+        cure = (
+            f"set objective.guidance = {settings.guidance_target:g}, too, which then is the guidance to generate with"
+        )
+        yield Problem(what, "objective.guidance_target", cure)
 
 
 def _noise_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:

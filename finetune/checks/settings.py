@@ -176,6 +176,7 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
             "validation.heldout_clips",
             "remove it, or validation.heldout",
         )
+    yield from _objective_problems(recipe)
     if recipe.objective.sigma_min >= recipe.objective.sigma_max:
         yield Problem("sigma_min is not below sigma_max", "objective.sigma_min", "lower it")
     ranges = [recipe.objective.sigma_range, *recipe.objective.expert_ranges.values()]
@@ -189,12 +190,25 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from tracker_problems(recipe.tracking.trackers)
 
 
+def _objective_problems(recipe: Recipe) -> Iterator[Problem]:
+    objective = recipe.objective
+    if objective.sigma_table is not None and objective.sigma_sampling is not None:
+        what = f'sigma has two distributions: its own table, and "{objective.sigma_sampling}"'
+        yield Problem(what, "objective.sigma_table", "remove it, or objective.sigma_sampling")
+    if objective.guidance_target is not None and recipe.train.method != "lora":
+        what = "the target needs the prediction of the frozen base, which is there as long as an adapter is trained"
+        yield Problem(what, "objective.guidance_target", 'remove it, or set train.method = "lora"')
+
+
 def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     """(key, whether it has an effect, what it needs) of keys that depend on another."""
     sampling, schedule = recipe.objective.sigma_sampling, recipe.schedule.name
+    is_normal = sampling == "logit_normal" or (sampling is None and recipe.objective.sigma_table is None)
     for key in ("objective.logit_mean", "objective.logit_std"):
-        yield key, sampling in (None, "logit_normal"), 'set objective.sigma_sampling = "logit_normal"'
+        yield key, is_normal, 'set objective.sigma_sampling = "logit_normal"'
     yield "objective.mode_scale", sampling == "mode", 'set objective.sigma_sampling = "mode"'
+    yield "objective.snr_gamma", recipe.objective.weighting == "min_snr", 'set objective.weighting = "min_snr"'
+    yield "objective.loss_delta", recipe.objective.loss != "mse", 'set objective.loss = "huber" or "smooth_l1"'
     yield "schedule.cycles", schedule == "cosine_with_restarts", 'set schedule.name = "cosine_with_restarts"'
     yield "schedule.power", schedule == "polynomial", 'set schedule.name = "polynomial"'
     yield "data.windows", recipe.data.window == "random", 'set data.window = "random"'

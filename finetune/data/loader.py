@@ -94,6 +94,7 @@ class Sample:
         stratum: (position in the global batch, size of the global batch), for stratified noise levels.
         image_dropped: whether it is trained without its condition image.
         columns: the manifest's values besides video and caption, by column.
+        blank: the text without a caption, for targets with guidance; else None.
     """
 
     encoded: Mapping[str, dict[str, Tensor]]
@@ -103,6 +104,7 @@ class Sample:
     stratum: tuple[int, int] = (0, 1)
     image_dropped: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
+    blank: dict[str, Tensor] | None = None
 
     @property
     def moments(self) -> dict[str, Tensor]:
@@ -148,10 +150,15 @@ class BatchSplit:
         return range(start, start + self.micro)
 
 
-def read_sample(item: Item, cache: Cache, generator: torch.Generator) -> Sample:
-    """Read an item's first piece and caption without dropout, for validation."""
+def read_sample(item: Item, cache: Cache, generator: torch.Generator, blank_key: str | None = None) -> Sample:
+    """Read an item's first piece and caption without dropout, for validation.
+
+    Args:
+        blank_key: of the text without a caption, for targets with guidance.
+    """
     encoded = {kind: cache.read(kind, key) for kind, key in item.keys.items()}
-    return Sample(encoded, item.bucket, item.fps, generator, columns=item.columns)
+    blank = None if blank_key is None else cache.read("text", blank_key)
+    return Sample(encoded, item.bucket, item.fps, generator, columns=item.columns, blank=blank)
 
 
 class MicroBatches(Dataset):
@@ -159,6 +166,7 @@ class MicroBatches(Dataset):
 
     Args:
         assemble: turns samples of one bucket into what the step consumes.
+        blank_key: of the text without a caption, for targets with guidance.
     """
 
     def __init__(
@@ -170,9 +178,10 @@ class MicroBatches(Dataset):
         assemble: Callable[[list[Sample]], Any],
         seed: int,
         dropout: Dropout,
+        blank_key: str | None = None,
     ) -> None:
         self.items, self.order, self.split, self.cache = items, order, split, cache
-        self.assemble, self.seed, self.dropout = assemble, seed, dropout
+        self.assemble, self.seed, self.dropout, self.blank_key = assemble, seed, dropout, blank_key
 
     def __getitem__(self, k: int) -> Any:
         step, micro_step = divmod(k, self.split.accumulation)
@@ -201,6 +210,7 @@ class MicroBatches(Dataset):
             stratum=(position, self.split.global_batch),
             image_dropped=image_dropped,
             columns=item.columns,
+            blank=None if self.blank_key is None else self.cache.read("text", self.blank_key),
         )
 
 

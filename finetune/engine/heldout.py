@@ -40,7 +40,12 @@ class HeldOut:
 
 
 def heldout_loss(
-    state: StepState, objective: Objective, items: Sequence[Item], cache: Cache, quantiles: int
+    state: StepState,
+    objective: Objective,
+    items: Sequence[Item],
+    cache: Cache,
+    quantiles: int,
+    blank_key: str | None = None,
 ) -> HeldOut:
     """Measure the loss on clips that are not trained on, and where noise levels are restricted, outside of their range, too.
 
@@ -48,18 +53,27 @@ def heldout_loss(
     clip's index. Data ranks share the evaluations. All ranks call the transformer equally often, because each call of a
     sharded transformer needs all of them. Collective; returns the same on every rank.
 
+    Args:
+        blank_key: of the text without a caption, for targets with guidance, which are here as in training.
     Raises:
         UserError: what is encoded of a clip cannot be read, or is not finite.
     """
-    measured, outside = _measure(state, objective, items, cache, quantiles), None
+    measured, outside = _measure(state, objective, items, cache, quantiles, blank_key), None
     if isinstance(objective, Restricted):
         tokens = {state.family.tokens(item.bucket) for item in items}
         if other := objective.outside(*tokens):
-            outside = _measure(state, other, items, cache, quantiles)
+            outside = _measure(state, other, items, cache, quantiles, blank_key)
     return replace(measured, outside=outside)
 
 
-def _measure(state: StepState, objective: Objective, items: Sequence[Item], cache: Cache, quantiles: int) -> HeldOut:
+def _measure(
+    state: StepState,
+    objective: Objective,
+    items: Sequence[Item],
+    cache: Cache,
+    quantiles: int,
+    blank_key: str | None,
+) -> HeldOut:
     runtime, device = state.runtime, state.runtime.device
     data = runtime.data
     evaluations = [(index, (q + 0.5) / quantiles) for index in range(len(items)) for q in range(quantiles)]
@@ -70,7 +84,8 @@ def _measure(state: StepState, objective: Objective, items: Sequence[Item], cach
             place = min(turn * data.size + data.rank, len(evaluations) - 1)  # past the end, repeat the last one
             index, u = evaluations[place]
             with runtime.together():
-                sample = read_sample(items[index], cache, seeds.generator(state.seed, "heldout", index))
+                generator = seeds.generator(state.seed, "heldout", index)
+                sample = read_sample(items[index], cache, generator, blank_key)
                 batch = state.family.batch([sample], objective, torch.tensor([u]))
                 if not batch.is_finite(0):
                     raise UserError(
@@ -79,6 +94,8 @@ def _measure(state: StepState, objective: Objective, items: Sequence[Item], cach
                         str(items[index].path),
                     )
             batch = batch.to(device.torch_device)
+            if state.base:
+                batch = state.base.guided(state.family, batch)
             predictions = state.family.predict(state.transformer, batch.inputs)
             zeros = {name: torch.zeros_like(prediction) for name, prediction in predictions.items()}
             measured.append((batch.losses(predictions), batch.losses(zeros)))

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.engine.companion import Companion
+from finetune.engine.frozen_base import FrozenBase
 from finetune.engine.gradients import grad_norm, local, part_of
 from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.optimizers.offloaded import HostGradients, OffloadedOptimizer
@@ -33,6 +34,7 @@ class StepState:
     `parts` are what is saved, follows the updates, and is swapped for evaluation: the weights first, then the optimizer.
     `activations` sends what the forward pass saves to host memory, if it is there. `in_backward` updates while the backward
     pass runs, if it is there. `host_gradients` has the gradients, if they do not stay on the device.
+    `base` predicts without the adapter, if the target has guidance in it.
     `companion` is the other transformer that samples are generated with, if there is one.
     `defer_reduction` keeps gradients whole until the last accumulation step: less traffic, but memory for one whole
     gradient a rank, so it is for adapters.
@@ -51,6 +53,7 @@ class StepState:
     activations: ActivationOffload | None = None
     in_backward: InBackward | None = None
     host_gradients: HostGradients | None = None
+    base: FrozenBase | None = None
     companion: Companion | None = None
 
 
@@ -96,6 +99,8 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
         if state.defer_reduction and len(micro_batches) > 1:
             cast(FSDPModule, state.transformer).set_requires_gradient_sync(index + 1 == len(micro_batches))
         batch = batch.to(device.torch_device)
+        if state.base:
+            batch = state.base.guided(state.family, batch)
         with state.activations.saving() if state.activations else nullcontext():
             predictions = state.family.predict(state.transformer, batch.inputs)
         losses = {name: each.mean() / len(micro_batches) for name, each in batch.losses(predictions).items()}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
+
+from finetune.models.element_error import SQUARED, ElementError
 
 Tensors = dict[str, Tensor]
 
@@ -23,19 +25,21 @@ class Term:
         weight: loss weight of each sample, float32 (B,).
         counted: weight of each element in its sample's mean, float32 in [0, 1], broadcastable to `target`: 0 for what is given to
             the model or masked. None counts all.
+        error: what is made of the difference of each element.
     """
 
     target: Tensor
     weight: Tensor
     counted: Tensor | None = None
+    error: ElementError = SQUARED
 
     def losses(self, prediction: Tensor) -> Tensor:
-        """Weighted mean squared error of each sample, in which its elements count as `counted` says: float32 (B,).
+        """Weighted mean error of each sample, in which its elements count as `counted` says: float32 (B,).
 
         Args:
             prediction: in the shape of `target`, of any floating-point dtype.
         """
-        errors = (prediction.float() - self.target).square()
+        errors = self.error(prediction.float(), self.target)
         if self.counted is None:
             return self.weight * errors.flatten(1).mean(1)
         counted = self.counted.expand_as(errors).flatten(1)
@@ -52,10 +56,14 @@ class Batch:
         inputs: the transformer's keyword arguments; tensors have the batch first, in the dtype the model expects.
         terms: loss terms by name; `Family.predict` returns an output under each of these names. All batches of a run have
             the same names in the same order; a term that a sample lacks has weight 0.
+        unguided: of a training with guidance in its target, the inputs that differ without captions; else None.
+        guidance: and the scale of each sample, float32 (B,).
     """
 
     inputs: dict[str, Any]
     terms: dict[str, Term]
+    unguided: dict[str, Any] | None = None
+    guidance: Tensor | None = None
 
     @property
     def only(self) -> Term:
@@ -66,6 +74,18 @@ class Batch:
     def losses(self, predictions: Mapping[str, Tensor]) -> Tensors:
         """Losses of each sample by term, float32 (B,) each, in the order of `terms`."""
         return {name: term.losses(predictions[name]) for name, term in self.terms.items()}
+
+    def guided(self, predictions: Mapping[str, Tensor]) -> Batch:
+        """The batch with guidance folded into its targets, p + s (target - p), for predictions p by term without captions.
+
+        After classifier-free guidance (Ho & Salimans 2022), as ai-toolkit's `do_guidance_loss` has it.
+        """
+        assert self.guidance is not None
+        terms = {}
+        for name, term in self.terms.items():
+            base, scale = predictions[name].float(), self.guidance.view(-1, *[1] * (term.target.ndim - 1))
+            terms[name] = replace(term, target=base + scale * (term.target - base))
+        return replace(self, terms=terms, unguided=None, guidance=None)
 
     def is_finite(self, place: int) -> bool:
         """Whether all numbers of one of the batch's samples are, on the CPU."""
@@ -92,16 +112,25 @@ class Batch:
         torch's default shares each tensor through a file descriptor and shared memory. That costs the receiver half a
         millisecond per tensor, and containers have little shared memory.
         """
-        return _unpickle, tree_map_only(Tensor, _Bytes.of, (self.inputs, self.terms))
+        return _unpickle, tree_map_only(Tensor, _Bytes.of, self._parts)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(*tree_map_only(Tensor, function, (self.inputs, self.terms)))
+        return Batch(*tree_map_only(Tensor, function, self._parts))
+
+    @property
+    def _parts(self) -> tuple:
+        return self.inputs, self.terms, self.unguided, self.guidance
+
+
+def _term(parts: Iterable[Any], error: Any) -> Term:
+    target, weight, counted = parts
+    return Term(target, weight, counted, error)
 
 
 register_pytree_node(
     Term,
-    lambda term: ([term.target, term.weight, term.counted], None),
-    lambda parts, _: Term(*parts),
+    lambda term: ([term.target, term.weight, term.counted], term.error),
+    _term,
     serialized_type_name="finetune.models.batch.Term",
 )
 

@@ -38,6 +38,7 @@ class CogVideoX(Family):
     pipeline_classes = ("CogVideoXPipeline",)
     transformer_class = "CogVideoXTransformer3DModel"
     text_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
+    weightings: ClassVar[tuple[str, ...]] = ("none", "min_snr")
     variants: ClassVar[tuple[str, ...]] = ("5b", "2b", "1.5-5B")
     _FRAMES_IN_PAIRS = ("1.5-5B", "1.5-5B-I2V")
 
@@ -80,7 +81,7 @@ class CogVideoX(Family):
 
     def unused_keys(self) -> dict[str, str]:
         why = "CogVideoX predicts v on its own schedule of noise levels"
-        return super().unused_keys() | {"objective.shift": why, "objective.weighting": why}
+        return super().unused_keys() | {"objective.shift": why}
 
     def encode_text(self, pipeline: diffusers.DiffusionPipeline, caption: str, device: torch.device) -> Tensors:
         embeds, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, device=device)

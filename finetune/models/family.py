@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from finetune.models import loss_mask, text_mask
+from finetune.models import guidance, loss_mask, text_mask
 from finetune.models.batch import Batch, Tensors, Term
 from finetune.models.components import Components
+from finetune.models.element_error import ElementError
 from finetune.models.encoder import Encoder, FileHash
 from finetune.models.noise_range import restricted
 from finetune.models.objective import LEAST_U, FlowMatching, Objective, recipe_shift
@@ -51,6 +52,7 @@ class Family(Components, ABC):
     takes_true_guidance: ClassVar[bool] = False  # whether it takes classifier-free besides embedded guidance
     moments: ClassVar[tuple[str, ...]] = ("mean", "logvar")  # names of the tensors cached of a video
     attention_masks: ClassVar[text_mask.Masks] = "never"  # when attention in the blocks has a mask
+    weightings: ClassVar[tuple[str, ...]] = ("none", "sigma_sqrt", "cosmap")  # those of `objective`
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # checkpointed, compiled, sharded per block
     depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)  # the config's keys of those lists' lengths
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -289,8 +291,14 @@ class Family(Components, ABC):
         counted = self.counted(condition, target)
         if (mask := loss_mask.stacked(samples, x0[0].shape[1:])) is not None:
             counted = loss_mask.combined(self.target_mask(mask), counted)
-        term = Term(target, objective.weight(level), counted)
-        return Batch(inputs, {MAIN: term}).contiguous()
+        settings = objective.settings
+        terms = {MAIN: Term(target, objective.weight(level), counted, ElementError.of(settings))}
+        if settings.guidance_target is None:
+            return Batch(inputs, terms).contiguous()
+        blanks = guidance.blanks(samples)
+        others = self.inputs(noisy, level, text_mask.stacked(blanks), condition, samples)
+        scales = guidance.scales(samples, blanks, settings.guidance_target)
+        return Batch(inputs, terms, guidance.differing(others, inputs), scales).contiguous()
 
     def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
         """Zeros in the shapes and dtypes of the tensors that are cached of a clip, by kind."""

@@ -15,6 +15,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
+from finetune.models.sigma_table import table_quantiles
 from finetune.recipe.schema import ObjectiveSettings
 from finetune.runtime.errors import UserError
 
@@ -79,8 +80,9 @@ class FlowMatching:
 class VPrediction:
     """v = sqrt(abar) noise - sqrt(1 - abar) x0 at integer timesteps (Salimans & Ho 2022), on CogVideoX's own schedule.
 
-    A noise level is a timestep, int64. The loss is not weighted, because the model was trained with the plain mean squared
-    error on v. The scheduler casts abar to the dtype of the sample, so its functions are called with float32 tensors.
+    A noise level is a timestep, int64. Unless the recipe says so, the loss is not weighted, because the model was trained with
+    the plain mean squared error on v. The scheduler casts abar to the dtype of the sample, so its functions are called with
+    float32 tensors.
     """
 
     settings: ObjectiveSettings
@@ -96,11 +98,20 @@ class VPrediction:
         return self.scheduler.add_noise(x0, noise, level), self.scheduler.get_velocity(x0, noise, level)
 
     def weight(self, level: Tensor) -> Tensor:
-        return torch.ones(level.shape)
+        """1, or with "min_snr" min(SNR, gamma) / (SNR + 1) (Hang et al. 2023, section 3.4), where SNR = abar / (1 - abar).
+
+        Multiplied out, so that the last timestep, whose abar is 0, needs no division; its weight is 0.
+        """
+        if self.settings.weighting != "min_snr":
+            return torch.ones(level.shape)
+        signal = self.scheduler.alphas_cumprod[level].float()
+        return torch.minimum(signal, self.settings.snr_gamma * (1 - signal))
 
 
 def density(u: Tensor, settings: ObjectiveSettings, default: str) -> Tensor:
-    """The recipe's distribution of noise levels on (0, 1), at its quantiles u (Esser et al. 2024, section 3.1)."""
+    """The recipe's distribution of noise levels on (0, 1), at its quantiles u: a table, or as in Esser et al. 2024, section 3.1."""
+    if settings.sigma_table is not None:
+        return table_quantiles(u, settings.sigma_table)
     name = settings.sigma_sampling or default
     if name == "logit_normal":
         return torch.sigmoid(settings.logit_mean + settings.logit_std * torch.special.ndtri(u))

@@ -335,6 +335,9 @@ def example_batch(recipe: Recipe, family: Family, bucket: Bucket) -> Batch:
     """A micro-batch of a bucket: zeros with noise, on the CPU."""
     dtype = DTYPES[recipe.train.precision]
     encoded = family.example(bucket, dtype)
+    blank = None
+    if recipe.objective.guidance_target is not None:  # unlike the text, so that it goes to the device, too
+        blank = {name: torch.ones_like(tensor) for name, tensor in encoded["text"].items()}
     size, generator = recipe.train.micro_batch_size, torch.Generator().manual_seed(0)
-    samples = [Sample(encoded, bucket, 25.0, generator, (place, size)) for place in range(size)]
+    samples = [Sample(encoded, bucket, 25.0, generator, (place, size), blank=blank) for place in range(size)]
     return family.batch(samples, family.training_objective(recipe.objective))

@@ -204,7 +204,7 @@ def prepare(
             items[id(entry)] = [item for item, _ in made]
             work += [each for _, encodings in made for each in encodings]
     items, work, names, decoder = _as_the_run_began(dataset, items, work, family, begun, cache, runtime)
-    if recipe.data.caption_dropout:
+    if recipe.data.caption_dropout or recipe.objective.guidance_target is not None:
         work.append(encoders.text(""))
     prompts = _prompts(recipe, family, encoders, cache, runtime, work)
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_va
 
 from finetune.recipe.data import Data
 from finetune.recipe.optimizers import AdamW, AnyOptimizer
+from finetune.recipe.sigma_table import SigmaTable
 from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
 from finetune.recipe.values import BucketText, PathText
 
@@ -150,6 +151,10 @@ class ObjectiveSettings(Table):
     """Standard deviation of the normal behind "logit_normal"."""
     mode_scale: float = 1.29
     """Scale of "mode"."""
+    sigma_table: SigmaTable | None = None
+    """In the place of `sigma_sampling`: the distribution of sigma before the shift as a table. Either points
+    [[sigma, density], ...] with sigma ascending, the density linear in between and 0 outside of them; or a list of weights of
+    equal bins of [0, 1]."""
     shift: Annotated[float, Field(gt=0)] | Literal["scheduler"] = "scheduler"
     """Flow shift s, sigma' = s sigma / (1 + (s - 1) sigma); "scheduler" does what the checkpoint's own scheduler does."""
     sigma_min: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -162,10 +167,24 @@ class ObjectiveSettings(Table):
     each: {high = [0.8, 1.0], low = [0.0, 0.9]}."""
     expert_ranges: dict[ExpertName, SigmaRange] = Field(default={})
     """The same ranges of experts; one that has none is trained on its own. `sigma_range` as a table says it in one."""
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
-    """Loss weight as a function of sigma."""
+    weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] = "none"
+    """Loss weight as a function of sigma: for flow matching those of the Stable Diffusion 3 paper; "min_snr" is for v-prediction
+    (CogVideoX), min(SNR, snr_gamma) / (SNR + 1) (Hang et al. 2023)."""
+    snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """The gamma of "min_snr": noise levels with a higher ratio of signal to noise weigh less."""
+    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """What is made of the error e of each element, before the mean: e^2; or, so that outliers pull less, torch's huber_loss
+    (e^2 / 2 up to `loss_delta`, and straight from there on) or smooth_l1_loss (the same, divided by `loss_delta`). Held-out losses
+    are measured with it, too, so they compare with those of the same loss only."""
+    loss_delta: Annotated[float, Field(gt=0)] = 1.0
+    """The error from which on "huber" and "smooth_l1" are straight, in units of the target, whose variance is about 2 in flow
+    matching and 1 in v-prediction."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Embedded guidance scale that the model is told, for guidance-distilled checkpoints (HunyuanVideo)."""
+    guidance_target: Annotated[float, Field(gt=1)] | None = None
+    """LoRA: fold guidance of this scale s into the target, v0 + s (target - v0) with the prediction v0 of the frozen base without
+    the caption. For guidance-distilled checkpoints, which would else unlearn their guidance, with `guidance` at the same scale;
+    or for a LoRA that is to be used without guidance. Costs one more forward pass. Held-out losses are measured so, too."""
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,7 @@ import torch
 
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
+from finetune.engine.frozen_base import FrozenBase
 from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizers import build_optimizer
 from finetune.engine.optimizers.in_backward import InBackward
@@ -75,7 +76,13 @@ class Job:
             partial(self.state.family.batch, objective=self.objective),
             self.recipe.train.seed,
             Dropout(self.recipe.data.caption_dropout, self.recipe.data.image_dropout, self.prepared.unconditional_key),
+            self._blank_key,
         )
+
+    @property
+    def _blank_key(self) -> str | None:
+        """The key of the text without a caption, if samples need it for their targets."""
+        return None if self.recipe.objective.guidance_target is None else self.prepared.unconditional_key
 
     def resume(self, step: int | None = None) -> int:
         """Restore the newest checkpoint that is as it was written, if there is one. Collective; returns the number of steps done.
@@ -126,16 +133,16 @@ class Job:
         """The training clip that costs least, for calls that only keep ranks in step."""
         family = self.state.family
         item = min(self.prepared.train, key=lambda item: family.tokens(item.bucket))
-        sample = read_sample(item, self.prepared.cache, torch.Generator())
+        sample = read_sample(item, self.prepared.cache, torch.Generator(), self._blank_key)
         return family.batch([sample], self.objective)
 
     def heldout_loss(self) -> HeldOut | None:
         """Loss on the held-out clips, if the recipe names any. Collective."""
         if not self.prepared.heldout:
             return None
-        quantiles = self.recipe.validation.sigmas
+        quantiles, items = self.recipe.validation.sigmas, self.prepared.heldout
         self.state.runtime.doing("measuring the held-out loss")
-        return heldout_loss(self.state, self.objective, self.prepared.heldout, self.prepared.cache, quantiles)
+        return heldout_loss(self.state, self.objective, items, self.prepared.cache, quantiles, self._blank_key)
 
 
 def build_state(
@@ -177,6 +184,7 @@ def build_state(
         activations=ActivationOffload(runtime.device) if recipe.memory.offload_activations else None,
         in_backward=InBackward(optimizer) if recipe.optimizer.in_backward else None,
         host_gradients=host_gradients,
+        base=None if recipe.objective.guidance_target is None else FrozenBase(transformer),
     )
 
 

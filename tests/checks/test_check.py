@@ -43,6 +43,9 @@ def refused(recipe_file: Path, *overrides: str, world_size: int = 1) -> list[str
         ["validation.sigmas=8"],
         ["tracking.project=mine"],
         ["tracking.name=mine"],
+        ["objective.logit_mean=1", "objective.sigma_table=[1, 2]"],
+        ["objective.snr_gamma=3"],
+        ["objective.loss_delta=0.5"],
         ["memory.checkpoint_every=3"],
         ["memory.keep_gib=2"],
         ["memory.shard_size=2"],
@@ -59,6 +62,27 @@ def test_the_same_keys_pass_where_they_have_an_effect(recipe_file: Path) -> None
     assert refused(recipe_file, "validation.every=2", "validation.heldout=clips") == []
     assert refused(recipe_file, "data.windows=2", "data.window=random") == []
     assert refused(recipe_file, "data.overlap=0.5", "data.window=all") == []
+    assert refused(recipe_file, "objective.snr_gamma=3", "objective.weighting=min_snr") == []
+    assert refused(recipe_file, "objective.loss_delta=0.5", "objective.loss=smooth_l1") == []
+
+
+def test_sigma_has_one_distribution(recipe_file: Path) -> None:
+    assert refused(recipe_file, "objective.sigma_table=[1, 2]", "objective.sigma_sampling=mode") == [
+        "objective.sigma_table"
+    ]
+    assert refused(recipe_file, "objective.sigma_table=[1, 2]", "objective.sigma_range=0.2,0.7") == []
+
+
+def test_guidance_in_the_target_needs_a_frozen_base(recipe_file: Path) -> None:
+    full = load_recipe(
+        recipe_file, ["objective.guidance_target=4", "train.method=full", "lora.rank=64", "lora.alpha=64"]
+    )
+    (problem,) = check_recipe(full, 1)
+    assert problem.where == "objective.guidance_target"
+    assert problem.cure == 'remove it, or set train.method = "lora"'
+    assert refused(recipe_file, "objective.guidance_target=4") == []
+    with pytest.raises(UserError, match="greater than 1"):  # 1 would leave the target as it is
+        load_recipe(recipe_file, ["objective.guidance_target=1"])
 
 
 @pytest.mark.parametrize("limits", ["0.9,0.3", "0.5,0.5"])

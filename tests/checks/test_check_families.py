@@ -191,6 +191,8 @@ def test_a_bucket_that_is_illegal_names_the_nearest(
     [
         ("cogvideox", "objective.shift=3"),
         ("cogvideox", "objective.weighting=cosmap"),
+        ("ltx", "objective.weighting=min_snr"),
+        ("hunyuan", "objective.weighting=min_snr"),
         ("cogvideox", "data.image_dropout=0.1"),
         ("mochi", "vae.image_noise=true"),
         ("ltx_i2v", "vae.image_noise=true"),
@@ -209,6 +211,21 @@ def test_a_setting_that_means_nothing_to_the_family_is_refused(
     text = refusal(family_recipe, family, override)
     assert override.partition("=")[0] in text
     assert "no effect here" in text
+
+
+def test_a_weighting_of_another_objective_names_those_there_are(family_recipe: Callable[..., Path]) -> None:
+    assert 'set it to "sigma_sqrt" or "cosmap"' in refusal(family_recipe, "wan", "objective.weighting=min_snr")
+    assert 'set it to "min_snr"' in refusal(family_recipe, "cogvideox", "objective.weighting=sigma_sqrt")
+    open_family(load_recipe(family_recipe("cogvideox"), ["objective.weighting=min_snr"]))
+
+
+def test_a_model_is_told_the_guidance_that_its_target_has(family_recipe: Callable[..., Path]) -> None:
+    text = refusal(family_recipe, "hunyuan", "objective.guidance_target=6")
+    assert "HunyuanVideo is told the scale of its guidance, 1, but its target would have another" in text
+    assert "set objective.guidance = 6, too" in text
+    told = ["objective.guidance_target=6", "objective.guidance=6"]
+    for family, overrides in (("hunyuan", told), ("hunyuan_i2v", told[:1]), ("ltx", told[:1])):
+        open_family(load_recipe(family_recipe(family), overrides))
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,14 @@ LORA = ["train.method=lora", "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2"]
 FULL = ["train.method=full", "optimizer.lr=1e-3"]
 UNCHECKPOINTED = ["memory.activation_checkpointing=none"]
 DROPOUT = ["lora.dropout=0.2"]
+GUIDED = ["objective.guidance_target=3", "objective.loss=huber", "objective.sigma_table=[1, 3, 2]"]
 
 # name: (accumulation steps, when the held-out loss is measured, overrides)
 CONFIGURATIONS = {
     "lora": (1, "first and last", LORA),
     "lora, accumulated": (2, "first and last", LORA),
     "lora, not checkpointed": (1, "never", LORA + UNCHECKPOINTED),
+    "lora, guided": (2, "first and last", LORA + GUIDED),
     "lora, dropout": (1, "never", LORA + DROPOUT),
     "lora, dropout, validated": (1, "now and then", LORA + DROPOUT),
     "lora, dropout, not checkpointed": (1, "never", LORA + DROPOUT + UNCHECKPOINTED),

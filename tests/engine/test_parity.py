@@ -39,6 +39,15 @@ def test_figures_are_those_of_one_process(parity: Figures, processes: int, confi
     assert parity[processes][configuration][figure] == pytest.approx(alone, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("figure", ["loss", "grad_norm", "heldout", "heldout_zero"])
+def test_targets_with_guidance_are_the_same_for_two_processes(parity: Figures, figure: str) -> None:
+    """Of sharded weights, whose frozen base is gathered once more for each micro-batch."""
+    alone, spread = (parity[processes]["lora, guided"][figure] for processes in (1, 2))
+    assert len(alone) == (10 if figure in ("loss", "grad_norm") else 2)
+    assert spread == pytest.approx(alone, rel=TOLERANCE)
+    assert alone != pytest.approx(parity[1]["lora"][figure], rel=0.01)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_recomputed_dropout_is_the_same_dropout(parity: Figures, processes: int) -> None:
     checkpointed, plain = (parity[processes][f"lora, dropout{rest}"] for rest in ("", ", not checkpointed"))

@@ -3,7 +3,7 @@
 Usage: accounting_worker.py OUT RECIPE CASES      CASES: overrides by name, as JSON. Figures go to OUT as JSON.
 
 Real and simulated steps run the same code but for what depends on the device: attention's kernel, which is given the
-simulated kernel's storages for both. A batch is on the CPU already where a GPU would get a copy: it is cloned.
+simulated kernel's storages for both. A batch is on the CPU already where a GPU would get a copy: it is cloned there.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from finetune.checks.model import open_family
 from finetune.engine.savers.activation import ATTENTION
 from finetune.engine.step import run_step
+from finetune.models.batch import Batch
 from finetune.planning.gpus import Hardware
 from finetune.planning.kernels import FORWARD, fused_attention
 from finetune.planning.simulate import STEPS, example_batch, simulate
@@ -81,6 +82,16 @@ class Recorder(TorchDispatchMode):
         return super().__exit__(*error)
 
 
+class OnHost:
+    """A batch that is copied when a step takes it to its device, and whose copy nothing holds but the step."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.terms = batch, batch.terms
+
+    def to(self, device: torch.device) -> Batch:
+        return self.batch._map(torch.clone)
+
+
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Of each storage once; of a DTensor's shard, and of all that a low-bit tensor is made of."""
     storages = {}
@@ -98,7 +109,7 @@ def real(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
         state = build_state(recipe, runtime, family, family.transformer_weights())
         recorder.trace.begin()
         for step in range(len(STEPS)):
-            assert run_step(state, step, [batch._map(torch.clone)]).updated
+            assert run_step(state, step, [OnHost(batch)]).updated
         peak = recorder.trace.peak()
     counters = 0
     if (

@@ -39,6 +39,8 @@ OF_LTX = {
     "attention by products": ["memory.attention=math"],
     "attention by products, not checkpointed": ["memory.attention=math", "memory.activation_checkpointing=none"],
     "efficient attention": ["memory.attention=efficient"],
+    "guided target": ["objective.guidance_target=3", "objective.loss=huber"],
+    "guided target, streamed": ["objective.guidance_target=3", "memory.offload=true"],
 }
 SHORT = [("ltx", saver) for saver in SAVERS]
 SHORT += [(family, "plain") for family in FAMILIES if family != "ltx"]

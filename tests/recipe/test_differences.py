@@ -21,6 +21,7 @@ targets = ["to_q", "to_out.0"]
 [objective]
 shift = 3
 sigma_range = [0.875, 1]
+sigma_table = [[0, 1], [0.5, 2.5]]
 [checkpoint]
 keep_last = "all"
 [validation]
