@@ -28,7 +28,7 @@ from finetune.runtime.units import GIB
 # In every checkpoint's trainer.json: the clips in their order; names and sizes of the base weights.
 CLIPS, BASE = "clips", "base"
 BASE_CONTENT, CLIP_LIST, DECODED_BY = "base_content", "clip_list", "decoded_by"  # which older ones lack
-_DIGITS = 8  # of each clip in CLIP_LIST
+DIGITS = 8  # of each clip in CLIP_LIST
 _FORMER = str(FORMER_DECODER)  # as DECODED_BY has it
 
 
@@ -49,7 +49,7 @@ def identity(family: Family, items: Sequence[Item], cache: Cache, names: Names) 
     """The clips and captions in their order, and the base weights. The first time, weights of a folder are read whole."""
     return {
         CLIPS: clips_digest(items, family.columns, names),
-        CLIP_LIST: "".join(clips_digest([item], family.columns, names)[:_DIGITS] for item in items),
+        CLIP_LIST: "".join(clips_digest([item], family.columns, names)[:DIGITS] for item in items),
         BASE: _base_by_size(family),
         BASE_CONTENT: _base_content(family, cache),
     }
@@ -171,7 +171,7 @@ def _clips_that_differ(facts: Mapping[str, Any], found: Mapping[str, str]) -> st
 
 def _counted(facts: Mapping[str, Any]) -> Counter[str]:
     text = str(facts[CLIP_LIST])
-    return Counter(text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS))
+    return Counter(text[start : start + DIGITS] for start in range(0, len(text), DIGITS))
 
 
 def _base_by_size(family: Family) -> str:
