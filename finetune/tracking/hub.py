@@ -115,6 +115,8 @@ def _explanation(error: BaseException, repo: str) -> UserError | None:
         ):
             cure = f"look at the network; {_ONCE_MORE}. --offline-folder OUT writes the folder without the Hub"
             return UserError(f"the Hugging Face Hub cannot be reached ({_reason(each)})", cure, repo)
+    if isinstance(error, RuntimeError):  # so the client says that a file was not sent, whatever the reason
+        return UserError(f"the upload has failed ({_reason(chain[-1])})", f"look at the network; {_ONCE_MORE}", repo)
     if isinstance(error, ValueError):  # of a repository's name, or what the Hub says of the card
         return UserError(f"the Hub does not take this ({_reason(error)})", "mend --repo, or what the line names", repo)
     return None
