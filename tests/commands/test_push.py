@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from every_family import FIRST
 from hub_stand_in import Hub, Repository
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
@@ -306,3 +308,52 @@ def test_runs_that_are_not_finished_or_not_as_they_were_verified_are_refused(
 def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_read(pushed: Push, repo: str) -> None:
     with pytest.raises(UserError, match="not the name of a repository"):
         pushed(repo=repo)
+
+
+MODELS_PUSHED = [
+    ("ltx", None, "full"),
+    ("wan", "2.2-A14B", "lora"),
+    ("wan", "2.2-A14B", "full"),
+    *((family, variant, "lora") for family, variant in FIRST if family not in ("ltx", "wan")),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "variant", "method"), MODELS_PUSHED)
+def test_every_model_is_loaded_by_the_lines_of_its_card(
+    pushed: Push,
+    family_recipe: Callable[..., Path],
+    tiny_model: Callable[..., Path],
+    runtime: Runtime,
+    tmp_path: Path,
+    name: str,
+    variant: str | None,
+    method: str,
+) -> None:
+    settings = [f"output={tmp_path / 'run'}", "train.steps=2", f"train.method={method}"]
+    recipe = load_recipe(family_recipe(name, variant), settings)
+    assert train(recipe, runtime) == 0
+    out = tmp_path / "out"
+    pushed("--offline-folder", str(out), run=recipe.output)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.to_dict()["pipeline_tag"] == ("image-to-video" if "i2v" in name else "text-to-video")
+    (code,) = [token.content for token in MarkdownIt().parse(card.text) if token.type == "fence"]
+    base = tiny_model(name, variant)
+    code = code.replace(f'"{REPO}"', f'"{out}"').replace('"path/to/the/base/model"', f'"{base}"')
+    compile(code, "card", "exec")
+    names: dict = {}
+    exec(code.partition("video = ")[0], names)
+    files = list(out.rglob("*.safetensors"))
+    assert len(files) == (2 if variant == "2.2-A14B" else 1)
+    for file in files:
+        is_second = "transformer_2" in file.parts or "low_noise" in file.name
+        loaded = getattr(names["pipe"], "transformer_2" if is_second else "transformer").state_dict()
+        plain = {
+            re.sub(r"\.(default_0|high_noise|low_noise)\.weight$", ".weight", key): value
+            for key, value in loaded.items()
+        }
+        expected = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+        assert expected.keys() <= plain.keys()
+        assert all(torch.equal(plain[key], value) for key, value in expected.items())
+        for text in (file.parent / "config.json", out / "README.md", out / "recipe.toml"):
+            assert not text.exists() or str(base.parent) not in text.read_text()
