@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from safetensors import SafetensorError, safe_open
 
 import finetune
+from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
 from finetune.recipe import RECIPE_FILE, Recipe
 from finetune.recipe.shareable import write_shareable
@@ -274,11 +275,10 @@ def _licence(to: Destination) -> str:
 
 def _place(each: Trained, form: Form) -> Path:
     """Where a form's files lie in the repository: a LoRA in diffusers' form at the top, where loaders look for it."""
-    own = each.forms[0]
-    if form is own and each.recipe.train.method != "full":
-        return Path()
-    expert = each.family.expert
-    return Path(form.folder.name) if expert is None or form is own else Path(expert, form.folder.name)
+    method, expert = each.recipe.train.method, each.family.expert
+    if form.folder.name == exporter_of(method).folder(each.family):  # whose names say which expert they are for
+        return Path() if method != "full" else Path(form.folder.name)
+    return Path(expert or "", form.folder.name)
 
 
 def _link(text: str, target: Path) -> str:
