@@ -30,7 +30,7 @@ from finetune.runtime.units import GIB
 CLIPS, BASE = "clips", "base"
 BASE_CONTENT, CLIP_LIST, DECODED_BY = "base_content", "clip_list", "decoded_by"  # which older ones lack
 ADAPTERS = "adapters"  # which those lack that are given none
-_DIGITS = 8  # of each clip in CLIP_LIST
+DIGITS = 8  # of each clip in CLIP_LIST
 _FORMER = str(FORMER_DECODER)  # as DECODED_BY has it
 
 
@@ -56,7 +56,7 @@ def identity(recipe: Recipe, family: Family, items: Sequence[Item], cache: Cache
     return {
         **({ADAPTERS: digest(adapters)} if adapters else {}),
         CLIPS: clips_digest(items, family.columns, names),
-        CLIP_LIST: "".join(clips_digest([item], family.columns, names)[:_DIGITS] for item in items),
+        CLIP_LIST: "".join(clips_digest([item], family.columns, names)[:DIGITS] for item in items),
         BASE: _base_by_size(family),
         BASE_CONTENT: _base_content(family, cache),
     }
@@ -187,7 +187,7 @@ def _clips_that_differ(facts: Mapping[str, Any], found: Mapping[str, str]) -> st
 
 def _counted(facts: Mapping[str, Any]) -> Counter[str]:
     text = str(facts[CLIP_LIST])
-    return Counter(text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS))
+    return Counter(text[start : start + DIGITS] for start in range(0, len(text), DIGITS))
 
 
 def _base_by_size(family: Family) -> str:

@@ -1,9 +1,11 @@
 """Tells the user of a finished run where the trained weights are, with a script that generates with them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
+from finetune.recipe import Recipe
 from finetune.recipe.experts import of_expert
 from finetune.runtime.logging import say
 from finetune.training.frozen_usage import frozen_lines
@@ -37,27 +39,46 @@ def _parts(job: Job, folder: Path) -> list[tuple[Family, Path]]:
 
 def _usage(job: Job, folder: Path) -> list[str]:
     """The lines of a script that generates a video with the trained weights; none if their format has no such lines."""
-    family, model, shape = job.state.family, job.recipe.model, job.recipe.data.sample_shape
-    dtype = "torch.bfloat16" if job.recipe.train.precision == "bf16" else "torch.float32"
-    source = f'"{model.path}"' + (f', revision="{model.revision}"' if model.revision != "main" else "")
+    recipe, family = job.recipe, job.state.family
+    base, dtype = base_arguments(recipe, family, recipe.model.path)
+    loading = exporter_of(recipe.train.method).usage(base, dtype, _parts(job, folder))
+    if not loading:
+        return []
+    return script(recipe, family, [*loading, *frozen_lines(recipe.adapter, family)], job.state.runtime.device.kind)
+
+
+def base_arguments(recipe: Recipe, family: Family, path: str) -> tuple[str, str]:
+    """The base model as arguments of a pipeline's `from_pretrained`, and the dtype of trained weights, both as Python.
+
+    Args:
+        path: the base model's id on the Hub, or its folder.
+    """
+    dtype = "torch.bfloat16" if recipe.train.precision == "bf16" else "torch.float32"
+    source = f'"{path}"' + (f', revision="{recipe.model.revision}"' if recipe.model.revision != "main" else "")
+    mixed = family.vae_dtype is not None and dtype != str(family.vae_dtype)
+    dtypes = f'{{"default": {dtype}, "vae": {family.vae_dtype}}}' if mixed else dtype
+    return f"{source}, torch_dtype={dtypes}", dtype
+
+
+def script(recipe: Recipe, family: Family, loading: Sequence[str], device: str) -> list[str]:
+    """The lines of a script that generates a video of the recipe's shape.
+
+    Args:
+        loading: its lines that make `pipe`, see `Exporter.usage`.
+        device: where it generates, such as "cuda".
+    """
+    shape = recipe.data.sample_shape
     helpers = "export_to_video, load_image" if family.takes_image else "export_to_video"
     lines = ["import torch, diffusers"]
     if shape.frames > 1:
         lines.append(f"from diffusers.utils import {helpers}  # pip install imageio imageio-ffmpeg")
-    mixed = family.vae_dtype is not None and dtype != str(family.vae_dtype)
-    dtypes = f'{{"default": {dtype}, "vae": {family.vae_dtype}}}' if mixed else dtype
-    base = f"{source}, torch_dtype={dtypes}"
-    loading = exporter_of(job.recipe.train.method).usage(base, dtype, _parts(job, folder))
-    if not loading:
-        return []
-    lines += [*loading, *frozen_lines(job.recipe.adapter, family)]
+    lines += loading
     size = ", ".join(f"{name}={value}" for name, value in family.shape_arguments(shape).items())
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
     image += 'last_image=load_image("last_frame.png"), ' if family.last_image else ""
-    device = job.state.runtime.device.kind
     if shape.frames == 1:
         call = f'pipe.to("{device}")(prompt="your prompt", {size}, output_type="pil")'
         return [*lines, f'{call}.frames[0][0].save("image.png")']
     lines.append(f'video = pipe.to("{device}")(prompt="your prompt", {image}{size}).frames[0]')
-    lines.append(f'export_to_video(video, "video.mp4", fps={job.recipe.data.fps or 25:g})')
+    lines.append(f'export_to_video(video, "video.mp4", fps={recipe.data.fps or 25:g})')
     return lines
