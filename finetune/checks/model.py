@@ -6,10 +6,11 @@ from torch import nn
 
 from finetune.data.bucket_budget import near_lengths
 from finetune.data.images import missing_image
+from finetune.engine.weights.exporters import unknown_forms
 from finetune.models import FAMILIES, family_class
 from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
-from finetune.models.folder import ModelFolder, resolve
+from finetune.models.folder import CARD, ModelFolder, resolve
 from finetune.models.noise_range import Restricted
 from finetune.models.text_mask import why_masked
 from finetune.preparation.own_shape import legal_shape, with_own_shape
@@ -31,7 +32,7 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     """
     cls = family_class(recipe.model.family)
     wanted = (
-        [f"{name}/*" for name in (*cls.components, *cls.optional_components)]
+        [CARD, *(f"{name}/*" for name in (*cls.components, *cls.optional_components))]
         if with_weights
         else ["*/*config.json", "tokenizer*/*", *cls.read_when_opened]
     )
@@ -128,6 +129,7 @@ def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     yield from _unused(recipe, family)
     yield from _attention_problems(recipe, family)
     yield from _shape_problems(recipe, family)
+    yield from unknown_forms(recipe.train.method, recipe.export.formats, family)
     recipe = with_own_shape(recipe, family, is_said=False)
     for each in recipes_of_experts(recipe, list(family.experts)):
         experts = each.model.experts

@@ -24,7 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
     parser.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
-    parser.add_argument("--format", help="another form than the run's own, such as diffusers_lora")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        metavar="NAME",
+        help="diffusers (if not given), comfyui, peft, merged; several are written into sub-folders",
+    )
+    parser.add_argument(
+        "--precision", choices=list(EXPORTED), help="as trained if not given; float8 is for merged alone"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
 
 
@@ -43,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             recipes = recipes_of_experts(recipe, list(opened.experts))
             for each in recipes:
                 check_same_run(each)
-        exporter = exporter_of(recipe.train.method, arguments.format)
+        exporters = _exporters(recipe, family_of(opened, recipes[0]), arguments)
         found = [(each, open_checkpoints(each, runtime)) for each in recipes]
         steps = [sound_checkpoint(checkpoints, arguments.step) for _, checkpoints in found]
         for (each, checkpoints), step in zip(found, steps, strict=True):

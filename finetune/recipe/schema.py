@@ -213,6 +213,16 @@ class Checkpoint(Table):
     one is named, and the one before is taken."""
 
 
+class Export(Table):
+    formats: Annotated[list[Literal["diffusers", "comfyui", "peft", "merged"]], Field(min_length=1)] = Free(
+        ["diffusers"]
+    )
+    """In which forms a run's end writes what was trained, each in a folder of its own: as diffusers loads it; a LoRA under the
+    names that ComfyUI knows; as a folder of peft; or merged, the whole transformer with the LoRA in its weights."""
+    precision: Literal["float32", "bf16", "float16", "float8"] | None = Free(None)
+    """In which precision; unset: as trained, and "merged" as the base model is. "float8" (e4m3) is for "merged"."""
+
+
 class Prompt(Table):
     text: str
     """What to generate."""
@@ -317,6 +327,8 @@ class Recipe(Table):
     """What is traded for memory."""
     checkpoint: Checkpoint = Checkpoint()
     """What is kept."""
+    export: Export = Export()
+    """What is written at the end."""
     validation: Validation = Validation()
     """How it is judged."""
     tracking: Tracking = Tracking()

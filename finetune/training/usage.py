@@ -3,22 +3,32 @@
 from pathlib import Path
 
 from finetune.engine.weights.exporters import exporter_of
+from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.models.family import Family
 from finetune.recipe.experts import of_expert
 from finetune.runtime.logging import say
 from finetune.training.job import Job
-from finetune.training.output import results_folder
+from finetune.training.output import results_folder, results_folders
 
 
 def say_usage(job: Job, folder: Path) -> None:
     """Print where the trained weights are and how to use them."""
     family = job.state.family
-    what = exporter_of(job.recipe.train.method).title(family)
+    what = _exporter(job, folder).title(family)
     whose = "" if family.expert is None else f" (the {family.expert}-noise expert's)"
     say(f"\ndone. The {what} lies in {folder}{whose}")
+    for name, other in results_folders(job.recipe, family).items():
+        if other != folder:
+            say(f"      The {exporter_of(job.recipe.train.method, name).title(family)} lies in {other}{whose}")
     if lines := _usage(job, folder):
         say("Use it with diffusers:\n")
         say("\n".join(f"    {line}" for line in lines))
+
+
+def _exporter(job: Job, folder: Path) -> Exporter:
+    """The form of the weights in a folder."""
+    names = [name for name, each in results_folders(job.recipe, job.state.family).items() if each == folder]
+    return exporter_of(job.recipe.train.method, names[0] if names else None)
 
 
 def _parts(job: Job, folder: Path) -> list[tuple[Family, Path]]:
@@ -46,7 +56,7 @@ def _usage(job: Job, folder: Path) -> list[str]:
     mixed = family.vae_dtype is not None and dtype != str(family.vae_dtype)
     dtypes = f'{{"default": {dtype}, "vae": {family.vae_dtype}}}' if mixed else dtype
     base = f"{source}, torch_dtype={dtypes}"
-    loading = exporter_of(job.recipe.train.method).usage(base, dtype, _parts(job, folder))
+    loading = _exporter(job, folder).usage(base, dtype, _parts(job, folder))
     if not loading:
         return []
     lines += loading

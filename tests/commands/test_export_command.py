@@ -9,6 +9,7 @@ import pytest
 
 from finetune.commands import export
 from finetune.engine.weights.exporters import EXPORTERS, diffusers_lora
+from finetune.engine.weights.exporters.exporter import Details
 from finetune.recipe import load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
@@ -34,7 +35,7 @@ def run(build_job: Callable[..., Job], recipe_file: Path, monkeypatch: pytest.Mo
 def test_a_second_form_is_written_where_it_is_named(
     run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(transformer, family, folder: Path, runtime: Runtime) -> None:
+    def write(transformer, family, folder: Path, runtime: Runtime, details: Details) -> None:
         folder.mkdir()
         (folder / "other").write_text(family.name)
 
@@ -46,7 +47,7 @@ def test_a_second_form_is_written_where_it_is_named(
 
 
 def test_a_form_that_is_not_for_the_method_lists_those_that_are(run: Callable[..., None], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)not written as 'diffusers_transformer'.*formats are: diffusers_lora"):
+    with pytest.raises(UserError, match=r"(?s)not written as 'diffusers_transformer'.*formats are: diffusers, comfyui, peft, merged"):
         run("--out", str(tmp_path / "out"), "--format", "diffusers_transformer")
     assert not (tmp_path / "out").exists()
 
