@@ -1,12 +1,17 @@
 """How busy the encoder is while a cache is filled, and the speed over reading, encoding and writing one after the other.
 
-`python -m benchmarks.preparation [--rounds N] [--clips N]`. Real H.264 clips are decoded, and real VAEs of random weights encode
-them, one thread each: a small one, which takes as long as the decoder at the least, and a wider one, as for which encoding
-dominates. Busy is the share of the time from the first clip's encoding to the last one's end in which the encoder computes.
-Both ways take turns in one run; ratios are medians over rounds.
+`python -m benchmarks.preparation [--rounds N] [--clips N] [--threads N] [--decoder-threads N]`. Real H.264 clips are decoded, and
+real VAEs of random weights encode them: a small one, for which decoding dominates, and a wider one, for which encoding does. Busy
+is the share of the time from the first clip's encoding to the last one's end in which the encoder computes. Both ways take turns
+in one run; ratios are medians over rounds. Objects that imports have made are left out of garbage collection, as the commands
+do: `fill` ends with one, which would cost as much as two clips.
+
+Processor seconds hold on a machine with other work; the rest does as long as others leave this process its cores: their share
+of all cores is the last column.
 """
 
 import argparse
+import gc
 import os
 import shutil
 import statistics
@@ -15,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -88,48 +94,76 @@ def sequential(work: list[Encoding], encode: Timed, cache: Cache, runtime: distr
         cache.write("video", item.key, encode(*(source.read() for source in item.sources)), item.note)
 
 
-def measure(way: Callable[..., None], work: list[Encoding], width: int, folder: Path, runtime) -> tuple[float, float]:
-    """(seconds, the encoder's share of them), into a cache of its own."""
+class Measured(NamedTuple):
+    """Seconds, processor seconds, the encoder's share of the time, and other processes' share of all cores."""
+
+    seconds: float
+    processor: float
+    busy: float
+    others: float
+
+
+def used_by_all() -> float:
+    """Processor seconds that all processes have used since the machine started (Linux)."""
+    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
+    return (user + nice + system + sum(rest[:2])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(way: Callable[..., None], work: list[Encoding], width: int, folder: Path, runtime) -> Measured:
+    """Fill a cache of its own."""
     encode = Timed(width)
-    start = time.perf_counter()
+    gc.collect()
+    everybody, own, start = used_by_all(), time.process_time(), time.perf_counter()
     way(work, encode, Cache(folder), runtime)
-    seconds = time.perf_counter() - start
+    seconds, own, everybody = time.perf_counter() - start, time.process_time() - own, used_by_all() - everybody
     assert len(encode.spans) == len(work)
     shutil.rmtree(folder)
-    return seconds, encode.busy()
+    others = max(0.0, everybody - own) / (seconds * (os.cpu_count() or 1))
+    return Measured(seconds, own, encode.busy(), others)
+
+
+def row(title: str, found: dict[str, list[Measured]], clips: int) -> list[object]:
+    """A row of the table."""
+    over, turn = found["overlapped"], found["sequential"]
+    median = statistics.median
+    per_clip = [f"{median(each.seconds for each in way) / clips:.3f}" for way in (over, turn)]
+    busy = [f"{median(each.busy for each in way):.1%}" for way in (over, turn)]
+    faster = median_ratio([each.seconds for each in turn], [each.seconds for each in over])
+    processor = median_ratio([each.processor for each in over], [each.processor for each in turn])
+    others = median(each.others for each in (*over, *turn))
+    return [title, *per_clip, *busy, f"{faster:.2f}x", f"{processor:.2f}x", f"{others:.0%}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of each way")
     parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1, help="of the encoder")
+    parser.add_argument("--decoder-threads", type=int, default=0, help="0, as in a run: FFmpeg's choice")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
+    gc.collect()
+    gc.freeze()
     runtime = distributed.start(timeout_seconds=600, on_cpu=True)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        work = [
-            Encoding(
-                "video", digest(clip.name), clip.name, (Source((), partial(decode, clip, probe(clip), BUCKET, FPS)),)
-            )
-            for clip in make_clips(folder, arguments.clips)
-        ]
+        work = []
+        for clip in make_clips(folder, arguments.clips):
+            read = partial(decode, clip, probe(clip), BUCKET, FPS, threads=arguments.decoder_threads)
+            work.append(Encoding("video", digest(clip.name), clip.name, (Source((), read),)))
         for title, width in WIDTHS.items():
-            found: dict[str, list[tuple[float, float]]] = {"overlapped": [], "sequential": []}
+            found: dict[str, list[Measured]] = {"overlapped": [], "sequential": []}
             for turn in range(arguments.rounds + 1):
                 for way in (overlapped, sequential):
                     measured = measure(way, work, width, folder / "cache", runtime)
                     if turn:
                         found[way.__name__].append(measured)
-            seconds = {way: [each for each, _ in both] for way, both in found.items()}
-            busy = {way: statistics.median(share for _, share in both) for way, both in found.items()}
-            faster = median_ratio(seconds["sequential"], seconds["overlapped"])
-            per_clip = [statistics.median(each) / len(work) for each in seconds.values()]
-            shares = [f"{each:.1%}" for each in busy.values()]
-            rows.append([title, *(f"{each:.3f}" for each in per_clip), *shares, f"{faster:.2f}x"])
-    print(f"{arguments.clips} H.264 clips of {HEIGHT}x{WIDTH} into {BUCKET}, one thread each, {os.cpu_count()} cores\n")
-    head = ["VAE", "s/clip", "s/clip in turn", "encoder busy", "busy in turn", "faster"]
+            rows.append(row(title, found, len(work)))
+    decoder = arguments.decoder_threads or "FFmpeg's choice"
+    print(f"{arguments.clips} H.264 clips of {HEIGHT}x{WIDTH} into {BUCKET}, {os.cpu_count()} cores;")
+    print(f"threads of the encoder: {arguments.threads}, of the decoder: {decoder}\n")
+    head = ["VAE", "s/clip", "s/clip in turn", "encoder busy", "busy in turn", "faster", "processor", "others"]
     print_table(head, rows)
     distributed.stop()
 

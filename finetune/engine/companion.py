@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from finetune.engine.parallel import parallelize
-from finetune.engine.parts import Part, TrainedWeights, reshard
+from finetune.engine.parts import TrainedWeights, reshard
 from finetune.engine.precision import DTYPES
 from finetune.engine.savers.streaming import Streamed
 from finetune.engine.weights.loading import load_weights
@@ -188,7 +188,7 @@ def build_companion(
     adapter: Table | None,
     memory: Memory,
     runtime: Runtime,
-    take_up: Callable[[Part], None] | None = None,
+    take_up: Callable[[TrainedWeights], None] | None = None,
 ) -> Companion:
     """Build the other transformer as the trained one is, with its adapter, and frozen. Collective.
 

@@ -23,6 +23,7 @@ from finetune.models.components import Components
 from finetune.models.encoder import Encoder, FileHash
 from finetune.models.noise_range import restricted
 from finetune.models.objective import LEAST_U, FlowMatching, Objective, recipe_shift
+from finetune.models.original_names import Layers
 from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample, stacked
 from finetune.models.text_limit import TextLimit
 from finetune.recipe import Bucket
@@ -54,6 +55,12 @@ class Family(Components, ABC):
     depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)  # the config's keys of those lists' lengths
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     high_precision: ClassVar[str] = "norm"  # regular expression of layers in a block that are never quantised
+    # Names of layers in the model's own repository, where they are not diffusers'; none if ComfyUI has not this model.
+    original_layers: ClassVar[Layers] = {}
+    # Parts of such names as other repositories have them -> as above; and parts as above -> as a LoRA is to be written, where
+    # other tools know only that.
+    original_spellings: ClassVar[Mapping[str, str]] = {}
+    lora_spellings: ClassVar[Mapping[str, str]] = {}
     spatial: int
     temporal: int
     patch: int = 1

@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 
-from finetune.models import tiny
+from finetune.models import original_names, tiny
 from finetune.models.batch import Tensors
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
@@ -50,6 +50,9 @@ class HunyuanVideo(Family):
     takes_true_guidance = True
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     depth_keys = ("num_layers", "num_single_layers")
+    original_layers = original_names.HUNYUAN
+    original_spellings = original_names.HUNYUAN_SPELLINGS
+    lora_spellings = original_names.HUNYUAN_LORA_SPELLINGS
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from finetune.models import hunyuan15_transformer, tiny
+from finetune.models import hunyuan15_transformer, original_names, tiny
 from finetune.models.batch import Tensors
 from finetune.models.encoder import EncodedImage, Encoder, FileHash
 from finetune.models.family import Family
@@ -54,6 +54,9 @@ class HunyuanVideo15(Family):
     pipeline_classes = ("HunyuanVideo15Pipeline",)
     transformer_class = "HunyuanVideo15Transformer3DModel"
     attention_masks = "padding"
+    original_layers = original_names.HUNYUAN15
+    original_spellings = original_names.HUNYUAN_SPELLINGS
+    lora_spellings = original_names.HUNYUAN_LORA_SPELLINGS
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     components: ClassVar[tuple[str, ...]] = ("scheduler", "guider", "vae", "transformer", *text_components)
     text_arguments: ClassVar[dict[str, str]] = {

@@ -24,7 +24,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from finetune.models import tiny
+from finetune.models import original_names, tiny
 from finetune.models.batch import Tensors
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
@@ -41,6 +41,7 @@ class LTXVideo(Family):
     pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
     transformer_class = "LTXVideoTransformer3DModel"
     attention_masks = "cross"
+    original_layers = original_names.LTX
     variants = ("0.9.0", "0.9.7")
     read_when_opened = ("vae/*",)  # its weights include the latents' mean and deviation
 

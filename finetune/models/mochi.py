@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, Mochi
 from diffusers.models.attention_processor import MochiAttention
 from torch import Tensor, nn
 
-from finetune.models import tiny
+from finetune.models import original_names, tiny
 from finetune.models.batch import Tensors
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
@@ -30,6 +30,7 @@ class Mochi(Family):
     pipeline_classes = ("MochiPipeline",)
     transformer_class = "MochiTransformer3DModel"
     attention_masks = "padding"
+    original_layers = original_names.MOCHI
     spatial, temporal, patch = 8, 6, 2  # constants in the pipeline
 
     def __init__(self, folder: ModelFolder) -> None:

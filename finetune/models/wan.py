@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3
 from PIL import Image
 from torch import Tensor
 
-from finetune.models import tiny
+from finetune.models import original_names, tiny
 from finetune.models.batch import Tensors
 from finetune.models.components import Expert
 from finetune.models.encoder import EncodedImage, Encoder, FileHash
@@ -50,6 +50,7 @@ class Wan(Family):
     variants: ClassVar[tuple[str, ...]] = ("2.1", "2.2-5B", "2.2-A14B")
     vae_dtype = torch.float32
     block_lists = ("blocks",)
+    original_layers = original_names.WAN
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from finetune.data.cache import Cache
 from finetune.data.sources import Source
+from finetune.models.batch import Tensors
 from finetune.models.encoder import Encode
+from finetune.runtime.device import Arrival, Copies
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.shared_work import SharedWork, shared_work
@@ -44,7 +45,8 @@ def fill(
 ) -> dict[str, list[Problem]]:
     """Encode the items of one kind that the cache lacks. Collective.
 
-    While a rank encodes an item, it reads the next one and writes the last one. Each takes its next item when it is free.
+    While a rank encodes an item, it reads the next one, and fetches, checks and writes the last one. Each takes its next item when
+    it is free.
 
     Returns:
         the problems of items that cannot be encoded, by key. All that share an item, such as copies of a clip, are named.
@@ -68,8 +70,9 @@ def fill(
     found: dict[str, list[Problem]] = {}
     with ProgressLine(label, len(missing), enabled=runtime.is_main) as progress:
         text = ""
+        copies = runtime.device.copies()
         with shared_work(runtime, len(missing)) as shared:
-            for item, problems in _encode_share([wanted[key] for key in missing], shared, load, cache):
+            for item, problems in _encode_share([wanted[key] for key in missing], shared, load, cache, copies):
                 if problems:
                     found[item.key] = problems
                 done, failed = shared.done(bool(problems))
@@ -84,11 +87,13 @@ def fill(
 
 
 def _encode_share(
-    items: Sequence[Sequence[Encoding]], shared: SharedWork, load: Callable[[], Encode], cache: Cache
+    items: Sequence[Sequence[Encoding]], shared: SharedWork, load: Callable[[], Encode], cache: Cache, copies: Copies
 ) -> Iterator[tuple[Encoding, list[Problem]]]:
-    """Encode what this rank takes of the items; yields each with its problems, empty if it is encoded.
+    """Encode what this rank takes of the items; yields each with its problems, empty if it is written.
 
-    At most two clips are decoded at a time: one that is encoded, and one that is read ahead.
+    At most two clips are decoded at a time: one that is encoded, and one that is read ahead. What at most two items are encoded to
+    is in memory: of one that is written, and of one that waits for it. On a GPU an item may still be computed when the next
+    one's encoder is called: the thread that writes waits for it.
 
     Args:
         items: each with all that share it.
@@ -99,23 +104,25 @@ def _encode_share(
             number = shared.take()
             return None if number is None else (items[number], reader.submit(_read, items[number][0]))
 
-        coming, written = read_next(), None
+        coming = read_next()
+        written: tuple[Sequence[Encoding], Future[list[Problem]]] | None = None
         encode = load() if coming else None
         while coming and encode:
-            copies, content = coming
+            alike, content = coming
             content = content.result()
             coming = read_next()
-            tensors = _encode(encode, copies[0], content)
+            tensors = _encode(encode, content)
             del content
-            if isinstance(tensors, dict):
-                if written:
-                    written.result()
-                written = writer.submit(cache.write, copies[0].kind, copies[0].key, tensors, copies[0].note)
-                yield copies[0], []
-            else:
-                yield copies[0], _named(tensors, copies)
+            if not isinstance(tensors, dict):
+                yield alike[0], _named(tensors, alike)
+                continue
+            computed = copies.computed()
+            if written:
+                yield _outcome(*written)
+            written = alike, writer.submit(_write, cache, alike[0], tensors, copies, computed)
+            del tensors
         if written:
-            written.result()
+            yield _outcome(*written)
 
 
 def _read(item: Encoding) -> list[Any] | UserError:
@@ -126,17 +133,36 @@ def _read(item: Encoding) -> list[Any] | UserError:
         return error
 
 
-def _encode(encode: Encode, item: Encoding, content: list[Any] | UserError) -> dict[str, Tensor] | Sequence[Problem]:
-    """The tensors of an item, on the CPU, or why there are none."""
+def _encode(encode: Encode, content: list[Any] | UserError) -> Tensors | Sequence[Problem]:
+    """What an item's content is encoded to, contiguous on the encoder's device, or why there is nothing.
+
+    A copy, since the next call may overwrite what an encoder returns, as CUDA graphs do.
+    """
     if isinstance(content, UserError):
         return content.problems
     try:
         tensors = encode(*content)
     except UserError as error:
         return error.problems
-    if any(not bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def _write(cache: Cache, item: Encoding, tensors: Tensors, copies: Copies, computed: Arrival) -> list[Problem]:
+    """Write an item that is finite, or return why it is not written. Beside the encoder, which need not wait for it.
+
+    Args:
+        computed: the event behind the work that computes the tensors.
+    """
+    held = {name: copies.fetch(tensor, computed) for name, tensor in tensors.items()}
+    if any(not bool(torch.isfinite(tensor).all()) for tensor in held.values()):
         return [_not_finite(item)]
-    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    cache.write(item.kind, item.key, held, item.note)
+    return []
+
+
+def _outcome(alike: Sequence[Encoding], written: Future[list[Problem]]) -> tuple[Encoding, list[Problem]]:
+    """An item and its problems, as soon as it is written. Raises what writing it has raised."""
+    return alike[0], _named(written.result(), alike)
 
 
 def _named(problems: Sequence[Problem], copies: Sequence[Encoding]) -> list[Problem]:

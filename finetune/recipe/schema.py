@@ -95,6 +95,13 @@ class Train(Table):
         return values
 
 
+class FrozenAdapter(Table):
+    path: str
+    """Its file, as in lora.start_from."""
+    strength: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    """What it is multiplied by."""
+
+
 class Lora(Table):
     rank: Annotated[int, Field(ge=1)] = 64
     """Rank of the adapter matrices."""
@@ -104,6 +111,13 @@ class Lora(Table):
     """Linear layers inside the transformer blocks, like ["to_q", "to_k", "to_v", "to_out.0"]; empty: the family's default."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
+    start_from: str | None = None
+    """Begin with this adapter's weights instead of new ones: a .safetensors file by the names of diffusers, ComfyUI, kohya's
+    scripts or musubi-tuner; a folder of peft's, or of an earlier run; or "owner/name/file" on the Hub. Its rank may be lower than
+    `rank`, and its strength is kept whatever `alpha` is."""
+    frozen: list[FrozenAdapter] = Field(default=[])
+    """Train on top of these adapters, like [{path = "other.safetensors", strength = 0.8}]: they are added to the base weights, in
+    samples and held-out losses too, are not trained, and are not in what is exported."""
 
 
 class ObjectiveSettings(Table):

@@ -86,6 +86,22 @@ class Copies:
         if arrival is not None:
             arrival.synchronize()
 
+    def computed(self) -> Arrival:
+        """The event at which all work is complete that is queued on the computing stream by now. The host does not wait."""
+        return None if self.stream is None else torch.accelerator.current_stream(self.stream.device).record_event()
+
+    def fetch(self, tensor: Tensor, computed: Arrival) -> Tensor:
+        """A tensor's copy in host memory; itself, if it is there already. One thread at a time may call it.
+
+        The host waits for `computed`, an event behind the work that computes the tensor, and for the copy, but not for work that
+        another thread has queued in the meantime. So the tensor's memory may be reused as soon as this returns.
+        """
+        if self.stream is None or tensor.device.type == "cpu":
+            return tensor.cpu()
+        self.finish(computed)
+        with self.stream:
+            return tensor.cpu()
+
 
 @dataclass(frozen=True)
 class Device:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,33 @@ from finetune.models.family import Family
 from finetune.models.folder import CARD
 from finetune.recipe import Recipe
 from finetune.recipe.load import recipe_values
-from finetune.recipe.schema import free_keys
+from finetune.recipe.schema import Model, free_keys
 
+TOOL = f"finetune {finetune.__version__}"
+_KEPT = ("step", "recipe_sha256", "trigger_word", "trained_alpha", "trained_rank")
 _TABLES = ("model", "data", "vae", "train", "lora", "objective", "optimizer", "schedule")  # that the result depends on
 _TUNED = ("optimizer", "schedule", "train")  # whose free keys it depends on, too
 
 
-def facts_of(recipe: Recipe, family: Family, step: int | None = None) -> dict[str, str]:
-    """The metadata of weights that a recipe trained. No paths of this machine are in it.
-
-    Args:
-        step: after which they were; None for those of another trainer.
-    """
-    return {
-        "tool": f"finetune {finetune.__version__}",
-        **base_facts(recipe, family),
-        **({} if step is None else {"step": str(step), "recipe_sha256": recipe_digest(recipe), **_trigger(recipe)}),
-    }
+def facts_of(recipe: Recipe, family: Family, step: int) -> dict[str, str]:
+    """The metadata of weights that a recipe has trained for so many steps. No paths of this machine are in it."""
+    training = {"step": str(step), "recipe_sha256": recipe_digest(recipe), **_trigger(recipe)}
+    return {"tool": TOOL, **base_facts(recipe.model, family), **training}
 
 
-def base_facts(recipe: Recipe, family: Family) -> dict[str, str]:
+def facts_of_converted(model: Model, family: Family, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a LoRA that was read from a file: of what that said, what this project says; and the base model."""
+    kept = {name: metadata[name] for name in _KEPT if name in metadata}
+    return {**kept, "tool": TOOL, **base_facts(model, family)}
+
+
+def base_facts(model: Model, family: Family) -> dict[str, str]:
     """The base model: its id and commit on the Hub, or its folder's name; and its licence, if its card says it."""
-    folder, path = family.folder.path, recipe.model.path
+    folder, path = family.folder.path, model.path
     if Path(path).expanduser().is_dir():
         facts = {"base_model": Path(path).expanduser().resolve().name}
     else:
-        commit = folder.name if folder.parent.name == "snapshots" else recipe.model.revision
+        commit = folder.name if folder.parent.name == "snapshots" else model.revision
         facts = {"base_model": path, "base_revision": commit}
     return {**facts, "family": family.name, **licence(folder)}
 

@@ -14,6 +14,7 @@ from finetune.data.decode import FORMER_DECODER
 from finetune.data.file_facts import is_named_by_content
 from finetune.data.loader import Item
 from finetune.models import is_outside
+from finetune.models.adapters.given import given_identity
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
 from finetune.preparation.former import Begun, Names, clips_digest
@@ -28,26 +29,32 @@ from finetune.runtime.units import GIB
 # In every checkpoint's trainer.json: the clips in their order; names and sizes of the base weights.
 CLIPS, BASE = "clips", "base"
 BASE_CONTENT, CLIP_LIST, DECODED_BY = "base_content", "clip_list", "decoded_by"  # which older ones lack
+ADAPTERS = "adapters"  # which those lack that are given none
 _DIGITS = 8  # of each clip in CLIP_LIST
 _FORMER = str(FORMER_DECODER)  # as DECODED_BY has it
 
 
-def shared_identity(family: Family, prepared: Prepared, runtime: Runtime) -> dict[str, str]:
+def shared_identity(recipe: Recipe, family: Family, prepared: Prepared, runtime: Runtime) -> dict[str, str]:
     """The identity as rank 0 finds it, on every rank. Collective."""
     with runtime.together():
-        found = prepared_identity(family, prepared) if runtime.is_main else {}
+        found = prepared_identity(recipe, family, prepared) if runtime.is_main else {}
     return runtime.from_main(found)
 
 
-def prepared_identity(family: Family, prepared: Prepared) -> dict[str, str]:
+def prepared_identity(recipe: Recipe, family: Family, prepared: Prepared) -> dict[str, str]:
     """The identity of a training on prepared clips, and by which version they were decoded."""
-    found = identity(family, prepared.train, prepared.cache, prepared.former)
+    found = identity(recipe, family, prepared.train, prepared.cache, prepared.former)
     return found | {DECODED_BY: str(prepared.decoder)}
 
 
-def identity(family: Family, items: Sequence[Item], cache: Cache, names: Names) -> dict[str, str]:
-    """The clips and captions in their order, and the base weights. The first time, weights of a folder are read whole."""
+def identity(recipe: Recipe, family: Family, items: Sequence[Item], cache: Cache, names: Names) -> dict[str, str]:
+    """The clips and captions in their order, the base weights, and the adapters that it is given, if there are any.
+
+    The first time, weights of a folder are read whole.
+    """
+    adapters = given_identity(recipe.adapter, family, cache.file_hash)
     return {
+        **({ADAPTERS: digest(adapters)} if adapters else {}),
         CLIPS: clips_digest(items, family.columns, names),
         CLIP_LIST: "".join(clips_digest([item], family.columns, names)[:_DIGITS] for item in items),
         BASE: _base_by_size(family),
@@ -61,6 +68,8 @@ def check_identity(facts: Mapping[str, Any], found: Mapping[str, str], recipe: R
         raise _other(recipe, facts, _clips(recipe), _clips_that_differ(facts, found))
     if other_base(facts, found):
         raise _other(recipe, facts, "weights in model.path")
+    if other_adapters(facts, found):
+        raise _other(recipe, facts, "adapters in lora.start_from or lora.frozen")
 
 
 def check_before_encoding(recipe: Recipe, family: Family, cache: Cache, items: Sequence[Item], names: Names) -> None:
@@ -72,7 +81,7 @@ def check_before_encoding(recipe: Recipe, family: Family, cache: Cache, items: S
     facts = _newest(recipe) if items else {}
     if not {"step", CLIPS, BASE} <= facts.keys():
         return
-    found = identity(family, items, cache, names)
+    found = identity(recipe, family, items, cache, names)
     if recipe.data.bad_clips == "refuse":
         differ = facts[CLIPS] != found[CLIPS]
     else:
@@ -81,6 +90,8 @@ def check_before_encoding(recipe: Recipe, family: Family, cache: Cache, items: S
         raise _other(recipe, facts, _clips(recipe), _clips_that_differ(facts, found))
     if other_base(facts, found):
         raise _other(recipe, facts, "weights in model.path")
+    if other_adapters(facts, found):
+        raise _other(recipe, facts, "adapters in lora.start_from or lora.frozen")
 
 
 def begun(recipes: Sequence[Recipe], family: Family) -> Begun:
@@ -128,6 +139,11 @@ def other_base(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
     """Whether a checkpoint was trained on other base weights, by their content if it has noted that, else by names and sizes."""
     name = BASE_CONTENT if BASE_CONTENT in facts else BASE
     return facts.get(name) != found[name]
+
+
+def other_adapters(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
+    """Whether a checkpoint continues another adapter, or was trained on top of others."""
+    return facts.get(ADAPTERS) != found.get(ADAPTERS)
 
 
 def is_of_base(facts: Mapping[str, Any], family: Family, cache: Cache) -> bool:

@@ -23,6 +23,9 @@ from finetune.engine.weights.checkpoint import Checkpoints, Pending
 from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.exporter import Details, Exporter
 from finetune.engine.weights.loading import load_weights
+from finetune.engine.weights.starting import start_adapter
+from finetune.models.adapters.given import read_started, with_frozen
+from finetune.models.adapters.reading import ReadAdapter
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.models.objective import Objective
@@ -120,7 +123,7 @@ class Job:
 
     def details(self, step: int) -> Details:
         """What goes with the weights of a step where they are exported in a run's own form, as they were trained."""
-        return Details(None, facts_of(self.recipe, self.state.family, step))
+        return details_of(self.recipe, self.state.family, step)
 
     def idle_batch(self) -> Batch:
         """The training clip that costs least, for calls that only keep ranks in step."""
@@ -138,11 +141,14 @@ class Job:
         return heldout_loss(self.state, self.objective, self.prepared.heldout, self.prepared.cache, quantiles)
 
 
-def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weights) -> StepState:
+def build_state(
+    recipe: Recipe, runtime: Runtime, family: Family, weights: Weights, started: ReadAdapter | None = None
+) -> StepState:
     """Build the transformer, make it trainable, read its weights, and put optimizer and schedule around it. Collective.
 
     Args:
         weights: the pretrained transformer's; each rank reads the rows that it holds.
+        started: the adapter that the trained one begins as.
     """
     train, memory = recipe.train, recipe.memory
     family.keeps_text_length = memory.compile
@@ -150,6 +156,8 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
     transformer = parallelize(transformer, family, train, recipe.adapter, memory, runtime)
     with runtime.together():
         load_weights(transformer, weights, runtime.device.torch_device)
+        if started is not None:
+            start_adapter(transformer, started)
     parameters = trained_parameters(transformer)
     optimizer, host_gradients = build_optimizer(parameters, recipe.optimizer, train.weights), None
     if recipe.optimizer.offload == "state_and_gradients":
@@ -176,7 +184,10 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
 def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) -> Job:
     """The training of a recipe on a prepared dataset. Collective."""
     train = recipe.train
-    state = build_state(recipe, runtime, family, family.transformer_weights())
+    with runtime.together():
+        weights = with_frozen(family.transformer_weights(), recipe.adapter, family)
+        started = read_started(recipe.adapter, family)
+    state = build_state(recipe, runtime, family, weights, started)
     runtime.device.reset_peak()
     return Job(
         recipe=recipe,
@@ -186,7 +197,7 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         order=order_of(recipe, prepared),
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
         checkpoints=open_checkpoints(recipe, runtime),
-        identity=shared_identity(family, prepared, runtime),
+        identity=shared_identity(recipe, family, prepared, runtime),
     )
 
 
@@ -241,6 +252,15 @@ def sound_checkpoint(checkpoints: Checkpoints, step: int | None = None) -> int |
             f"the checkpoint is damaged ({'; '.join(wrong[:3])})", "name another step", str(checkpoints.path(step))
         )
     return step
+
+
+def details_of(recipe: Recipe, family: Family, step: int, precision: str | None = None) -> Details:
+    """What goes with the weights that a recipe has trained for so many steps, in a precision, or as they were trained."""
+
+    def base() -> Weights:
+        return with_frozen(family.transformer_weights(), recipe.adapter, family)
+
+    return Details(precision, facts_of(recipe, family, step), base)
 
 
 def export_weights(state: StepState, method: str, folder: Path) -> None:

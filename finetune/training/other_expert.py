@@ -3,8 +3,10 @@
 from finetune.checks.output import read_saved
 from finetune.data.cache import Cache
 from finetune.engine.companion import Companion, build_companion
-from finetune.engine.parts import Part
+from finetune.engine.parts import TrainedWeights
 from finetune.engine.weights.checkpoint import Checkpoints
+from finetune.engine.weights.starting import start_adapter
+from finetune.models.adapters.given import read_started, with_frozen
 from finetune.models.family import Family
 from finetune.recipe import RECIPE_FILE, Recipe
 from finetune.recipe.experts import of_expert
@@ -30,9 +32,15 @@ def _companion(job: Job, family: Family) -> Companion:
         step = _usable_step(checkpoints, family, job.prepared.cache, runtime)
         whose = "as it was" if step is None else f"that of its step {step}"
         say(f"samples: the {family.expert}-noise expert is {whose}")
+        with runtime.together():
+            weights = with_frozen(family.transformer_weights(), own.adapter, family)
+            started = read_started(own.adapter, family) if step is None else None
 
-        def take_up(part: Part) -> None:
-            assert step is not None
+        def take_up(part: TrainedWeights) -> None:
+            if step is None:
+                if started is not None:
+                    start_adapter(part.transformer, started)
+                return
             try:
                 checkpoints.load(step, [part])
             except UserError as error:
@@ -44,12 +52,12 @@ def _companion(job: Job, family: Family) -> Companion:
         return build_companion(
             job.state.transformer,
             family,
-            family.transformer_weights(),
+            weights,
             own.train.model_copy(update={"precision": recipe.train.precision, "float8": recipe.train.float8}),
             own.adapter,
             recipe.memory,
             runtime,
-            None if step is None else take_up,
+            take_up,
         )
 
 

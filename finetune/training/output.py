@@ -13,7 +13,7 @@ from finetune.recipe import RECIPE_FILE, Recipe, write_recipe
 from finetune.recipe.load import changes
 from finetune.runtime.files import FolderLock, atomic, free_name, writing
 from finetune.runtime.logging import say
-from finetune.training.identity import CLIPS, other_base, prepared_identity
+from finetune.training.identity import CLIPS, other_adapters, other_base, prepared_identity
 from finetune.training.job import Job, checkpoints_folder, write_weights
 from finetune.training.samples import SHEET, forget_samples, has_prompts, has_samples, samples_folder
 
@@ -62,8 +62,8 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
         return False
     try:
         facts = json.loads((checkpoints_folder(recipe) / f"step_{steps:08d}" / "trainer.json").read_text())
-        found = prepared_identity(family, prepared)
-        continues = facts[CLIPS] == found[CLIPS] and not other_base(facts, found)
+        found = prepared_identity(recipe, family, prepared)
+        continues = facts[CLIPS] == found[CLIPS] and not (other_base(facts, found) or other_adapters(facts, found))
     except (OSError, ValueError, KeyError, TypeError):
         return False  # a start of the run says what is wrong
     return continues and not _missing(recipe, family)

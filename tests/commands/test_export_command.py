@@ -47,7 +47,8 @@ def test_a_second_form_is_written_where_it_is_named(
 
 
 def test_a_form_that_is_not_for_the_method_lists_those_that_are(run: Callable[..., None], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)not written as 'diffusers_transformer'.*formats are: diffusers, comfyui, peft, merged"):
+    named = r"(?s)not written as 'diffusers_transformer'.*formats are: diffusers, comfyui, peft, merged"
+    with pytest.raises(UserError, match=named):
         run("--out", str(tmp_path / "out"), "--format", "diffusers_transformer")
     assert not (tmp_path / "out").exists()
 

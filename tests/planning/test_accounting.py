@@ -41,7 +41,7 @@ OF_LTX = {
     "efficient attention": ["memory.attention=efficient"],
 }
 SHORT = [("ltx", saver) for saver in SAVERS]
-SHORT += [(family, saver) for family in FAMILIES if family != "ltx" for saver in ("plain", "not checkpointed", "full")]
+SHORT += [(family, "plain") for family in FAMILIES if family != "ltx"]
 SHORT += [("ltx", saver) for saver in OF_LTX] + [
     (family, "plain") for family in ("ltx_i2v", "cogvideox_i2v", "wan_i2v")
 ]

@@ -149,6 +149,36 @@ def test_the_next_clip_is_read_while_one_is_encoded_and_no_further_one(runtime: 
     assert max(most) <= 2
 
 
+def test_an_encoder_may_overwrite_what_it_has_returned(runtime: Runtime, tmp_path: Path) -> None:
+    """As one does that runs as a CUDA graph, while the item before is being written."""
+    buffer = torch.empty(2, 500_000)
+
+    def encode(number: int) -> dict[str, torch.Tensor]:
+        return {"mean": buffer.fill_(number), "turned": buffer.T}
+
+    work = [Encoding("video", digest(k), str(k), (Source((), lambda k=k: k),)) for k in range(8)]
+    cache = Cache(tmp_path / "cache")
+    assert fill(work, "video", lambda: encode, cache, runtime) == {}
+    for k, item in enumerate(work):
+        stored = cache.read("video", item.key)
+        assert torch.equal(stored["mean"], torch.full((2, 500_000), float(k)))
+        assert torch.equal(stored["turned"], torch.full((500_000, 2), float(k)))
+
+
+def test_an_item_that_is_not_finite_is_named_and_the_others_are_written(runtime: Runtime, tmp_path: Path) -> None:
+    work = [Encoding("video", digest(k), f"clip {k}", (Source((), lambda k=k: k),)) for k in range(4)]
+    cache = Cache(tmp_path / "cache")
+
+    def encode(number: int) -> dict[str, torch.Tensor]:
+        return {"mean": torch.tensor([1.0, float("nan") if number in (1, 3) else 0.0])}
+
+    found = fill(work, "video", lambda: encode, cache, runtime)
+    assert {key: [problem.where for problem in problems] for key, problems in found.items()} == {
+        work[k].key: [f"clip {k}"] for k in (1, 3)
+    }
+    assert [cache.has("video", item.key) for item in work] == [True, False, True, False]
+
+
 def test_an_item_that_cannot_be_written_ends_the_work(runtime: Runtime, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     work = [Encoding("video", digest(k), str(k), (Source((), lambda: 0),)) for k in range(3)]

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -60,13 +61,35 @@ def copies(bench: Bench) -> str:
     device.synchronize()
     if not torch.equal(back, numbers) or not torch.equal(target, numbers.to(device.torch_device)):
         raise Failed("what was copied to the device and back is not what it was")
+    waited = _fetched_late(bench, target[: SIZE // 256], numbers[: SIZE // 256])
     if device.is_cpu:
         return "256 MiB are the same after a copy and back; no verdict on overlap"
+    if waited:
+        raise Failed("a thread that fetches a tensor waits for work that was queued after it")
     found = [
         _overlap(bench, name, target_, source)
         for name, target_, source in (("to the device", target, there), ("to the host", back, target))
     ]
     return "256 MiB page-locked, the same after a copy and back; " + "; ".join(found)
+
+
+def _fetched_late(bench: Bench, source: Tensor, expected: Tensor) -> bool:
+    """Fetch a tensor in another thread, as the cache's writer does, and say whether that waited for work that is queued later."""
+    device, copies = bench.device, bench.device.copies()
+    size = 64 if device.is_cpu else 4096
+    a = torch.randn(size, size, device=device.torch_device)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(copies.fetch, source, copies.computed()).result()  # what the first call sets up
+        held = source.clone()
+        computed = copies.computed()
+        for _ in range(200):
+            a @ a
+        later = copies.computed()
+        fetched = thread.submit(copies.fetch, held, computed).result()
+        waited = later is None or later.query()
+    if not torch.equal(fetched, expected):
+        raise Failed("what another thread fetches from the device is not what it was")
+    return waited
 
 
 def _overlap(bench: Bench, name: str, target: Tensor, source: Tensor) -> str:

@@ -65,14 +65,14 @@ def load_weights(transformer: nn.Module, weights: Weights, device: torch.device)
             for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
                 if is_adapters(name) or (isinstance(module, LowBitLinear) and parameter is not module.bias):
                     continue
-                rows, start, stop = _local(destination(parameter))
+                rows, start, stop = local_rows(destination(parameter))
                 if rows.numel():
                     rows.copy_(weights.rows(plain_name(name), start, stop))
             if isinstance(module, LowBitLinear):
-                codes, start, stop = _local(destination(module.weight))
+                codes, start, stop = local_rows(destination(module.weight))
                 if codes.numel():
                     rows = weights.rows(plain_name(f"{prefix}.weight"), start, stop)
-                    module.fill(codes, _local(destination(module.weight_scale))[0], rows.to(device))
+                    module.fill(codes, local_rows(destination(module.weight_scale))[0], rows.to(device))
         for name, buffer in transformer.named_buffers():
             if plain_name(name) in weights.names():
                 buffer.copy_(weights.rows(plain_name(name), 0, len(buffer) if buffer.dim() else 0))
@@ -99,7 +99,7 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _local(tensor: Tensor) -> tuple[Tensor, int, int]:
+def local_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     """(the local part of a tensor, the index of its first row, the index after its last row)."""
     if not isinstance(tensor, DTensor):
         return tensor, 0, len(tensor) if tensor.dim() else 0

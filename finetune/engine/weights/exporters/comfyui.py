@@ -5,7 +5,7 @@ beside the matrices as a tensor, which diffusers refuses: so the strength is in 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +23,19 @@ FILE = "comfyui_lora.safetensors"
 PREFIX = "diffusion_model."
 
 
+class Rows(NamedTuple):
+    """Rows of one of our layers: all, or one of so many equal parts."""
+
+    layer: str
+    part: int = 0
+    parts: int = 1
+
+
 class Place(NamedTuple):
-    """A layer of the original: its name, diffusers' layers whose rows it has, and whether its halves are swapped."""
+    """A layer of the original: its name, and whose rows it has, from the first to the last."""
 
     name: str
-    parts: tuple[str, ...]
-    is_swapped: bool
+    rows: tuple[Rows, ...]
 
 
 def write_comfyui(lora: TrainedLora, family: Family, folder: Path, details: Details) -> None:
@@ -48,14 +55,14 @@ def write_comfyui(lora: TrainedLora, family: Family, folder: Path, details: Deta
     path = folder / file_of(FILE, family)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(path) as partial:
-        save_file(named, partial, {**details.facts, **lora.facts(), **expert_facts(family)})
+        save_file(named, partial, {"format": "pt", **lora.facts(), **details.facts, **expert_facts(family)})
     tidy([path])
-    _verify(path, tensors, places.values(), transformer)
+    _verify(path, tensors, list(places.values()), transformer)
 
 
 def problem(family: Family) -> tuple[str, str] | None:
     """Why a family's LoRA has no such form, with a cure."""
-    if family.original_blocks:
+    if family.original_layers:
         return None
     what = f"ComfyUI has no model of its own for {family.title}, or its names are not known here"
     return what, '"diffusers", which the nodes of others for this model load'
@@ -63,13 +70,16 @@ def problem(family: Family) -> tuple[str, str] | None:
 
 def place_of(layer: str, family: Family) -> Place:
     """Where a layer of the blocks is in the original. Raises UserError if that is not known."""
-    for blocks in family.original_blocks:
-        found = re.fullmatch(rf"{re.escape(blocks.ours)}\.(\d+)\.(.+)", layer)
-        place = found and blocks.place(found[2])
-        if found and place:
-            theirs, parts = place
-            names = tuple(f"{blocks.ours}.{found[1]}.{part}" for part in parts)
-            return Place(f"{blocks.theirs}.{found[1]}.{theirs}", names, theirs in blocks.halves_swapped)
+    number = re.search(r"\.(\d+)\.", layer)
+    pattern, index = (layer.replace(number[0], ".{}.", 1), number[1]) if number else (layer, "")
+    for theirs, ours in family.original_layers.items():
+        if pattern in (_rows(each).layer for each in ours):
+            name = theirs.replace("{}", index)
+            for part, spelled in family.lora_spellings.items():
+                name = name.replace(part, spelled)
+            return Place(name, tuple(_rows(each.replace("{}", index)) for each in ours))
+    if family.original_layers and not any("{}" in theirs for theirs in family.original_layers):
+        return Place(layer, (Rows(layer),))  # the blocks' layers are called the same there
     raise UserError(
         f"the layer {layer} has no name in ComfyUI that is known here",
         'leave it out of lora.targets, or export as "diffusers"',
@@ -77,61 +87,67 @@ def place_of(layer: str, family: Family) -> Place:
     )
 
 
+def _rows(written: str) -> Rows:
+    """What `name` or `name[1/2]` in a family's table says."""
+    name, bracket, part = written.partition("[")
+    index, _, count = part.rstrip("]").partition("/")
+    return Rows(name, int(index), int(count)) if bracket else Rows(name)
+
+
 def fused(place: Place, tensors: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:
-    """The low-rank matrices of an original layer: exact, by blocks on the diagonal, whose ranks add up.
+    """The low-rank matrices of an original layer: exact, since each layer of ours has columns of its own in the second, and the
+    ranks add up.
 
     Args:
         tensors: folded, by peft's names. Layers that have none leave their rows as they are.
         transformer: for the number of rows of each layer.
     """
-    adapted = [part for part in place.parts if part + DOWN in tensors]
-    down = torch.cat([tensors[part + DOWN] for part in adapted])
-    rows = [_rows(transformer, part) for part in place.parts]
-    up = down.new_zeros(sum(rows), len(down))
-    top = left = 0
-    for part, height in zip(place.parts, rows, strict=True):
-        if part in adapted:
-            block = tensors[part + UP]
-            up[top : top + height, left : left + block.shape[1]] = block
-            left += block.shape[1]
-        top += height
-    return {DOWN: down.contiguous(), UP: _swapped(up) if place.is_swapped else up}
+    columns = _columns(place, tensors)
+    down = torch.cat([tensors[layer + DOWN] for layer in columns])
+    heights = [_height(transformer, rows) for rows in place.rows]
+    up = down.new_zeros(sum(heights), len(down))
+    for rows, target in zip(place.rows, up.split(heights), strict=True):
+        if rows.layer in columns:
+            target[:, columns[rows.layer]] = tensors[rows.layer + UP].chunk(rows.parts)[rows.part]
+    return {DOWN: down.contiguous(), UP: up}
 
 
-def _swapped(up: Tensor) -> Tensor:
-    first, second = up.chunk(2)
-    return torch.cat([second, first])
+def _columns(place: Place, tensors: Mapping[str, Tensor]) -> dict[str, slice]:
+    """The adapted layers of a place, each with its part of the rank."""
+    columns: dict[str, slice] = {}
+    start = 0
+    for layer in dict.fromkeys(rows.layer for rows in place.rows):
+        if layer + DOWN in tensors:
+            columns[layer] = slice(start, start + len(tensors[layer + DOWN]))
+            start = columns[layer].stop
+    return columns
 
 
-def _rows(transformer: nn.Module, layer: str) -> int:
-    linear = transformer.get_submodule(layer)
+def _height(transformer: nn.Module, rows: Rows) -> int:
+    linear = transformer.get_submodule(rows.layer)
     assert isinstance(linear, nn.Linear)
-    return linear.out_features
+    return linear.out_features // rows.parts
 
 
-def _verify(path: Path, tensors: Mapping[str, Tensor], places: Iterable[Place], transformer: nn.Module) -> None:
+def _verify(path: Path, tensors: Mapping[str, Tensor], places: Sequence[Place], transformer: nn.Module) -> None:
     """Read the file and take its matrices apart again: every block as it was trained, and zeros beside them."""
-    found, wrong, seen = load_file(path), [], set()
+    found, parts = load_file(path), dict[str, list[tuple[int, Tensor]]]()
+    wrong = []
     for place in places:
         down, up = (found.pop(PREFIX + place.name + end) for end in (DOWN, UP))
-        up = _swapped(up) if place.is_swapped else up
-        top = left = 0
-        for part in place.parts:
-            height = _rows(transformer, part)
-            rank = len(tensors[part + DOWN]) if part + DOWN in tensors else 0
-            rows, width = up[top : top + height], slice(left, left + rank)
-            beside = rows.clone()
-            beside[:, width] = 0
-            if rank:
-                seen.add(part)
-                same = torch.equal(rows[:, width], tensors[part + UP]) and torch.equal(
-                    down[width], tensors[part + DOWN]
-                )
-                wrong += [] if same else [part]
-            wrong += [part] if beside.any() else []
-            top, left = top + height, left + rank
-    wrong += sorted(found) + sorted({name.removesuffix(DOWN) for name in tensors if name.endswith(DOWN)} - seen)
-    if wrong:
+        columns = _columns(place, tensors)
+        for rows, block in zip(place.rows, up.split([_height(transformer, each) for each in place.rows]), strict=True):
+            own = columns.get(rows.layer, slice(0, 0))
+            parts.setdefault(rows.layer, []).append((rows.part, block[:, own]))
+            beside = block.clone()
+            beside[:, own] = 0
+            if beside.any() or (rows.layer in columns and not torch.equal(down[own], tensors[rows.layer + DOWN])):
+                wrong.append(rows.layer)
+    for name in (name for name in tensors if name.endswith(UP)):
+        blocks = [block for _, block in sorted(parts.get(name.removesuffix(UP), []), key=lambda part: part[0])]
+        if not blocks or not torch.equal(torch.cat(blocks), tensors[name]):
+            wrong.append(name)
+    if wrong := wrong + sorted(found):
         raise UserError(
             f"the exported adapter differs from the trained one: {', '.join(wrong[:3])}", "check the disk", str(path)
         )

@@ -12,19 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, file_of, lora_writer, tidy
+from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, tidy
 from finetune.engine.weights.exporters.trained_lora import TrainedLora
+from finetune.models.adapters.places import LORA_FILE as LORA_FILE  # for those who import it from here
+from finetune.models.adapters.places import lora_file
 from finetune.models.family import Family
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # of all names in the file: diffusers has one form, also for a component of another name
-
-
-def lora_file(family: Family) -> str:
-    """The name of an adapter's file; that of an expert says which one it is for."""
-    return file_of(LORA_FILE, family)
 
 
 def write_lora(lora: TrainedLora, family: Family, folder: Path, details: Details) -> None:
@@ -40,7 +36,7 @@ def write_lora(lora: TrainedLora, family: Family, folder: Path, details: Details
         transformer_lora_adapter_metadata=lora.folded_config(),
         weight_name=file.name,
     )
-    _add_facts(file, {**details.facts, **lora.facts(), **expert_facts(family)})
+    _add_facts(file, {**lora.facts(), **details.facts, **expert_facts(family)})
     tidy([file])
     verify_lora(folder, layers, family)
 

@@ -14,6 +14,7 @@ from finetune.engine.weights.exporters.trained_lora import TrainedLora, scales_o
 from finetune.engine.weights.loading import plain_name
 from finetune.models.adapters import ADAPTER, is_adapters
 from finetune.models.family import Family
+from finetune.models.weights import Weights
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.files import give_usual_mode
 
@@ -25,10 +26,12 @@ class Details:
     Attributes:
         precision: in which the weights are written, "float32", "bf16", "float16" or "float8"; as trained if None.
         facts: of what the weights are, for the metadata of safetensors files.
+        base: opens the base weights that a LoRA was trained on, with frozen adapters in them; the family's own if None.
     """
 
     precision: str | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    base: Callable[[], Weights] | None = None
 
 
 Convert = Callable[[TrainedLora, Family, Path, Details], None]

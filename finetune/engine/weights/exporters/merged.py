@@ -28,7 +28,8 @@ def write_merged(lora: TrainedLora, family: Family, folder: Path, details: Detai
         UserError: the base model lacks an adapted layer, or the files differ from what was to be written.
     """
     lora.only_low_rank("merged")
-    base, skeleton = family.transformer_weights(), cast(diffusers.ModelMixin, family.empty_transformer())
+    base = (details.base or family.transformer_weights)()
+    skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
     names = [name for name in skeleton.state_dict() if name in base.names()]
     if missing := sorted({f"{layer}.weight" for layer in lora.layers} - set(names)):
         cure = "set model.path to what the LoRA was trained on"
@@ -38,7 +39,7 @@ def write_merged(lora: TrainedLora, family: Family, folder: Path, details: Detai
     folder.mkdir(parents=True, exist_ok=True)
     skeleton.save_config(folder)
     tidy([folder / "config.json"])
-    facts = {**details.facts, **lora.facts(), **expert_facts(family)}
+    facts = {**lora.facts(), **details.facts, **expert_facts(family)}
     write_shards(folder, sizes, lambda name: merged(name, lora, base, dtype(name)), facts)
 
 

@@ -32,7 +32,7 @@ def write_peft(lora: TrainedLora, family: Family, folder: Path, details: Details
         partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     with atomic(folder / WEIGHTS) as partial:
         named = {PREFIX + name: tensor for name, tensor in tensors.items()}
-        save_file(named, partial, {"format": "pt", **details.facts, **lora.facts(), **expert_facts(family)})
+        save_file(named, partial, {"format": "pt", **lora.facts(), **details.facts, **expert_facts(family)})
     tidy([folder / CONFIG, folder / WEIGHTS])
     skeleton = cast(Any, family.empty_transformer())
     loaded = PeftModel.from_pretrained(skeleton, folder, low_cpu_mem_usage=True, autocast_adapter_dtype=False)

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from finetune.models.adapters.reading import ReadAdapter
 from finetune.runtime.errors import UserError
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # (rank, in) and (out, rank): the change of a weight is scale * up @ down
@@ -107,6 +108,14 @@ def config_of(tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> Lor
         rank_pattern={layer: each for layer, each in sorted(ranks.items()) if each != rank},
         alpha_pattern={layer: each for layer, each in sorted(alphas.items()) if each != alpha},
     )
+
+
+def lora_of(adapter: ReadAdapter) -> TrainedLora:
+    """A LoRA that was read from a file. Its tensors are copies: parts of a fused layer have matrices in common."""
+    tensors = {layer + DOWN: each.lora_A.clone() for layer, each in adapter.layers.items()}
+    tensors |= {layer + UP: each.lora_B.clone() for layer, each in adapter.layers.items()}
+    scales = {layer: each.scale for layer, each in adapter.layers.items()}
+    return TrainedLora(tensors, scales, config_of(tensors, scales))
 
 
 def _most(values: Iterable[float]) -> float:
