@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, tidy
 from finetune.engine.weights.exporters.trained_lora import TrainedLora, plain, scales_of
+from finetune.models.building import replace_tensors
 from finetune.models.family import Family
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
@@ -25,7 +26,12 @@ def write_peft(lora: TrainedLora, family: Family, folder: Path, details: Details
         UserError: what peft loads differs from what was trained.
     """
     tensors = lora.cast(details.precision)
-    base = {"base_model_name_or_path": details.facts.get("base_model"), "inference_mode": True}
+    facts = details.facts
+    base = {
+        "base_model_name_or_path": facts.get("base_model"),
+        "revision": facts.get("base_revision"),
+        "inference_mode": True,
+    }
     config: dict[str, Any] = {**plain(lora.config), **base}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / CONFIG) as partial:
@@ -34,8 +40,9 @@ def write_peft(lora: TrainedLora, family: Family, folder: Path, details: Details
         named = {PREFIX + name: tensor for name, tensor in tensors.items()}
         save_file(named, partial, {"format": "pt", **lora.facts(), **details.facts, **expert_facts(family)})
     tidy([folder / CONFIG, folder / WEIGHTS])
-    skeleton = cast(Any, family.empty_transformer())
-    loaded = PeftModel.from_pretrained(skeleton, folder, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    # peft moves an adapter to its layer's device, so that on meta it would be lost.
+    transformer = replace_tensors(family.empty_transformer(), lambda tensor: torch.zeros(()).expand(tensor.shape))
+    loaded = PeftModel.from_pretrained(cast(Any, transformer), folder, autocast_adapter_dtype=False)
     found = {name.replace(".default.", "."): value for name, value in loaded.state_dict().items()}
     wrong = [name for name, tensor in tensors.items() if not _is(found.get(PREFIX + name), tensor)]
     scales = {name.removeprefix(PREFIX): scale for name, scale in scales_of(loaded, "default").items()}
