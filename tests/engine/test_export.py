@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from finetune.engine.gradients import local
 from finetune.engine.precision import DTYPES
-from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE, verify_lora
+from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE, load_lora, verify_lora
 from finetune.runtime.errors import UserError
 from finetune.training.job import Job, export_weights
 
@@ -124,6 +124,20 @@ def test_the_pipeline_predicts_exactly_what_the_trained_model_predicts(
     else:
         assert torch.equal(ours, theirs)
     assert not torch.equal(theirs, untrained)
+
+
+def test_a_file_of_an_earlier_version_has_its_strength(build_job: BuildJob, tiny_ltx: Path, tmp_path: Path) -> None:
+    """They have the matrices as they were trained, and alpha in their metadata."""
+    job = trained(build_job)
+    adapter = {name: value for name, value in all_weights(job).items() if ".lora_" in name}
+    LTXPipeline.save_lora_weights(
+        tmp_path / "lora",
+        transformer_lora_layers={name.replace(".default.", "."): value for name, value in adapter.items()},
+        transformer_lora_adapter_metadata=job.state.transformer.peft_config["default"].to_dict(),
+    )
+    pipeline = LTXPipeline.from_pretrained(tiny_ltx)
+    load_lora(pipeline, job.state.family, tmp_path / "lora")
+    assert torch.equal(prediction(job, pipeline.transformer), prediction(job, job.state.transformer))
 
 
 def test_an_adapter_on_other_layers_is_loaded_by_the_pipeline(
