@@ -9,6 +9,7 @@ from finetune.data.images import missing_image
 from finetune.engine.weights.exporters import unknown_forms
 from finetune.models import FAMILIES, family_class
 from finetune.models.adapters import ADAPTERS
+from finetune.models.adapters.given import check_given
 from finetune.models.family import Family
 from finetune.models.folder import CARD, ModelFolder, resolve
 from finetune.models.noise_range import Restricted
@@ -43,6 +44,8 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
         raise UserError.of(wrong)
     if recipe.adapter is not None:
         ADAPTERS[recipe.train.method].check(transformer, family, recipe.adapter)
+    for each in experts if with_weights else []:
+        check_given(transformer, each, recipe.adapter)
     if wrong := list(_resident_problems(recipe, family, transformer)):
         raise UserError.of(wrong)
     return family

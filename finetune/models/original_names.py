@@ -97,7 +97,9 @@ _MOCHI, _OUR_MOCHI = "blocks.{}", "transformer_blocks.{}"
 MOCHI: Layers = {
     f"{_MOCHI}.mod_x": (f"{_OUR_MOCHI}.norm1.linear",),
     f"{_MOCHI}.mod_y": (f"{_OUR_MOCHI}.norm1_context.linear",),
-    f"{_MOCHI}.mod.y": (f"{_OUR_MOCHI}.norm1_context.linear_1",),  # the same layer, which diffusers calls so in the last block
+    f"{_MOCHI}.mod.y": (
+        f"{_OUR_MOCHI}.norm1_context.linear_1",
+    ),  # the same layer, which diffusers calls so in the last block
     f"{_MOCHI}.attn.qkv_x": tuple(f"{_OUR_MOCHI}.attn1.to_{each}" for each in "qkv"),
     f"{_MOCHI}.attn.qkv_y": tuple(f"{_OUR_MOCHI}.attn1.add_{each}_proj" for each in "qkv"),
     f"{_MOCHI}.attn.proj_x": (f"{_OUR_MOCHI}.attn1.to_out.0",),

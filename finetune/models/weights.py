@@ -34,6 +34,8 @@ class Weights:
     copied.
     """
 
+    have_values = True  # False for stand-ins, which have shapes alone
+
     def __init__(self, files: Sequence[Path]) -> None:
         """Raises UserError if a file is damaged."""
         self._where: dict[str, tuple[Path, Any]] = {}

@@ -18,6 +18,8 @@ from finetune.planning.accelerator import Accelerator
 class ZeroWeights(Weights):
     """Has the transformer's tensor shapes but no data: all values are zero."""
 
+    have_values = False
+
     def __init__(self, family: Family) -> None:
         super().__init__([])
         self._shapes = {name: tensor.shape for name, tensor in family.empty_transformer().state_dict().items()}

@@ -142,7 +142,11 @@ RULES = (
     Rule(
         "optimizer.in_backward",
         lambda recipe, ranks: recipe.optimizer.in_backward and not _trains_all(recipe),
-        "an adapter's gradients are small; nothing is saved",
+        lambda recipe, ranks: (
+            "an adapter's gradients are small; nothing is saved"
+            if recipe.train.method == "lora"
+            else "updates in the backward pass are for training all weights"
+        ),
         "remove it",
     ),
     Rule(

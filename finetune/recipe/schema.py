@@ -60,8 +60,8 @@ class Vae(Table):
 
 
 class Train(Table):
-    method: Literal["lora", "full"] = "lora"
-    """Train a low-rank adapter, or all weights."""
+    method: Literal["lora", "full", "partial"] = "lora"
+    """Train a low-rank adapter, all weights, or those weights that [partial] names."""
     steps: Annotated[int, Field(ge=1), WithJsonSchema(_of_experts(_STEPS_SCHEMA))] = Free(1000)
     """Optimizer steps in all."""
     expert_steps: dict[ExpertName, Annotated[int, Field(ge=1)]] = Free({})
@@ -109,6 +109,18 @@ class Lora(Table):
     """The adapter's output is scaled by alpha / rank."""
     targets: list[str] = Field(default=[])
     """Linear layers inside the transformer blocks, like ["to_q", "to_k", "to_v", "to_out.0"]; empty: the family's default."""
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
+    """Ranks of layers that are to have another one than `rank`, by the end of their names as in `targets`, like
+    {"attn1.to_q" = 32}, or one block's, {"transformer_blocks.0.attn1.to_q" = 8}. Of several that fit, the longest holds."""
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    """Their alphas in the same way; a layer that is not named has `alpha`, also if it has a rank of its own."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023), so that a higher rank does not learn more slowly."""
+    dora: bool = False
+    """Train the length of each row of W + BA, too, apart from its direction (Liu et al. 2024, DoRA)."""
+    plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """The learning rate of the second matrix of each pair, B, is this many times optimizer.lr (Hayou et al. 2024, LoRA+; they
+    take 16); 1: the same."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     start_from: str | None = None
@@ -118,6 +130,12 @@ class Lora(Table):
     frozen: list[FrozenAdapter] = Field(default=[])
     """Train on top of these adapters, like [{path = "other.safetensors", strength = 0.8}]: they are added to the base weights, in
     samples and held-out losses too, are not trained, and are not in what is exported."""
+
+
+class Partial(Table):
+    modules: list[str] = Field(default=[])
+    """What is trained, by its name: a part of it like "norm" (also norm1 and norm_q) or "attn1.to_q"; or with `*`, the whole of it,
+    like "*.bias" or "transformer_blocks.0.*"."""
 
 
 class ObjectiveSettings(Table):
@@ -331,6 +349,8 @@ class Recipe(Table):
     """How it is trained."""
     lora: Lora = Lora()
     """The adapter, for train.method = "lora"."""
+    partial: Partial = Partial()
+    """The trained weights, for train.method = "partial"."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """Noise levels and loss."""
     optimizer: AnyOptimizer = AdamW()
@@ -364,7 +384,7 @@ class Recipe(Table):
 
     @property
     def adapter(self) -> Table | None:
-        """The settings of the adapter that is trained: the table that is called as train.method. None with "full"."""
+        """The settings of what is trained: the table that is called as train.method. None with "full"."""
         return None if self.train.method == "full" else getattr(self, self.train.method)
 
 

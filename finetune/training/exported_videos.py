@@ -10,6 +10,7 @@ from finetune.data.images import load_image
 from finetune.engine.generate import call_arguments, checked
 from finetune.engine.precision import DTYPES
 from finetune.engine.weights.exporters.diffusers_lora import PREFIX, load_lora, lora_file
+from finetune.models.adapters.given import add_frozen
 from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.recipe.prompts import validation_prompts
@@ -78,12 +79,14 @@ def sample(
 
 
 def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers.DiffusionPipeline:
-    """Load the whole pipeline onto the device, in the recipe's precision."""
+    """Load the whole pipeline onto the device, in the recipe's precision, with the adapters of lora.frozen in its weights."""
     diffusers.utils.logging.disable_progress_bar()
     cls = getattr(diffusers, family.pipeline_class)
     dtype = DTYPES[recipe.train.precision]
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
     pipeline = cls.from_pretrained(family.folder.path, dtype=dtypes)
+    for each in [family.of_expert(name) for name in family.experts] or [family]:
+        add_frozen(getattr(pipeline, each.trained_component), recipe.adapter, each)
     if recipe.validation.tiling:
         pipeline.vae.enable_tiling()
     pipeline.set_progress_bar_config(disable=True)

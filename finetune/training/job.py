@@ -13,6 +13,7 @@ from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizers import build_optimizer
 from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.optimizers.offloaded import HostGradients, OffloadedOptimizer
+from finetune.engine.optimizers.rates import scale_rates
 from finetune.engine.parallel import parallelize, trained_parameters
 from finetune.engine.parts import OptimizerState, TrainedWeights, evaluating
 from finetune.engine.precision import storage_dtype
@@ -24,6 +25,7 @@ from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.exporter import Details, Exporter
 from finetune.engine.weights.loading import load_weights
 from finetune.engine.weights.starting import start_adapter
+from finetune.models.adapters import ADAPTERS
 from finetune.models.adapters.given import read_started, with_frozen
 from finetune.models.adapters.reading import ReadAdapter
 from finetune.models.batch import Batch
@@ -160,6 +162,8 @@ def build_state(
             start_adapter(transformer, started)
     parameters = trained_parameters(transformer)
     optimizer, host_gradients = build_optimizer(parameters, recipe.optimizer, train.weights), None
+    if recipe.adapter is not None:
+        scale_rates(optimizer, parameters, partial(ADAPTERS[train.method].rate, recipe.adapter))
     if recipe.optimizer.offload == "state_and_gradients":
         host_gradients = HostGradients(list(parameters.values()), runtime.device)
     if recipe.optimizer.offload != "none":

@@ -6,6 +6,7 @@ from finetune.engine.companion import Companion, build_companion
 from finetune.engine.parts import TrainedWeights
 from finetune.engine.weights.checkpoint import Checkpoints
 from finetune.engine.weights.starting import start_adapter
+from finetune.models.adapters import ADAPTERS
 from finetune.models.adapters.given import read_started, with_frozen
 from finetune.models.family import Family
 from finetune.recipe import RECIPE_FILE, Recipe
@@ -69,7 +70,7 @@ def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
         saved = own.run_folder / RECIPE_FILE
         if runtime.is_main and saved.exists():
             found = read_saved(saved)
-            own = own.model_copy(update={"train": found.train, "lora": found.lora})
+            own = own.model_copy(update={"train": found.train, **{name: getattr(found, name) for name in ADAPTERS}})
     return runtime.from_main(own)
 
 

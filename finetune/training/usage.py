@@ -7,6 +7,7 @@ from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.models.family import Family
 from finetune.recipe.experts import of_expert
 from finetune.runtime.logging import say
+from finetune.training.frozen_usage import frozen_lines
 from finetune.training.job import Job
 from finetune.training.output import results_folder, results_folders
 
@@ -59,7 +60,7 @@ def _usage(job: Job, folder: Path) -> list[str]:
     loading = _exporter(job, folder).usage(base, dtype, _parts(job, folder))
     if not loading:
         return []
-    lines += loading
+    lines += [*loading, *frozen_lines(job.recipe.adapter, family)]
     size = ", ".join(f"{name}={value}" for name, value in family.shape_arguments(shape).items())
     image = 'image=load_image("first_frame.png"), ' if family.takes_image else ""
     image += 'last_image=load_image("last_frame.png"), ' if family.last_image else ""

@@ -34,9 +34,11 @@ def test_a_form_from_outside_is_what_a_run_writes(
     assert sorted(written.values()) == sorted(trained.values())
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_of_each_method_has_a_form(build_job: Callable[..., Job], tmp_path: Path, method: str) -> None:
-    job = build_job(f"train.method={method}")
+@pytest.mark.parametrize("method, settings", [("lora", []), ("full", []), ("partial", ["partial.modules=norm"])])
+def test_a_run_of_each_method_has_a_form(
+    build_job: Callable[..., Job], tmp_path: Path, method: str, settings: list[str]
+) -> None:
+    job = build_job(f"train.method={method}", *settings)
     export_weights(job.state, method, tmp_path / "out")
     assert exporter_of(method).method == method
     assert list((tmp_path / "out").glob("*.safetensors"))

@@ -82,7 +82,7 @@ def test_unknown_key_names_the_nearest_that_exists(written, text: str, line: int
         ("[train]\nsteps = true", "train.steps = True: should be a valid integer"),
         ("[train]\nsteps = 0", "train.steps = 0: should be greater than or equal to 1"),
         ("[train]\nmax_grad_norm = 'off'", "train.max_grad_norm = 'off': should be a valid number, or: should be 'none'"),
-        ("[train]\nmethod = 'dora'", "train.method = 'dora': should be 'lora' or 'full'"),
+        ("[train]\nmethod = 'dora'", "train.method = 'dora': should be 'lora', 'full' or 'partial'"),
         ("[optimizer]\nlr = '1e-4'", "optimizer.lr = '1e-4': should be a valid number"),
         ("[optimizer]\nlr = 0", "optimizer.lr = 0: should be greater than 0"),
         ("[optimizer]\nbetas = [0.9, 1.5]", "optimizer.betas[1] = 1.5: should be less than 1"),

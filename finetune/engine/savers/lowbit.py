@@ -44,15 +44,16 @@ def quantize_blocks(lists: list[nn.ModuleList], kind: str, high_precision: str, 
 def _is_kept(name: str, linear: nn.Linear, kind: str, high_precision: str, storage: torch.dtype) -> bool:
     if linear.weight.dtype != storage:  # it stays in float32
         return True
-    trained = any(parameter.requires_grad for parameter in linear.parameters())
     odd = linear.in_features % (BLOCK if kind == "nf4" else _ROW)
-    return trained or bool(odd) or re.search(high_precision, name) is not None
+    return linear.weight.requires_grad or bool(odd) or re.search(high_precision, name) is not None
 
 
 class LowBitLinear(nn.Module):
     """y = x W^T + b with W kept as codes of 8 or 4 bits (out, ...) and float32 scales (out, ...), both held as bits of
     `storage`: as numbers they mean nothing, and may be NaN.
     """
+
+    table: Tensor | None
 
     def __init__(self, linear: nn.Linear, kind: str, storage: torch.dtype) -> None:
         super().__init__()
@@ -62,6 +63,7 @@ class LowBitLinear(nn.Module):
         self.weight = nn.Parameter(codes.view(storage), requires_grad=False)
         self.weight_scale = nn.Parameter(scale.view(storage), requires_grad=False)
         self.bias = linear.bias
+        self._trains_bias = self.bias is not None and self.bias.requires_grad
         # A table that goes to the device with the layer: a new one in each product would make the host wait for its copy.
         self.register_buffer("table", pairs_table() if kind == "nf4" else None, persistent=False)
 
@@ -76,7 +78,17 @@ class LowBitLinear(nn.Module):
         codes.copy_(new_codes.view(codes.dtype))
         scale.copy_(new_scale.view(scale.dtype))
 
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight (out, in)."""
+        return dequantize(self.weight, self.weight_scale, self.kind, dtype, self.table)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Rows of a weight (rows, in) as they are once they have been held in few bits, in the layer's own dtype."""
+        return dequantize(*quantize(weight.to(self.dtype), self.kind), self.kind, self.dtype, self.table)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._trains_bias:  # the product has no gradient for it
+            return _Product.apply(x, self.weight, self.weight_scale, self.table, None, self.kind) + self.bias
         return _Product.apply(x, self.weight, self.weight_scale, self.table, self.bias, self.kind)
 
     def extra_repr(self) -> str:

@@ -8,10 +8,12 @@ from torch.distributed.tensor import DTensor
 
 from finetune.engine.savers.lowbit import LowBitLinear
 from finetune.engine.savers.streaming import Streamed
-from finetune.models.adapters import is_adapters
+from finetune.models.adapters import ADAPTER, is_adapters
+from finetune.models.adapters.dora import DoraLinear, initial_lengths
 from finetune.models.building import replace_tensors
 from finetune.models.family import Family
 from finetune.models.weights import Weights
+from finetune.runtime.errors import UserError
 
 _ALIGNMENT = 256  # bytes, like CUDA's allocations
 _WRAPPERS = ("_checkpoint_wrapped_module.", "base_layer.")
@@ -27,15 +29,19 @@ def materialise_blocks(lists: list[nn.ModuleList], device: torch.device) -> None
     weight, which can take a fifth more than all of them have.
     """
     for block in (block for blocks in lists for block in blocks):
-        sizes = [_aligned(parameter) for parameter in block.parameters() if parameter.is_meta]
+        sizes = [_aligned(parameter) for parameter in block.parameters() if _is_whole_on_meta(parameter)]
         buffer = iter(torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes))
 
         def placed(tensor: Tensor, buffer: Iterator[Tensor] = buffer) -> Tensor:
-            if not tensor.is_meta:
+            if not _is_whole_on_meta(tensor):
                 return tensor
             return next(buffer)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
         replace_tensors(block, placed)
+
+
+def _is_whole_on_meta(tensor: Tensor) -> bool:
+    return tensor.is_meta and not isinstance(tensor, DTensor)  # trained parameters are distributed
 
 
 def _aligned(tensor: Tensor) -> int:
@@ -48,7 +54,8 @@ def move_real(transformer: nn.Module, device: torch.device) -> None:
 
 
 def load_weights(transformer: nn.Module, weights: Weights, device: torch.device) -> None:
-    """Fill all parameters except the adapter's, and the buffers that the files contain, in place.
+    """Fill all parameters except the adapter's, and the buffers that the files contain, in place. Of an adapter, only what is a
+    function of the base weights is filled: the lengths of DoRA's rows.
 
     Args:
         device: the device that weights are quantised on.
@@ -73,9 +80,31 @@ def load_weights(transformer: nn.Module, weights: Weights, device: torch.device)
                 if codes.numel():
                     rows = weights.rows(plain_name(f"{prefix}.weight"), start, stop)
                     module.fill(codes, local_rows(destination(module.weight_scale))[0], rows.to(device))
+            if isinstance(module, DoraLinear) and module.lora_magnitude_vector:
+                _fill_lengths(module, plain_name(prefix), weights, device)
         for name, buffer in transformer.named_buffers():
             if plain_name(name) in weights.names():
                 buffer.copy_(weights.rows(plain_name(name), 0, len(buffer) if buffer.dim() else 0))
+
+
+def _fill_lengths(module: DoraLinear, name: str, weights: Weights, device: torch.device) -> None:
+    """Set this rank's part of the trained lengths to those of the rows of the base weight, as it is held.
+
+    They are computed from the file, wherever the base weight itself lies: sharded, whole, in host memory or in few bits.
+    """
+    lengths, start, stop = local_rows(module.lora_magnitude_vector[ADAPTER].weight.detach())
+    if not lengths.numel():
+        return
+    base, rows = module.get_base_layer(), weights.rows(f"{name}.weight", start, stop).to(device)
+    rows = base.rounded(rows) if isinstance(base, LowBitLinear) else rows.to(base.weight.dtype)
+    found = initial_lengths(rows)
+    if weights.have_values and not found.all():
+        raise UserError(
+            f"{name} has rows of zeros, which DoRA cannot give a length",
+            "name other layers in lora.targets, or set lora.dora = false",
+            "lora.dora",
+        )
+    lengths.copy_(found)
 
 
 def host_copies(transformer: nn.Module) -> dict[nn.Parameter, Tensor]:

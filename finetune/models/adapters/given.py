@@ -4,19 +4,25 @@ Frozen adapters are added to the base weights as these are read, in float32 and 
 take no memory and no time in a step, and go with every way of holding weights. They are no part of what is trained and exported.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from finetune.models.adapters.lora import ranks
 from finetune.models.adapters.places import find_adapter
 from finetune.models.adapters.reading import ReadAdapter, read_adapter
 from finetune.models.family import Family
 from finetune.models.weights import Weights
 from finetune.recipe.schema import Lora
 from finetune.recipe.table import Table
+from finetune.runtime.errors import UserError
+
+Frozen = Sequence[tuple[ReadAdapter, float]]
+"""Adapters, each with its strength."""
 
 
 def read_started(settings: Table | None, family: Family) -> ReadAdapter | None:
@@ -28,9 +34,31 @@ def read_started(settings: Table | None, family: Family) -> ReadAdapter | None:
 
 def with_frozen(weights: Weights, settings: Table | None, family: Family) -> Weights:
     """The base weights with the frozen adapters in them. Raises UserError as `read_adapter`."""
-    if not isinstance(settings, Lora) or not settings.frozen:
-        return weights
-    return MergedWeights(weights, [(read_adapter(each.path, family), each.strength) for each in settings.frozen])
+    frozen = _read_frozen(settings, family)
+    return MergedWeights(weights, frozen) if frozen else weights
+
+
+def add_frozen(transformer: nn.Module, settings: Table | None, family: Family) -> None:
+    """The same for a transformer that has its weights, in place."""
+    frozen, weights = _read_frozen(settings, family), dict(transformer.named_parameters())
+    with torch.no_grad():
+        for layer in sorted({layer for adapter, _ in frozen for layer in adapter.layers}):
+            weight = weights[f"{layer}.weight"]
+            weight.copy_(_added(weight.float(), layer, 0, len(weight), frozen))
+
+
+def _read_frozen(settings: Table | None, family: Family) -> Frozen:
+    if not isinstance(settings, Lora):
+        return []
+    return [(read_adapter(each.path, family), each.strength) for each in settings.frozen]
+
+
+def _added(rows: Tensor, layer: str, start: int, stop: int, frozen: Frozen) -> Tensor:
+    """Rows of a layer's weight, float32 if any adapter adds to them."""
+    for adapter, strength in frozen:
+        if layer in adapter.layers:
+            rows = rows.float() + strength * adapter.layers[layer].delta(start, stop).to(rows.device)
+    return rows
 
 
 def given_identity(settings: Table | None, family: Family, file_hash: Callable[[Path], str]) -> list[Any]:
@@ -46,26 +74,43 @@ def given_identity(settings: Table | None, family: Family, file_hash: Callable[[
     return found
 
 
+def check_given(transformer: nn.Module, family: Family, settings: Table | None) -> None:
+    """Raise UserError for an adapter that cannot be read, or that the trained one cannot begin as. The transformer has none yet."""
+    if not isinstance(settings, Lora):
+        return
+    if settings.dora and settings.start_from is not None:
+        what = "an adapter of another kind cannot be continued as DoRA, whose lengths it has not"
+        raise UserError(what, "set lora.dora = false, or name it in lora.frozen and begin anew", "lora.start_from")
+    if idle := [each.path for each in settings.frozen if each.strength == 0]:
+        raise UserError(f"{idle[0]} has no effect at strength 0", "remove it, or give it a strength", "lora.frozen")
+    _read_frozen(settings, family)
+    if (started := read_started(settings, family)) is not None:
+        check_fits(started, ranks(transformer, family, settings))
+
+
+def check_fits(started: ReadAdapter, ranks: Mapping[str, int]) -> None:
+    """Raise UserError unless the trained adapter, of these ranks by layer, has room for all of another one."""
+    if missing := [name for name in started.layers if name not in ranks]:
+        ends = sorted({name.split(".", 2)[-1] for name in started.layers})
+        what = f"{started.file} adapts {len(missing)} layers that are not among the targets, {missing[0]} among them"
+        raise UserError(what, f"set lora.targets = {json.dumps(ends)}", "lora.start_from")
+    for name, layer in started.layers.items():
+        if layer.rank > ranks[name]:
+            most = max(each.rank for each in started.layers.values())
+            what = f"{started.file} has rank {layer.rank} in {name}, which does not fit into {ranks[name]}"
+            raise UserError(what, f"set lora.rank = {most}", "lora.start_from")
+
+
 class MergedWeights(Weights):
     """Weights to which adapters are added as they are read."""
 
-    def __init__(self, base: Weights, adapters: Sequence[tuple[ReadAdapter, float]]) -> None:
+    def __init__(self, base: Weights, adapters: Frozen) -> None:
         super().__init__([])
-        self._base, self._adapters = base, adapters
-
-    def names(self) -> set[str]:
-        return self._base.names()
-
-    def shape(self, name: str) -> torch.Size:
-        return self._base.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._base.dtype(name)
+        self._where = base._where
+        self._adapters = adapters
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Weights.rows`; those of an adapted layer are float32."""
-        rows, layer = self._base.rows(name, start, stop), name.removesuffix(".weight")
-        for adapter, strength in self._adapters:
-            if layer != name and layer in adapter.layers:
-                rows = rows.float() + strength * adapter.layers[layer].delta(start, stop)
-        return rows
+        rows = super().rows(name, start, stop)
+        layer, _, what = name.rpartition(".")
+        return _added(rows, layer, start, stop, self._adapters) if what == "weight" else rows

@@ -1,20 +1,25 @@
 """Low-rank adapters (Hu et al. 2021) through peft, on the transformer's blocks only."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from diffusers import ModelMixin
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import nn
 
+from finetune.models.adapters.dora import DoraLinear
 from finetune.models.family import Family
 from finetune.recipe.schema import Lora
 from finetune.runtime import seeds
 from finetune.runtime.errors import UserError
 
 ADAPTER = "default"
+_Value = TypeVar("_Value", int, float)
 
 
 def target_pattern(family: Family, targets: list[str]) -> str:
@@ -42,21 +47,75 @@ def check_targets(transformer: nn.Module, family: Family, targets: list[str]) ->
 def check(transformer: nn.Module, family: Family, settings: Lora) -> None:
     """Raise UserError for settings that the model cannot have."""
     check_targets(transformer, family, settings.targets)
+    layers = adapted_layers(transformer, family, settings.targets)
+    for key, table in (("lora.ranks", settings.ranks), ("lora.alphas", settings.alphas)):
+        for pattern in table:
+            if not any(_ends_with(layer, pattern) for layer in layers):
+                first = family.block_lists[0] + ".0."
+                known = ", ".join(layer.removeprefix(first) for layer in layers if layer.startswith(first))
+                raise UserError(f"{pattern!r} names no layer that gets an adapter", f"those are: {known}", key)
+
+
+def adapted_layers(transformer: nn.Module, family: Family, targets: list[str]) -> list[str]:
+    """The names of the layers that an adapter with these targets is on, before it is added."""
+    pattern = re.compile(target_pattern(family, targets))
+    found = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in found if pattern.fullmatch(name)]
+
+
+def _ends_with(layer: str, pattern: str) -> bool:
+    return layer == pattern or layer.endswith(f".{pattern}")
+
+
+def _by_layer(table: Mapping[str, _Value], layers: list[str]) -> dict[str, _Value]:
+    """The values of the layers that a table of name endings names, by their whole names, as peft's patterns."""
+    longest_first = sorted(table, key=len, reverse=True)
+    found = {layer: next((each for each in longest_first if _ends_with(layer, each)), None) for layer in layers}
+    return {layer: table[pattern] for layer, pattern in found.items() if pattern is not None}
+
+
+def scaling_of(config: LoraConfig, layer: str) -> float:
+    """What the product B A of a layer is multiplied by, from the adapter's configuration alone.
+
+    Args:
+        layer: the layer's name in the transformer, without wrappers.
+    """
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), layer), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def rate(settings: Lora, name: str) -> float:
+    """How many times optimizer.lr a parameter's learning rate is."""
+    return settings.plus_ratio if ".lora_B." in name else 1.0
+
+
+def ranks(transformer: nn.Module, family: Family, settings: Lora) -> dict[str, int]:
+    """The rank of each layer that gets an adapter, by the layer's name in a transformer that has none yet."""
+    layers = adapted_layers(transformer, family, settings.targets)
+    return dict.fromkeys(layers, settings.rank) | _by_layer(settings.ranks, layers)
 
 
 def add(transformer: ModelMixin, family: Family, settings: Lora, seed: int) -> None:
-    """Add a LoRA adapter in place. Its initial weights depend only on the seed.
+    """Add a LoRA adapter in place. Its initial weights depend only on the seed; the lengths of DoRA are not there yet.
 
     Raises:
         UserError: a target matches no linear layer of the blocks.
     """
-    check_targets(transformer, family, settings.targets)
+    check(transformer, family, settings)
+    layers = adapted_layers(transformer, family, settings.targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=target_pattern(family, settings.targets),
+        rank_pattern=_by_layer(settings.ranks, layers),
+        alpha_pattern=_by_layer(settings.alphas, layers),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
     )
+    if settings.dora:
+        config._register_custom_module({nn.Linear: DoraLinear})
     with torch.random.fork_rng(devices=[]), _with_real_weights(transformer):
         torch.manual_seed(seeds.derive(seed, "lora"))
         transformer.add_adapter(config, ADAPTER)

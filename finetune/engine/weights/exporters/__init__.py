@@ -3,7 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from finetune.engine.weights.exporters import comfyui, diffusers_lora, diffusers_transformer, merged, peft_folder
+from finetune.engine.weights.exporters import (
+    comfyui,
+    diffusers_lora,
+    diffusers_transformer,
+    merged,
+    partial,
+    peft_folder,
+)
 from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.models.family import Family
 from finetune.runtime.errors import Problem, UserError
@@ -14,6 +21,8 @@ EXPORTERS: dict[str, Exporter] = {
     "comfyui_lora": comfyui.EXPORTER,
     "peft_lora": peft_folder.EXPORTER,
     "merged_lora": merged.EXPORTER,
+    "partial_transformer": partial.TRANSFORMER,
+    "partial_difference": partial.DIFFERENCE,
 }
 
 
@@ -58,4 +67,4 @@ def unknown_forms(method: str, formats: Sequence[str], family: Family) -> Iterat
     for name in formats:
         if refused := exporter_of(method, name).problem(family):
             what, instead = refused
-            yield Problem(what, "export.formats", f"take {instead}")
+            yield Problem(what, "export.formats", instead)

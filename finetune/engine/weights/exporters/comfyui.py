@@ -65,7 +65,7 @@ def problem(family: Family) -> tuple[str, str] | None:
     if family.original_layers:
         return None
     what = f"ComfyUI has no model of its own for {family.title}, or its names are not known here"
-    return what, '"diffusers", which the nodes of others for this model load'
+    return what, 'take "diffusers", which the nodes of others for this model load'
 
 
 def place_of(layer: str, family: Family) -> Place:

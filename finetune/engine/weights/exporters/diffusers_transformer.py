@@ -25,16 +25,7 @@ def export_transformer(
     whole = gathered(transformer, trained_only=False)
     with runtime.together():
         if runtime.is_main:
-            skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
-            whole = _rounded(whole, skeleton, details.precision)
-            skeleton.load_state_dict(whole, assign=True)  # raises an error unless all are there
-            folder.mkdir(parents=True, exist_ok=True)
-            skeleton.save_config(folder)
-            tidy([folder / "config.json"])
-            sizes = {name: tensor.nbytes for name, tensor in whole.items()}
-            write_shards(
-                folder, sizes, lambda name: whole[name].contiguous(), {**details.facts, **expert_facts(family)}
-            )
+            write(family, whole, folder, details)
 
 
 def _rounded(whole: dict[str, Tensor], transformer: nn.Module, precision: str | None) -> dict[str, Tensor]:
@@ -45,6 +36,18 @@ def _rounded(whole: dict[str, Tensor], transformer: nn.Module, precision: str | 
         name: tensor if stays(name) or not tensor.is_floating_point() else tensor.to(EXPORTED[precision])
         for name, tensor in whole.items()
     }
+
+
+def write(family: Family, whole: dict[str, Tensor], folder: Path, details: Details) -> None:
+    """Write tensors by their names as a diffusers model folder, and verify it."""
+    skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
+    whole = _rounded(whole, skeleton, details.precision)
+    skeleton.load_state_dict(whole, assign=True)  # raises an error unless all are there
+    folder.mkdir(parents=True, exist_ok=True)
+    skeleton.save_config(folder)
+    tidy([folder / "config.json"])
+    sizes = {name: tensor.nbytes for name, tensor in whole.items()}
+    write_shards(folder, sizes, lambda name: whole[name].contiguous(), {**details.facts, **expert_facts(family)})
 
 
 def usage(base: str, dtype: str, parts: Sequence[tuple[Family, Path]]) -> list[str]:

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from finetune.engine.weights.exporters.trained_lora import TrainedLora, scales_of
+from finetune.engine.weights.exporters.trained_lora import LENGTHS, TrainedLora, scales_of
 from finetune.engine.weights.loading import plain_name
 from finetune.models.adapters import ADAPTER, is_adapters
 from finetune.models.family import Family
@@ -110,10 +110,15 @@ def gathered_lora(transformer: nn.Module) -> TrainedLora:
     """The LoRA that is trained, its tensors whole in rank 0's host memory. All ranks take part."""
     whole = gathered(transformer, trained_only=True)
     # A persistent buffer (CogVideoX-I2V's learned positions) is no part of the adapter.
-    tensors = {name.replace(f".{ADAPTER}.", "."): value for name, value in whole.items() if is_adapters(name)}
+    tensors = {peft_name(name): value for name, value in whole.items() if is_adapters(name)}
     scales = {plain_name(name): scale for name, scale in scales_of(transformer, ADAPTER).items()}
     config: LoraConfig = cast(Any, transformer).peft_config[ADAPTER]
     return TrainedLora(tensors, scales, config)
+
+
+def peft_name(name: str) -> str:
+    """A parameter's name in peft's files: without the adapter's; the lengths of DoRA, a module's, are named as the tensor."""
+    return name.replace(f".{ADAPTER}.", ".").replace(f"{LENGTHS}.weight", LENGTHS)
 
 
 def lora_writer(convert: Convert) -> Callable[[nn.Module, Family, Path, Runtime, Details], None]:

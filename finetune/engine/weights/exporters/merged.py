@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.engine.weights.exporters import diffusers_transformer
 from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, tidy
 from finetune.engine.weights.exporters.shards import write_shards
-from finetune.engine.weights.exporters.trained_lora import EXPORTED, TrainedLora
+from finetune.engine.weights.exporters.trained_lora import EXPORTED, LENGTHS, TrainedLora
 from finetune.models.building import stays_float32
 from finetune.models.family import Family
 from finetune.models.weights import Weights
@@ -27,7 +27,6 @@ def write_merged(lora: TrainedLora, family: Family, folder: Path, details: Detai
     Raises:
         UserError: the base model lacks an adapted layer, or the files differ from what was to be written.
     """
-    lora.only_low_rank("merged")
     base = (details.base or family.transformer_weights)()
     skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
     names = [name for name in skeleton.state_dict() if name in base.names()]
@@ -50,6 +49,8 @@ def merged(name: str, lora: TrainedLora, base: Weights, dtype: torch.dtype | Non
     dtype = dtype or weight.dtype
     if what == "weight" and layer in lora.scales:
         weight = weight.float() + lora.change(layer)
+        if (lengths := lora.tensors.get(layer + LENGTHS)) is not None:  # DoRA (Liu et al. 2024, equation 5)
+            weight *= (lengths.float() / weight.norm(dim=1))[:, None]
     if dtype is torch.float8_e4m3fn:
         limit = torch.finfo(dtype).max  # beyond it, a cast gives NaN
         weight = weight.float().clamp(-limit, limit)

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, tidy
+from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, peft_name, tidy
 from finetune.engine.weights.exporters.trained_lora import TrainedLora, plain, scales_of
 from finetune.models.building import replace_tensors
 from finetune.models.family import Family
@@ -43,7 +43,7 @@ def write_peft(lora: TrainedLora, family: Family, folder: Path, details: Details
     # peft moves an adapter to its layer's device, so that on meta it would be lost.
     transformer = replace_tensors(family.empty_transformer(), lambda tensor: torch.zeros(()).expand(tensor.shape))
     loaded = PeftModel.from_pretrained(cast(Any, transformer), folder, autocast_adapter_dtype=False)
-    found = {name.replace(".default.", "."): value for name, value in loaded.state_dict().items()}
+    found = {peft_name(name): value for name, value in loaded.state_dict().items()}
     wrong = [name for name, tensor in tensors.items() if not _is(found.get(PREFIX + name), tensor)]
     scales = {name.removeprefix(PREFIX): scale for name, scale in scales_of(loaded, "default").items()}
     wrong += sorted(name for name in scales.keys() | lora.scales.keys() if scales.get(name) != lora.scales.get(name))

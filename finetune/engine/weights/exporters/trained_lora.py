@@ -13,6 +13,7 @@ from finetune.models.adapters.reading import ReadAdapter
 from finetune.runtime.errors import UserError
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # (rank, in) and (out, rank): the change of a weight is scale * up @ down
+LENGTHS = ".lora_magnitude_vector"  # (out): what DoRA makes the rows of the changed weight as long as
 EXPORTED = {
     "float32": torch.float32,
     "bf16": torch.bfloat16,
