@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from finetune.recipe.data import Data
+from finetune.recipe.export import Export
 from finetune.recipe.optimizers import AdamW, AnyOptimizer
 from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
 from finetune.recipe.values import BucketText, PathText
@@ -243,16 +244,6 @@ class Checkpoint(Table):
     verify: bool = Free(True)
     """Compare each file's digest with the one that was noted when it was written, before a checkpoint is taken up. A damaged
     one is named, and the one before is taken."""
-
-
-class Export(Table):
-    formats: Annotated[list[Literal["diffusers", "comfyui", "peft", "merged"]], Field(min_length=1)] = Free(
-        ["diffusers"]
-    )
-    """In which forms a run's end writes what was trained, each in a folder of its own: as diffusers loads it; a LoRA under the
-    names that ComfyUI knows; as a folder of peft; or merged, the whole transformer with the LoRA in its weights."""
-    precision: Literal["float32", "bf16", "float16", "float8"] | None = Free(None)
-    """In which precision; unset: as trained, and "merged" as the base model is. "float8" (e4m3) is for "merged"."""
 
 
 class Prompt(Table):
