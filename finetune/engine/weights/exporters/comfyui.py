@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     parts: int = 1
 
 
-class Place(NamedTuple):
+class OriginalPlace(NamedTuple):
     """A layer of the original: its name, and whose rows it has, from the first to the last."""
 
     name: str
@@ -68,7 +68,7 @@ def problem(family: Family) -> tuple[str, str] | None:
     return what, 'take "diffusers", which the nodes of others for this model load'
 
 
-def place_of(layer: str, family: Family) -> Place:
+def place_of(layer: str, family: Family) -> OriginalPlace:
     """Where a layer of the blocks is in the original. Raises UserError if that is not known."""
     number = re.search(r"\.(\d+)\.", layer)
     pattern, index = (layer.replace(number[0], ".{}.", 1), number[1]) if number else (layer, "")
@@ -77,9 +77,9 @@ def place_of(layer: str, family: Family) -> Place:
             name = theirs.replace("{}", index)
             for part, spelled in family.lora_spellings.items():
                 name = name.replace(part, spelled)
-            return Place(name, tuple(_rows(each.replace("{}", index)) for each in ours))
+            return OriginalPlace(name, tuple(_rows(each.replace("{}", index)) for each in ours))
     if family.original_layers and not any("{}" in theirs for theirs in family.original_layers):
-        return Place(layer, (Rows(layer),))  # the blocks' layers are called the same there
+        return OriginalPlace(layer, (Rows(layer),))  # the blocks' layers are called the same there
     raise UserError(
         f"the layer {layer} has no name in ComfyUI that is known here",
         'leave it out of lora.targets, or export as "diffusers"',
@@ -94,7 +94,7 @@ def _rows(written: str) -> Rows:
     return Rows(name, int(index), int(count)) if bracket else Rows(name)
 
 
-def fused(place: Place, tensors: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:
+def fused(place: OriginalPlace, tensors: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:
     """The low-rank matrices of an original layer: exact, since each layer of ours has columns of its own in the second, and the
     ranks add up.
 
@@ -112,7 +112,7 @@ def fused(place: Place, tensors: Mapping[str, Tensor], transformer: nn.Module) -
     return {DOWN: down.contiguous(), UP: up}
 
 
-def _columns(place: Place, tensors: Mapping[str, Tensor]) -> dict[str, slice]:
+def _columns(place: OriginalPlace, tensors: Mapping[str, Tensor]) -> dict[str, slice]:
     """The adapted layers of a place, each with its part of the rank."""
     columns: dict[str, slice] = {}
     start = 0
@@ -129,7 +129,7 @@ def _height(transformer: nn.Module, rows: Rows) -> int:
     return linear.out_features // rows.parts
 
 
-def _verify(path: Path, tensors: Mapping[str, Tensor], places: Sequence[Place], transformer: nn.Module) -> None:
+def _verify(path: Path, tensors: Mapping[str, Tensor], places: Sequence[OriginalPlace], transformer: nn.Module) -> None:
     """Read the file and take its matrices apart again: every block as it was trained, and zeros beside them."""
     found, parts = load_file(path), dict[str, list[tuple[int, Tensor]]]()
     wrong = []
