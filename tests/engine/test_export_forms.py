@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune.engine.weights.exporters import diffusers_lora, merged, peft_folder, shards
+from finetune.engine.weights.exporters import comfyui, diffusers_lora, merged, peft_folder, shards
 from finetune.engine.weights.exporters.exporter import Details
 from finetune.engine.weights.exporters.trained_lora import TrainedLora
 from finetune.models.family import Family
@@ -148,6 +148,25 @@ def test_a_large_transformer_is_written_in_several_files(
     monkeypatch.undo()
     merged.write_merged(lora, family, tmp_path / "many", Details())  # again, in one
     assert [file.name for file in (tmp_path / "many").glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_a_dora_is_merged_as_peft_merges_it(tiny_ltx: Path, tmp_path: Path) -> None:
+    """Its lengths are kept in peft's folder, and ComfyUI's form has no place for them."""
+    family = opened(("ltx", None), tiny_ltx)
+    plain = random_lora(family)
+    plain.config.use_dora = True
+    lengths = {
+        f"{layer}.lora_magnitude_vector": torch.rand(len(plain.tensors[f"{layer}.lora_B.weight"]))
+        for layer in plain.layers
+    }
+    dora = TrainedLora({**plain.tensors, **lengths}, plain.scales, plain.config)
+    peft_folder.write_peft(dora, family, tmp_path / "peft", Details())
+    merged.write_merged(dora, family, tmp_path / "merged", Details())
+    theirs = PeftModel.from_pretrained(base(family), tmp_path / "peft").merge_and_unload().state_dict()
+    ours = load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors")
+    assert max(differ(ours[f"{layer}.weight"], theirs[f"{layer}.weight"].double()) for layer in dora.layers) < 1e-6
+    with pytest.raises(UserError, match="is no low-rank matrix"):
+        comfyui.write_comfyui(dora, family, tmp_path / "comfyui", Details())
 
 
 def test_a_lora_of_another_model_is_not_merged(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
