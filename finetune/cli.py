@@ -17,7 +17,7 @@ python -m finetune check    --recipe R       recipe, model folder and clips: eve
 python -m finetune plan     --recipe R [--gpus N] [--gpu NAME] [--device-memory 24GiB] [--fit] ...   peak memory, without a GPU
 torchrun ... -m finetune prepare --recipe R  encode clips and captions into the cache
 python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEXT [--shape FxHxW] [--image FILE] ...]
-python -m finetune export   --recipe R [--step N] [--format NAME] --out DIR
+python -m finetune export   --recipe R [--step N] | --from FILE [--family F --model M] [--format NAME ...] --out DIR
 python -m finetune push     --run DIR --repo OWNER/NAME [--public] [--offline-folder OUT] ...   a finished run to the Hub
 python -m finetune cache    size|verify|prune [--dir CACHE] [--recipe R ...] ...   what takes room in a cache, and what is damaged
 python -m finetune compare  OUTPUT ...        runs by their held-out losses, and both experts of a run

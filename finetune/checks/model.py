@@ -6,11 +6,12 @@ from torch import nn
 
 from finetune.data.bucket_budget import near_lengths
 from finetune.data.images import missing_image
+from finetune.engine.weights.exporters import unknown_forms
 from finetune.models import FAMILIES, family_class
 from finetune.models.adapters import ADAPTERS
 from finetune.models.adapters.given import check_given
 from finetune.models.family import Family
-from finetune.models.folder import ModelFolder, resolve
+from finetune.models.folder import CARD, ModelFolder, resolve
 from finetune.models.noise_range import Restricted
 from finetune.models.text_mask import why_masked
 from finetune.preparation.own_shape import legal_shape, with_own_shape
@@ -18,7 +19,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.bucket import Area, Bucket
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
-from finetune.recipe.schema import is_set
+from finetune.recipe.schema import Model, is_set
 from finetune.runtime.errors import Problem, UserError
 
 
@@ -30,25 +31,7 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     Raises:
         UserError: every problem of model folder and buckets at once.
     """
-    cls = family_class(recipe.model.family)
-    wanted = (
-        [f"{name}/*" for name in (*cls.components, *cls.optional_components)]
-        if with_weights
-        else ["*/*config.json", "tokenizer*/*", *cls.read_when_opened]
-    )
-    folder = ModelFolder(resolve(recipe.model.path, recipe.model.revision, wanted))
-    if why := cls.refusal(folder):
-        fitting = [name for name in FAMILIES if family_class(name).refusal(folder) is None]
-        cure = f"families are: {', '.join(FAMILIES)}"
-        if fitting:
-            name = family_class(fitting[0]).recipe_for(folder)
-            recipes = f" (recipes/{name}_lora.toml and recipes/{name}_full.toml are for it)" if name else ""
-            cure = f'set model.family = "{fitting[0]}"{recipes}, or model.path to a checkpoint of {cls.title}'
-        raise UserError(why, cure, str(folder.path))
-    problems = folder.problems(cls.needed_components(folder)) if with_weights else []
-    if problems:
-        raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
-    family = cls(folder)
+    family = find_family(recipe.model, with_weights)
     wrong = family.problems(recipe.model, recipe.data)
     wrong += _expert_problems(recipe, family)
     if wrong:
@@ -66,6 +49,35 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     if wrong := list(_resident_problems(recipe, family, transformer)):
         raise UserError.of(wrong)
     return family
+
+
+def find_family(model: Model, with_weights: bool = True) -> Family:
+    """Find the model, and check its files by their headers.
+
+    Args:
+        with_weights: see `open_family`.
+    Raises:
+        UserError: every problem of the model folder at once.
+    """
+    cls = family_class(model.family)
+    wanted = (
+        [CARD, *(f"{name}/*" for name in (*cls.components, *cls.optional_components))]
+        if with_weights
+        else ["*/*config.json", "tokenizer*/*", *cls.read_when_opened]
+    )
+    folder = ModelFolder(resolve(model.path, model.revision, wanted))
+    if why := cls.refusal(folder):
+        fitting = [name for name in FAMILIES if family_class(name).refusal(folder) is None]
+        cure = f"families are: {', '.join(FAMILIES)}"
+        if fitting:
+            name = family_class(fitting[0]).recipe_for(folder)
+            recipes = f" (recipes/{name}_lora.toml and recipes/{name}_full.toml are for it)" if name else ""
+            cure = f'set model.family = "{fitting[0]}"{recipes}, or model.path to a checkpoint of {cls.title}'
+        raise UserError(why, cure, str(folder.path))
+    problems = folder.problems(cls.needed_components(folder)) if with_weights else []
+    if problems:
+        raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
+    return cls(folder)
 
 
 def _expert_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
@@ -131,6 +143,7 @@ def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     yield from _unused(recipe, family)
     yield from _attention_problems(recipe, family)
     yield from _shape_problems(recipe, family)
+    yield from unknown_forms(recipe.train.method, recipe.export.formats, family)
     recipe = with_own_shape(recipe, family, is_said=False)
     for each in recipes_of_experts(recipe, list(family.experts)):
         experts = each.model.experts

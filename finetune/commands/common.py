@@ -30,9 +30,9 @@ _LOST_NCCL = (
 )
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
     """Add --recipe and --set."""
-    parser.add_argument("--recipe", required=True, help="a TOML recipe")
+    parser.add_argument("--recipe", required=is_required, help="a TOML recipe")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
 
 

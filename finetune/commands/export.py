@@ -1,4 +1,4 @@
-"""Export the weights of a checkpoint as files that diffusers loads."""
+"""Export the weights of a checkpoint as files that other tools load, or convert the LoRA of another trainer to them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from finetune.commands.common import add_recipe_arguments, with_runtime
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.experts import recipes_of_experts
+from finetune.recipe.schema import Model
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 
@@ -22,21 +23,41 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, is_required=False)
     parser.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
-    parser.add_argument("--format", help="another form than the run's own, such as diffusers_lora")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="convert this LoRA instead, of whatever trainer")
+    parser.add_argument("--family", help="with --from and without a recipe: the model family")
+    parser.add_argument("--model", help="the same: the base model, a folder or an id on the Hub")
+    parser.add_argument("--expert", choices=("high", "low"), help="the same: which of two transformers the LoRA is of")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="diffusers (if not given), comfyui, peft, merged; several are written into sub-folders",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bf16", "float16", "float8"),
+        help="as trained if not given; float8 is for merged alone",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    if arguments.source is not None:
+        return _convert(arguments)
+    if arguments.recipe is None:
+        raise UserError("there is nothing to export", "give --recipe R, or --from FILE to convert a LoRA", "export")
+    if unused := [name for name in ("family", "model", "expert") if getattr(arguments, name) is not None]:
+        raise UserError("this is about --from, which is not given", "give --from FILE, or remove it", f"--{unused[0]}")
     recipe = load_recipe(arguments.recipe, arguments.set)
     from finetune.checks.model import open_family
     from finetune.checks.output import check_same_run
-    from finetune.engine.weights.exporters import exporter_of
     from finetune.models.adapters.given import with_frozen
     from finetune.runtime.files import writing
-    from finetune.training.job import build_state, open_checkpoints, sound_checkpoint, write_weights
+    from finetune.training.job import build_state, details_of, open_checkpoints, sound_checkpoint, write_weights
 
     def body(runtime: Runtime) -> int:
         with runtime.together():
@@ -44,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             recipes = recipes_of_experts(recipe, list(opened.experts))
             for each in recipes:
                 check_same_run(each)
-        exporter = exporter_of(recipe.train.method, arguments.format)
+            exporters = _exporters(recipe.train.method, arguments, opened)
         found = [(each, open_checkpoints(each, runtime)) for each in recipes]
         steps = [sound_checkpoint(checkpoints, arguments.step) for _, checkpoints in found]
         for (each, checkpoints), step in zip(found, steps, strict=True):
@@ -55,8 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
             if each.model.experts:
                 family = opened.of_expert(each.model.experts[0])
             if len(recipes) > 1:  # as training has it
-                out = out / each.run_folder.name / exporter.folder(family)
-            export_one(each, family, checkpoints, step, out, exporter, runtime)
+                out = out / each.run_folder.name
+            is_one = len(recipes) == 1 and len(exporters) == 1
+            folders = [(exporter, out if is_one else out / exporter.folder(family)) for exporter in exporters]
+            export_one(each, family, checkpoints, step, folders, runtime)
             gc.collect()  # one's weights, before another's
             runtime.device.empty_cache()
         return 0
@@ -66,8 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         family: Family,
         checkpoints: Checkpoints,
         step: int,
-        out: Path,
-        exporter: Exporter,
+        folders: list[tuple[Exporter, Path]],
         runtime: Runtime,
     ) -> None:
         with runtime.together():
@@ -75,8 +97,66 @@ def run(arguments: argparse.Namespace) -> int:
         state = build_state(recipe, runtime, family, weights)
         # The weights alone: moments would need memory, and the ranks that they were saved by.
         checkpoints.load(step, state.parts[:1])
-        with writing(out):
-            write_weights(state, exporter, out)
-        say(f"exported step {step} to {out}")
+        for exporter, out in folders:
+            with writing(out):
+                write_weights(state, exporter, out, details_of(recipe, family, step, arguments.precision))
+            say(f"exported step {step} to {out}")
 
     return with_runtime(recipe, body)
+
+
+def _exporters(method: str, arguments: argparse.Namespace, family: Family) -> list[Exporter]:
+    """The forms that are asked for. Raises UserError, before anything is written, if there is one that cannot be."""
+    from finetune.engine.weights.exporters import export_problems, exporter_of, unknown_forms
+
+    names = list(dict.fromkeys(arguments.format))
+    found = [exporter_of(method, name) for name in names] or [exporter_of(method)]
+    formats = [exporter.format for exporter in found]
+    problems = [*export_problems(method, formats, arguments.precision), *unknown_forms(method, formats, family)]
+    if problems:
+        raise UserError.of(problems)
+    return found
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    """Write a LoRA that lies in a file in other forms."""
+    from finetune.checks.model import find_family
+    from finetune.engine.weights.exporters.exporter import Details
+    from finetune.engine.weights.exporters.trained_lora import lora_of
+    from finetune.models.adapters.reading import read_adapter
+    from finetune.runtime.files import writing
+    from finetune.training.facts import facts_of_converted
+
+    if arguments.step is not None:
+        raise UserError("a file has no steps", "give --from alone", "--step")
+    model = _model(arguments)
+    family = find_family(model, with_weights="merged" in arguments.format)
+    if family.experts:
+        if not model.experts or len(model.experts) > 1:
+            cure = "give --expert high or --expert low, or set model.experts to it"
+            raise UserError("the model has two transformers, and a LoRA is of one", cure, "--from")
+        family = family.of_expert(model.experts[0])
+    exporters = _exporters("lora", arguments, family)
+    if not all(exporter.convert for exporter in exporters):
+        raise UserError("this form is written of a run alone", "give --recipe without --from", "--format")
+    read = read_adapter(arguments.source, family)
+    details = Details(arguments.precision, facts_of_converted(model, family, read.metadata))
+    for exporter in exporters:
+        out = arguments.out if len(exporters) == 1 else arguments.out / exporter.folder(family)
+        assert exporter.convert is not None
+        with writing(out):
+            exporter.convert(lora_of(read), family, out, details)
+        say(f"converted {read.file} to {out}")
+    return 0
+
+
+def _model(arguments: argparse.Namespace) -> Model:
+    """The base model that a recipe or the options name."""
+    if arguments.recipe is not None:
+        model = load_recipe(arguments.recipe, arguments.set).model
+        return model if arguments.expert is None else model.model_copy(update={"experts": [arguments.expert]})
+    if arguments.family is None or arguments.model is None:
+        cure = "give --family and --model, or a --recipe that has them"
+        raise UserError("the LoRA's base model is not named", cure, "--from")
+    experts = None if arguments.expert is None else [arguments.expert]
+    return Model(family=arguments.family, path=arguments.model, experts=experts)

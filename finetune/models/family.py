@@ -57,12 +57,12 @@ class Family(Components, ABC):
     depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)  # the config's keys of those lists' lengths
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     high_precision: ClassVar[str] = "norm"  # regular expression of layers in a block that are never quantised
-    original_layers: ClassVar[
-        Layers
-    ] = {}  # names of layers in the model's own repository, where they are not diffusers'
-    original_spellings: ClassVar[
-        Mapping[str, str]
-    ] = {}  # parts of such names as other repositories have them -> as above
+    # Names of layers in the model's own repository, where they are not diffusers'; none if ComfyUI has not this model.
+    original_layers: ClassVar[Layers] = {}
+    # Parts of such names as other repositories have them -> as above; and parts as above -> as a LoRA is to be written, where
+    # other tools know only that.
+    original_spellings: ClassVar[Mapping[str, str]] = {}
+    lora_spellings: ClassVar[Mapping[str, str]] = {}
     spatial: int
     temporal: int
     patch: int = 1

@@ -14,6 +14,7 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.paths import NoSuchHome, expanded
 
 INDEX = "model_index.json"
+CARD = "README.md"  # of a model, with its licence at the head
 _CONFIGS = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",

@@ -52,6 +52,7 @@ class HunyuanVideo(Family):
     depth_keys = ("num_layers", "num_single_layers")
     original_layers = original_names.HUNYUAN
     original_spellings = original_names.HUNYUAN_SPELLINGS
+    lora_spellings = original_names.HUNYUAN_LORA_SPELLINGS
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)

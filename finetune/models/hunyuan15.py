@@ -56,6 +56,7 @@ class HunyuanVideo15(Family):
     attention_masks = "padding"
     original_layers = original_names.HUNYUAN15
     original_spellings = original_names.HUNYUAN_SPELLINGS
+    lora_spellings = original_names.HUNYUAN_LORA_SPELLINGS
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     components: ClassVar[tuple[str, ...]] = ("scheduler", "guider", "vae", "transformer", *text_components)
     text_arguments: ClassVar[dict[str, str]] = {

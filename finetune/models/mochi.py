@@ -31,6 +31,7 @@ class Mochi(Family):
     transformer_class = "MochiTransformer3DModel"
     attention_masks = "padding"
     original_layers = original_names.MOCHI
+    lora_spellings = original_names.MOCHI_LORA_SPELLINGS
     spatial, temporal, patch = 8, 6, 2  # constants in the pipeline
 
     def __init__(self, folder: ModelFolder) -> None:

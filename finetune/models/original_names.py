@@ -83,10 +83,23 @@ HUNYUAN_SPELLINGS: Mapping[str, str] = {
     "embedder_linear_2": "embedder_out_layer",
 }
 
+# Parts of names as above -> as in the LoRAs of Tencent's repositories: ComfyUI knows both, diffusers only these.
+HUNYUAN_LORA_SPELLINGS: Mapping[str, str] = {
+    "_attn.qkv": "_attn_qkv",
+    "_attn.proj": "_attn_proj",
+    "_mlp.0": "_mlp.fc1",
+    "_mlp.2": "_mlp.fc2",
+    "_mod.lin": "_mod.linear",
+    ".modulation.lin": ".modulation.linear",
+}
+
 _MOCHI, _OUR_MOCHI = "blocks.{}", "transformer_blocks.{}"
 MOCHI: Layers = {
     f"{_MOCHI}.mod_x": (f"{_OUR_MOCHI}.norm1.linear",),
     f"{_MOCHI}.mod_y": (f"{_OUR_MOCHI}.norm1_context.linear",),
+    f"{_MOCHI}.mod.y": (
+        f"{_OUR_MOCHI}.norm1_context.linear_1",
+    ),  # the same layer, which diffusers calls so in the last block
     f"{_MOCHI}.attn.qkv_x": tuple(f"{_OUR_MOCHI}.attn1.to_{each}" for each in "qkv"),
     f"{_MOCHI}.attn.qkv_y": tuple(f"{_OUR_MOCHI}.attn1.add_{each}_proj" for each in "qkv"),
     f"{_MOCHI}.attn.proj_x": (f"{_OUR_MOCHI}.attn1.to_out.0",),
@@ -97,6 +110,7 @@ MOCHI: Layers = {
     f"{_MOCHI}.mlp_y.w1": (f"{_OUR_MOCHI}.ff_context.net.0.proj[1/2]", f"{_OUR_MOCHI}.ff_context.net.0.proj[0/2]"),
     f"{_MOCHI}.mlp_y.w2": (f"{_OUR_MOCHI}.ff_context.net.2",),
 }
+MOCHI_LORA_SPELLINGS: Mapping[str, str] = {".mod.y": ".mod_y"}
 
 WAN: Layers = {
     **{

@@ -10,6 +10,22 @@ from torch import Tensor
 
 from finetune.runtime.errors import UserError
 
+# As safetensors names them.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 
 class Weights:
     """The tensors of some safetensors files.
@@ -36,6 +52,10 @@ class Weights:
     def shape(self, name: str) -> torch.Size:
         _, opened = self._where[name]
         return torch.Size(opened.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        _, opened = self._where[name]
+        return _DTYPES[opened.get_slice(name).get_dtype()]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` - 1 of a tensor, in the file's dtype; a scalar is returned whole.

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from finetune.recipe.data import Data
+from finetune.recipe.export import Export
 from finetune.recipe.optimizers import AdamW, AnyOptimizer
 from finetune.recipe.sigma_table import SigmaTable
 from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
@@ -370,6 +371,8 @@ class Recipe(Table):
     """What is traded for memory."""
     checkpoint: Checkpoint = Checkpoint()
     """What is kept."""
+    export: Export = Export()
+    """What is written at the end."""
     validation: Validation = Validation()
     """How it is judged."""
     tracking: Tracking = Tracking()

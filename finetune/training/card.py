@@ -156,7 +156,7 @@ def trigger_words(recipe: Recipe) -> list[str]:
 
 
 def _introduction(recipe: Recipe, family: Family, to: Destination) -> str:
-    what = "A LoRA" if recipe.train.method != "full" else "A full finetuning"
+    what = {"full": "A full finetuning", "partial": "A finetuning of some weights"}.get(recipe.train.method, "A LoRA")
     base = f"[{to.base}](https://huggingface.co/{to.base})" if to.base else f"a checkpoint of {family.title}"
     does = "makes videos from a first frame and a prompt" if family.takes_image else "makes videos from a prompt"
     lines = [f"# {_plain(to.repo.rpartition('/')[2])}", "", f"{what} of {base}, which {does}."]

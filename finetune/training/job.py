@@ -23,7 +23,7 @@ from finetune.engine.schedule import build_schedule, set_schedule_step
 from finetune.engine.step import StepResult, StepState, run_step
 from finetune.engine.weights.checkpoint import Checkpoints, Pending
 from finetune.engine.weights.exporters import exporter_of
-from finetune.engine.weights.exporters.exporter import Exporter
+from finetune.engine.weights.exporters.exporter import Details, Exporter
 from finetune.engine.weights.loading import load_weights
 from finetune.engine.weights.starting import start_adapter
 from finetune.models.adapters import ADAPTERS
@@ -37,6 +37,7 @@ from finetune.preparation.encode import Prepared
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.training.facts import facts_of
 from finetune.training.identity import BASE, CLIPS, check_identity, say_if_not_compared, shared_identity
 
 
@@ -117,17 +118,21 @@ class Job:
         Args:
             aside: see `Checkpoints.begin`.
         """
-        exporter = exporter_of(self.recipe.train.method)
+        exporter, details = exporter_of(self.recipe.train.method), self.details(step)
 
         def write(folder: Path) -> None:
             if exporter.is_small:
-                write_weights(self.state, exporter, folder / exporter.folder(self.state.family))
+                write_weights(self.state, exporter, folder / exporter.folder(self.state.family), details)
 
         return self.checkpoints.begin(step, self.state.parts, self.identity, write, aside)
 
     def save(self, step: int, aside: bool = False) -> Path:
         """Begin and finish it."""
         return self.checkpoints.finish(self.begin_save(step, aside))
+
+    def details(self, step: int) -> Details:
+        """What goes with the weights of a step where they are exported in a run's own form, as they were trained."""
+        return details_of(self.recipe, self.state.family, step)
 
     def idle_batch(self) -> Batch:
         """The training clip that costs least, for calls that only keep ranks in step."""
@@ -261,12 +266,21 @@ def sound_checkpoint(checkpoints: Checkpoints, step: int | None = None) -> int |
     return step
 
 
+def details_of(recipe: Recipe, family: Family, step: int, precision: str | None = None) -> Details:
+    """What goes with the weights that a recipe has trained for so many steps, in a precision, or as they were trained."""
+
+    def base() -> Weights:
+        return with_frozen(family.transformer_weights(), recipe.adapter, family)
+
+    return Details(precision, facts_of(recipe, family, step), base)
+
+
 def export_weights(state: StepState, method: str, folder: Path) -> None:
     """Write the trained weights in the run's own form, and verify them. Collective."""
     write_weights(state, exporter_of(method), folder)
 
 
-def write_weights(state: StepState, exporter: Exporter, folder: Path) -> None:
+def write_weights(state: StepState, exporter: Exporter, folder: Path, details: Details | None = None) -> None:
     """Write the weights as they are evaluated, an average say, in any form, and verify them. Collective."""
     with evaluating(state.parts):
-        exporter.write(state.transformer, state.family, folder, state.runtime)
+        exporter.write(state.transformer, state.family, folder, state.runtime, details or Details())

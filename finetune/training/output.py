@@ -1,6 +1,7 @@
 """The run's folder: who holds it, the recipes that it was started with, and the results that are in it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from finetune.recipe.load import changes
 from finetune.runtime.files import FolderLock, atomic, free_name, writing
 from finetune.runtime.logging import say
 from finetune.training.identity import CLIPS, other_adapters, other_base, prepared_identity
-from finetune.training.job import Job, checkpoints_folder, export_weights
+from finetune.training.job import Job, checkpoints_folder, write_weights
 from finetune.training.samples import SHEET, forget_samples, has_prompts, has_samples, samples_folder
 
-STARTS, RESULTS = "starts", "results.json"
+STARTS, RESULTS, FORMS = "starts", "results.json", "forms"
 
 
 def claim_output(recipe: Recipe) -> FolderLock:
@@ -65,12 +66,21 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
         continues = facts[CLIPS] == found[CLIPS] and not (other_base(facts, found) or other_adapters(facts, found))
     except (OSError, ValueError, KeyError, TypeError):
         return False  # a start of the run says what is wrong
-    return continues and _are_exported(recipe, results_folder(recipe, family))
+    return continues and not _missing(recipe, family)
 
 
 def results_folder(recipe: Recipe, family: Family) -> Path:
-    """The folder of the weights that a run exports."""
-    return (recipe.run_folder / exporter_of(recipe.train.method).folder(family)).absolute()
+    """The folder of the weights that a run exports: that of the run's own form, or of the first that the recipe names."""
+    folders = results_folders(recipe, family)
+    own = exporter_of(recipe.train.method)
+    return folders[own.format] if own.format in folders else next(iter(folders.values()))
+
+
+def results_folders(recipe: Recipe, family: Family) -> dict[str, Path]:
+    """The folder of each form that a run's end writes, by the form's name in the recipe."""
+    formats = dict.fromkeys(recipe.export.formats)
+    exporters = {name: exporter_of(recipe.train.method, name) for name in formats}
+    return {name: (recipe.run_folder / each.folder(family)).absolute() for name, each in exporters.items()}
 
 
 class Results:
@@ -88,7 +98,7 @@ class Results:
         """Whether all are there, after the recipe's last step. Collective."""
         steps = self.job.recipe.train.steps
         sampled = not has_prompts(self.job) or has_samples(self.job, steps)
-        return self.job.state.runtime.from_main(_are_exported(self.job.recipe, self.folder)) and sampled
+        return not self.job.state.runtime.from_main(_missing(self.job.recipe, self.job.state.family)) and sampled
 
     def forget(self, done: int) -> None:
         """No longer take what is there for results: steps after `done` are made, perhaps anew after going back. Collective."""
@@ -99,25 +109,43 @@ class Results:
                 forget_samples(self.job, done)
 
     def export(self) -> Path:
-        """Write the trained weights, unless they are there; returns their folder. Collective."""
-        steps, runtime = self.job.recipe.train.steps, self.job.state.runtime
-        if runtime.from_main(_are_exported(self.job.recipe, self.folder)):
-            return self.folder
-        with writing(self.folder):
-            export_weights(self.job.state, self.job.recipe.train.method, self.folder)
-        with runtime.together():
-            if runtime.is_main:
-                with atomic(self._note) as partial:
-                    partial.write_text(json.dumps({"step": steps, "files": _sizes(self.folder)}))
+        """Write the trained weights in all forms that are not there; returns the first folder. Collective."""
+        recipe, state = self.job.recipe, self.job.state
+        steps, runtime = recipe.train.steps, state.runtime
+        folders = results_folders(recipe, state.family)
+        for name in runtime.from_main(_missing(recipe, state.family)):
+            details = replace(self.job.details(steps), precision=recipe.export.precision)
+            with writing(folders[name]):
+                write_weights(state, exporter_of(recipe.train.method, name), folders[name], details)
+            with runtime.together():
+                if runtime.is_main:
+                    self._add_note(folders[name])
         return self.folder
 
+    def _add_note(self, folder: Path) -> None:
+        """Note what has been written, so that the next start knows whether it is still there."""
+        recipe, noted = self.job.recipe, _noted(self._note)
+        forms = noted.get(FORMS, {}) if noted.get("step") == recipe.train.steps else {}
+        forms[folder.name] = {"precision": recipe.export.precision, "files": _sizes(folder)}
+        with atomic(self._note) as partial:
+            partial.write_text(json.dumps({"step": recipe.train.steps, FORMS: forms}))
 
-def _are_exported(recipe: Recipe, folder: Path) -> bool:
-    """Whether the weights of the recipe's last step are there: every file that was noted, in its size."""
-    noted = _noted(recipe.run_folder / RESULTS)
-    if noted.get("step") != recipe.train.steps or not folder.is_dir():
+
+def _missing(recipe: Recipe, family: Family) -> list[str]:
+    """The forms in which the weights of the recipe's last step are not there: every file that was noted, in its size."""
+    noted, folders = _noted(recipe.run_folder / RESULTS), results_folders(recipe, family)
+    if noted.get("step") != recipe.train.steps:
+        return list(folders)
+    own = exporter_of(recipe.train.method).folder(family)
+    # Older runs have noted the run's own form alone, or no files.
+    forms = noted.get(FORMS, {own: {"files": noted.get("files", {})}})
+    return [name for name, folder in folders.items() if not _is_there(folder, forms.get(folder.name), recipe)]
+
+
+def _is_there(folder: Path, noted: dict[str, Any] | None, recipe: Recipe) -> bool:
+    if noted is None or not folder.is_dir() or noted.get("precision") != recipe.export.precision:
         return False
-    return dict(noted.get("files", {})).items() <= _sizes(folder).items()  # older runs have noted none
+    return dict(noted["files"]).items() <= _sizes(folder).items()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -4,24 +4,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.engine.weights.exporters import exporter_of
+from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.recipe.experts import of_expert
 from finetune.runtime.logging import say
 from finetune.training.frozen_usage import frozen_lines
 from finetune.training.job import Job
-from finetune.training.output import results_folder
+from finetune.training.output import results_folder, results_folders
 
 
 def say_usage(job: Job, folder: Path) -> None:
     """Print where the trained weights are and how to use them."""
     family = job.state.family
-    what = exporter_of(job.recipe.train.method).title(family)
+    what = _exporter(job, folder).title(family)
     whose = "" if family.expert is None else f" (the {family.expert}-noise expert's)"
     say(f"\ndone. The {what} lies in {folder}{whose}")
+    for name, other in results_folders(job.recipe, family).items():
+        if other != folder:
+            say(f"      The {exporter_of(job.recipe.train.method, name).title(family)} lies in {other}{whose}")
     if lines := _usage(job, folder):
         say("Use it with diffusers:\n")
         say("\n".join(f"    {line}" for line in lines))
+
+
+def _exporter(job: Job, folder: Path) -> Exporter:
+    """The form of the weights in a folder."""
+    names = [name for name, each in results_folders(job.recipe, job.state.family).items() if each == folder]
+    return exporter_of(job.recipe.train.method, names[0] if names else None)
 
 
 def _parts(job: Job, folder: Path) -> list[tuple[Family, Path]]:
@@ -41,10 +51,12 @@ def _usage(job: Job, folder: Path) -> list[str]:
     """The lines of a script that generates a video with the trained weights; none if their format has no such lines."""
     recipe, family = job.recipe, job.state.family
     base, dtype = base_arguments(recipe, family, recipe.model.path)
-    loading = exporter_of(recipe.train.method).usage(base, dtype, _parts(job, folder))
+    exporter = _exporter(job, folder)
+    loading = exporter.usage(base, dtype, _parts(job, folder))
     if not loading:
         return []
-    return script(recipe, family, [*loading, *frozen_lines(recipe.adapter, family)], job.state.runtime.device.kind)
+    below = [] if exporter.format == "merged" else frozen_lines(recipe.adapter, family)  # which has them in it
+    return script(recipe, family, [*loading, *below], job.state.runtime.device.kind)
 
 
 def base_arguments(recipe: Recipe, family: Family, path: str) -> tuple[str, str]:

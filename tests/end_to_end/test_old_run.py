@@ -98,11 +98,12 @@ def test_what_an_old_run_measured_is_kept(resumed: Resumed) -> None:
 
 
 @pytest.mark.full
-def test_an_old_checkpoint_is_exported_as_the_old_version_did(tmp_path: Path) -> None:
+def test_an_old_checkpoint_is_exported_with_the_strength_of_the_old_version(tmp_path: Path) -> None:
     folder = copy_of_old_run(tmp_path / "run")
     run(folder, "export", "--recipe", "recipe.toml", "--out", "exported")
     ours, theirs = (
         load_file(path / "pytorch_lora_weights.safetensors") for path in (folder / "exported", OLD_RUN / "run" / "lora")
     )
     assert ours.keys() == theirs.keys()
-    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    scale = 2  # alpha over rank, which the old version wrote into the metadata alone
+    assert all(ours[name].equal(theirs[name] * (scale if "lora_B" in name else 1)) for name in theirs)

@@ -14,7 +14,7 @@ from finetune.checks.settings import check_recipe
 from finetune.engine.step import StepResult
 from finetune.engine.weights import exporters
 from finetune.engine.weights.exporters import EXPORTERS
-from finetune.engine.weights.exporters.exporter import Exporter, gathered
+from finetune.engine.weights.exporters.exporter import Details, Exporter, gathered
 from finetune.models.adapters import ADAPTER, ADAPTERS, Adapter
 from finetune.models.family import Family
 from finetune.preparation.encode import prepare
@@ -75,7 +75,7 @@ def add(transformer: nn.Module, family: Family, settings: Scales, seed: int) -> 
         )
 
 
-def write(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
+def write(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime, details: Details) -> None:
     whole = gathered(transformer, trained_only=True)
     folder.mkdir(parents=True)
     save_file(whole, folder / "scales.safetensors")

@@ -9,7 +9,7 @@ from torch import nn
 
 from finetune.engine.weights import exporters
 from finetune.engine.weights.exporters import EXPORTERS, exporter_of
-from finetune.engine.weights.exporters.exporter import Exporter, gathered
+from finetune.engine.weights.exporters.exporter import Details, Exporter, gathered
 from finetune.models.family import Family
 from finetune.runtime.distributed import Runtime
 from finetune.training.job import Job, export_weights
@@ -19,7 +19,7 @@ from finetune.training.output import Results
 def test_a_form_from_outside_is_what_a_run_writes(
     build_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
+    def write(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime, details: Details) -> None:
         shapes = {name: list(value.shape) for name, value in gathered(transformer, trained_only=True).items()}
         folder.mkdir(parents=True)
         (folder / "shapes.json").write_text(json.dumps(shapes))

@@ -1,72 +1,53 @@
 """A LoRA as diffusers' pipelines save and load it, verified by loading it back."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from finetune.engine.weights.exporters.exporter import Exporter, gathered, tidy
-from finetune.models.adapters import ADAPTER, is_adapters
-from finetune.models.adapters.lora import scaling_of
+from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, tidy
+from finetune.engine.weights.exporters.trained_lora import TrainedLora
 from finetune.models.adapters.places import LORA_FILE as LORA_FILE  # for those who import it from here
 from finetune.models.adapters.places import lora_file
 from finetune.models.family import Family
-from finetune.recipe.schema import ExpertName
-from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 
 PREFIX = "transformer."  # of all names in the file: diffusers has one form, also for a component of another name
 
 
-def export_lora(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
-    """Write the adapter as `folder/pytorch_lora_weights.safetensors`, with its rank and alpha, and verify it.
+def write_lora(lora: TrainedLora, family: Family, folder: Path, details: Details) -> None:
+    """Write the adapter as `folder/pytorch_lora_weights.safetensors`, and verify it.
 
-    The file of an expert says in its name and in its metadata which one it is for.
-
-    All ranks take part; rank 0 writes. Tensors are exactly as trained.
+    The file of an expert says in its name and in its metadata which one it is for. The scale of each layer is folded into its
+    matrix, see `TrainedLora.folded`; the metadata's alpha is then the rank, by which diffusers scales with exactly 1.
     """
-    whole = gathered(transformer, trained_only=True)
-    with runtime.together():
-        if runtime.is_main:
-            # By peft's file names; a persistent buffer (CogVideoX-I2V's learned positions) is no part of the adapter.
-            adapter = {name: value for name, value in whole.items() if is_adapters(name)}
-            layers = {_peft_name(name): value for name, value in adapter.items()}
-            config: LoraConfig = cast(Any, transformer).peft_config[ADAPTER]
-            _mixin(family).save_lora_weights(
-                folder,
-                transformer_lora_layers=layers,
-                transformer_lora_adapter_metadata=config.to_dict(),
-                weight_name=lora_file(family),
-            )
-            if family.expert is not None:
-                _say_expert(folder / lora_file(family), family, family.expert)
-            tidy([folder / lora_file(family)])
-            verify_lora(folder, layers, partial(scaling_of, config), family)
+    layers, file = lora.folded(details.precision), folder / lora_file(family)
+    _mixin(family).save_lora_weights(
+        folder,
+        transformer_lora_layers=layers,
+        transformer_lora_adapter_metadata=lora.folded_config(),
+        weight_name=file.name,
+    )
+    _add_facts(file, {**lora.facts(), **details.facts, **expert_facts(family)})
+    tidy([file])
+    verify_lora(folder, layers, family)
 
 
-def _peft_name(name: str) -> str:
-    """A parameter's name in peft's files: without the adapter's; the lengths of DoRA, a module's, are named as the tensor."""
-    return name.replace(f".{ADAPTER}.", ".").replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
-
-
-def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: Callable[[str], float], family: Family) -> None:
+def verify_lora(folder: Path, layers: dict[str, Tensor], family: Family) -> None:
     """Load an exported adapter through the pipeline class into an empty transformer and compare all of it.
 
     Args:
-        layers: the trained tensors by peft's names.
-        scaling: what the product of each layer's matrices is multiplied by, by the layer's name.
+        layers: the tensors by peft's names, with their scales folded in.
     Raises:
-        UserError: a tensor, a name or the scaling differs from what was trained.
+        UserError: a tensor or a name differs from what was trained, or diffusers would scale it.
     """
     pipeline, file = _mixin(family), lora_file(family)
     loaded, metadata = pipeline.lora_state_dict(folder, weight_name=file, return_lora_metadata=True)
@@ -83,7 +64,7 @@ def verify_lora(folder: Path, layers: dict[str, Tensor], scaling: Callable[[str]
     adapted = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     expected = {name.rpartition(".lora_")[0] for name in layers}
     wrong += sorted(adapted.keys() ^ expected)
-    wrong += [name for name, module in adapted.items() if set(module.scaling.values()) != {scaling(name)}]
+    wrong += [name for name, module in adapted.items() if set(module.scaling.values()) != {1.0}]
     if wrong:
         raise UserError(
             f"the exported adapter differs from the trained one: {', '.join(wrong[:3])}",
@@ -116,16 +97,10 @@ def _loading_arguments(family: Family) -> dict[str, Any]:
     return arguments
 
 
-def _say_expert(file: Path, family: Family, expert: ExpertName) -> None:
-    """Add to a file's metadata which expert it is for, since the names of its tensors are the same for all."""
+def _add_facts(file: Path, facts: Mapping[str, str]) -> None:
+    """Add to a file's metadata, of which diffusers writes only its own."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    low, high = family.experts[expert].noise_range
-    facts = {
-        "expert": f"{expert}_noise",
-        "component": family.trained_component,
-        "denoises": f"sigma {low:g} to {high:g}",
-    }
     with atomic(file) as partial:
         save_file(load_file(file), partial, {**metadata, **facts})
 
@@ -151,4 +126,8 @@ def _loader(family: Family) -> str:
     return "load_lora_weights" if has_own and is_known else f"{component}.load_lora_adapter"
 
 
-EXPORTER = Exporter("lora", lambda _: "lora", export_lora, usage, lambda _: "LoRA, verified by loading it back,")
+def _title(family: Family) -> str:
+    return "LoRA, verified by loading it back,"
+
+
+EXPORTER = Exporter("lora", lambda _: "lora", lora_writer(write_lora), usage, _title, convert=write_lora)

@@ -5,32 +5,49 @@ from pathlib import Path
 from typing import cast
 
 import diffusers
-import torch
 from torch import Tensor, nn
 
-from finetune.engine.weights.exporters.exporter import Exporter, gathered, tidy
+from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, gathered, tidy
+from finetune.engine.weights.exporters.shards import write_shards
+from finetune.engine.weights.exporters.trained_lora import EXPORTED
+from finetune.models.building import stays_float32
 from finetune.models.family import Family
 from finetune.runtime.distributed import Runtime
-from finetune.runtime.errors import UserError
 
 
-def export_transformer(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
-    """Write all weights as a diffusers model folder, exactly as trained, and verify its tensors. All ranks take part."""
+def export_transformer(
+    transformer: nn.Module, family: Family, folder: Path, runtime: Runtime, details: Details
+) -> None:
+    """Write all weights as a diffusers model folder, and verify its tensors. All ranks take part.
+
+    They are exactly as trained, or rounded to the precision that is asked for, but for those that diffusers keeps in float32.
+    """
     whole = gathered(transformer, trained_only=False)
     with runtime.together():
         if runtime.is_main:
-            saved = write(family, whole, folder).from_pretrained(folder).state_dict()
-            if wrong := [name for name, value in whole.items() if not torch.equal(saved[name], value)]:
-                raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(folder))
+            write(family, whole, folder, details)
 
 
-def write(family: Family, whole: dict[str, Tensor], folder: Path) -> type[diffusers.ModelMixin]:
-    """Write tensors by their names as a diffusers model folder; returns the model's class."""
+def _rounded(whole: dict[str, Tensor], transformer: nn.Module, precision: str | None) -> dict[str, Tensor]:
+    if precision is None:
+        return whole
+    stays = stays_float32(transformer)
+    return {
+        name: tensor if stays(name) or not tensor.is_floating_point() else tensor.to(EXPORTED[precision])
+        for name, tensor in whole.items()
+    }
+
+
+def write(family: Family, whole: dict[str, Tensor], folder: Path, details: Details) -> None:
+    """Write tensors by their names as a diffusers model folder, and verify it."""
     skeleton = cast(diffusers.ModelMixin, family.empty_transformer())
-    skeleton.load_state_dict(whole, assign=True)
-    skeleton.save_pretrained(folder)
-    tidy([folder / "config.json", *folder.glob("diffusion_pytorch_model*.*")])
-    return type(skeleton)
+    whole = _rounded(whole, skeleton, details.precision)
+    skeleton.load_state_dict(whole, assign=True)  # raises an error unless all are there
+    folder.mkdir(parents=True, exist_ok=True)
+    skeleton.save_config(folder)
+    tidy([folder / "config.json"])
+    sizes = {name: tensor.nbytes for name, tensor in whole.items()}
+    write_shards(folder, sizes, lambda name: whole[name].contiguous(), {**details.facts, **expert_facts(family)})
 
 
 def usage(base: str, dtype: str, parts: Sequence[tuple[Family, Path]]) -> list[str]:
@@ -49,4 +66,4 @@ def _component(family: Family) -> str:
     return family.trained_component
 
 
-EXPORTER = Exporter("full", _component, export_transformer, usage, _component, False)
+EXPORTER = Exporter("full", _component, export_transformer, usage, _component, is_small=False)

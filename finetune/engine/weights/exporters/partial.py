@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune.engine.weights.exporters import diffusers_transformer
-from finetune.engine.weights.exporters.exporter import Exporter, gathered, tidy
+from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, gathered, tidy
+from finetune.engine.weights.exporters.trained_lora import EXPORTED
 from finetune.models.family import Family
 from finetune.models.weights import Weights
 from finetune.runtime.distributed import Runtime
@@ -57,7 +58,7 @@ ORIGINAL_NAMES: dict[str, Sequence[tuple[str, str]]] = {
 }
 
 
-def export_whole(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
+def export_whole(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime, details: Details) -> None:
     """Write all weights as a diffusers model folder: the trained ones exactly as trained, the others as they are in the base
     model's files, whatever they were held in while training. Verified by reading them back. All ranks take part.
     """
@@ -67,12 +68,13 @@ def export_whole(transformer: nn.Module, family: Family, folder: Path, runtime: 
             base = family.transformer_weights()
             names = family.empty_transformer().state_dict()
             whole = {name: trained[name] if name in trained else _whole(base, name) for name in names}
-            diffusers_transformer.write(family, whole, folder)
-            _verify(Weights(sorted(folder.glob("diffusion_pytorch_model*.safetensors"))), whole, folder)
+            diffusers_transformer.write(family, whole, folder, details)
 
 
-def export_difference(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime) -> None:
-    """Write what training has added to each trained tensor, float32, as ComfyUI's LoRA loader takes it. All ranks take part.
+def export_difference(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime, details: Details) -> None:
+    """Write what training has added to each trained tensor, as ComfyUI's LoRA loader takes it. All ranks take part.
+
+    It is computed in float32, and rounded if another precision is asked for.
 
     Raises:
         UserError: ComfyUI has no such model, or one whose tensors are fused in other ways.
@@ -80,17 +82,17 @@ def export_difference(transformer: nn.Module, family: Family, folder: Path, runt
     trained = gathered(transformer, trained_only=True)
     with runtime.together():
         if runtime.is_main:
-            base = family.transformer_weights()
+            base, dtype = family.transformer_weights(), EXPORTED[details.precision or "float32"]
             buffers = dict(family.empty_transformer().named_buffers())
             made = {
-                difference_name(family, name): value.float() - _whole(base, name).float()
+                difference_name(family, name): (value.float() - _whole(base, name).float()).to(dtype)
                 for name, value in trained.items()
                 if name not in buffers
             }
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / DIFFERENCE_FILE
             with atomic(file) as partial:
-                save_file(made, partial, {"format": "pt"})
+                save_file(made, partial, {"format": "pt", **details.facts, **expert_facts(family)})
             tidy([file])
             _verify(Weights([file]), made, file)
 
@@ -101,12 +103,8 @@ def difference_name(family: Family, name: str) -> str:
     Raises:
         UserError: the original names of this family's transformer are not known.
     """
-    if family.transformer_class not in ORIGINAL_NAMES:
-        raise UserError(
-            f"ComfyUI takes no differences by the names of {family.title}'s tensors",
-            'use the whole transformer, --format "partial_transformer"',
-            "--format",
-        )
+    if refused := _problem(family):
+        raise UserError(*refused, "--format")
     if family.transformer_class == "WanTransformer3DModel" and name.endswith("scale_shift_table"):
         name = name.replace("scale_shift_table", "modulation" if name.startswith("blocks.") else "head.modulation")
     for theirs, original in ORIGINAL_NAMES[family.transformer_class]:
@@ -129,11 +127,24 @@ def _verify(read: Weights, written: dict[str, Tensor], where: Path) -> None:
         raise UserError(f"the exported weights differ: {', '.join(wrong[:3])}", "check the disk", str(where))
 
 
+def _problem(family: Family) -> tuple[str, str] | None:
+    if family.transformer_class in ORIGINAL_NAMES:
+        return None
+    what = f"ComfyUI takes no differences by the names of {family.title}'s tensors"
+    return what, 'use the whole transformer: "diffusers"'
+
+
 def _component(family: Family) -> str:
     return family.trained_component
 
 
-TRANSFORMER = Exporter("partial", _component, export_whole, diffusers_transformer.usage, _component, False)
+TRANSFORMER = Exporter("partial", _component, export_whole, diffusers_transformer.usage, _component, is_small=False)
 DIFFERENCE = Exporter(
-    "partial", lambda _: "difference", export_difference, title=lambda _: "difference", is_small=False
+    "partial",
+    lambda _: "difference",
+    export_difference,
+    title=lambda _: "difference",
+    is_small=False,
+    format="comfyui",
+    problem=_problem,
 )

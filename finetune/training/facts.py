@@ -1,0 +1,73 @@
+"""What exported weights say of themselves in their metadata: which base model, which training, which licence."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import finetune
+from finetune.models.family import Family
+from finetune.models.folder import CARD
+from finetune.recipe import Recipe
+from finetune.recipe.load import recipe_values
+from finetune.recipe.schema import Model, free_keys
+
+TOOL = f"finetune {finetune.__version__}"
+_KEPT = ("step", "recipe_sha256", "trigger_word", "trained_alpha", "trained_rank")
+_TABLES = ("model", "data", "vae", "train", "lora", "objective", "optimizer", "schedule")  # that the result depends on
+_TUNED = ("optimizer", "schedule", "train")  # whose free keys it depends on, too
+
+
+def facts_of(recipe: Recipe, family: Family, step: int) -> dict[str, str]:
+    """The metadata of weights that a recipe has trained for so many steps. No paths of this machine are in it."""
+    training = {"step": str(step), "recipe_sha256": recipe_digest(recipe), **_trigger(recipe)}
+    return {"tool": TOOL, **base_facts(recipe.model, family), **training}
+
+
+def facts_of_converted(model: Model, family: Family, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a LoRA that was read from a file: of what that said, what this project says; and the base model."""
+    kept = {name: metadata[name] for name in _KEPT if name in metadata}
+    return {**kept, "tool": TOOL, **base_facts(model, family)}
+
+
+def base_facts(model: Model, family: Family) -> dict[str, str]:
+    """The base model: its id and commit on the Hub, or its folder's name; and its licence, if its card says it."""
+    folder, path = family.folder.path, model.path
+    if Path(path).expanduser().is_dir():
+        facts = {"base_model": Path(path).expanduser().resolve().name}
+    else:
+        commit = folder.name if folder.parent.name == "snapshots" else model.revision
+        facts = {"base_model": path, "base_revision": commit}
+    return {**facts, "family": family.name, **licence(folder)}
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """The licence that a model's card names at its head; nothing if there is no card, or none in it."""
+    from huggingface_hub import metadata_load
+
+    try:
+        head: Any = metadata_load(folder / CARD)
+    except Exception:  # any text may be in a card, and none of it is worth an export
+        return {}
+    named = [str(head[key]) for key in ("license_name", "license") if isinstance(head, dict) and head.get(key)]
+    return {"base_license": named[0]} if named else {}
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 of the settings that the weights depend on, the same wherever clips, model and output lie."""
+    values, free = recipe_values(recipe), free_keys(type(recipe))
+    kept = {
+        f"{table}.{key}": value
+        for table in _TABLES
+        for key, value in values.get(table, {}).items()
+        if table in _TUNED or f"{table}.{key}" not in free
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _trigger(recipe: Recipe) -> dict[str, str]:
+    """The words that stand in front of all captions, or of those of some datasets."""
+    words = [recipe.data.reading(source)["id_token"] for source in recipe.data.datasets]
+    found = ", ".join(dict.fromkeys(filter(None, words)))
+    return {"trigger_word": found} if found else {}
