@@ -12,14 +12,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.engine.optimizers import adamw, low_bit
-from finetune.recipe.optimizers import AdamW, LowBitAdamW, Optimizer
+from finetune.engine.optimizers import adafactor, adamw, adamw_bf16, extra, low_bit, muon
+from finetune.recipe.optimizers import (
+    Adafactor,
+    AdamW,
+    Bf16AdamW,
+    Lion,
+    LowBitAdamW,
+    Muon,
+    Optimizer,
+    Prodigy,
+    ScheduleFreeAdamW,
+)
 
 Builder = Callable[[Mapping[str, nn.Parameter], Any, str], torch.optim.Optimizer]
 
 BUILDERS: dict[type[Optimizer], Builder] = {
     AdamW: adamw.build,
     LowBitAdamW: low_bit.build,
+    Bf16AdamW: adamw_bf16.build,
+    Lion: extra.build_lion,
+    Adafactor: adafactor.build,
+    Prodigy: extra.build_prodigy,
+    ScheduleFreeAdamW: extra.build_schedule_free,
+    Muon: muon.build,
 }
 
 
