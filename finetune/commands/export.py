@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         runtime: Runtime,
     ) -> None:
         state = build_state(recipe, runtime, family, family.transformer_weights())
-        # The weights alone: moments would need memory, and the ranks that they were saved by.
-        checkpoints.load(step, state.parts[:1])
+        # Not the others: moments would need memory, and the ranks that they were saved by.
+        checkpoints.load(step, [part for part in state.parts if part.is_evaluated])
         with writing(out):
             write_weights(state, exporter, out)
         say(f"exported step {step} to {out}")

@@ -28,9 +28,11 @@ class Part(ABC):
 
     Attributes:
         name: its key in a checkpoint, unique in a run and without a dot.
+        is_evaluated: whether it changes the weights that are evaluated and exported: an export reads its state, too.
     """
 
     name: str
+    is_evaluated: bool = False
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class TrainedWeights(Part):
     """The parameters that are trained, and the buffers of their modules."""
 
     name = "model"
+    is_evaluated = True
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
@@ -96,6 +99,7 @@ class OptimizerState(Part):
 
     def __init__(self, transformer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.transformer, self.optimizer = transformer, optimizer
+        self.is_evaluated = isinstance(optimizer, _Evaluated)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.optimizer.state:

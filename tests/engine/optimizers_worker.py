@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from finetune.checks.model import open_family
 from finetune.checks.settings import check_recipe
 from finetune.engine.gradients import local
+from finetune.engine.parallel import trained_parameters
 from finetune.engine.parts import evaluating
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
@@ -49,6 +50,22 @@ def whole_weights(job: Job) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}
 
 
+def gradients_of(job: Job) -> dict[str, Tensor]:
+    """The gradients that each of a job's updates is given on one process, by step and name: filled as steps are made."""
+    found: dict[str, Tensor] = {}
+    names = list(trained_parameters(job.state.transformer))
+
+    def note(*_: object) -> None:
+        step = len(found) // len(names)
+        for name, parameter in zip(names, job.state.parameters, strict=True):
+            assert parameter.grad is not None
+            found[f"{step} {name}"] = local(parameter.grad).detach().clone()
+
+    if job.state.runtime.world_size == 1:
+        job.state.optimizer.register_step_pre_hook(note)
+    return found
+
+
 def state_bytes(values: Iterable[object]) -> int:
     return sum(local(value).nbytes for value in values if isinstance(value, Tensor))
 
@@ -66,7 +83,7 @@ def main(recipe_file: str, kinds: list[str], out: Path, runtime: Runtime) -> Non
         family = open_family(recipe)
         prepared = prepare(recipe, family, runtime)
         straight = build(recipe, runtime, family, prepared)
-        before = whole_weights(straight)
+        before, gradients = whole_weights(straight), gradients_of(straight)
         expected = steps(straight, 0, STEPS)
         weights, held_out = whole_weights(straight), straight.heldout_loss()
         with evaluating(straight.state.parts):
@@ -89,7 +106,8 @@ def main(recipe_file: str, kinds: list[str], out: Path, runtime: Runtime) -> Non
             "state bytes": sum(state_bytes(values.values()) for values in state.values()),
         }
         if runtime.is_main:
-            for what, tensors in {"before": before, "after": weights, "evaluated": evaluated}.items():
+            made = {"before": before, "after": weights, "evaluated": evaluated, "gradients": gradients}
+            for what, tensors in made.items():
                 save_file(tensors, out.with_name(f"{kind} {runtime.world_size} {what}.safetensors"))
     if runtime.is_main:
         out.write_text(json.dumps(found))

@@ -49,3 +49,9 @@ def build_optimizer(
         weights: dtype of the parameters, "float32" or "bf16"; bf16 ones are rounded stochastically.
     """
     return BUILDERS[type(settings)](parameters, settings, weights)
+
+
+def figures(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What an optimizer has estimated, by the metric's name, without a wait for the device: Prodigy's rate, "d"."""
+    group = optimizer.param_groups[0]
+    return {"d": float(group["d"])} if "d0" in group else {}  # Adafactor's groups have another "d"
