@@ -4,7 +4,7 @@ A test runs by default over what the code it is about tells apart, and with --fu
 noises and predicts; kinds of transformer where it wraps, stores or moves blocks, whatever they are given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -19,6 +19,18 @@ TRANSFORMERS: list[Model] = list(
     {family_class(model[0]).transformer_class: model for model in reversed(FIRST)}.values()
 )
 TWO_LISTS: Model = ("hunyuan", None)  # whose blocks are of two kinds, in two lists
+
+
+# A model for each way in which the code of models goes on: packed latents, v-prediction, two lists of blocks, image-to-video.
+FEW: list[Model] = [model for model in FIRST if model[0] in ("ltx", "cogvideox", "hunyuan", "wan_i2v")]
+
+
+def few(values: Iterable, count: int = 1) -> list:
+    """Cases, of which the first `count` run by default and the others with --full."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=_marks(place >= count))
+        for place, value in enumerate(values)
+    ]
 
 
 def title(model: Model) -> str:
@@ -36,6 +48,7 @@ def _over(short: Sequence[Model]) -> pytest.MarkDecorator:
 
 every_model = _over(MODELS)
 every_family = _over(FIRST)
+few_families = _over(FEW)
 every_transformer = _over(TRANSFORMERS)
 
 

@@ -92,6 +92,7 @@ def test_a_run_that_is_killed_goes_on_at_the_right_expert(both: Run, recipe: Pat
         ]
 
 
+@pytest.mark.full
 def test_a_stop_ends_the_run_before_the_other_expert(recipe: Path, tmp_path: Path) -> None:
     """The first expert has made its steps, and is exported or generates its samples."""
     run = Run(recipe, tmp_path / "stopped", 0, SETTINGS)
@@ -169,6 +170,7 @@ def test_exports_of_both(both: Run, recipe: Path, finetune: Finetune, tmp_path: 
         assert load_file(tmp_path / "out" / expert / "lora" / name).keys() == lora(both.output, expert).keys()
 
 
+@pytest.mark.full
 def test_a_finished_expert_is_not_passed_over_with_other_captions(
     both: Run, recipe: Path, few_clips: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +185,7 @@ def test_a_finished_expert_is_not_passed_over_with_other_captions(
     assert "the clips or captions are not those" in again.said
 
 
+@pytest.mark.full
 def test_two_machines_may_train_one_each(recipe: Path, tmp_path: Path) -> None:
     """Their folders are in one output, with a lock each."""
     runs = [Run(recipe, tmp_path / "shared", 0, (*SETTINGS, f'model.experts=["{each}"]')) for each in STEPS]

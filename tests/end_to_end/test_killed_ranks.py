@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
+from every_family import few
 from trainings import Run, assert_equal_ends, checkpoints, descendants, resumed_after, steps_done
 
 from finetune.runtime.watch import Watch, lost_peer
@@ -65,8 +66,8 @@ def is_alive(pid: int) -> bool:
     "when, workers, rank",
     [
         ("training", 1, 1),
-        ("saving", 2, 0),
-        ("sampling", 1, 1),
+        pytest.param("saving", 2, 0, marks=pytest.mark.full),
+        pytest.param("sampling", 1, 1, marks=pytest.mark.full),
         pytest.param("training", 2, 0, marks=pytest.mark.full),
         pytest.param("training", 0, 1, marks=pytest.mark.full),
         pytest.param("saving", 1, 1, marks=pytest.mark.full),
@@ -104,6 +105,7 @@ def test_a_rank_that_is_killed_while_clips_are_encoded_leaves_what_was_encoded(r
     assert_equal_ends(again, straight)
 
 
+@pytest.mark.full
 def test_max_restarts_goes_on_by_itself(recipe: Path, straight: Run) -> None:
     output = recipe.with_name("restarts")
     run = Run(recipe, output, 2, SETTINGS, torchrun=["--standalone", "--max_restarts", "2"])
@@ -115,6 +117,7 @@ def test_max_restarts_goes_on_by_itself(recipe: Path, straight: Run) -> None:
     assert_equal_ends(run, straight)
 
 
+@pytest.mark.full
 def test_with_two_torchruns_the_other_node_ends_too(recipe: Path, straight: Run) -> None:
     output = recipe.with_name("nodes")
     with socket.socket() as free:
@@ -144,7 +147,7 @@ def test_with_two_torchruns_the_other_node_ends_too(recipe: Path, straight: Run)
 
 @pytest.mark.parametrize("moments", [3, pytest.param(20, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
 @pytest.mark.parametrize(
-    "what", ["one rank is killed", "all are killed", "SIGTERM", "one rank is stopped for a second"]
+    "what", few(["one rank is killed", "all are killed", "SIGTERM", "one rank is stopped for a second"])
 )
 def test_disturbed_at_random_moments_a_run_ends_as_if_nothing_had_been(
     recipe: Path, straight: Run, what: str, moments: int
@@ -189,7 +192,7 @@ def disturb(run: Run, what: str, rank: int) -> None:
 # A rank that is stopped, and not killed
 
 
-@pytest.mark.parametrize("stopped, tells", [(1, 0), (0, 1)])
+@pytest.mark.parametrize("stopped, tells", few([(1, 0), (0, 1)]))
 def test_a_rank_that_is_stopped_is_named_within_the_timeout(recipe: Path, stopped: int, tells: int) -> None:
     """By another one, also if it is rank 0, which says everything else."""
     timeout = 6.0
@@ -210,13 +213,15 @@ def test_a_rank_that_is_stopped_is_named_within_the_timeout(recipe: Path, stoppe
 
 @pytest.mark.parametrize(
     "when, more",
-    [
-        ("the run waits for its last checkpoint", ["train.steps=2"]),
-        (
-            "videos are made while one is written",
-            ["train.steps=8", "checkpoint.every=2", "validation.samples_every=2", PROMPT],
-        ),
-    ],
+    few(
+        [
+            ("the run waits for its last checkpoint", ["train.steps=2"]),
+            (
+                "videos are made while one is written",
+                ["train.steps=8", "checkpoint.every=2", "validation.samples_every=2", PROMPT],
+            ),
+        ]
+    ),
 )
 def test_a_rank_that_is_stopped_amid_a_checkpoint_is_named_within_twice_the_timeout(
     recipe: Path, when: str, more: list[str]

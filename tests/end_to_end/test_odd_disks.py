@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from every_family import few
 from processes import ROOT, command
 from trainings import Run, assert_equal_ends, checkpoints, descendants, resumed_after, rows, steps_done
 
@@ -95,8 +96,8 @@ def at_most(kibibytes: int) -> list[str]:
 @pytest.mark.parametrize(
     "arguments, named, kibibytes",
     [
-        (["demo"], "model", 16),
-        (["sample", "--recipe", "RECIPE", *PROMPT], "00_seed0_base.mp4", 2),
+        pytest.param(["demo"], "model", 16, marks=pytest.mark.full),
+        pytest.param(["sample", "--recipe", "RECIPE", *PROMPT], "00_seed0_base.mp4", 2, marks=pytest.mark.full),
         (["export", "--recipe", "RECIPE"], "", 16),
     ],
     ids=["demo", "sample", "export"],
@@ -116,6 +117,7 @@ def test_a_command_names_what_it_cannot_write_leaves_no_half_of_it_and_makes_it_
     assert not [path for path in out.rglob("*") if "partial" in path.name]
 
 
+@pytest.mark.full
 def test_a_plan_that_cannot_be_written_leaves_the_one_that_is_there(recipe: Path, tmp_path: Path) -> None:
     written = tmp_path / "fits.toml"
     written.write_text("old")
@@ -171,7 +173,7 @@ def test_a_checkpoint_that_one_rank_cannot_write_ends_both_and_the_same_command_
     assert_equal_ends(again, straight)
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes", few([2, 0]))
 def test_metrics_that_cannot_be_written_are_written_once_there_is_room(recipe: Path, processes: int) -> None:
     output, steps = recipe.with_name(f"metrics-{processes}"), 60
     run = Run(recipe, output, processes, (f"train.steps={steps}",))
@@ -188,6 +190,7 @@ def test_metrics_that_cannot_be_written_are_written_once_there_is_room(recipe: P
     assert [row["step"] for row in rows(output)] == list(range(1, steps + 1))
 
 
+@pytest.mark.full
 def test_a_folder_that_is_moved_away_ends_both_ranks_and_goes_on_under_its_new_name(
     recipe: Path, straight: Run
 ) -> None:
@@ -325,6 +328,7 @@ os.fsync = lambda file: refused(errno.EINVAL) if stat.S_ISDIR(os.fstat(file).st_
 """
 
 
+@pytest.mark.full
 def test_a_file_system_without_locks_modes_and_syncs_of_folders_serves(
     recipe: Path, straight: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

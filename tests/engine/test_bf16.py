@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from every_family import Model, every_family
+from every_family import Model, few_families
 
 from finetune.training.job import Job
 
 
-@every_family
+@few_families
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_losses_in_bf16_are_near_those_in_float32(
     build_job: Callable[..., Job], family_recipe: Callable[..., Path], model: Model, method: str

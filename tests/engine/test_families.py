@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from closeness import assert_close_to_scale
-from every_family import Model, every_family, every_transformer, every_transformer_with
+from every_family import Model, every_family, every_transformer, every_transformer_with, few_families
 from exports import load_adapter
 from families_worker import METHODS
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def run(job: Job, first: int, last: int) -> list[StepResult]:
 # Spread
 
 
-@every_family
+@few_families
 @every_method
 @pytest.mark.parametrize("figure", ["loss", "grad_norm"])
 def test_two_processes_make_the_steps_of_one(families_parity: Figures, model: Model, method: str, figure: str) -> None:
@@ -57,7 +57,7 @@ def test_two_processes_make_the_steps_of_one(families_parity: Figures, model: Mo
     assert spread == pytest.approx(alone, rel=TOLERANCE)
 
 
-@every_family
+@few_families
 @every_method
 def test_two_processes_measure_the_heldout_loss_of_one(families_parity: Figures, model: Model, method: str) -> None:
     """Three evaluations each: with two processes, one of them makes a call that is not counted."""

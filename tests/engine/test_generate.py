@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from every_family import Model, every_family, every_model
+from every_family import Model, every_family, few_families
 from exports import load_adapter
 from PIL import Image
 from torch import Tensor
@@ -101,7 +101,7 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert (difference > 0).mean() < 1e-3
 
 
-@every_model
+@every_family
 def test_the_base_model_generates_what_its_pipeline_does(
     build_job: Callable[..., Job], prompted: Callable[[Model], Path], model: Model
 ) -> None:
@@ -109,7 +109,7 @@ def test_the_base_model_generates_what_its_pipeline_does(
     assert_same(live_video(job), pipeline_video(job))
 
 
-@every_family
+@few_families
 def test_float32_masters_generate_in_the_precision_of_the_step(
     build_job: Callable[..., Job], prompted: Callable[[Model], Path], model: Model
 ) -> None:

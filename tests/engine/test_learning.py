@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from every_family import FIRST, Model, every_model, title
+from every_family import Model, every_model, few_families
 
 from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.training.job import Job
@@ -43,7 +43,7 @@ def measure(job: Job) -> HeldOut:
     return heldout_loss(job.state, job.objective, job.prepared.train, job.prepared.cache, quantiles=4)
 
 
-@pytest.mark.parametrize("model", FIRST, ids=title)
+@few_families
 def test_the_loss_on_a_clip_is_halved_in_sixty_steps(overfit: Overfit, model: Model) -> None:
     before, after = overfit(model, 60, FULL)
     assert after.loss < 0.5 * before.loss

@@ -58,6 +58,7 @@ def test_a_resumed_run_is_the_straight_one(make_job: Callable[..., Job], name: s
     assert {tensor.dtype for tensor in theirs.values()} == {torch.float32 if weights == "float32" else torch.bfloat16}
 
 
+@pytest.mark.full
 def test_so_it_is_on_two_processes(family_recipe: Callable[..., Path], tmp_path: Path) -> None:
     figures = figures_of("resume_worker.py", 2, tmp_path, [family_recipe("ltx")])
     assert len(figures) == len(NAMES) * len(WEIGHTS)

@@ -50,7 +50,7 @@ OPTIMIZERS = {  # as a LoRA is trained by each, or all weights
     "adamw_bf16, bf16 weights": ["train.method=full", "optimizer.name=adamw_bf16", "train.weights=bf16"],
 }
 SHORT = [("ltx", saver) for saver in SAVERS]
-SHORT += [(family, saver) for family in FAMILIES if family != "ltx" for saver in ("plain", "not checkpointed", "full")]
+SHORT += [(family, "plain") for family in FAMILIES if family != "ltx"]
 SHORT += [("ltx", saver) for saver in OF_LTX] + [
     (family, "plain") for family in ("ltx_i2v", "cogvideox_i2v", "wan_i2v")
 ]

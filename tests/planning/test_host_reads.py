@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_family import MODELS, TRANSFORMERS, title
+from every_family import FEW, MODELS, title
 from processes import ROOT
 
 METHODS = {"lora": [], "full": ["train.method=full"]}
@@ -44,7 +44,7 @@ MORE_SAVERS = {
 
 
 OF_FAMILIES = {f"{title(model)} {method}": (model, METHODS[method]) for model in MODELS for method in METHODS}
-SHORT = {name: case for name, case in OF_FAMILIES.items() if case[0] in TRANSFORMERS and "lora" in name}
+SHORT = {name: case for name, case in OF_FAMILIES.items() if case[0] in FEW and "lora" in name}
 SHORT |= {f"ltx {saver}": (("ltx", None), overrides) for saver, overrides in SAVERS.items()}
 LONG = {f"ltx {saver}": (("ltx", None), overrides) for saver, overrides in MORE_SAVERS.items()}
 LONG |= {name: case for name, case in OF_FAMILIES.items() if name not in SHORT}
