@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 from test_optimizers import NAMES
 from torch import Tensor
 
+from finetune.engine.gradients import local
+from finetune.engine.parts import evaluating
 from finetune.recipe.optimizers import OPTIMIZERS
+from finetune.training.job import Job
 
 OTHERS = ["adamw_bf16", "lion", "adafactor", "prodigy", "schedule_free_adamw", "muon"]
 # One of each code path: all parameters at once and gathered; two algorithms, gathered one by one; weights that are swapped.
@@ -150,3 +153,18 @@ def test_the_readme_tells_the_bytes_of_the_state(figures: Figures, kind: str) ->
 
 def test_every_optimizer_is_tested() -> None:
     assert [*NAMES, *OTHERS] == list(OPTIMIZERS)
+
+
+def test_what_an_export_reads_of_a_checkpoint_gives_the_average(build_job: Callable[..., Job]) -> None:
+    overrides = ["optimizer.name=schedule_free_adamw", "schedule.name=constant_with_warmup", "optimizer.lr=1e-2"]
+    job, fresh = build_job(*overrides), build_job(*overrides)
+    for step in range(3):
+        job.step(step, [job.micro_batches()[2 * step], job.micro_batches()[2 * step + 1]])
+    job.save(3)
+    fresh.checkpoints.load(3, [part for part in fresh.state.parts if part.is_evaluated])
+    trained = [local(parameter).clone() for parameter in job.state.parameters]
+    with evaluating(job.state.parts), evaluating(fresh.state.parts):
+        ours, theirs = ([local(p).clone() for p in each.state.parameters] for each in (fresh, job))
+    assert all(map(torch.equal, ours, theirs))
+    assert not all(map(torch.equal, trained, theirs))
+    assert all(map(torch.equal, trained, [local(parameter) for parameter in job.state.parameters]))
