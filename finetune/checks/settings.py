@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import list_flash_attention_impls
 
+from finetune.engine.optimizers.extra import missing_library
 from finetune.engine.weights.exporters import export_problems
 from finetune.models.adapters import ADAPTERS
 from finetune.models.family import Family
 from finetune.recipe import Recipe
+from finetune.recipe.optimizers import AdamW, LowBitAdamW
 from finetune.recipe.rules import saver_problems
 from finetune.recipe.schema import is_set
 from finetune.runtime.device import Device, why_no_accelerator
@@ -100,9 +102,9 @@ def attention_problems(recipe: Recipe, name: str, capability: tuple[int, int]) -
 def _kernel_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
     """What is compiled for the GPU: the blocks with memory.compile, and the updates of torchao's optimizers."""
     compiled = [] if not recipe.memory.compile else [("memory.compile", "set it to false")]
-    if recipe.optimizer.name != "adamw":
+    if isinstance(recipe.optimizer, LowBitAdamW):
         compiled.append(("optimizer.name", 'set it to "adamw"'))
-    elif recipe.train.weights == "bf16":
+    elif isinstance(recipe.optimizer, AdamW) and recipe.train.weights == "bf16":
         compiled.append(("train.weights", 'set it to "float32"'))
     if compiled and not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
         key, instead = compiled[0]
@@ -163,6 +165,8 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
             "schedule.warmup_steps",
             f"set it to at most {recipe.train.steps}",
         )
+    if problem := missing_library(recipe.optimizer):
+        yield problem
     for name in ADAPTERS:
         settings = getattr(recipe, name)
         if name != recipe.train.method and settings != type(settings)():

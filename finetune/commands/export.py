@@ -95,8 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         with runtime.together():
             weights = with_frozen(family.transformer_weights(), recipe.adapter, family)
         state = build_state(recipe, runtime, family, weights)
-        # The weights alone: moments would need memory, and the ranks that they were saved by.
-        checkpoints.load(step, state.parts[:1])
+        # Not the others: moments would need memory, and the ranks that they were saved by.
+        checkpoints.load(step, [part for part in state.parts if part.is_evaluated])
         for exporter, out in folders:
             with writing(out):
                 write_weights(state, exporter, out, details_of(recipe, family, step, arguments.precision))

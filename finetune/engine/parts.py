@@ -7,7 +7,7 @@ run resumes.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,11 @@ class Part(ABC):
 
     Attributes:
         name: its key in a checkpoint, unique in a run and without a dot.
+        is_evaluated: whether it changes the weights that are evaluated and exported: an export reads its state, too.
     """
 
     name: str
+    is_evaluated: bool = False
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class TrainedWeights(Part):
     """The parameters that are trained, and the buffers of their modules."""
 
     name = "model"
+    is_evaluated = True
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
@@ -96,6 +99,7 @@ class OptimizerState(Part):
 
     def __init__(self, transformer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.transformer, self.optimizer = transformer, optimizer
+        self.is_evaluated = isinstance(optimizer, _Evaluated)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.optimizer.state:
@@ -105,21 +109,32 @@ class OptimizerState(Part):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_optimizer_state_dict(self.transformer, self.optimizer, state, options=_TRAINED_ONLY)
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        """An optimizer may train other weights than it is evaluated by, as a schedule-free one, which averages them."""
+        return self.optimizer.evaluating() if isinstance(self.optimizer, _Evaluated) else nullcontext()
+
+
+@runtime_checkable
+class _Evaluated(Protocol):
+    """An optimizer that has weights of its own for evaluation."""
+
+    def evaluating(self) -> AbstractContextManager[None]: ...
+
 
 def _begin(optimizer: torch.optim.Optimizer) -> None:
     """Make the state of an optimizer that has made no step, which changes no parameter.
 
     torch would do so with the gradients of all parameters in memory together, for which there may be no room.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
+    kept = [dict(group) for group in optimizer.param_groups]  # some optimizers count steps there
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         parameter.grad = None
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
+        group.update(values)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from finetune.planning.dispatch_cache import DispatchCache
 from finetune.planning.kernels import KIND
 from finetune.planning.trace import Trace
 
+UPDATE = "update"  # what runs while an optimizer makes its updates
 _SMALL = 4096  # elements up to which a tensor keeps its values
 _OF_TRANSFORMERS = ("frozen weights", "trained weights", "load")  # the last of buffers, which nobody names
 _VALUES = "known_values"  # our attribute of fake tensors
@@ -105,6 +106,9 @@ class Accelerator(TorchDispatchMode):
         values = self._values(function, arguments, keywords, tensors)
         if values is not None and torch.Tag.data_dependent_output in function.tags:
             return values  # numbers of the host
+        if function is torch.ops.aten._local_scalar_dense.default and self.trace.running == UPDATE:
+            # Adafactor and Prodigy read norms, which only scale what they write; False is "nothing unusual".
+            return False if tensors[0].dtype is torch.bool else 1.0
         is_kernel = any(_is_on_device(tensor) for tensor in tensors)
         temporaries = self._temporaries_before(function, arguments) if self.temporaries and is_kernel else []
         result = self._run_fake(function, arguments, keywords, tensors, values)

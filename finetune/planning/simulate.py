@@ -28,7 +28,7 @@ from finetune.engine.weights.staging import staged_bytes
 from finetune.models.batch import Batch
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
-from finetune.planning.accelerator import Accelerator
+from finetune.planning.accelerator import UPDATE, Accelerator
 from finetune.planning.device import simulated_runtime, works_with_this_torch
 from finetune.planning.gpus import Hardware
 from finetune.planning.kernels import HOPPER_WORKSPACE, WORKSPACE
@@ -243,7 +243,7 @@ class Simulation:
 
         def before_update(*_: object) -> None:
             accelerator.name((p.grad for p in state.parameters if p.grad is not None), "gradients")
-            accelerator.running("update")
+            accelerator.running(UPDATE)
 
         def running(what: str) -> None:
             if torch.is_grad_enabled():  # in training

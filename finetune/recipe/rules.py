@@ -85,6 +85,29 @@ def _whole_share(recipe: Recipe, ranks: int) -> str:
     return f"set train.micro_batch_size = {recipe.train.global_batch_size // ranks}"
 
 
+# What an update of these needs beside a parameter's own shard and its gradient.
+_TOGETHER = ("prodigy", "schedule_free_adamw")  # all parameters, which share an estimate or a count
+_WHOLE = ("adafactor", "muon", "prodigy")  # whole matrices, which several ranks gather on their devices
+
+
+def _is_called(*names: str) -> Callable[[Recipe], bool]:
+    return lambda recipe: recipe.optimizer.name in names
+
+
+def _updates_on_host(recipe: Recipe, ranks: int) -> bool:
+    return recipe.memory.offload and not _streams(recipe, ranks)
+
+
+def _of(recipe: Recipe, ranks: int) -> str:
+    return f'or take another optimizer than "{recipe.optimizer.name}"'
+
+
+def _on_device(recipe: Recipe, ranks: int) -> str:
+    replicated = ranks > 1 and not _trains_all(recipe)
+    first = 'memory.layout = "replicate"' if replicated else "memory.offload = false"
+    return f"set {first}, {_of(recipe, ranks)}"
+
+
 _NO_EFFECT = "this key has no effect here"
 RULES = (
     # Where the weights are
@@ -167,6 +190,57 @@ RULES = (
         "offloaded gradients are in host memory already, and the update is made there",
         "remove it",
     ),
+    Rule(
+        "optimizer.in_backward",
+        lambda recipe, ranks: recipe.optimizer.in_backward and _is_called(*_TOGETHER)(recipe),
+        lambda recipe, ranks: f"{recipe.optimizer.name} updates all weights together",
+        lambda recipe, ranks: f"remove it, {_of(recipe, ranks)}",
+    ),
+    Rule(
+        "optimizer.in_backward",
+        lambda recipe, ranks: recipe.optimizer.in_backward and ranks > 1 and _is_called("adafactor", "muon")(recipe),
+        lambda recipe, ranks: (
+            f"{recipe.optimizer.name} gathers whole matrices on {ranks} ranks, which the backward pass has no time for"
+        ),
+        lambda recipe, ranks: f"remove it, {_of(recipe, ranks)}",
+    ),
+    # What an algorithm cannot do
+    Rule(
+        "optimizer.name",
+        lambda recipe, ranks: _is_called("prodigy")(recipe) and _trains_all(recipe) and ranks > 1,
+        lambda recipe, ranks: (
+            f"prodigy estimates one rate from all weights, which each of {ranks} ranks would hold whole"
+        ),
+        'set train.method = "lora", or another optimizer.name, such as "adamw" or "schedule_free_adamw"',
+    ),
+    Rule(
+        "train.weights",
+        lambda recipe, ranks: recipe.train.weights == "bf16" and _is_called(*_TOGETHER)(recipe),
+        lambda recipe, ranks: (
+            f"{recipe.optimizer.name} does not round stochastically, and bf16 would lose small updates"
+        ),
+        lambda recipe, ranks: f'set it to "float32", {_of(recipe, ranks)}',
+    ),
+    Rule(
+        "schedule.name",
+        lambda recipe, ranks: (
+            _is_called("schedule_free_adamw")(recipe)
+            and recipe.schedule.name not in ("constant", "constant_with_warmup")
+        ),
+        "schedule_free_adamw averages the weights in place of a falling rate",
+        'set it to "constant_with_warmup", or optimizer.name = "adamw"',
+    ),
+    Rule(
+        "memory.offload",
+        lambda recipe, ranks: (
+            _updates_on_host(recipe, ranks)
+            and (_is_called("muon")(recipe) or (ranks > 1 and _is_called("adafactor", "prodigy")(recipe)))
+        ),
+        lambda recipe, ranks: (
+            f"{recipe.optimizer.name} needs whole matrices on the GPU, and offloaded weights are updated on the CPU"
+        ),
+        _on_device,
+    ),
     # Where the optimizer's state is
     Rule(
         "optimizer.offload",
@@ -187,6 +261,12 @@ RULES = (
         lambda recipe, ranks: recipe.optimizer.offload == "state_and_gradients" and _accumulates(recipe, ranks),
         "gradients that have left the GPU cannot be accumulated",
         lambda recipe, ranks: f'set it to "state", or {_whole_share(recipe, ranks)}',
+    ),
+    Rule(
+        "optimizer.offload",
+        lambda recipe, ranks: recipe.optimizer.offload != "none" and _is_called(*_WHOLE, *_TOGETHER)(recipe),
+        lambda recipe, ranks: f"updates of {recipe.optimizer.name} are made on the GPU: they take more than one shard",
+        lambda recipe, ranks: f"remove it, {_of(recipe, ranks)}",
     ),
 )
 

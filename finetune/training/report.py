@@ -3,6 +3,7 @@
 import time
 
 from finetune.engine.heldout import HeldOut
+from finetune.engine.optimizers import figures
 from finetune.engine.step import StepResult
 from finetune.engine.weights.checkpoint import Pending
 from finetune.recipe.load import recipe_values
@@ -79,6 +80,7 @@ class Report:
                 **_by_term("loss", result.losses),
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
+                **figures(self.job.state.optimizer),
                 "epoch": self.job.order.plan(step - 1).epoch,
                 "seconds_per_step": seconds,
                 "samples_per_second": samples,
@@ -92,13 +94,13 @@ class Report:
             f"{samples:.1f} samples/s  {memory.reserved / GIB:.2f} GiB",
         )
 
-    def heldout(self, step: int, figures: HeldOut | None) -> None:
+    def heldout(self, step: int, measured: HeldOut | None) -> None:
         """Report the held-out loss after `step` steps; step 0 is the base model."""
-        if self.enabled and figures is not None:
-            line, metrics = f"held-out loss after step {step}: {_in_words(figures)}", _heldout_metrics(figures)
-            if figures.outside is not None:
-                line += f"; outside of the trained noise levels: {_in_words(figures.outside)}"
-                metrics |= _heldout_metrics(figures.outside, "_outside")
+        if self.enabled and measured is not None:
+            line, metrics = f"held-out loss after step {step}: {_in_words(measured)}", _heldout_metrics(measured)
+            if measured.outside is not None:
+                line += f"; outside of the trained noise levels: {_in_words(measured.outside)}"
+                metrics |= _heldout_metrics(measured.outside, "_outside")
             say(line)
             self._log(step, metrics)
         self.restart_clock()

@@ -18,7 +18,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.toml"
 
 class Swing(Optimizer):
     name: Literal["swing", "swing_2"]
-    d0: float = 1e-6
+    sway: float = 1e-6
     """The first guess."""
     patience: int = Free(3)
     """Steps to wait."""
@@ -51,7 +51,8 @@ def test_the_name_says_which_kind_reads_the_table(name: str | None, kind: type[O
 
 def test_an_unknown_name_lists_all() -> None:
     found = problem("optimizer.name=adam")
-    names = "'adamw', 'adamw_8bit', 'adamw_4bit', 'adamw_fp8', 'swing' or 'swing_2'"
+    names = "'adamw', 'adamw_8bit', 'adamw_4bit', 'adamw_fp8', 'adamw_bf16', 'lion', 'adafactor', 'prodigy', "
+    names += "'schedule_free_adamw', 'muon', 'swing' or 'swing_2'"
     assert found.what == f"optimizer.name = 'adam': should be {names}"
     assert found.where == "--set optimizer.name=adam"
 
@@ -64,12 +65,13 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_key_of_another_kind_names_that_kind() -> None:
-    found = problem("optimizer.d0=1")
-    assert found.what == "unknown key 'optimizer.d0'"
+    found = problem("optimizer.sway=1")
+    assert found.what == "unknown key 'optimizer.sway'"
     assert found.cure == "it is a key of optimizer.name = 'swing' or 'swing_2': set that, or remove the key"
     found = problem("optimizer.name=swing", "optimizer.eps=1e-6")
     assert found.what == "unknown key 'optimizer.eps'"
-    names = "'adamw' or 'adamw_8bit' or 'adamw_4bit' or 'adamw_fp8'"
+    names = "'adamw' or 'adamw_8bit' or 'adamw_4bit' or 'adamw_fp8' or 'adamw_bf16' or 'prodigy' "
+    names += "or 'schedule_free_adamw' or 'muon'"
     assert found.cure == f"it is a key of optimizer.name = {names}: set that, or remove the key"
 
 
@@ -79,7 +81,7 @@ def test_a_key_of_another_kind_names_that_kind() -> None:
         ("swing", "patiense", "did you mean 'optimizer.patience'?"),
         ("adamw", "epz", "did you mean 'optimizer.eps'?"),
         ("swing", "steps", "did you mean 'train.steps'?"),
-        ("swing", "banana", "keys here are: name, lr, offload, in_backward, d0, patience"),
+        ("swing", "banana", "keys here are: name, lr, offload, in_backward, sway, patience"),
         ("adamw_8bit", "banana", "keys here are: name, lr, offload, in_backward, betas, eps, weight_decay"),
     ],
 )
@@ -89,13 +91,13 @@ def test_a_key_of_no_kind_is_looked_for_in_the_kind_that_reads(name: str, key: s
 
 def test_a_wrong_value_is_told_with_its_line_and_the_keys_description(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
-    path.write_text(QUICKSTART.read_text().replace("lr = 5e-3", 'name = "swing"\nd0 = "small"'))
+    path.write_text(QUICKSTART.read_text().replace("lr = 5e-3", 'name = "swing"\nsway = "small"'))
     with pytest.raises(UserError) as caught:
         load_recipe(path)
     (found,) = caught.value.problems
-    line = path.read_text().splitlines().index('d0 = "small"') + 1
+    line = path.read_text().splitlines().index('sway = "small"') + 1
     assert found == Problem(
-        "optimizer.d0 = 'small': should be a valid number", f"{path}, line {line}", "The first guess."
+        "optimizer.sway = 'small': should be a valid number", f"{path}, line {line}", "The first guess."
     )
 
 
@@ -105,15 +107,15 @@ def test_what_is_no_table_is_refused() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_set_reads_a_value_as_the_kind_wants_it_in_any_order(order: int) -> None:
-    recipe = load_recipe(QUICKSTART, ["optimizer.name=swing", "optimizer.d0=1"][::order])
+    recipe = load_recipe(QUICKSTART, ["optimizer.name=swing", "optimizer.sway=1"][::order])
     assert isinstance(recipe.optimizer, Swing)
-    assert recipe.optimizer.d0 == 1.0
+    assert recipe.optimizer.sway == 1.0
     assert load_recipe(QUICKSTART, ["optimizer.betas=0.8,0.9"]).optimizer == AdamW(lr=5e-3, betas=[0.8, 0.9])
 
 
 def test_a_written_recipe_has_the_keys_of_its_kind(tmp_path: Path) -> None:
-    recipe = load_recipe(QUICKSTART, ["optimizer.name=swing", "optimizer.d0=0.5"])
-    values = {"name": "swing", "lr": 5e-3, "offload": "none", "in_backward": False, "d0": 0.5, "patience": 3}
+    recipe = load_recipe(QUICKSTART, ["optimizer.name=swing", "optimizer.sway=0.5"])
+    values = {"name": "swing", "lr": 5e-3, "offload": "none", "in_backward": False, "sway": 0.5, "patience": 3}
     assert recipe_values(recipe)["optimizer"] == values
     write_recipe(recipe, tmp_path / "written.toml")
     assert load_recipe(tmp_path / "written.toml") == recipe
@@ -128,13 +130,17 @@ def test_free_keys_are_those_of_every_kind() -> None:
 def test_another_kind_is_another_training() -> None:
     told = differences(load_recipe(QUICKSTART, ["optimizer.name=swing"]), load_recipe(QUICKSTART))
     assert "optimizer.name = 'adamw' there, 'swing' here" in told
-    assert "optimizer.d0 = 'unset' there, 1e-06 here" in told
+    assert "optimizer.sway = 'unset' there, 1e-06 here" in told
 
 
 def test_the_schema_for_editors_has_every_kind() -> None:
     kinds = Recipe.model_json_schema()["properties"]["optimizer"]["anyOf"]
     assert [set(kind["properties"]) - {"name", "lr", "offload", "in_backward"} for kind in kinds] == [
+        *[{"betas", "eps", "weight_decay"}] * 3,
+        {"betas", "weight_decay"},
+        {"beta2_decay", "clip_threshold", "weight_decay"},
+        {"betas", "eps", "weight_decay", "d0", "d_coef"},
         {"betas", "eps", "weight_decay"},
-        {"betas", "eps", "weight_decay"},
-        {"d0", "patience"},
+        {"betas", "eps", "weight_decay", "momentum", "ns_steps"},
+        {"sway", "patience"},
     ]

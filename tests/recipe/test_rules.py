@@ -11,6 +11,7 @@ from finetune.recipe.rules import RULES, SWITCHES, combinations_table, saver_pro
 ROOT = Path(__file__).parents[2]
 FULL, OFFLOAD, REPLICATE = "train.method=full", "memory.offload=true", "memory.layout=replicate"
 IN_BACKWARD, UNCLIPPED = "optimizer.in_backward=true", "train.max_grad_norm=none"
+SCHEDULE_FREE, CONSTANT = "optimizer.name=schedule_free_adamw", "schedule.name=constant_with_warmup"
 
 
 def recipe_of(*overrides: str) -> Recipe:
@@ -35,6 +36,18 @@ CASES = [
     ([FULL, OFFLOAD, "optimizer.offload=state"], 4, "optimizer.offload", "no effect"),
     ([FULL, IN_BACKWARD, UNCLIPPED, "optimizer.offload=state"], 4, "optimizer.offload", "are made on the GPU"),
     ([FULL, "optimizer.offload=state_and_gradients"], 2, "optimizer.offload", "cannot be accumulated"),
+    ([FULL, IN_BACKWARD, UNCLIPPED, SCHEDULE_FREE, CONSTANT], 4, "optimizer.in_backward", "all weights together"),
+    (
+        [FULL, IN_BACKWARD, UNCLIPPED, "optimizer.name=adafactor"],
+        4,
+        "optimizer.in_backward",
+        "whole matrices on 4 ranks",
+    ),
+    ([FULL, "optimizer.name=prodigy"], 4, "optimizer.name", "prodigy estimates one rate"),
+    ([SCHEDULE_FREE, CONSTANT, "train.weights=bf16"], 4, "train.weights", "would lose small updates"),
+    ([SCHEDULE_FREE, "schedule.name=cosine"], 4, "schedule.name", "in place of a falling rate"),
+    ([OFFLOAD, "optimizer.name=prodigy"], 4, "memory.offload", "prodigy needs whole matrices on the GPU"),
+    (["optimizer.name=muon", "optimizer.offload=state"], 4, "optimizer.offload", "updates of muon are made on the GPU"),
 ]
 
 
@@ -68,6 +81,16 @@ def test_every_rule_has_its_case() -> None:
             [FULL, "optimizer.offload=state_and_gradients"],
             2,
             'set it to "state", or set train.micro_batch_size = 4',
+        ),
+        (
+            [OFFLOAD, "optimizer.name=adafactor"],
+            4,
+            'set memory.layout = "replicate", or take another optimizer than "adafactor"',
+        ),
+        (
+            [OFFLOAD, FULL, "optimizer.name=muon"],
+            1,
+            'set memory.offload = false, or take another optimizer than "muon"',
         ),
     ],
 )

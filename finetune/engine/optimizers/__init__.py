@@ -12,14 +12,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.engine.optimizers import adamw, low_bit
-from finetune.recipe.optimizers import AdamW, LowBitAdamW, Optimizer
+from finetune.engine.optimizers import adafactor, adamw, adamw_bf16, extra, low_bit, muon
+from finetune.recipe.optimizers import (
+    Adafactor,
+    AdamW,
+    Bf16AdamW,
+    Lion,
+    LowBitAdamW,
+    Muon,
+    Optimizer,
+    Prodigy,
+    ScheduleFreeAdamW,
+)
 
 Builder = Callable[[Mapping[str, nn.Parameter], Any, str], torch.optim.Optimizer]
 
 BUILDERS: dict[type[Optimizer], Builder] = {
     AdamW: adamw.build,
     LowBitAdamW: low_bit.build,
+    Bf16AdamW: adamw_bf16.build,
+    Lion: extra.build_lion,
+    Adafactor: adafactor.build,
+    Prodigy: extra.build_prodigy,
+    ScheduleFreeAdamW: extra.build_schedule_free,
+    Muon: muon.build,
 }
 
 
@@ -33,3 +49,9 @@ def build_optimizer(
         weights: dtype of the parameters, "float32" or "bf16"; bf16 ones are rounded stochastically.
     """
     return BUILDERS[type(settings)](parameters, settings, weights)
+
+
+def figures(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What an optimizer has estimated, by the metric's name, without a wait for the device: Prodigy's rate, "d"."""
+    group = optimizer.param_groups[0]
+    return {"d": float(group["d"])} if "d0" in group else {}  # Adafactor's groups have another "d"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from finetune.engine.optimizers.saved_state import load_as_saved
-from finetune.recipe.optimizers import Adam, AdamW, LowBitAdamW, Optimizer
+from finetune.recipe.optimizers import Adam, AdamW, LowBitAdamW, Moments, Optimizer
 
 _HOST_SECONDS = 1.9e-3  # about this long for one parameter's update in torchao 0.18
 
@@ -37,8 +37,8 @@ def host_seconds(settings: Optimizer, weights: str, parameters: int) -> float:
     return _HOST_SECONDS * parameters if is_torchao else 0.0
 
 
-def adam_arguments(settings: Adam) -> dict[str, Any]:
-    """What every AdamW is called with."""
+def adam_arguments(settings: Moments) -> dict[str, Any]:
+    """What every optimizer with Adam's moments is called with."""
     return {
         "lr": settings.lr,
         "betas": tuple(settings.betas),
