@@ -74,7 +74,7 @@ def generate(
     turns = Turns(state, idle, stop)
     swapping = state.companion.swapping() if state.companion else nullcontext()
     try:
-        with evaluating(state.parts), swapping:
+        with evaluating(state.parts, "samples"), swapping:
             try:
                 _videos(turns, requests, tiling, dtype, done)
             except Interrupted:

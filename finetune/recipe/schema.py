@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from finetune.recipe.data import Data
+from finetune.recipe.ema import Ema
 from finetune.recipe.optimizers import AdamW, AnyOptimizer
 from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
 from finetune.recipe.values import BucketText, PathText
@@ -313,6 +314,8 @@ class Recipe(Table):
     """The update."""
     schedule: Schedule = Schedule()
     """The learning rate over time."""
+    ema: Ema = Ema()
+    """A moving average of what is trained."""
     memory: Memory = Memory()
     """What is traded for memory."""
     checkpoint: Checkpoint = Checkpoint()

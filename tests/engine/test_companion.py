@@ -290,6 +290,6 @@ def contents(transformer: nn.Module) -> dict[str, bytes]:
 def prediction(job: Job) -> Tensor:
     """What the transformer makes of a batch, and nothing gathered afterwards."""
     batch = example_batch(job.recipe, job.state.family, job.recipe.data.buckets[0])
-    with job.state.parts[0].evaluating():
+    with job.state.parts[0].evaluating("samples"):
         (made,) = job.state.family.predict(job.state.transformer, batch.inputs).values()
     return made
