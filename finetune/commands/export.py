@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
     from finetune.checks.model import open_family
     from finetune.checks.output import check_same_run
+    from finetune.engine.parts import OptimizerState
     from finetune.engine.weights.exporters import exporter_of
     from finetune.runtime.files import writing
     from finetune.training.job import build_state, open_checkpoints, sound_checkpoint, write_weights
@@ -70,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         runtime: Runtime,
     ) -> None:
         state = build_state(recipe, runtime, family, family.transformer_weights())
-        # The weights alone: moments would need memory, and the ranks that they were saved by.
-        checkpoints.load(step, state.parts[:1])
+        # Not the optimizer: moments would need memory, and the ranks that they were saved by.
+        checkpoints.load(step, [part for part in state.parts if not isinstance(part, OptimizerState)])
         with writing(out):
             write_weights(state, exporter, out)
         say(f"exported step {step} to {out}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from finetune.engine.parallel import parallelize
-from finetune.engine.parts import Part, TrainedWeights, reshard
+from finetune.engine.parts import TrainedWeights, reshard
 from finetune.engine.precision import DTYPES
 from finetune.engine.savers.streaming import Streamed
 from finetune.engine.weights.loading import load_weights
@@ -188,7 +188,7 @@ def build_companion(
     adapter: Table | None,
     memory: Memory,
     runtime: Runtime,
-    take_up: Callable[[Part], None] | None = None,
+    take_up: Callable[[TrainedWeights], None] | None = None,
 ) -> Companion:
     """Build the other transformer as the trained one is, with its adapter, and frozen. Collective.
 
@@ -198,7 +198,7 @@ def build_companion(
         trained: as `parallelize` returns it, with its weights.
         family: opened so that its trained component is the other one.
         weights: the other's pretrained ones.
-        take_up: fills what has been trained of the other so far, `lambda part: checkpoints.load(step, [part])` say.
+        take_up: fills what has been trained of the other so far, `lambda weights: checkpoints.load(step, [weights])` say.
     Raises:
         UserError: weights cannot be read, or `take_up` raised it.
     """

@@ -133,6 +133,13 @@ class WeightAverage(Part):
         copy = _like(weight, stage, weight.dtype)
         return copy, self._copies.start(copy, weight)
 
+    @torch.no_grad()
+    def put(self) -> None:
+        """Put the average in the place of the weights for good, if there is one."""
+        if self.updates:
+            for name, parameter in self._parameters.items():
+                local(parameter).copy_(self.values[name])
+
     @contextmanager
     def evaluating(self, purpose: Purpose) -> Iterator[None]:
         """With the average in the place of the weights, bf16 ones rounded to the nearest, if it is for this purpose.

@@ -3,7 +3,9 @@
 from finetune.checks.output import read_saved
 from finetune.data.cache import Cache
 from finetune.engine.companion import Companion, build_companion
-from finetune.engine.parts import Part
+from finetune.engine.ema import WeightAverage
+from finetune.engine.parallel import trained_parameters
+from finetune.engine.parts import Part, TrainedWeights
 from finetune.engine.weights.checkpoint import Checkpoints
 from finetune.models.family import Family
 from finetune.recipe import RECIPE_FILE, Recipe
@@ -28,18 +30,25 @@ def _companion(job: Job, family: Family) -> Companion:
     own = _own_recipe(recipe, family, runtime)
     with Checkpoints(checkpoints_folder(own), None, runtime, verify=own.checkpoint.verify) as checkpoints:
         step = _usable_step(checkpoints, family, job.prepared.cache, runtime)
-        whose = "as it was" if step is None else f"that of its step {step}"
+        is_averaged = own.ema.decay is not None and "samples" in recipe.ema.use
+        whose = "as it was" if step is None else f"{'the average' if is_averaged else 'that'} of its step {step}"
         say(f"samples: the {family.expert}-noise expert is {whose}")
 
-        def take_up(part: Part) -> None:
+        def take_up(weights: TrainedWeights) -> None:
             assert step is not None
+            parts: list[Part] = [weights]
+            if is_averaged:
+                parts.append(WeightAverage(trained_parameters(weights.transformer), own.ema, runtime))
             try:
-                checkpoints.load(step, [part])
+                checkpoints.load(step, parts)
             except UserError as error:
                 cure = "start again: the run that trains it may just have replaced this checkpoint; or leave out validation.prompts"
                 raise UserError(
                     f"the other expert cannot be read ({error})", cure, str(checkpoints.path(step))
                 ) from error
+            for part in parts:
+                if isinstance(part, WeightAverage):
+                    part.put()
 
         return build_companion(
             job.state.transformer,
@@ -61,7 +70,7 @@ def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
         saved = own.run_folder / RECIPE_FILE
         if runtime.is_main and saved.exists():
             found = read_saved(saved)
-            own = own.model_copy(update={"train": found.train, "lora": found.lora})
+            own = own.model_copy(update={"train": found.train, "lora": found.lora, "ema": found.ema})
     return runtime.from_main(own)
 
 

@@ -15,7 +15,9 @@ def say_usage(job: Job, folder: Path) -> None:
     family = job.state.family
     what = exporter_of(job.recipe.train.method).title(family)
     whose = "" if family.expert is None else f" (the {family.expert}-noise expert's)"
-    say(f"\ndone. The {what} lies in {folder}{whose}")
+    ema = job.recipe.ema
+    which = "moving average of the " if ema.decay is not None and "export" in ema.use else ""
+    say(f"\ndone. The {which}{what} lies in {folder}{whose}")
     if lines := _usage(job, folder):
         say("Use it with diffusers:\n")
         say("\n".join(f"    {line}" for line in lines))
