@@ -239,6 +239,17 @@ class Prompt(Table):
     """The image that the video ends with, for models that are trained with data.last_image; the same."""
     fps: Annotated[float, Field(gt=0)] = 25.0
     """Frame rate of the video."""
+    strength: float | Annotated[list[float], Field(min_length=1)] = 1.0
+    """How strongly the LoRA is applied, as diffusers does it; [0, 0.5, 1] makes a video with each. 0 is the base model."""
+    control: bool = False
+    """Watch what leaks: a prompt that has nothing of the dataset, nor its trigger word, and should look as it does without the
+    LoRA. It is made without it, too, and the difference is told."""
+
+    @property
+    def strengths(self) -> list[float]:
+        """Each strength once; a control prompt has 0, too."""
+        given = self.strength if isinstance(self.strength, list) else [self.strength]
+        return list(dict.fromkeys([0.0, *given] if self.control else given))
 
     @property
     def images(self) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from parts_worker import step, whole
 from parts_worker import digest as digest_of
+from parts_worker import step, whole
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
