@@ -5,10 +5,11 @@ from finetune.data.cache import Cache
 from finetune.engine.companion import Companion, build_companion
 from finetune.engine.ema import WeightAverage
 from finetune.engine.parallel import trained_parameters
-from finetune.engine.parts import Part, TrainedWeights
+from finetune.engine.parts import TrainedWeights
 from finetune.engine.weights.checkpoint import Checkpoints
 from finetune.models.family import Family
 from finetune.recipe import RECIPE_FILE, Recipe
+from finetune.recipe.ema import Ema
 from finetune.recipe.experts import of_expert
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
@@ -36,19 +37,13 @@ def _companion(job: Job, family: Family) -> Companion:
 
         def take_up(weights: TrainedWeights) -> None:
             assert step is not None
-            parts: list[Part] = [weights]
-            if is_averaged:
-                parts.append(WeightAverage(trained_parameters(weights.transformer), own.ema, runtime))
             try:
-                checkpoints.load(step, parts)
+                load_weights_of(checkpoints, step, weights, own.ema if is_averaged else Ema())
             except UserError as error:
                 cure = "start again: the run that trains it may just have replaced this checkpoint; or leave out validation.prompts"
                 raise UserError(
                     f"the other expert cannot be read ({error})", cure, str(checkpoints.path(step))
                 ) from error
-            for part in parts:
-                if isinstance(part, WeightAverage):
-                    part.put()
 
         return build_companion(
             job.state.transformer,
@@ -60,6 +55,16 @@ def _companion(job: Job, family: Family) -> Companion:
             runtime,
             None if step is None else take_up,
         )
+
+
+def load_weights_of(checkpoints: Checkpoints, step: int, weights: TrainedWeights, ema: Ema) -> None:
+    """Load the weights of a checkpoint, or the average of them if `ema` has a decay. Collective; raises UserError."""
+    if ema.decay is None:
+        checkpoints.load(step, [weights])
+        return
+    average = WeightAverage(trained_parameters(weights.transformer), ema, checkpoints.runtime)
+    checkpoints.load(step, [weights, average])
+    average.put()
 
 
 def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
