@@ -20,6 +20,7 @@ from finetune.recipe.bucket import Area, Bucket
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Model, is_set
+from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import Problem, UserError
 
 
@@ -214,10 +215,26 @@ def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
     for prompt in validation_prompts(recipe.validation, known.sample_shape):
         if (text := family.bucket_problem(prompt.shape)) and prompt.shape not in refused:
             yield Problem(f"{prompt.shape}: {text}", "validation.prompts")
+        yield from _strength_problems(recipe, prompt)
         if text := family.prompt_problem(prompt):
             yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")
         else:
             yield from filter(None, map(missing_image, prompt.images))
+
+
+def _strength_problems(recipe: Recipe, prompt: Prompt) -> Iterator[Problem]:
+    key, is_whole = "validation.prompts", recipe.adapter is None
+    if is_whole and (prompt.strengths != [1.0] or prompt.control):
+        what = "control" if prompt.control else "strength"
+        yield Problem(
+            f"{prompt.text!r}: {what} is about a LoRA, and all weights are trained",
+            key,
+            f'remove {what}, or set train.method = "lora"',
+        )
+    if prompt.control:
+        words = {recipe.data.reading(source)["id_token"].lower() for source in recipe.data.datasets} - {""}
+        for word in sorted(word for word in words if word in prompt.text.lower()):
+            yield Problem(f"{prompt.text!r}: a control prompt has no trigger word ({word})", key, "leave the word out")
 
 
 def _bucket_problem(recipe: Recipe, family: Family, bucket: Bucket, text: str) -> Problem:

@@ -225,6 +225,8 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "schedule.power", schedule == "polynomial", 'set schedule.name = "polynomial"'
     yield "data.windows", recipe.data.window == "random", 'set data.window = "random"'
     yield "data.overlap", recipe.data.window == "all", 'set data.window = "all"'
+    for key in ("ema.warmup", "ema.every", "ema.device", "ema.use"):
+        yield key, recipe.ema.decay is not None, "set ema.decay = 0.999"
     validation = recipe.validation
     heldout = bool(validation.heldout or validation.heldout_clips)
     for key in ("validation.every", "validation.sigmas"):

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from finetune.commands.common import add_recipe_arguments, with_runtime
 from finetune.recipe import Recipe, load_recipe
-from finetune.recipe.schema import GENERATED, Prompt
+from finetune.recipe.schema import GENERATED
+from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,15 @@ _OF_PROMPT = ("shape", "steps", "seed", "image", "last_image")  # options that d
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
-    parser.add_argument("--adapter", type=Path, help="folder of an exported LoRA, or of all weights")
+    parser.add_argument(
+        "--adapter",
+        nargs="+",
+        metavar="DIR[=STRENGTH]",
+        help="folder of an exported LoRA, or of all weights; several LoRAs are applied together",
+    )
+    parser.add_argument(
+        "--strength", type=float, nargs="+", help="of the LoRAs, a video with each; the prompts' own if not given"
+    )
     parser.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
     parser.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
     parser.add_argument("--image", help="condition image of --prompt, for image-to-video")
@@ -38,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     recipe = _with_prompts(load_recipe(arguments.recipe, arguments.set), arguments)
-    if arguments.compare and not arguments.adapter:
+    adapters = [_adapter(text) for text in arguments.adapter or []]
+    if arguments.strength and not adapters:
+        raise UserError("there is no LoRA to apply", "give --adapter, the folder that training named", "--strength")
+    if arguments.compare and not adapters:
         raise UserError(
             "there is nothing to compare with", "give --adapter, the folder that training named", "--compare"
         )
@@ -53,10 +65,21 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError("sample runs in one process", "start it with python -m finetune sample")
         out = arguments.out or recipe.output / GENERATED
         family = open_family(recipe)
-        sample(with_own_shape(recipe, family), family, runtime, out, arguments.adapter, arguments.compare)
+        sample(with_own_shape(recipe, family), family, runtime, out, adapters, arguments.compare, arguments.strength)
         return 0
 
     return with_runtime(recipe, body)
+
+
+def _adapter(text: str) -> tuple[Path, float]:
+    """A folder and its strength, from DIR or DIR=STRENGTH."""
+    folder, equals, strength = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(folder), float(strength)
+    except ValueError:
+        raise UserError(f"{strength!r} is not a number", "write DIR=0.8", f"--adapter {text}") from None
 
 
 def _with_prompts(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:

@@ -198,7 +198,7 @@ def build_companion(
         trained: as `parallelize` returns it, with its weights.
         family: opened so that its trained component is the other one.
         weights: the other's pretrained ones.
-        take_up: fills what has been trained of the other so far, `lambda part: checkpoints.load(step, [part])` say.
+        take_up: fills what has been trained of the other so far, `lambda weights: checkpoints.load(step, [weights])` say.
     Raises:
         UserError: weights cannot be read, or `take_up` raised it.
     """

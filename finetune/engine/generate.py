@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from finetune.engine.parts import evaluating
 from finetune.engine.step import StepState
+from finetune.models.adapters.strength import applied
 from finetune.models.batch import Batch, Tensors
 from finetune.models.family import Family
 from finetune.recipe.prompts import ResolvedPrompt
@@ -30,6 +31,7 @@ class Request:
         encoded: what is cached of the prompt and its images, by kind; "text" is as `Family.text_encoder` makes it.
         negative: the negative prompt's text.
         images: uint8 (H, W, 3) each, in their own sizes: none, the first, or the first and the last.
+        strength: what the trained adapter's contribution is scaled by.
     """
 
     prompt: ResolvedPrompt
@@ -37,6 +39,7 @@ class Request:
     encoded: Mapping[str, Tensors]
     negative: Tensors
     images: Sequence[np.ndarray] = ()
+    strength: float = 1.0
 
 
 class Interrupted(Exception):
@@ -74,7 +77,7 @@ def generate(
     turns = Turns(state, idle, stop)
     swapping = state.companion.swapping() if state.companion else nullcontext()
     try:
-        with evaluating(state.parts), swapping:
+        with evaluating(state.parts, "samples"), swapping:
             try:
                 _videos(turns, requests, tiling, dtype, done)
             except Interrupted:
@@ -108,7 +111,9 @@ def _videos(
         pipeline = live_pipeline(turns, tiling, dtype)
     for index, request in enumerate(requests):
         device.reseed(request.seed)  # LTX's VAE draws noise of its own; a step seeds itself
-        done(index, video(pipeline, family, request, device.torch_device))
+        with applied(turns.transformers.values(), request.strength):
+            frames = video(pipeline, family, request, device.torch_device)
+        done(index, frames)
 
 
 def live_pipeline(turns: "Turns", tiling: bool, dtype: torch.dtype) -> diffusers.DiffusionPipeline:

@@ -79,7 +79,7 @@ def _measure(
     evaluations = [(index, (q + 0.5) / quantiles) for index in range(len(items)) for q in range(quantiles)]
     rounds = -(-len(evaluations) // data.size)
     measured: list[tuple[Tensors, Tensors]] = []
-    with evaluating(state.parts):
+    with evaluating(state.parts, "heldout"):
         for turn in range(rounds):
             place = min(turn * data.size + data.rank, len(evaluations) - 1)  # past the end, repeat the last one
             index, u = evaluations[place]

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
+from finetune.recipe.ema import Purpose
+
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -49,8 +51,8 @@ class Part(ABC):
         """Follow an update. It is called once a step, counted from 0, and not after a step that made no update."""
         return
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Surrounds held-out losses and samples, on all ranks.
+    def evaluating(self, purpose: Purpose) -> AbstractContextManager[None]:
+        """Surrounds held-out losses, samples and exports, on all ranks.
 
         A part may change the trained parameters in place here, and must change them back: gradients are off, and what FSDP
         has gathered of the changed ones is dropped at the end, since the weights' own context is the outermost.
@@ -74,7 +76,7 @@ class TrainedWeights(Part):
         set_model_state_dict(self.transformer, state, options=_TRAINED_ONLY)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, purpose: Purpose) -> Iterator[None]:
         """Without gradients and dropout; afterwards in training mode, with no more than its shards in memory."""
         self.transformer.eval()
         try:
@@ -109,7 +111,7 @@ class OptimizerState(Part):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_optimizer_state_dict(self.transformer, self.optimizer, state, options=_TRAINED_ONLY)
 
-    def evaluating(self) -> AbstractContextManager[None]:
+    def evaluating(self, purpose: Purpose) -> AbstractContextManager[None]:
         """An optimizer may train other weights than it is evaluated by, as a schedule-free one, which averages them."""
         return self.optimizer.evaluating() if isinstance(self.optimizer, _Evaluated) else nullcontext()
 
@@ -138,9 +140,9 @@ def _begin(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def evaluating(parts: Sequence[Part]) -> Iterator[None]:
-    """All parts as they are to be evaluated. The first one is the weights."""
+def evaluating(parts: Sequence[Part], purpose: Purpose) -> Iterator[None]:
+    """All parts as they are to be evaluated for a purpose. The first one is the weights."""
     with ExitStack() as stack:
         for part in parts:
-            stack.enter_context(part.evaluating())
+            stack.enter_context(part.evaluating(purpose))
         yield

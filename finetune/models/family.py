@@ -28,7 +28,8 @@ from finetune.models.original_names import Layers
 from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample, stacked
 from finetune.models.text_limit import TextLimit
 from finetune.recipe import Bucket
-from finetune.recipe.schema import ObjectiveSettings, Prompt, Vae
+from finetune.recipe.schema import ObjectiveSettings, Vae
+from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import UserError
 
 MAIN = "video"  # name of the loss term in families that have only one

@@ -29,7 +29,8 @@ from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike
 from finetune.models.text_limit import TextLimit
 from finetune.models.text_mask import MARK, TextMask, cut
-from finetune.recipe.schema import ObjectiveSettings, Prompt
+from finetune.recipe.schema import ObjectiveSettings
+from finetune.recipe.validation import Prompt
 
 
 class HunyuanVideo(Family):

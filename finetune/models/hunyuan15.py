@@ -34,7 +34,8 @@ from finetune.models.sample import SampleLike
 from finetune.models.text_limit import TextLimit, chat_template
 from finetune.models.text_mask import MARK, cut
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Data, Model, ObjectiveSettings, Prompt, Vae
+from finetune.recipe.schema import Data, Model, ObjectiveSettings, Vae
+from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import Problem
 
 _SIGLIP = ("image_encoder", "feature_extractor")

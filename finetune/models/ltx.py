@@ -30,7 +30,8 @@ from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.sample import SampleLike
 from finetune.models.text_limit import TextLimit
-from finetune.recipe.schema import ObjectiveSettings, Prompt
+from finetune.recipe.schema import ObjectiveSettings
+from finetune.recipe.validation import Prompt
 
 
 class LTXVideo(Family):

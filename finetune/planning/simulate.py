@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from finetune.data.loader import Sample
 from finetune.engine.companion import build_companion
+from finetune.engine.ema import WeightAverage
 from finetune.engine.generate import Request, generate
 from finetune.engine.optimizers.low_bit import host_seconds
+from finetune.engine.parts import evaluating
 from finetune.engine.precision import DTYPES
 from finetune.engine.step import StepState, run_step
 from finetune.engine.weights.exporters.exporter import gathered
@@ -139,7 +141,8 @@ class Simulation:
                     costs.append(self.accelerator.cost)
                 if self._checkpoint is None and is_background(self.recipe):  # from the first checkpoint on
                     values = (each.values() for each in state.optimizer.state.values())
-                    size = staged_bytes([state.parameters, *map(list, values)])
+                    more = [part.state_dict() for part in state.parts[2:]]  # besides weights and optimizer
+                    size = staged_bytes([state.parameters, *map(list, values), more])
                     self._checkpoint = self.runtime.device.pinned(size)
             self._note_waits()
             one, two = costs
@@ -192,7 +195,7 @@ class Simulation:
 
     def export(self, state: StepState) -> None:
         """Gather the trained weights."""
-        with self._phase("export"):
+        with self._phase("export"), evaluating(state.parts, "export"):
             gathered(state.transformer, trained_only=self.recipe.train.method != "full")
 
     def plan(self) -> Plan:
@@ -240,6 +243,9 @@ class Simulation:
         accelerator.name((p for p in parameters if p.requires_grad), "trained weights")
         if state.host_gradients:
             accelerator.name(state.host_gradients.held.values(), "gradients")
+        for part in state.parts:
+            if isinstance(part, WeightAverage):
+                accelerator.name(part.values.values(), "average")
 
         def before_update(*_: object) -> None:
             accelerator.name((p.grad for p in state.parameters if p.grad is not None), "gradients")

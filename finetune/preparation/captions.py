@@ -10,7 +10,7 @@ from finetune.models.family import Family
 from finetune.models.text_limit import CountedTexts, CutText, TextLimit, count_texts
 from finetune.preparation.account import CaptionLengths
 from finetune.preparation.inspect import InspectedClip
-from finetune.recipe.schema import Prompt
+from finetune.recipe.validation import Prompt
 from finetune.runtime.logging import say
 
 _NAMED = 3  # captions of an encoder that are named

@@ -9,8 +9,8 @@ import tomli
 from pydantic import ValidationError
 
 from finetune.recipe.bucket import Bucket
-from finetune.recipe.schema import Prompt, Validation, split_prompts
 from finetune.recipe.text import load_json, read_utf8
+from finetune.recipe.validation import Prompt, Validation, split_prompts
 from finetune.recipe.values import BucketText
 from finetune.runtime.errors import Problem, UserError
 

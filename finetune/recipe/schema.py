@@ -7,14 +7,16 @@ because it would continue a different training under the same name.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 
 from finetune.recipe.data import Data
+from finetune.recipe.ema import Ema
 from finetune.recipe.export import Export
 from finetune.recipe.optimizers import AdamW, AnyOptimizer
 from finetune.recipe.sigma_table import SigmaTable
 from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
-from finetune.recipe.values import BucketText, PathText
+from finetune.recipe.validation import Validation
+from finetune.recipe.values import PathText
 
 GENERATED = "generated"  # the folder of `sample` in `output`
 
@@ -265,70 +267,6 @@ class Checkpoint(Table):
     one is named, and the one before is taken."""
 
 
-class Prompt(Table):
-    text: str
-    """What to generate."""
-    shape: BucketText | None = None
-    """Frames x height x width; unset: the recipe's first bucket of several frames."""
-    negative: str = ""
-    """Negative prompt."""
-    count: Annotated[int, Field(ge=1)] = 1
-    """Videos of this prompt, with seeds seed, seed + 1, ..."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the first video."""
-    steps: Annotated[int, Field(ge=1)] = 30
-    """Denoising steps."""
-    guidance: Annotated[float, Field(ge=0)] | None = None
-    """Guidance scale; unset: the pipeline's default."""
-    guidance_2: Annotated[float, Field(ge=0)] | None = None
-    """Wan 2.2 A14B: guidance scale of the low-noise expert; unset: `guidance` for both."""
-    true_guidance: Annotated[float, Field(gt=1)] | None = None
-    """HunyuanVideo: classifier-free guidance with the negative prompt, beside the embedded `guidance`."""
-    image: str | None = None
-    """Image-to-video: the condition image, a file, an http(s) address, or a video, whose first frame is taken."""
-    last_image: str | None = None
-    """The image that the video ends with, for models that are trained with data.last_image; the same."""
-    fps: Annotated[float, Field(gt=0)] = 25.0
-    """Frame rate of the video."""
-
-    @property
-    def images(self) -> list[str]:
-        """The condition images in their order: none, the first, or the first and the last."""
-        return [image for image in (self.image, self.last_image) if image is not None]
-
-    @property
-    def seeds(self) -> range:
-        """One for each video."""
-        return range(self.seed, self.seed + self.count)
-
-
-def split_prompts(value: Any) -> Any:
-    """finetrainers' form, `prompt@@@49x512x768:::prompt` with or without shapes, as tables; other values as they are."""
-    if not isinstance(value, str):
-        return value
-    parts = [part.strip().partition("@@@") for part in value.split(":::") if part.strip()]
-    return [{"text": text.strip(), **({"shape": shape.strip()} if mark else {})} for text, mark, shape in parts]
-
-
-class Validation(Table):
-    every: Annotated[int, Field(ge=1)] | None = Free(None)
-    """Measure the held-out loss each this many steps; unset: at the start and the end. Needs `heldout` or `heldout_clips`."""
-    heldout: PathText | None = Free(None)
-    """A dataset like `data.path`, never trained on, for the held-out loss."""
-    heldout_clips: Annotated[int, Field(ge=0)] = 0
-    """Instead: take this many clips out of `data.path`, chosen by their content and the seed."""
-    sigmas: Annotated[int, Field(ge=1)] = Free(4)
-    """The held-out loss is measured at this many fixed quantiles of sigma."""
-    samples_every: Annotated[int, Field(ge=1)] | None = Free(None)
-    """Generate the prompts each this many steps; unset: at the start and the end."""
-    tiling: bool = Free(True)
-    """Decode samples in overlapping tiles where they are larger than one: much less memory, slightly different pictures."""
-    prompts: Annotated[list[Prompt], BeforeValidator(split_prompts)] = Free([])
-    """What to generate, as tables or as one string "prompt@@@49x512x768:::prompt..."."""
-    prompts_file: PathText | None = Free(None)
-    """More of them from a .txt (one a line), .toml, .json or .jsonl file."""
-
-
 class Tracking(Table):
     trackers: list[Literal["tensorboard", "wandb"]] = Free([])
     """Besides metrics.jsonl, which is always written."""
@@ -367,6 +305,8 @@ class Recipe(Table):
     """The update."""
     schedule: Schedule = Schedule()
     """The learning rate over time."""
+    ema: Ema = Ema()
+    """A moving average of what is trained."""
     memory: Memory = Memory()
     """What is traded for memory."""
     checkpoint: Checkpoint = Checkpoint()

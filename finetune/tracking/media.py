@@ -41,20 +41,32 @@ def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
 def strip(frames: np.ndarray, columns: int = 6, height: int = 128) -> np.ndarray:
     """Pick `columns` evenly spaced frames of a video, uint8 (F, H, W, 3), or all if it has fewer; scaled to `height` pixels."""
     picked = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)]
-    width = round(height * frames.shape[2] / frames.shape[1])
-    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height))) for frame in picked])
+    return np.stack([scaled(frame, height) for frame in picked])
 
 
-def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
-    """Write a PNG with one row for each video. `rows` has the label and the `strip` of each. Raises as `write_video`."""
+def scaled(frame: np.ndarray, height: int) -> np.ndarray:
+    """A frame, uint8 (H, W, 3), scaled to `height` pixels."""
+    width = round(height * frame.shape[1] / frame.shape[0])
+    return np.asarray(Image.fromarray(frame).resize((width, height)))
+
+
+def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: Sequence[str] = ()) -> None:
+    """Write a PNG with one row for each video. `rows` has the label and the `strip` of each. Raises as `write_video`.
+
+    Args:
+        columns: what is written above the columns of the first row.
+    """
     label_height, gap = 18, 4
     tiles = [(label, [Image.fromarray(tile) for tile in row]) for label, row in rows]
     tile_height = tiles[0][1][0].height
     sheet_width = max(sum(tile.width + gap for tile in row) for _, row in tiles) + gap
-    sheet = Image.new("RGB", (sheet_width, (tile_height + label_height + gap) * len(tiles) + gap), "white")
+    head = label_height if columns else 0
+    sheet = Image.new("RGB", (sheet_width, head + (tile_height + label_height + gap) * len(tiles) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for index, title in enumerate(columns):
+        draw.text((gap + index * (tiles[0][1][0].width + gap), gap), title, fill="black", font=font)
     for index, (label, row) in enumerate(tiles):
-        top = gap + index * (tile_height + label_height + gap)
+        top = head + gap + index * (tile_height + label_height + gap)
         draw.text((gap, top + 2), label, fill="black", font=font)
         left = gap
         for tile in row:

@@ -1,5 +1,7 @@
 """Generates videos with the base model and with exported weights, in the diffusers pipeline as a user would run it."""
 
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import diffusers
@@ -25,57 +27,98 @@ def sample(
     family: Family,
     runtime: Runtime,
     out: Path,
-    trained: Path | None = None,
+    trained: Path | Sequence[tuple[Path, float]] | None = None,
     compare: bool = False,
+    strengths: Sequence[float] | None = None,
 ) -> None:
     """Generate the recipe's validation prompts. Writes an mp4 for each, or a PNG of a single frame, and `out/contact_sheet.png`.
 
     Args:
-        trained: where exported weights are, see `trained_parts`; None for the base model.
+        trained: where exported weights are, see `trained_parts`; or several LoRAs, each with its strength; None for the base model.
         compare: also generate with the base model, from the same noise, and say how much the training changes.
+        strengths: of all LoRAs together, in the place of the prompts' own: a video with each.
     Raises:
         UserError: there are no weights in `trained`, they are of another model, or they change nothing.
     """
-    parts = [] if trained is None else trained_parts(trained, family)
-    for each, folder in parts:
+    adapters = [(trained, 1.0)] if isinstance(trained, Path) else list(trained or [])
+    parts = _all_parts(adapters, family)
+    for each, folder, _ in parts:
         check_trained(each, folder)
-    if family.experts and trained is not None:
-        used = {each.expert: str(folder) for each, folder in parts}
+    if family.experts and adapters:
+        used = {each.expert: str(folder) for each, folder, _ in parts}
         say("; ".join(f"{name}-noise expert: {used.get(name, 'as it was')}" for name in family.experts))
     prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
     images = [[load_image(image) for image in prompt.images] for prompt in prompts]
     pipeline = load_pipeline(recipe, family, runtime)
-    versions: list[Path | None] = [None] if compare or trained is None else []
-    versions += [trained] if trained else []
-    made: dict[str, list[tuple[str, np.ndarray]]] = {}
-    for weights in versions:
-        version = "base" if weights is None else "trained"
-        if weights is not None:
-            for each, folder in parts:
+    made: dict[tuple[int, int], list[tuple[str, np.ndarray]]] = {}
+    for version in ["base"] * (compare or not adapters) + ["trained"] * bool(adapters):
+        if version == "trained":
+            for each, folder, _ in parts:
                 load_trained(pipeline, each, folder, recipe, runtime)
-        made[version] = []
         for index, (prompt, given) in enumerate(zip(prompts, images, strict=True)):
-            for seed in prompt.seeds:
+            wanted = list(strengths or prompt.strengths) if version == "trained" else [1.0]
+            for seed, strength in product(prompt.seeds, wanted):
+                if version == "trained":
+                    set_strengths(pipeline, parts, strength)
                 runtime.device.reseed(seed)  # LTX's VAE draws noise from the device's generator
                 arguments = call_arguments(family, prompt, seed, given)
                 pipeline.register_modules(**family.prompt_components(prompt))
                 output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments)
                 frames = checked(output.frames[0], prompt)
-                path = out / f"{index:02d}_seed{seed}_{version}{suffix_of(frames)}"
+                name = version if wanted == [1.0] else f"{version}_strength{strength:g}"
+                path = out / f"{index:02d}_seed{seed}_{name}{suffix_of(frames)}"
                 write_video(frames, path, prompt.fps)
                 say(f"wrote {path}")
-                made[version].append((f"{version}: {prompt.text}  (seed {seed})", frames))
-    rows = [row for pair in zip(*made.values(), strict=True) for row in pair]
+                label = f"{name.replace('_strength', ', strength ')}: {prompt.text}  (seed {seed})"
+                made.setdefault((index, seed), []).append((label, frames))
+    rows = [row for each in made.values() for row in each]
     contact_sheet([(label, strip(frames)) for label, frames in rows], out / "contact_sheet.png")
     say(f"wrote {out / 'contact_sheet.png'}")
-    if len(made) == 2:
-        pairs = zip(*made.values(), strict=True)
-        change = np.mean([np.abs(a.astype(int) - b.astype(int)).mean() for (_, a), (_, b) in pairs])
-        say(f"training changes a pixel by {change:.2g} of 255 on average")
-        if change == 0:
-            raise UserError(
-                "the trained weights change nothing", "train for more steps or with a higher optimizer.lr", str(trained)
-            )
+    if compare and adapters:
+        _say_change(made, [path for path, _ in adapters])
+
+
+def _say_change(made: dict[tuple[int, int], list[tuple[str, np.ndarray]]], paths: Sequence[Path]) -> None:
+    """Say how far the videos of each prompt and seed are from the first of them. Raises UserError if they are the same."""
+    frames = [[video.astype(int) for _, video in each] for each in made.values()]
+    change = np.mean([max(np.abs(video - base).mean() for video in others) for base, *others in frames])
+    say(f"training changes a pixel by {change:.2g} of 255 on average")
+    if change == 0:
+        raise UserError(
+            "the trained weights change nothing",
+            "train for more steps or with a higher optimizer.lr",
+            ", ".join(map(str, paths)),
+        )
+
+
+def _all_parts(adapters: Sequence[tuple[Path, float]], family: Family) -> list[tuple[Family, Path, float]]:
+    """(family, folder, strength) of all exported weights. Raises UserError for what cannot be loaded together."""
+    found = [(each, folder, own) for path, own in adapters for each, folder in trained_parts(path, family)]
+    taken: set[str] = set()
+    for each, folder, own in found:
+        is_lora = (folder / lora_file(each)).is_file()
+        if each.trained_component in taken and (each.expert is not None or not is_lora):
+            what = "an expert takes one LoRA" if is_lora else "all weights replace what was given before them"
+            raise UserError(what, "give one folder for each, or all weights first", str(folder))
+        if not is_lora and own != 1:
+            raise UserError("all weights have no strength", "give the folder without =STRENGTH", str(folder))
+        taken.add(each.trained_component)
+    return found
+
+
+def set_strengths(
+    pipeline: diffusers.DiffusionPipeline, parts: Sequence[tuple[Family, Path, float]], strength: float
+) -> None:
+    """Apply the LoRAs that have been loaded with their own strengths, times `strength`. Raises UserError if there are none."""
+    weights: dict[str, list[float]] = {}
+    for family, folder, own in parts:
+        if (folder / lora_file(family)).is_file():
+            weights.setdefault(family.trained_component, []).append(own * strength)
+        elif strength != 1:
+            raise UserError("all weights have no strength", "leave --strength out, or give a LoRA", str(folder))
+    for component, scales in weights.items():
+        transformer = getattr(pipeline, component)
+        transformer.set_adapters(list(transformer.peft_config), scales)
 
 
 def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers.DiffusionPipeline:

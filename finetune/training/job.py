@@ -9,6 +9,7 @@ import torch
 
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
+from finetune.engine.ema import WeightAverage
 from finetune.engine.frozen_base import FrozenBase
 from finetune.engine.heldout import HeldOut, heldout_loss
 from finetune.engine.optimizers import build_optimizer
@@ -16,7 +17,7 @@ from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.optimizers.offloaded import HostGradients, OffloadedOptimizer
 from finetune.engine.optimizers.rates import scale_rates
 from finetune.engine.parallel import parallelize, trained_parameters
-from finetune.engine.parts import OptimizerState, TrainedWeights, evaluating
+from finetune.engine.parts import OptimizerState, Part, TrainedWeights, evaluating
 from finetune.engine.precision import storage_dtype
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.engine.schedule import build_schedule, set_schedule_step
@@ -175,12 +176,15 @@ def build_state(
         host_gradients = HostGradients(list(parameters.values()), runtime.device)
     if recipe.optimizer.offload != "none":
         optimizer = OffloadedOptimizer(optimizer, runtime.device, host_gradients)
+    parts: list[Part] = [TrainedWeights(transformer), OptimizerState(transformer, optimizer)]
+    if recipe.ema.decay is not None:
+        parts.append(WeightAverage(parameters, recipe.ema, runtime))
     return StepState(
         family=family,
         transformer=transformer,
         parameters=list(parameters.values()),
         optimizer=optimizer,
-        parts=[TrainedWeights(transformer), OptimizerState(transformer, optimizer)],
+        parts=parts,
         schedule=build_schedule(optimizer, recipe.schedule, train.steps),
         runtime=runtime,
         max_grad_norm=None if train.max_grad_norm == "none" else train.max_grad_norm,
@@ -282,5 +286,5 @@ def export_weights(state: StepState, method: str, folder: Path) -> None:
 
 def write_weights(state: StepState, exporter: Exporter, folder: Path, details: Details | None = None) -> None:
     """Write the weights as they are evaluated, an average say, in any form, and verify them. Collective."""
-    with evaluating(state.parts):
+    with evaluating(state.parts, "export"):
         exporter.write(state.transformer, state.family, folder, state.runtime, details or Details())

@@ -3,6 +3,8 @@
 from finetune.checks.output import read_saved
 from finetune.data.cache import Cache
 from finetune.engine.companion import Companion, build_companion
+from finetune.engine.ema import WeightAverage
+from finetune.engine.parallel import trained_parameters
 from finetune.engine.parts import TrainedWeights
 from finetune.engine.weights.checkpoint import Checkpoints
 from finetune.engine.weights.starting import start_adapter
@@ -10,6 +12,7 @@ from finetune.models.adapters import ADAPTERS
 from finetune.models.adapters.given import read_started, with_frozen
 from finetune.models.family import Family
 from finetune.recipe import RECIPE_FILE, Recipe
+from finetune.recipe.ema import Ema
 from finetune.recipe.experts import of_expert
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
@@ -31,7 +34,8 @@ def _companion(job: Job, family: Family) -> Companion:
     own = _own_recipe(recipe, family, runtime)
     with Checkpoints(checkpoints_folder(own), None, runtime, verify=own.checkpoint.verify) as checkpoints:
         step = _usable_step(checkpoints, family, job.prepared.cache, runtime)
-        whose = "as it was" if step is None else f"that of its step {step}"
+        is_averaged = own.ema.decay is not None and "samples" in recipe.ema.use
+        whose = "as it was" if step is None else f"{'the average' if is_averaged else 'that'} of its step {step}"
         say(f"samples: the {family.expert}-noise expert is {whose}")
         with runtime.together():
             weights = with_frozen(family.transformer_weights(), own.adapter, family)
@@ -43,7 +47,7 @@ def _companion(job: Job, family: Family) -> Companion:
                     start_adapter(part.transformer, started)
                 return
             try:
-                checkpoints.load(step, [part])
+                load_weights_of(checkpoints, step, part, own.ema if is_averaged else Ema())
             except UserError as error:
                 cure = "start again: the run that trains it may just have replaced this checkpoint; or leave out validation.prompts"
                 raise UserError(
@@ -62,6 +66,16 @@ def _companion(job: Job, family: Family) -> Companion:
         )
 
 
+def load_weights_of(checkpoints: Checkpoints, step: int, weights: TrainedWeights, ema: Ema) -> None:
+    """Load the weights of a checkpoint, or the average of them if `ema` has a decay. Collective; raises UserError."""
+    if ema.decay is None:
+        checkpoints.load(step, [weights])
+        return
+    average = WeightAverage(trained_parameters(weights.transformer), ema, checkpoints.runtime)
+    checkpoints.load(step, [weights, average])
+    average.put()
+
+
 def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
     """The recipe that the other expert is trained by, which may have another method or rank. Rank 0 reads it. Collective."""
     assert family.expert is not None
@@ -70,7 +84,9 @@ def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
         saved = own.run_folder / RECIPE_FILE
         if runtime.is_main and saved.exists():
             found = read_saved(saved)
-            own = own.model_copy(update={"train": found.train, **{name: getattr(found, name) for name in ADAPTERS}})
+            own = own.model_copy(
+                update={"train": found.train, "ema": found.ema, **{name: getattr(found, name) for name in ADAPTERS}}
+            )
     return runtime.from_main(own)
 
 

@@ -109,6 +109,11 @@ class Report:
         """Report videos of the validation prompts after `step` steps; step 0 is the base model."""
         if self.enabled and samples is not None:
             say(f"samples after step {step}: {len(samples.videos)} videos in {samples.sheet.parent}")
+            if samples.control_change is not None:
+                say(
+                    f"the LoRA changes a pixel of the control prompts by {samples.control_change:.2g} of 255 on average"
+                )
+                self._log(step, {"control_change": samples.control_change})
             for tracker in self.trackers:
                 tracker.log_videos(step, samples.videos, samples.sheet)
         self.restart_clock()

@@ -31,6 +31,7 @@ from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compa
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
 from finetune.training.output import Results, claim_output, is_over, keep_recipe
 from finetune.training.report import Report
+from finetune.training.sample_grid import write_grid
 from finetune.training.samples import has_prompts, has_samples, validation_samples
 from finetune.training.saving import Saving
 from finetune.training.usage import say_usage
@@ -194,6 +195,8 @@ def _go_on(job: Job, done: int, plan: MemoryPlan, is_last: bool) -> int:
                 samples = validation_samples(job, steps, lambda: stop.requested)
                 report.samples(steps, samples)
                 stopped = samples is None and has_prompts(job)  # the next start makes them
+                if samples and (grid := write_grid(job)):
+                    say(f"the samples of all steps: {grid}")
     if stopped:
         signal_ = stop.signal or signal.SIGTERM  # another rank may have been asked first
         say(f"stopped by {signal_.name}; the same command goes on from step {max(job.checkpoints.steps(), default=0)}")

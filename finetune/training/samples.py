@@ -19,10 +19,49 @@ SHEET = "contact_sheet.png"  # written when all videos are
 
 @dataclass(frozen=True)
 class Samples:
-    """What was generated: (label, mp4 or PNG) of each video in order, and all of them on one sheet."""
+    """What was generated.
+
+    Attributes:
+        videos: (label, mp4 or PNG) of each in order.
+        sheet: all of them on one picture.
+        control_change: how much the LoRA changes what is made of the control prompts: the mean difference of a pixel, of 255,
+            between the strongest and none. None without such prompts, and after other ranks than 0.
+    """
 
     videos: list[tuple[str, Path]]
     sheet: Path
+    control_change: float | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One video to generate."""
+
+    index: int  # of the prompt
+    prompt: PreparedPrompt
+    seed: int
+    strength: float
+    is_told: bool  # whether its strength is one of several, or not 1
+
+    @property
+    def name(self) -> str:
+        """Of its file, without the suffix."""
+        return f"{self.index:02d}_seed{self.seed}" + (f"_strength{self.strength:g}" if self.is_told else "")
+
+    @property
+    def label(self) -> str:
+        strength = f", strength {self.strength:g}" if self.is_told else ""
+        return f"{'control: ' * self.prompt.prompt.control}{self.prompt.prompt.text}  (seed {self.seed}{strength})"
+
+
+def wanted_samples(job: Job) -> list[Wanted]:
+    """The videos of a recipe's prompts, in order."""
+    found = []
+    for index, prepared in enumerate(job.prepared.prompts):
+        strengths = [1.0] if job.recipe.adapter is None else prepared.prompt.strengths
+        for seed in prepared.prompt.seeds:
+            found += [Wanted(index, prepared, seed, strength, strengths != [1.0]) for strength in strengths]
+    return found
 
 
 def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: False) -> Samples | None:
@@ -33,9 +72,7 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
     Returns:
         None without prompts, or if the run is to end before all are made.
     """
-    wanted = [
-        (index, prompt, seed) for index, prompt in enumerate(job.prepared.prompts) for seed in prompt.prompt.seeds
-    ]
+    wanted = wanted_samples(job)
     if not wanted:
         return None
     recipe, runtime = job.recipe, job.state.runtime
@@ -45,15 +82,14 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
     made: list[tuple[str, Path, np.ndarray]] = []
 
     def write(turn: int, frames: np.ndarray) -> None:
-        index, prompt, seed = mine[turn]
-        path = folder / f"{index:02d}_seed{seed}{suffix_of(frames)}"
+        path = folder / f"{mine[turn].name}{suffix_of(frames)}"
         if runtime.context.rank == 0:  # all ranks of a context have the same frames
-            write_video(frames, path, prompt.prompt.fps)
-        made.append((f"{prompt.prompt.text}  (seed {seed})", path, strip(frames)))
+            write_video(frames, path, mine[turn].prompt.prompt.fps)
+        made.append((mine[turn].label, path, strip(frames)))
 
     add_other_expert(job)
     with runtime.together():
-        requests = [request_of(job, prompt, seed) for _, prompt, seed in mine]
+        requests = [request_of(job, each.prompt, each.seed, each.strength) for each in mine]
         idle = job.idle_batch()
     dtype = DTYPES[recipe.train.precision]
     whole = generate(job.state, requests, idle, recipe.validation.tiling, dtype, write, stop)
@@ -66,7 +102,19 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
     with runtime.together():
         if runtime.is_main:
             contact_sheet([(label, frames) for label, _, frames in in_order], sheet)
-    return Samples([(label, path) for label, path, _ in in_order], sheet)
+    strips = [frames for _, _, frames in in_order]
+    return Samples([(label, path) for label, path, _ in in_order], sheet, _control_change(wanted, strips))
+
+
+def _control_change(wanted: list[Wanted], strips: list[np.ndarray]) -> float | None:
+    """See `Samples`. `strips` has frames of each video, uint8 (F, H, W, 3)."""
+    changes = []
+    for base, frames in zip(wanted, strips, strict=True):
+        if base.prompt.prompt.control and base.is_told and base.strength == 0:
+            others = [place for place, each in enumerate(wanted) if (each.index, each.seed) == (base.index, base.seed)]
+            strongest = max(others, key=lambda place: abs(wanted[place].strength))
+            changes.append(np.abs(strips[strongest].astype(int) - frames.astype(int)).mean())
+    return float(np.mean(changes)) if changes else None
 
 
 def has_prompts(job: Job) -> bool:
@@ -90,7 +138,7 @@ def forget_samples(job: Job, done: int) -> None:
             sheet.unlink()
 
 
-def request_of(job: Job, prepared: PreparedPrompt, seed: int) -> Request:
+def request_of(job: Job, prepared: PreparedPrompt, seed: int, strength: float = 1.0) -> Request:
     """A prompt with what the cache holds of it."""
     cache = job.prepared.cache
     return Request(
@@ -99,4 +147,5 @@ def request_of(job: Job, prepared: PreparedPrompt, seed: int) -> Request:
         encoded={kind: cache.read(kind, key) for kind, key in prepared.keys.items()},
         negative=cache.read("text", prepared.negative_key),
         images=[cache.read("image", key)["pixels"].numpy() for key in prepared.image_keys],
+        strength=strength,
     )

@@ -46,6 +46,8 @@ def refused(recipe_file: Path, *overrides: str, world_size: int = 1) -> list[str
         ["objective.logit_mean=1", "objective.sigma_table=[1, 2]"],
         ["objective.snr_gamma=3"],
         ["objective.loss_delta=0.5"],
+        ["ema.every=2"],
+        ["ema.use=samples"],
         ["memory.checkpoint_every=3"],
         ["memory.keep_gib=2"],
         ["memory.shard_size=2"],

@@ -130,6 +130,7 @@ def test_samples_use_the_other_expert_as_it_is_so_far(both: Run) -> None:
     assert "samples: the low-noise expert is as it was" in both.said
     assert "samples: the high-noise expert is that of its step 3" in both.said
     assert sorted(path.name for path in (both.output / "low" / "samples").iterdir()) == [
+        "grid.png",
         "step_00000000",
         "step_00000004",
     ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from finetune.engine.parts import Part
 from finetune.engine.weights.loading import plain_name
+from finetune.recipe.ema import Purpose
 
 DECAY = 0.75
 
@@ -40,7 +41,7 @@ class Average(Part):
             self.values[name].lerp_(parameter.detach(), 1 - DECAY)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, purpose: Purpose) -> Iterator[None]:
         trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._put(self.values)
         self.inside = True

@@ -21,6 +21,7 @@ from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
 from finetune.engine.weights.loading import host_copies
 from finetune.planning.simulate import example_batch
 from finetune.training.job import Job, export_weights
+from finetune.training.other_expert import load_weights_of
 from finetune.training.samples import request_of
 
 PROMPT = "a red ball moves"
@@ -104,17 +105,18 @@ def test_full_finetuning_holds_the_companion_in_compute_precision(build: Build) 
     assert live_video(job).shape == (9, 64, 64, 3)
 
 
-def test_adapters_of_both_experts_generate_what_their_exports_do(build: Build, tmp_path: Path) -> None:
-    first = build(LowNoise)
+@pytest.mark.parametrize("ema", [[], ["ema.decay=0.5"]], ids=["weights", "average"])
+def test_adapters_of_both_experts_generate_what_their_exports_do(build: Build, tmp_path: Path, ema: list[str]) -> None:
+    first = build(LowNoise, *ema)
     for number in range(3):
         step(first, number)
     first.save(3)
     export_weights(first.state, "lora", tmp_path / "low")
-    job = build(HighNoise)
+    job = build(HighNoise, *ema)
     for number in range(3):
         step(job, number)
     export_weights(job.state, "lora", tmp_path / "high")
-    with_companion(job, take_up=lambda part: first.checkpoints.load(3, [part]))
+    with_companion(job, take_up=lambda part: load_weights_of(first.checkpoints, 3, part, first.recipe.ema))
     both = live_video(job)
     folders = {"transformer": tmp_path / "high", "transformer_2": tmp_path / "low"}
     assert_same(both, pipeline_video(job, folders))
@@ -290,6 +292,6 @@ def contents(transformer: nn.Module) -> dict[str, bytes]:
 def prediction(job: Job) -> Tensor:
     """What the transformer makes of a batch, and nothing gathered afterwards."""
     batch = example_batch(job.recipe, job.state.family, job.recipe.data.buckets[0])
-    with job.state.parts[0].evaluating():
+    with job.state.parts[0].evaluating("samples"):
         (made,) = job.state.family.predict(job.state.transformer, batch.inputs).values()
     return made

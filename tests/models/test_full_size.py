@@ -21,7 +21,8 @@ from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 from finetune.models.text_mask import MARK
 from finetune.recipe import Bucket
-from finetune.recipe.schema import Lora, Memory, ObjectiveSettings, Prompt, Train
+from finetune.recipe.schema import Lora, Memory, ObjectiveSettings, Train
+from finetune.recipe.validation import Prompt
 from finetune.runtime import distributed
 
 COMPONENTS = [(checkpoint, part) for checkpoint in CHECKPOINTS for part in ("transformer", "vae", "scheduler")]

@@ -18,7 +18,7 @@ from finetune.data.synthetic import scene
 from finetune.models.hunyuan15 import HunyuanVideo15
 from finetune.models.text_mask import MARK, call
 from finetune.recipe import Bucket, load_recipe
-from finetune.recipe.schema import Prompt
+from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import UserError
 
 CAPTIONS = ("a red ball moves", 'a sign says "HI"', 'white stripes drift upwards: "UP" and "AWAY", and fade')

@@ -14,7 +14,7 @@ from finetune.data.bucket_budget import find_buckets
 from finetune.data.decode import VideoInfo
 from finetune.recipe import Bucket
 from finetune.recipe.bucket import Area
-from finetune.recipe.schema import Prompt
+from finetune.recipe.validation import Prompt
 
 FIXED = ("cogvideox_i2v", "5b-I2V")  # learned positions, for one shape
 BY_IMAGE = ("hunyuan15_i2v", None)  # of the size that its pipeline takes from the image

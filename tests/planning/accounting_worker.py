@@ -126,8 +126,9 @@ def real(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
 
 def simulated(recipe: Recipe) -> dict[str, dict[str, int]]:
     plan = simulate(recipe, open_family(recipe), recipe.data.buckets[:1], Hardware(), temporaries=False)
-    peak = plan.phases[-1].device
-    return {"simulated": {"growth": peak.requested - peak.before, "before": peak.before}, "parts": peak.parts}
+    peak, on_host = plan.phases[-1].device, plan.phases[-1].host.parts
+    simulated = {"growth": peak.requested - peak.before, "before": peak.before}
+    return {"simulated": simulated, "parts": peak.parts, "parts on the host": on_host}
 
 
 def main(out: Path, recipe_file: str, cases: dict[str, list[str]]) -> None:

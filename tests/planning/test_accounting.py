@@ -41,6 +41,9 @@ OF_LTX = {
     "efficient attention": ["memory.attention=efficient"],
     "guided target": ["objective.guidance_target=3", "objective.loss=huber"],
     "guided target, streamed": ["objective.guidance_target=3", "memory.offload=true"],
+    "average": ["train.method=full", "ema.decay=0.9"],
+    "average of bf16 weights": ["train.method=full", "train.weights=bf16", "ema.decay=0.9"],
+    "streamed, average on the host": ["memory.offload=true", "ema.decay=0.9", "ema.device=host"],
 }
 CONSTANT = ["schedule.name=constant_with_warmup"]
 OPTIMIZERS = {  # as a LoRA is trained by each, or all weights
@@ -114,3 +117,13 @@ def test_a_peak_has_the_weights_of_the_real_model(accounts, family: str, saver: 
     if "streamed" in saver:  # blocks lie on the host
         assert 0 < figures["parts"].pop("frozen weights") <= weights.pop("frozen weights")
     assert {name: figures["parts"].get(name, 0) for name in weights} == weights
+
+
+def test_an_average_of_the_weights_is_counted_where_it_is(accounts) -> None:
+    for saver, place, size in (
+        ("average", "parts", 1),
+        ("average of bf16 weights", "parts", 2),  # of bytes of the weights: it is in float32
+        ("streamed, average on the host", "parts on the host", 1),
+    ):
+        figures = accounts("ltx", saver)
+        assert 0 <= figures[place]["average"] - size * figures["real"]["weights"]["trained weights"] <= 64 * 200

@@ -95,6 +95,8 @@ FREE = [
     "train.expert_steps={high = 5}",
     "optimizer.lr=1e-3",
     "schedule.warmup_steps=3",
+    "ema.device=host",
+    "ema.use=samples",
 ]
 
 

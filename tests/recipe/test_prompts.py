@@ -7,7 +7,7 @@ import pytest
 
 from finetune.recipe import Bucket, load_recipe
 from finetune.recipe.prompts import read_prompts, validation_prompts
-from finetune.recipe.schema import Prompt, Validation
+from finetune.recipe.validation import Prompt, Validation
 from finetune.runtime.errors import UserError
 
 TWO = [Prompt(text="A cat, asleep", shape="49x512x768"), Prompt(text="A dog")]

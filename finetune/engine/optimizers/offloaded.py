@@ -125,7 +125,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         largest = max(map(_aligned, parameters))
         self._stages = [_Stage(device.pinned(largest if gradients else 2 * largest)) for _ in range(_STAGES)]
         meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
-        self._mesh = _on_host(*meshes) if meshes else None
+        self._mesh = on_host(*meshes) if meshes else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -205,7 +205,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         load_as_saved(self, state_dict)
 
 
-def _on_host(mesh: DeviceMesh) -> DeviceMesh:
+def on_host(mesh: DeviceMesh) -> DeviceMesh:
     """The same ranks on their CPUs. Collective."""
     if mesh.device_type == "cpu":
         return mesh

@@ -1,0 +1,28 @@
+"""How strongly a trained adapter is applied."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from finetune.models.adapters import ADAPTER
+
+
+@contextmanager
+def applied(transformers: Iterable[nn.Module], strength: float) -> Iterator[None]:
+    """Inside, scale what the trained adapter adds, as diffusers' `set_adapters` does. Other adapters are left alone."""
+    layers = [
+        module
+        for transformer in transformers
+        for module in transformer.modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.scaling
+    ]
+    trained = [layer.scaling[ADAPTER] for layer in layers]
+    for layer, scaling in zip(layers, trained, strict=True):
+        layer.scaling[ADAPTER] = scaling * strength
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, trained, strict=True):
+            layer.scaling[ADAPTER] = scaling
