@@ -52,10 +52,13 @@ class Batch:
         inputs: the transformer's keyword arguments; tensors have the batch first, in the dtype the model expects.
         terms: loss terms by name; `Family.predict` returns an output under each of these names. All batches of a run have
             the same names in the same order; a term that a sample lacks has weight 0.
+        quarters: of each sample, the quarter of the noise levels that its own lies in, see `quarters_of`: int64 (B,). None if the
+            family does not say; then no losses are told apart by noise level.
     """
 
     inputs: dict[str, Any]
     terms: dict[str, Term]
+    quarters: Tensor | None = None
 
     @property
     def only(self) -> Term:
@@ -92,10 +95,10 @@ class Batch:
         torch's default shares each tensor through a file descriptor and shared memory. That costs the receiver half a
         millisecond per tensor, and containers have little shared memory.
         """
-        return _unpickle, tree_map_only(Tensor, _Bytes.of, (self.inputs, self.terms))
+        return _unpickle, tree_map_only(Tensor, _Bytes.of, (self.inputs, self.terms, self.quarters))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(*tree_map_only(Tensor, function, (self.inputs, self.terms)))
+        return Batch(*tree_map_only(Tensor, function, (self.inputs, self.terms, self.quarters)))
 
 
 register_pytree_node(

@@ -22,7 +22,7 @@ from finetune.models.batch import Batch, Tensors, Term
 from finetune.models.components import Components
 from finetune.models.encoder import Encoder, FileHash
 from finetune.models.noise_range import restricted
-from finetune.models.objective import LEAST_U, FlowMatching, Objective, recipe_shift
+from finetune.models.objective import LEAST_U, FlowMatching, Objective, quarters_of, recipe_shift
 from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample, stacked
 from finetune.models.text_limit import TextLimit
 from finetune.recipe import Bucket
@@ -274,7 +274,8 @@ class Family(Components, ABC):
             conditions.append(self.condition(sample, x0[-1], objective.settings))
         if u is None:
             u = torch.stack(drawn).clamp(LEAST_U, 1 - LEAST_U)
-        level = objective.level(u, self.tokens(samples[0].bucket))
+        tokens = self.tokens(samples[0].bucket)
+        level = objective.level(u, tokens)
         noisy, target = objective.noised(torch.stack(x0), torch.stack(noise), level)
         text, condition = text_mask.stacked([sample.text for sample in samples]), stacked(conditions)
         target = self.target(target)
@@ -283,7 +284,7 @@ class Family(Components, ABC):
         if (mask := loss_mask.stacked(samples, x0[0].shape[1:])) is not None:
             counted = loss_mask.combined(self.target_mask(mask), counted)
         term = Term(target, objective.weight(level), counted)
-        return Batch(inputs, {MAIN: term}).contiguous()
+        return Batch(inputs, {MAIN: term}, quarters_of(level, objective, tokens)).contiguous()
 
     def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
         """Zeros in the shapes and dtypes of the tensors that are cached of a clip, by kind."""

@@ -99,6 +99,19 @@ class VPrediction:
         return torch.ones(level.shape)
 
 
+def quarters_of(level: Tensor, objective: Objective, tokens: int) -> Tensor:
+    """Which quarter of an objective's noise levels each level lies in, from 0, the least noise, to 3: int64 (B,).
+
+    A quarter has a quarter of the samples: its ends are quantiles of the distribution of noise levels.
+
+    Args:
+        level: noise levels (B,) of the objective.
+        tokens: number of video tokens of the samples.
+    """
+    ends = objective.level(torch.tensor([0.25, 0.5, 0.75]), tokens).sort().values  # "mode" falls with u
+    return (level[:, None] >= ends).sum(1)
+
+
 def density(u: Tensor, settings: ObjectiveSettings, default: str) -> Tensor:
     """The recipe's distribution of noise levels on (0, 1), at its quantiles u (Esser et al. 2024, section 3.1)."""
     name = settings.sigma_sampling or default

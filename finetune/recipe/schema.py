@@ -284,6 +284,10 @@ class Tracking(Table):
     """W&B project."""
     name: str | None = Free(None)
     """Name of the run in W&B; unset: the output folder's."""
+    quantiles_every: Annotated[int, Field(ge=1)] = Free(50)
+    """Each this many steps, report the training loss since then in each quarter of the noise levels, and by term."""
+    block_norms_every: Annotated[int, Field(ge=1)] | None = Free(None)
+    """Each this many steps, report the gradient norm of each transformer block, before clipping."""
 
 
 class Distributed(Table):

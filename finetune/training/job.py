@@ -19,6 +19,7 @@ from finetune.engine.precision import storage_dtype
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.engine.schedule import build_schedule, set_schedule_step
 from finetune.engine.step import StepResult, StepState, run_step
+from finetune.engine.watching import Watching
 from finetune.engine.weights.checkpoint import Checkpoints, Pending
 from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.exporter import Exporter
@@ -165,6 +166,7 @@ def build_state(recipe: Recipe, runtime: Runtime, family: Family, weights: Weigh
         activations=ActivationOffload(runtime.device) if recipe.memory.offload_activations else None,
         in_backward=InBackward(optimizer) if recipe.optimizer.in_backward else None,
         host_gradients=host_gradients,
+        watching=Watching(parameters, family.block_lists, runtime.device, recipe.tracking),
     )
 
 
