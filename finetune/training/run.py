@@ -24,7 +24,7 @@ from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
-from finetune.tracking.trackers import check_metrics
+from finetune.tracking.metrics import check_metrics
 from finetune.training.identity import begun
 from finetune.training.job import Job, build
 from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan

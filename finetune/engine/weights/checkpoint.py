@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +32,7 @@ from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
 
 _STATE, _FACTS, _PARTIAL, _ASIDE = "state", "trainer.json", ".partial-", "set_aside"
+LOSS = "heldout_loss"  # the fact that the best checkpoints are known by
 _NAME = re.compile(r"step_(\d{8,})")
 _FIRST_PARTS = ("model", "optimizer")  # of checkpoints that were written before they named their parts
 _LONGEST_WRITE = timedelta(days=1)  # a rank with a slow disk may keep the others waiting
@@ -68,7 +69,13 @@ class Checkpoints:
     """The checkpoints of one run, `step_00000100` and so on, in one folder that all ranks see."""
 
     def __init__(
-        self, folder: Path, keep_last: int | None, runtime: Runtime, background: bool = False, verify: bool = True
+        self,
+        folder: Path,
+        keep_last: int | None,
+        runtime: Runtime,
+        background: bool = False,
+        verify: bool = True,
+        keep_best: int = 0,
     ) -> None:
         """Collective.
 
@@ -76,8 +83,10 @@ class Checkpoints:
             keep_last: None keeps all.
             background: write while the training goes on, from a copy in host memory.
             verify: compare the digests of all files before a checkpoint is taken up.
+            keep_best: keep so many besides, of those that note a loss (`LOSS`): the ones with the least.
         """
         self.folder, self.keep_last, self.runtime, self.verify = folder, keep_last, runtime, verify
+        self.keep_best = keep_best
         # A run's folder that was there at first, and is not later, has been moved away.
         self._makes_parents = not folder.parent.is_dir()
         self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
@@ -88,6 +97,14 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending. What has another name is passed over."""
         names = (_NAME.fullmatch(path.parent.name) for path in self.folder.glob(f"step_*/{_FACTS}"))
         return sorted(int(name[1]) for name in names if name and self.path(int(name[1])).name == name[0])
+
+    def ranked(self) -> list[int]:
+        """Steps of the complete checkpoints that note a loss, the least first; of equal ones, the earlier."""
+        losses = {}
+        for step in self.steps():
+            with suppress(OSError, ValueError):
+                losses[step] = self.facts(step).get(LOSS)
+        return sorted((step for step, loss in losses.items() if loss is not None), key=lambda step: (losses[step], step))
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -217,8 +234,11 @@ class Checkpoints:
         raise meaning from error
 
     def _prune(self) -> None:
-        """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""
+        """Keep the newest `keep_last` and the best; a checkpoint loses its name before its files, so none is ever half there."""
+        best = self.ranked()[: self.keep_best] if self.keep_best else []
         for step in self.steps()[: -self.keep_last] if self.keep_last else []:
+            if step in best:
+                continue
             doomed = free_name(self.folder / f"{_PARTIAL}{self.path(step).name}")
             try:
                 self.path(step).rename(doomed)
