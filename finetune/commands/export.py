@@ -7,7 +7,7 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.commands.common import add_recipe_arguments, with_runtime
+from finetune.commands.common import add_recipe_arguments, step_or_best, with_runtime
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.runtime.errors import UserError
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    parser.add_argument(
+        "--step", type=step_or_best, help='which checkpoint, or "best" by held-out loss; the newest if not given'
+    )
     parser.add_argument("--format", help="another form than the run's own, such as diffusers_lora")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
 

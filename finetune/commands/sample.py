@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from finetune.commands.common import add_recipe_arguments, with_runtime
+from finetune.commands.common import add_recipe_arguments, step_or_best, with_runtime
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.schema import GENERATED, Prompt
 from finetune.runtime.errors import UserError
@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
     parser.add_argument("--adapter", type=Path, help="folder of an exported LoRA, or of all weights")
+    parser.add_argument(
+        "--step", type=step_or_best, help='the LoRA in the checkpoint of this step, or of the "best" by held-out loss'
+    )
     parser.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
     parser.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
     parser.add_argument("--image", help="condition image of --prompt, for image-to-video")
@@ -38,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     recipe = _with_prompts(load_recipe(arguments.recipe, arguments.set), arguments)
-    if arguments.compare and not arguments.adapter:
+    if arguments.adapter and arguments.step is not None:
+        raise UserError("--adapter and --step both name what to generate with", "give one of them", "--step")
+    if arguments.compare and not arguments.adapter and arguments.step is None:
         raise UserError(
             "there is nothing to compare with", "give --adapter, the folder that training named", "--compare"
         )
@@ -46,14 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
     from finetune.checks.model import open_family
     from finetune.preparation.own_shape import with_own_shape
-    from finetune.training.exported_videos import sample
+    from finetune.training.exported_videos import adapter_of, sample
 
     def body(runtime: Runtime) -> int:
         if runtime.world_size > 1:
             raise UserError("sample runs in one process", "start it with python -m finetune sample")
         out = arguments.out or recipe.output / GENERATED
         family = open_family(recipe)
-        sample(with_own_shape(recipe, family), family, runtime, out, arguments.adapter, arguments.compare)
+        adapter = arguments.adapter if arguments.step is None else adapter_of(recipe, family, runtime, arguments.step)
+        sample(with_own_shape(recipe, family), family, runtime, out, adapter, arguments.compare)
         return 0
 
     return with_runtime(recipe, body)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checks.output import check_output, has_checkpoints, read_saved
+from finetune.engine.weights.best import HeldOutRecord
 from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
@@ -56,7 +57,7 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
     """Whether a run of these clips and weights has all its results and the checkpoint of its last step, as far as its folder shows
     without any weights.
     """
-    steps = recipe.train.steps
+    steps = _ended_at(recipe)
     if prepared.prompts and not (samples_folder(recipe, steps) / SHEET).is_file():
         return False
     try:
@@ -65,7 +66,16 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
         continues = facts[CLIPS] == found[CLIPS] and not other_base(facts, found)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # a start of the run says what is wrong
-    return continues and _are_exported(recipe, results_folder(recipe, family))
+    return continues and _are_exported(recipe, results_folder(recipe, family), steps)
+
+
+def _ended_at(recipe: Recipe) -> int:
+    """The step whose weights a run has exported, if the held-out loss ended it there; else the recipe's last."""
+    step, record = _noted(recipe.run_folder / RESULTS).get("step"), HeldOutRecord()
+    if isinstance(step, int):
+        facts = _noted(checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json")
+        record.restore(facts)
+    return record.step if record.is_over(recipe.validation.patience) else recipe.train.steps
 
 
 def results_folder(recipe: Recipe, family: Family) -> Path:
@@ -86,9 +96,9 @@ class Results:
 
     def are_complete(self) -> bool:
         """Whether all are there, after the recipe's last step. Collective."""
-        steps = self.job.recipe.train.steps
+        steps = self.job.end
         sampled = not has_prompts(self.job) or has_samples(self.job, steps)
-        return self.job.state.runtime.from_main(_are_exported(self.job.recipe, self.folder)) and sampled
+        return self.job.state.runtime.from_main(_are_exported(self.job.recipe, self.folder, steps)) and sampled
 
     def forget(self, done: int) -> None:
         """No longer take what is there for results: steps after `done` are made, perhaps anew after going back. Collective."""
@@ -100,8 +110,8 @@ class Results:
 
     def export(self) -> Path:
         """Write the trained weights, unless they are there; returns their folder. Collective."""
-        steps, runtime = self.job.recipe.train.steps, self.job.state.runtime
-        if runtime.from_main(_are_exported(self.job.recipe, self.folder)):
+        steps, runtime = self.job.end, self.job.state.runtime
+        if runtime.from_main(_are_exported(self.job.recipe, self.folder, steps)):
             return self.folder
         with writing(self.folder):
             export_weights(self.job.state, self.job.recipe.train.method, self.folder)
@@ -112,10 +122,10 @@ class Results:
         return self.folder
 
 
-def _are_exported(recipe: Recipe, folder: Path) -> bool:
-    """Whether the weights of the recipe's last step are there: every file that was noted, in its size."""
+def _are_exported(recipe: Recipe, folder: Path, step: int) -> bool:
+    """Whether the weights of the run's last step are there: every file that was noted, in its size."""
     noted = _noted(recipe.run_folder / RESULTS)
-    if noted.get("step") != recipe.train.steps or not folder.is_dir():
+    if noted.get("step") != step or not folder.is_dir():
         return False
     return dict(noted.get("files", {})).items() <= _sizes(folder).items()  # older runs have noted none
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 
 from finetune.engine.parts import Part
+from finetune.engine.weights.best import ranked
 from finetune.engine.weights.failures import FAILURE, not_read, not_written, reason
 from finetune.engine.weights.integrity import damage, digests, missing_bytes
 from finetune.engine.weights.safe_reading import SafePlanner, SafeReader
@@ -32,7 +33,6 @@ from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
 
 _STATE, _FACTS, _PARTIAL, _ASIDE = "state", "trainer.json", ".partial-", "set_aside"
-LOSS = "heldout_loss"  # the fact that the best checkpoints are known by
 _NAME = re.compile(r"step_(\d{8,})")
 _FIRST_PARTS = ("model", "optimizer")  # of checkpoints that were written before they named their parts
 _LONGEST_WRITE = timedelta(days=1)  # a rank with a slow disk may keep the others waiting
@@ -83,7 +83,7 @@ class Checkpoints:
             keep_last: None keeps all.
             background: write while the training goes on, from a copy in host memory.
             verify: compare the digests of all files before a checkpoint is taken up.
-            keep_best: keep so many besides, of those that note a loss (`LOSS`): the ones with the least.
+            keep_best: keep so many besides, of those that note a held-out loss: the ones with the least.
         """
         self.folder, self.keep_last, self.runtime, self.verify = folder, keep_last, runtime, verify
         self.keep_best = keep_best
@@ -97,14 +97,6 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending. What has another name is passed over."""
         names = (_NAME.fullmatch(path.parent.name) for path in self.folder.glob(f"step_*/{_FACTS}"))
         return sorted(int(name[1]) for name in names if name and self.path(int(name[1])).name == name[0])
-
-    def ranked(self) -> list[int]:
-        """Steps of the complete checkpoints that note a loss, the least first; of equal ones, the earlier."""
-        losses = {}
-        for step in self.steps():
-            with suppress(OSError, ValueError):
-                losses[step] = self.facts(step).get(LOSS)
-        return sorted((step for step, loss in losses.items() if loss is not None), key=lambda step: (losses[step], step))
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -235,7 +227,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Keep the newest `keep_last` and the best; a checkpoint loses its name before its files, so none is ever half there."""
-        best = self.ranked()[: self.keep_best] if self.keep_best else []
+        best = ranked(self.steps(), self.facts)[: self.keep_best] if self.keep_best else []
         for step in self.steps()[: -self.keep_last] if self.keep_last else []:
             if step in best:
                 continue
