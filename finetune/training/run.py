@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
@@ -227,7 +228,9 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
         plan.poll()
         saving.poll()
         runtime.doing(f"waiting for the clips of step {step + 1}")
+        waiting = time.monotonic()
         micro_batches = [next(batches) for _ in range(job.split.accumulation)]
+        waited = time.monotonic() - waiting
         runtime.doing(f"in step {step + 1}", is_limited=True)
         history.before_step(job.order.plan(step).bucket)
         try:
@@ -235,7 +238,7 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
         except torch.OutOfMemoryError as error:  # of one rank, amid collectives: the others end with its process
             raise out_of_memory(error, step + 1, job.order.plan(step).bucket, plan, recipe, runtime) from error
         runtime.doing(f"after step {step + 1}")
-        report.step(step + 1, result)
+        report.step(step + 1, result, micro_batches[0], waited)
         if not result.updated:
             saving.finish()
             raise not_finite(job, step, result, micro_batches)
