@@ -18,7 +18,6 @@ from finetune.training.run import train
 SETTINGS = [
     "optimizer.lr=0.05",
     "train.steps=8",
-    "validation.heldout_clips=2",
     "validation.every=1",
     "validation.sigmas=2",
 ]
