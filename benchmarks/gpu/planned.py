@@ -13,10 +13,11 @@ from pathlib import Path
 
 from benchmarks.gpu.cases import CASES, recipe_with
 from benchmarks.gpu.random_model import RandomCogVideoX, model_folder
-from finetune.planning.gpus import GPUS, Hardware
+from finetune.planning.gpus import Hardware
 from finetune.planning.simulate import simulate
 from finetune.recipe import Bucket
 from finetune.runtime.device import PeakMemory
+from finetune.runtime.gpus import known_gpu
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ def _in_a_process(asked: Sequence[Asked]) -> dict[Asked, PeakMemory]:
 
 def plan(asked: Asked) -> PeakMemory:
     """The peak of a case's steps. Call it in a process in which nothing is trained."""
-    names = [name for name in GPUS if name in asked.gpu]
-    gpu = GPUS[max(names, key=len)] if names else None
+    gpu = known_gpu(asked.gpu)
     with tempfile.TemporaryDirectory() as folder:
         family = RandomCogVideoX(model_folder(Path(folder), asked.model))
         recipe = recipe_with(CASES[asked.title], asked.precision)

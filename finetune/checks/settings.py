@@ -229,10 +229,17 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         yield key, recipe.ema.decay is not None, "set ema.decay = 0.999"
     validation = recipe.validation
     heldout = bool(validation.heldout or validation.heldout_clips)
+    for key in ("validation.patience", "checkpoint.keep_best"):
+        yield (
+            key,
+            heldout and validation.every is not None,
+            "measure a held-out loss: set validation.every and heldout_clips",
+        )
     for key in ("validation.every", "validation.sigmas"):
         yield key, heldout, "set validation.heldout_clips, or validation.heldout to a dataset"
     prompts = bool(validation.prompts or validation.prompts_file)
     for key in ("validation.samples_every", "validation.tiling"):
         yield key, prompts, "add [[validation.prompts]]"
     for key in ("tracking.project", "tracking.name"):
-        yield key, "wandb" in recipe.tracking.trackers, 'add "wandb" to tracking.trackers'
+        used = {"wandb", "mlflow", "trackio"} & set(recipe.tracking.trackers)
+        yield key, bool(used), 'add "wandb", "mlflow" or "trackio" to tracking.trackers'

@@ -6,7 +6,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from finetune.recipe import Recipe
 
@@ -34,6 +34,15 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, is_required: bool = Tr
     """Add --recipe and --set."""
     parser.add_argument("--recipe", required=is_required, help="a TOML recipe")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
+
+
+def step_or_best(text: str) -> int | Literal["best"]:
+    """An argument's value as a step, or as the best checkpoint's; raises argparse's error."""
+    if text == "best":
+        return "best"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text!r} is neither a step nor "best"')
+    return int(text)
 
 
 def number_of_gpus(text: str) -> int:

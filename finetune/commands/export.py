@@ -7,7 +7,7 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.commands.common import add_recipe_arguments, with_runtime
+from finetune.commands.common import add_recipe_arguments, step_or_best, with_runtime
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.schema import Model
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser, is_required=False)
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    parser.add_argument(
+        "--step", type=step_or_best, help='which checkpoint, or "best" by held-out loss; the newest if not given'
+    )
     parser.add_argument("--from", dest="source", metavar="FILE", help="convert this LoRA instead, of whatever trainer")
     parser.add_argument("--family", help="with --from and without a recipe: the model family")
     parser.add_argument("--model", help="the same: the base model, a folder or an id on the Hub")

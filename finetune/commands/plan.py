@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from finetune.commands.common import add_recipe_arguments, number_of_gpus
 from finetune.planning import DOES_NOT_FIT
-from finetune.planning.gpus import CONTEXT, GPUS, Hardware
+from finetune.planning.gpus import Hardware
 from finetune.recipe import Bucket, Recipe, load_recipe, write_recipe
 from finetune.recipe.shapes import with_buckets
 from finetune.runtime.errors import UserError
+from finetune.runtime.gpus import CONTEXT, GPUS
 from finetune.runtime.logging import say, tell
 from finetune.runtime.signals import end_with_parent
 from finetune.runtime.units import parse_bytes

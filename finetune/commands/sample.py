@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from finetune.commands.common import add_recipe_arguments, with_runtime
+from finetune.commands.common import add_recipe_arguments, step_or_best, with_runtime
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.schema import GENERATED
 from finetune.recipe.validation import Prompt
@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength", type=float, nargs="+", help="of the LoRAs, a video with each; the prompts' own if not given"
     )
+    parser.add_argument(
+        "--step", type=step_or_best, help='the LoRA in the checkpoint of this step, or of the "best" by held-out loss'
+    )
     parser.add_argument("--compare", action="store_true", help="the base model too, with the same seeds")
     parser.add_argument("--prompt", action="append", help="text; the recipe's validation.prompts if not given")
     parser.add_argument("--image", help="condition image of --prompt, for image-to-video")
@@ -48,9 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     recipe = _with_prompts(load_recipe(arguments.recipe, arguments.set), arguments)
     adapters = [_adapter(text) for text in arguments.adapter or []]
-    if arguments.strength and not adapters:
+    if adapters and arguments.step is not None:
+        raise UserError("--adapter and --step both name what to generate with", "give one of them", "--step")
+    is_trained = bool(adapters) or arguments.step is not None
+    if arguments.strength and not is_trained:
         raise UserError("there is no LoRA to apply", "give --adapter, the folder that training named", "--strength")
-    if arguments.compare and not adapters:
+    if arguments.compare and not is_trained:
         raise UserError(
             "there is nothing to compare with", "give --adapter, the folder that training named", "--compare"
         )
@@ -58,13 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
     from finetune.checks.model import open_family
     from finetune.preparation.own_shape import with_own_shape
-    from finetune.training.exported_videos import sample
+    from finetune.training.exported_videos import adapter_of, sample
 
     def body(runtime: Runtime) -> int:
         if runtime.world_size > 1:
             raise UserError("sample runs in one process", "start it with python -m finetune sample")
         out = arguments.out or recipe.output / GENERATED
         family = open_family(recipe)
+        if arguments.step is not None:
+            adapters.append((adapter_of(recipe, family, runtime, arguments.step), 1.0))
         sample(with_own_shape(recipe, family), family, runtime, out, adapters, arguments.compare, arguments.strength)
         return 0
 

@@ -13,12 +13,18 @@ def grad_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor
     """Global L2 norm of the gradients over all ranks, in float32, also of bf16 ones; gradients are scaled in place to
     `limit` if it is exceeded.
     """
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+    norms = torch.stack(list(local_norms(parameters).values()))
     norm = global_norm(norms / replicas(parameters[0]) ** 0.5)
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
+
+
+def local_norms(parameters: Sequence[nn.Parameter]) -> dict[Tensor, Tensor]:
+    """L2 norm of this rank's part of each gradient that is there, 0-D float32, by parameter and in their order."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norms = torch._foreach_norm([local(parameter.grad) for parameter in trained], dtype=torch.float32)  # type: ignore[arg-type]
+    return dict(zip(trained, norms, strict=True))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -53,6 +59,7 @@ class Norms:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
         self._norms: dict[Tensor, Tensor] = {}
+        self.taken: dict[Tensor, Tensor] = {}  # of this rank's parts, by parameter, when `take` was last called
 
     def add(self, parameter: Tensor) -> bool:
         """Note the norm of a parameter's gradient. Returns whether it is the first of this step."""
@@ -63,6 +70,7 @@ class Norms:
     def take(self) -> Tensor:
         """Global L2 norm of the gradients since it was last asked for, over all ranks: 0-D float32. There must have been one."""
         norms, self._norms = self._norms, {}
+        self.taken = norms
         in_order = [norms[parameter] for parameter in self._parameters if parameter in norms]
         # Summed in the order in which `grad_norm` does.
         return global_norm(torch.stack(in_order) / replicas(self._parameters[0]) ** 0.5)

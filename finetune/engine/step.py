@@ -3,24 +3,26 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
+from itertools import islice
 from operator import add
 from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.engine.companion import Companion
 from finetune.engine.frozen_base import FrozenBase
-from finetune.engine.gradients import grad_norm, local, part_of
+from finetune.engine.gradients import grad_norm, local, local_norms, part_of
 from finetune.engine.optimizers.in_backward import InBackward
 from finetune.engine.optimizers.offloaded import HostGradients, OffloadedOptimizer
 from finetune.engine.parts import Part
 from finetune.engine.savers.offload import ActivationOffload
+from finetune.engine.watching import Watching
 from finetune.models.batch import Batch
 from finetune.models.family import Family
 from finetune.runtime import seeds
@@ -36,6 +38,7 @@ class StepState:
     pass runs, if it is there. `host_gradients` has the gradients, if they do not stay on the device.
     `base` predicts without the adapter, if the target has guidance in it.
     `companion` is the other transformer that samples are generated with, if there is one.
+    `watching` collects further figures, if it is there.
     `defer_reduction` keeps gradients whole until the last accumulation step: less traffic, but memory for one whole
     gradient a rank, so it is for adapters.
     """
@@ -55,6 +58,7 @@ class StepState:
     host_gradients: HostGradients | None = None
     base: FrozenBase | None = None
     companion: Companion | None = None
+    watching: Watching | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class StepResult:
     """Host figures of a step: mean loss of the global batch by term, global gradient norm before clipping, learning rate.
 
     `updated` is False if loss or norm was not finite: then no parameter has changed, but for updates in the backward pass.
-    `stop` is True if any rank asked.
+    `stop` is True if any rank asked. `watched` are metrics that are not reported each step; see `Watching`.
     """
 
     losses: dict[str, float]
@@ -70,6 +74,7 @@ class StepResult:
     lr: float
     updated: bool
     stop: bool
+    watched: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -103,23 +108,35 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
             batch = state.base.guided(state.family, batch)
         with state.activations.saving() if state.activations else nullcontext():
             predictions = state.family.predict(state.transformer, batch.inputs)
-        losses = {name: each.mean() / len(micro_batches) for name, each in batch.losses(predictions).items()}
+        of_samples = batch.losses(predictions)
+        losses = {name: each.mean() / len(micro_batches) for name, each in of_samples.items()}
         reduce(add, losses.values()).backward()
+        if state.watching:
+            state.watching.add(batch, of_samples)
         for name, loss in losses.items():
             totals[name] += loss.detach()
 
+    norms: dict[Tensor, Tensor] = {}
     if state.in_backward:
         norm = state.in_backward.norm()
+        norms = state.in_backward.norms.taken
     elif state.host_gradients:
         norm = state.host_gradients.norm()
+        norms = state.host_gradients.norms.taken
     else:
+        if state.watching and state.watching.wants_norms(step):
+            norms = local_norms(state.parameters)  # before they are clipped
         norm = grad_norm(state.parameters, state.max_grad_norm)
+    watched = state.watching.due(step, norms) if state.watching else {}
     # All ranks of a context hold the same loss, so the mean over all ranks is the mean over the data ranks.
     means = [total / state.runtime.world_size for total in totals.values()]
     report = torch.stack([*means, torch.full((), float(stop), device=device.torch_device)])
     if state.runtime.world_size > 1:
         dist.all_reduce(report)
-    *mean_losses, votes, host_norm = device.read(torch.cat([report, norm.to(report.device).view(1)]))
+    figures = device.read(torch.cat([report, norm.to(report.device).view(1), *watched.values()]))
+    *mean_losses, votes, host_norm = figures[: len(report) + 1]
+    further = iter(figures[len(report) + 1 :])
+    read = {name: list(islice(further, len(values))) for name, values in watched.items()}
 
     finite = all(map(math.isfinite, (*mean_losses, host_norm)))
     if finite:
@@ -135,4 +152,6 @@ def run_step(state: StepState, step: int, micro_batches: Sequence[Batch], stop: 
     if finite:  # once the gradients' memory is free
         for part in state.parts:
             part.after_step(step)
-    return StepResult(dict(zip(totals, mean_losses, strict=True)), host_norm, lr, updated=finite, stop=votes > 0)
+    means_by_term = dict(zip(totals, mean_losses, strict=True))
+    metrics = state.watching.named(read) if state.watching else {}
+    return StepResult(means_by_term, host_norm, lr, updated=finite, stop=votes > 0, watched=metrics)

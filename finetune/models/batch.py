@@ -58,12 +58,15 @@ class Batch:
             the same names in the same order; a term that a sample lacks has weight 0.
         unguided: of a training with guidance in its target, the inputs that differ without captions; else None.
         guidance: and the scale of each sample, float32 (B,).
+        quarters: of each sample, the quarter of the noise levels that its own lies in, see `quarters_of`: int64 (B,). None if the
+            family does not say; then no losses are told apart by noise level.
     """
 
     inputs: dict[str, Any]
     terms: dict[str, Term]
     unguided: dict[str, Any] | None = None
     guidance: Tensor | None = None
+    quarters: Tensor | None = None
 
     @property
     def only(self) -> Term:
@@ -119,7 +122,7 @@ class Batch:
 
     @property
     def _parts(self) -> tuple:
-        return self.inputs, self.terms, self.unguided, self.guidance
+        return self.inputs, self.terms, self.unguided, self.guidance, self.quarters
 
 
 def _term(parts: Iterable[Any], error: Any) -> Term:

@@ -23,7 +23,7 @@ from finetune.models.components import Components
 from finetune.models.element_error import ElementError
 from finetune.models.encoder import Encoder, FileHash
 from finetune.models.noise_range import restricted
-from finetune.models.objective import LEAST_U, FlowMatching, Objective, recipe_shift
+from finetune.models.objective import LEAST_U, FlowMatching, Objective, quarters_of, recipe_shift
 from finetune.models.original_names import Layers
 from finetune.models.sample import SampleLike, nearest_bucket, posterior_sample, stacked
 from finetune.models.text_limit import TextLimit
@@ -284,7 +284,8 @@ class Family(Components, ABC):
             conditions.append(self.condition(sample, x0[-1], objective.settings))
         if u is None:
             u = torch.stack(drawn).clamp(LEAST_U, 1 - LEAST_U)
-        level = objective.level(u, self.tokens(samples[0].bucket))
+        tokens = self.tokens(samples[0].bucket)
+        level = objective.level(u, tokens)
         noisy, target = objective.noised(torch.stack(x0), torch.stack(noise), level)
         text, condition = text_mask.stacked([sample.text for sample in samples]), stacked(conditions)
         target = self.target(target)
@@ -292,14 +293,14 @@ class Family(Components, ABC):
         counted = self.counted(condition, target)
         if (mask := loss_mask.stacked(samples, x0[0].shape[1:])) is not None:
             counted = loss_mask.combined(self.target_mask(mask), counted)
-        settings = objective.settings
+        settings, quarters = objective.settings, quarters_of(level, objective, tokens)
         terms = {MAIN: Term(target, objective.weight(level), counted, ElementError.of(settings))}
         if settings.guidance_target is None:
-            return Batch(inputs, terms).contiguous()
+            return Batch(inputs, terms, quarters=quarters).contiguous()
         blanks = guidance.blanks(samples)
         others = self.inputs(noisy, level, text_mask.stacked(blanks), condition, samples)
         scales = guidance.scales(samples, blanks, settings.guidance_target)
-        return Batch(inputs, terms, guidance.differing(others, inputs), scales).contiguous()
+        return Batch(inputs, terms, guidance.differing(others, inputs), scales, quarters).contiguous()
 
     def example(self, bucket: Bucket, dtype: torch.dtype) -> dict[str, Tensors]:
         """Zeros in the shapes and dtypes of the tensors that are cached of a clip, by kind."""

@@ -108,6 +108,19 @@ class VPrediction:
         return torch.minimum(signal, self.settings.snr_gamma * (1 - signal))
 
 
+def quarters_of(level: Tensor, objective: Objective, tokens: int) -> Tensor:
+    """Which quarter of an objective's noise levels each level lies in, from 0, the least noise, to 3: int64 (B,).
+
+    A quarter has a quarter of the samples: its ends are quantiles of the distribution of noise levels.
+
+    Args:
+        level: noise levels (B,) of the objective.
+        tokens: number of video tokens of the samples.
+    """
+    ends = objective.level(torch.tensor([0.25, 0.5, 0.75]), tokens).sort().values  # "mode" falls with u
+    return (level[:, None] >= ends).sum(1)
+
+
 def density(u: Tensor, settings: ObjectiveSettings, default: str) -> Tensor:
     """The recipe's distribution of noise levels on (0, 1), at its quantiles u: a table, or as in Esser et al. 2024, section 3.1."""
     if settings.sigma_table is not None:

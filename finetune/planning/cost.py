@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
-from finetune.planning.gpus import HOST_MEMORY_RATE, Gpu
 from finetune.planning.kernels import KIND, UNINITIALISED, attention_flops
+from finetune.runtime.gpus import HOST_MEMORY_RATE, Gpu
 
 _INTO = {torch.ops.aten.copy_.default}
 _COPIES = {*_INTO, torch.ops.aten._to_copy.default}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from finetune.models.family import Family
 from finetune.planning import DOES_NOT_FIT
-from finetune.planning.gpus import GPUS
 from finetune.planning.plan import Plan
 from finetune.planning.plan_cache import keep_plan, parse_plan, plan_file, read_plan
 from finetune.recipe import Recipe, write_recipe
 from finetune.runtime.device import PeakMemory, has_expandable_segments
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.gpus import known_gpu
 from finetune.runtime.logging import say
 from finetune.training.memory import fit_command, gpu_arguments
 
@@ -33,8 +33,8 @@ class Forecast:
         self.recipe, self.family, self.runtime = recipe, family, runtime
         self.plan: Plan | None = None
         self.process: PlanProcess | None = None
-        names = [name for name in GPUS if name in runtime.device.name]
-        self._gpu = ["--gpu", max(names, key=len)] if names else []
+        gpu = known_gpu(runtime.device.name)
+        self._gpu = ["--gpu", gpu.name] if gpu else []
 
     def __enter__(self) -> "Forecast":
         if self.runtime.is_main:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.planning.gpus import GPUS, Gpu, Hardware
+from finetune.planning.gpus import Hardware
 from finetune.planning.trace import Peak
 from finetune.recipe import Bucket
 from finetune.runtime.device import PeakMemory
+from finetune.runtime.gpus import GPUS, Gpu
 from finetune.runtime.units import GIB
 
 if TYPE_CHECKING:  # a training that reads a plan does not import the simulation

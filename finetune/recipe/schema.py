@@ -259,6 +259,9 @@ class Checkpoint(Table):
     """Save each this many optimizer steps; a run's last step and a polite stop (SIGTERM) save too."""
     keep_last: Annotated[int, Field(ge=1)] | Literal["all"] = Free(2)
     """Keep this many checkpoints, or "all"."""
+    keep_best: Annotated[int, Field(ge=0)] = Free(0)
+    """Besides, keep this many with the least held-out loss: whenever it is among the least so far, that step is saved. `export` and
+    `sample` take the best of them with `--step best`."""
     background: bool = Free(True)
     """Write checkpoints while the training goes on, from a copy in host memory of what is trained and of the optimizer's state.
     Without effect where these are in host memory anyway (full finetuning with memory.offload)."""
@@ -268,12 +271,17 @@ class Checkpoint(Table):
 
 
 class Tracking(Table):
-    trackers: list[Literal["tensorboard", "wandb"]] = Free([])
-    """Besides metrics.jsonl, which is always written."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Free([])
+    """Besides metrics.jsonl, which is always written. MLflow writes to `mlflow/` in the run's folder, or to the server that
+    MLFLOW_TRACKING_URI names."""
     project: str = Free("finetune")
-    """W&B project."""
+    """Project in W&B and Trackio, experiment in MLflow."""
     name: str | None = Free(None)
-    """Name of the run in W&B; unset: the output folder's."""
+    """Name of the run there; unset: the output folder's."""
+    quantiles_every: Annotated[int, Field(ge=1)] = Free(50)
+    """Each this many steps, report the training loss since then in each quarter of the noise levels, and by term."""
+    block_norms_every: Annotated[int, Field(ge=1)] | None = Free(None)
+    """Each this many steps, report the gradient norm of each transformer block, before clipping."""
 
 
 class Distributed(Table):

@@ -73,6 +73,8 @@ class Validation(Table):
     """Instead: take this many clips out of `data.path`, chosen by their content and the seed."""
     sigmas: Annotated[int, Field(ge=1)] = Free(4)
     """The held-out loss is measured at this many fixed quantiles of sigma."""
+    patience: Annotated[int, Field(ge=1)] | None = Free(None)
+    """End the training once the held-out loss has been measured this many times in a row without a new least one; unset: never."""
     samples_every: Annotated[int, Field(ge=1)] | None = Free(None)
     """Generate the prompts each this many steps; unset: at the start and the end."""
     tiling: bool = Free(True)

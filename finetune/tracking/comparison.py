@@ -12,7 +12,7 @@ from typing import get_args
 from finetune.recipe import RECIPE_FILE, Recipe, load_recipe
 from finetune.recipe.schema import ExpertName
 from finetune.runtime.errors import UserError
-from finetune.tracking.trackers import METRICS_FILE, read_metrics
+from finetune.tracking.metrics import METRICS_FILE, read_metrics
 
 _COLUMNS = ("run", "noise levels", "steps", "inside", "", "outside", "")
 _INSIDE, _OUTSIDE = "heldout_loss", "heldout_loss_outside"

@@ -1,5 +1,6 @@
 """Writes generated videos as mp4 files, single frames as PNG files, and all of them as a contact sheet."""
 
+import io
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +37,25 @@ def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
+
+
+def animation(path: Path, side: int = 256, most: int = 48) -> tuple[bytes, int, int]:
+    """(a GIF, its width and height) of a video's file, or of a PNG: no side longer than `side`, no more frames than `most`."""
+    frames, seconds = [], 1.0
+    if path.suffix == ".png":
+        frames = [Image.open(path).convert("RGB")]
+    else:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            frames = [frame.to_image() for frame in container.decode(stream)]
+            seconds = len(frames) / float(stream.average_rate or 25)
+    picked = [frames[index] for index in np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)]
+    for frame in picked:
+        frame.thumbnail((side, side))
+    data = io.BytesIO()
+    duration = round(1000 * seconds / len(picked))
+    picked[0].save(data, "GIF", save_all=True, append_images=picked[1:], duration=duration, loop=0)
+    return data.getvalue(), picked[0].width, picked[0].height
 
 
 def strip(frames: np.ndarray, columns: int = 6, height: int = 128) -> np.ndarray:

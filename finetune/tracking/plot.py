@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from finetune.recipe.schema import ExpertName
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
-from finetune.tracking.trackers import METRICS_FILE, read_metrics
+from finetune.tracking.metrics import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

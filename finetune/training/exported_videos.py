@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from finetune.data.images import load_image
 from finetune.engine.generate import call_arguments, checked
 from finetune.engine.precision import DTYPES
+from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.diffusers_lora import PREFIX, load_lora, lora_file
 from finetune.models.adapters.given import add_frozen
 from finetune.models.family import Family
@@ -20,6 +22,7 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 from finetune.tracking.media import contact_sheet, strip, suffix_of, write_video
+from finetune.training.job import open_checkpoints, sound_checkpoint
 
 
 def sample(
@@ -119,6 +122,26 @@ def set_strengths(
     for component, scales in weights.items():
         transformer = getattr(pipeline, component)
         transformer.set_adapters(list(transformer.peft_config), scales)
+
+
+def adapter_of(recipe: Recipe, family: Family, runtime: Runtime, step: int | Literal["best"]) -> Path:
+    """The folder of the adapter in a checkpoint of a recipe's run.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or it holds no adapter in a form of its own.
+    """
+    exporter = exporter_of(recipe.train.method)
+    if family.experts and len(recipe.model.experts or family.experts) > 1:
+        cure = "name one of them: --set model.experts=" + " or ".join(family.experts)
+        raise UserError("each expert has checkpoints of its own", cure, "--step")
+    if not exporter.is_small:
+        cure = "write it first: python -m finetune export --recipe R --step N --out DIR, then --adapter DIR"
+        raise UserError("a checkpoint of full finetuning holds no transformer as diffusers loads it", cure, "--step")
+    checkpoints = open_checkpoints(recipe, runtime)
+    found = sound_checkpoint(checkpoints, step)
+    assert found is not None  # it was asked for by name
+    each = family.of_expert(recipe.model.experts[0]) if recipe.model.experts else family
+    return checkpoints.path(found) / exporter.folder(each)
 
 
 def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers.DiffusionPipeline:

@@ -14,10 +14,10 @@ from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import ExpertName
 from finetune.runtime.errors import UserError
-from finetune.tracking.trackers import METRICS_FILE, read_metrics
+from finetune.tracking.metrics import METRICS_FILE, read_metrics
 from finetune.training.identity import CLIP_LIST, DIGITS
 from finetune.training.job import checkpoints_folder
-from finetune.training.output import RESULTS
+from finetune.training.output import RESULTS, ended_at
 from finetune.training.samples import SHEET, samples_folder
 
 _AGAIN = "start the training again with the same command: of a finished run it makes what is missing, and verifies it"
@@ -91,7 +91,7 @@ def trained_of(recipe: Recipe, family: Family) -> list[Trained]:
 def samples_of(trained: list[Trained]) -> tuple[list[FinalSample], Path | None]:
     """The samples after the last step, in the order of prompts, and their contact sheet. Of two experts, those made with both."""
     for each in reversed(trained):  # the last that was trained
-        folder = samples_folder(each.recipe, each.recipe.train.steps)
+        folder = samples_folder(each.recipe, ended_at(each.recipe))
         if not (folder / SHEET).is_file():
             continue
         found = [
@@ -106,7 +106,7 @@ def samples_of(trained: list[Trained]) -> tuple[list[FinalSample], Path | None]:
 
 def _forms(recipe: Recipe, family: Family) -> list[Form]:
     """Raises UserError unless every form that was noted when it was verified is there, file by file in its size."""
-    note, steps = recipe.run_folder / RESULTS, recipe.train.steps
+    note, steps = recipe.run_folder / RESULTS, ended_at(recipe)
     noted = _noted(note)
     if noted.get("step") != steps:
         at = f"its results are of step {noted['step']}" if "step" in noted else "it has no results"
@@ -132,7 +132,7 @@ def _forms(recipe: Recipe, family: Family) -> list[Form]:
 
 
 def _clips(recipe: Recipe) -> int | None:
-    file = checkpoints_folder(recipe) / f"step_{recipe.train.steps:08d}" / "trainer.json"
+    file = checkpoints_folder(recipe) / f"step_{ended_at(recipe):08d}" / "trainer.json"
     listed = _noted(file).get(CLIP_LIST)
     return len(listed) // DIGITS if isinstance(listed, str) else None
 

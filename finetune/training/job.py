@@ -1,9 +1,10 @@
 """From a recipe to a built job: `build` then `job.step(batches)`, the same on GPUs, on CPUs and in simulation."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -22,6 +23,8 @@ from finetune.engine.precision import storage_dtype
 from finetune.engine.savers.offload import ActivationOffload
 from finetune.engine.schedule import build_schedule, set_schedule_step
 from finetune.engine.step import StepResult, StepState, run_step
+from finetune.engine.watching import Watching
+from finetune.engine.weights.best import HeldOutRecord, ranked
 from finetune.engine.weights.checkpoint import Checkpoints, Pending
 from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.exporter import Details, Exporter
@@ -38,6 +41,7 @@ from finetune.preparation.encode import Prepared
 from finetune.recipe import Recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.logging import say
 from finetune.training.facts import facts_of
 from finetune.training.identity import BASE, CLIPS, check_identity, say_if_not_compared, shared_identity
 
@@ -54,6 +58,17 @@ class Job:
     split: BatchSplit
     checkpoints: Checkpoints
     identity: dict[str, str]
+    record: HeldOutRecord = field(default_factory=HeldOutRecord)
+
+    @property
+    def end(self) -> int:
+        """The run's last step: the recipe's, or the one after which validation.patience is used up."""
+        return self.record.step if self.is_out_of_patience else self.recipe.train.steps
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the held-out loss has ended the run."""
+        return self.record.is_over(self.recipe.validation.patience)
 
     def step(self, step: int, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
         """One optimizer step; see `run_step`."""
@@ -98,7 +113,9 @@ class Job:
         if taken is None:
             return 0
         with self.state.runtime.together():
-            self._check_identity(self.checkpoints.facts(taken))
+            facts = self.checkpoints.facts(taken)
+            self._check_identity(facts)
+            self.record.restore(facts)
         self.checkpoints.load(taken, self.state.parts)
         set_schedule_step(self.state.schedule, taken)
         return taken
@@ -125,7 +142,8 @@ class Job:
             if exporter.is_small:
                 write_weights(self.state, exporter, folder / exporter.folder(self.state.family), details)
 
-        return self.checkpoints.begin(step, self.state.parts, self.identity, write, aside)
+        facts = {**self.identity, **self.record.facts(step)}
+        return self.checkpoints.begin(step, self.state.parts, facts, write, aside)
 
     def save(self, step: int, aside: bool = False) -> Path:
         """Begin and finish it."""
@@ -194,6 +212,7 @@ def build_state(
         in_backward=InBackward(optimizer) if recipe.optimizer.in_backward else None,
         host_gradients=host_gradients,
         base=None if recipe.objective.guidance_target is None else FrozenBase(transformer),
+        watching=Watching(parameters, family.block_lists, runtime.device, recipe.tracking),
     )
 
 
@@ -214,6 +233,7 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
         checkpoints=open_checkpoints(recipe, runtime),
         identity=shared_identity(recipe, family, prepared, runtime),
+        record=HeldOutRecord(recipe.checkpoint.keep_best),
     )
 
 
@@ -232,7 +252,9 @@ def open_checkpoints(recipe: Recipe, runtime: Runtime) -> Checkpoints:
     """The checkpoints of a recipe's run. Collective."""
     settings = recipe.checkpoint
     keep = None if settings.keep_last == "all" else settings.keep_last
-    return Checkpoints(checkpoints_folder(recipe), keep, runtime, is_background(recipe), settings.verify)
+    return Checkpoints(
+        checkpoints_folder(recipe), keep, runtime, is_background(recipe), settings.verify, settings.keep_best
+    )
 
 
 def checkpoints_folder(recipe: Recipe) -> Path:
@@ -247,16 +269,25 @@ def is_background(recipe: Recipe) -> bool:
     return recipe.checkpoint.background and not (is_offloaded and recipe.train.method == "full")
 
 
-def sound_checkpoint(checkpoints: Checkpoints, step: int | None = None) -> int | None:
+def sound_checkpoint(checkpoints: Checkpoints, step: int | Literal["best"] | None = None) -> int | None:
     """The step of the newest checkpoint that is as it was written; None if there are no checkpoints. Collective.
 
     Args:
-        step: take this one.
+        step: take this one, or the one with the least held-out loss.
     Raises:
         UserError: it is damaged, or there is none of that step; or all are damaged.
     """
     if step is None:
         return checkpoints.newest()
+    if step == "best":
+        best = checkpoints.runtime.from_main(ranked(checkpoints.steps(), checkpoints.facts))
+        if not best:
+            cure = "name a step, or train with checkpoint.keep_best and validation.every"
+            raise UserError(
+                "no checkpoint was saved where the held-out loss was measured", cure, str(checkpoints.folder)
+            )
+        step = best[0]
+        say(f"the best checkpoint by held-out loss is that of step {step}")
     known = checkpoints.runtime.from_main(checkpoints.steps())
     if step not in known:
         cure = f"steps are: {', '.join(map(str, known)) or 'none'}"

@@ -12,7 +12,7 @@ from finetune.engine.step import StepResult
 from finetune.engine.weights.loading import host_copies, plain_name
 from finetune.models.batch import Batch
 from finetune.runtime.errors import UserError
-from finetune.tracking.trackers import METRICS_FILE, read_metrics
+from finetune.tracking.metrics import METRICS_FILE, read_metrics
 from finetune.training.job import Job
 
 WINDOW = 20  # steps that a mean loss is taken over

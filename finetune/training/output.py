@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checks.output import check_output, has_checkpoints, read_saved
+from finetune.engine.weights.best import HeldOutRecord
 from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
@@ -57,7 +58,7 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
     """Whether a run of these clips and weights has all its results and the checkpoint of its last step, as far as its folder shows
     without any weights.
     """
-    steps = recipe.train.steps
+    steps = ended_at(recipe)
     if prepared.prompts and not (samples_folder(recipe, steps) / SHEET).is_file():
         return False
     try:
@@ -66,7 +67,16 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
         continues = facts[CLIPS] == found[CLIPS] and not (other_base(facts, found) or other_adapters(facts, found))
     except (OSError, ValueError, KeyError, TypeError):
         return False  # a start of the run says what is wrong
-    return continues and not _missing(recipe, family)
+    return continues and not _missing(recipe, family, steps)
+
+
+def ended_at(recipe: Recipe) -> int:
+    """The step whose weights a run has exported, if the held-out loss ended it there; else the recipe's last."""
+    step, record = _noted(recipe.run_folder / RESULTS).get("step"), HeldOutRecord()
+    if isinstance(step, int):
+        facts = _noted(checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json")
+        record.restore(facts)
+    return record.step if record.is_over(recipe.validation.patience) else recipe.train.steps
 
 
 def results_folder(recipe: Recipe, family: Family) -> Path:
@@ -96,9 +106,10 @@ class Results:
 
     def are_complete(self) -> bool:
         """Whether all are there, after the recipe's last step. Collective."""
-        steps = self.job.recipe.train.steps
+        steps = self.job.end
         sampled = not has_prompts(self.job) or has_samples(self.job, steps)
-        return not self.job.state.runtime.from_main(_missing(self.job.recipe, self.job.state.family)) and sampled
+        missing = _missing(self.job.recipe, self.job.state.family, steps)
+        return not self.job.state.runtime.from_main(missing) and sampled
 
     def forget(self, done: int) -> None:
         """No longer take what is there for results: steps after `done` are made, perhaps anew after going back. Collective."""
@@ -111,30 +122,30 @@ class Results:
     def export(self) -> Path:
         """Write the trained weights in all forms that are not there; returns the first folder. Collective."""
         recipe, state = self.job.recipe, self.job.state
-        steps, runtime = recipe.train.steps, state.runtime
+        steps, runtime = self.job.end, state.runtime
         folders = results_folders(recipe, state.family)
-        for name in runtime.from_main(_missing(recipe, state.family)):
+        for name in runtime.from_main(_missing(recipe, state.family, steps)):
             details = replace(self.job.details(steps), precision=recipe.export.precision)
             with writing(folders[name]):
                 write_weights(state, exporter_of(recipe.train.method, name), folders[name], details)
             with runtime.together():
                 if runtime.is_main:
-                    self._add_note(folders[name])
+                    self._add_note(folders[name], steps)
         return self.folder
 
-    def _add_note(self, folder: Path) -> None:
+    def _add_note(self, folder: Path, step: int) -> None:
         """Note what has been written, so that the next start knows whether it is still there."""
         recipe, noted = self.job.recipe, _noted(self._note)
-        forms = noted.get(FORMS, {}) if noted.get("step") == recipe.train.steps else {}
+        forms = noted.get(FORMS, {}) if noted.get("step") == step else {}
         forms[folder.name] = {"precision": recipe.export.precision, "files": _sizes(folder)}
         with atomic(self._note) as partial:
-            partial.write_text(json.dumps({"step": recipe.train.steps, FORMS: forms}))
+            partial.write_text(json.dumps({"step": step, FORMS: forms}))
 
 
-def _missing(recipe: Recipe, family: Family) -> list[str]:
-    """The forms in which the weights of the recipe's last step are not there: every file that was noted, in its size."""
+def _missing(recipe: Recipe, family: Family, step: int) -> list[str]:
+    """The forms in which the weights of the run's last step are not there: every file that was noted, in its size."""
     noted, folders = _noted(recipe.run_folder / RESULTS), results_folders(recipe, family)
-    if noted.get("step") != recipe.train.steps:
+    if noted.get("step") != step:
         return list(folders)
     own = exporter_of(recipe.train.method).folder(family)
     # Older runs have noted the run's own form alone, or no files.

@@ -6,14 +6,18 @@ from finetune.engine.heldout import HeldOut
 from finetune.engine.optimizers import figures
 from finetune.engine.step import StepResult
 from finetune.engine.weights.checkpoint import Pending
+from finetune.models.batch import Batch
+from finetune.recipe import Bucket
 from finetune.recipe.load import recipe_values
 from finetune.runtime.device import PeakMemory
+from finetune.runtime.gpus import known_gpu
 from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
 from finetune.tracking.progress import ProgressLine
 from finetune.tracking.trackers import Tracker, open_trackers
 from finetune.training.job import Job
 from finetune.training.samples import Samples
+from finetune.training.utilisation import Utilisation
 
 
 class Report:
@@ -28,6 +32,9 @@ class Report:
         self.enabled = job.state.runtime.is_main
         self.trackers: list[Tracker] = []
         self.memory = PeakMemory(0, 0)
+        gpu = known_gpu(job.state.runtime.device.name) if self.enabled else None
+        self.utilisation = Utilisation(job.recipe, job.state.family, gpu)
+        self.last_step, self._buckets = done, set[Bucket]()
 
     def __enter__(self) -> "Report":
         recipe, job = self.job.recipe, self.job
@@ -62,8 +69,14 @@ class Report:
         """Restart the timer, so that other work is not counted in the next step."""
         self.last = time.monotonic()
 
-    def step(self, step: int, result: StepResult) -> None:
-        """Report the optimizer step number `step`, counted from 1."""
+    def step(self, step: int, result: StepResult, batch: Batch, waited: float) -> None:
+        """Report the optimizer step number `step`, counted from 1.
+
+        Args:
+            batch: one of its micro-batches.
+            waited: seconds that this rank has waited for its clips.
+        """
+        self.last_step = step
         memory = self.job.state.runtime.device.memory()
         self.memory = PeakMemory(
             max(memory.allocated, self.memory.allocated), max(memory.reserved, self.memory.reserved)
@@ -72,7 +85,9 @@ class Report:
             return
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        samples = self.job.split.global_batch / seconds
+        samples, plan = self.job.split.global_batch / seconds, self.job.order.plan(step - 1)
+        is_new = plan.bucket not in self._buckets
+        self._buckets.add(plan.bucket)
         self._log(
             step,
             {
@@ -81,13 +96,18 @@ class Report:
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
                 **figures(self.job.state.optimizer),
-                "epoch": self.job.order.plan(step - 1).epoch,
+                "epoch": plan.epoch,
                 "seconds_per_step": seconds,
                 "samples_per_second": samples,
+                "data_wait_seconds": waited,
+                **self.utilisation.metrics(plan.bucket, batch, self.job.split.accumulation, seconds),
                 "peak_memory_allocated_gib": memory.allocated / GIB,
                 "peak_memory_reserved_gib": memory.reserved / GIB,
+                **result.watched,
             },
         )
+        if is_new:
+            self.restart_clock()  # the FLOPs of its bucket were counted
         self.progress.update(
             step,
             f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  {seconds:.2f} s/step  "
@@ -129,6 +149,8 @@ class Report:
         if self.enabled:
             took = f" (in {checkpoint.seconds:.1f} s)" if checkpoint.seconds else ""
             say(f"saved {checkpoint.folder}{took}")
+            if checkpoint.seconds:  # in the row of the newest step: services take no earlier one
+                self._log(max(self.last_step, checkpoint.step), {"checkpoint_seconds": checkpoint.seconds})
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         for tracker in self.trackers:

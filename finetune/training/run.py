@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
@@ -24,7 +25,7 @@ from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
 from finetune.runtime.signals import StopRequest
-from finetune.tracking.trackers import check_metrics
+from finetune.tracking.metrics import check_metrics
 from finetune.training.identity import begun
 from finetune.training.job import Job, build
 from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan
@@ -164,12 +165,14 @@ def _train(
 
 def _is_finished(job: Job) -> bool:
     """Whether the run has made all its steps and all results, and says so. Collective."""
-    steps = job.recipe.train.steps
+    steps = job.end
     if not job.state.runtime.from_main(steps in job.checkpoints.steps()) or not Results(job).are_complete():
         return False
-    say(
-        f"this run is finished: {steps} steps, and all results are in {job.recipe.run_folder}; raise train.steps to go on"
-    )
+    cure, why = "raise train.steps to go on", ""
+    if job.is_out_of_patience:
+        cure = "raise validation.patience, or remove it, to go on"
+        why = f" (the held-out loss was measured {job.record.misses} times without a new least one)"
+    say(f"this run is finished: {steps} steps{why}, and all results are in {job.recipe.run_folder}; {cure}")
     return True
 
 
@@ -181,7 +184,7 @@ def _go_on(job: Job, done: int, plan: MemoryPlan, is_last: bool) -> int:
             before the other begins.
     """
     recipe, results = job.recipe, Results(job)
-    steps = recipe.train.steps
+    steps = job.end
     if done == steps and _is_finished(job):
         return 0
     if done < steps:
@@ -189,9 +192,10 @@ def _go_on(job: Job, done: int, plan: MemoryPlan, is_last: bool) -> int:
     with StopRequest() as stop, Report(job, done) as report, _attention_explained(recipe):
         stopped = run(job, done, report, stop, plan)
         if not stopped:
+            is_trained, steps = done < steps, job.end
             job.state.runtime.doing("exporting")
             exported = results.export()
-            if done < steps or not has_samples(job, steps):  # after the weights are safe: samples need the most memory
+            if is_trained or not has_samples(job, steps):  # after the weights are safe: samples need the most memory
                 samples = validation_samples(job, steps, lambda: stop.requested)
                 report.samples(steps, samples)
                 stopped = samples is None and has_prompts(job)  # the next start makes them
@@ -202,6 +206,7 @@ def _go_on(job: Job, done: int, plan: MemoryPlan, is_last: bool) -> int:
         say(f"stopped by {signal_.name}; the same command goes on from step {max(job.checkpoints.steps(), default=0)}")
         return 128 + signal_
     say_usage(job, exported)
+    _say_best(job)
     (asked,) = job.state.runtime.any(stop.requested)
     if asked and not is_last:
         signal_ = stop.signal or signal.SIGTERM
@@ -215,18 +220,20 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
     recipe, validation, runtime = job.recipe, job.recipe.validation, job.state.runtime
     batches, saving, history = job.batches(done), Saving(job, report), MemoryHistory(runtime.device)
     if done == 0:
-        report.heldout(0, job.heldout_loss())
-    is_late = 0 < done < recipe.train.steps and _due(validation.samples_every, done) and not has_samples(job, done)
+        _measure(job, 0, report)
+    is_late = 0 < done < job.end and _due(validation.samples_every, done) and not has_samples(job, done)
     if done == 0 or is_late:  # a stop came before them
         samples = validation_samples(job, done, lambda: stop.requested)
         report.samples(done, samples)
         if samples is None and has_prompts(job):  # stopped again
             return True
-    for step in range(done, recipe.train.steps):
+    for step in range(done, job.end):
         plan.poll()
         saving.poll()
         runtime.doing(f"waiting for the clips of step {step + 1}")
+        waiting = time.monotonic()
         micro_batches = [next(batches) for _ in range(job.split.accumulation)]
+        waited = time.monotonic() - waiting
         runtime.doing(f"in step {step + 1}", is_limited=True)
         history.before_step(job.order.plan(step).bucket)
         try:
@@ -234,18 +241,24 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
         except torch.OutOfMemoryError as error:  # of one rank, amid collectives: the others end with its process
             raise out_of_memory(error, step + 1, job.order.plan(step).bucket, plan, recipe, runtime) from error
         runtime.doing(f"after step {step + 1}")
-        report.step(step + 1, result)
+        report.step(step + 1, result, micro_batches[0], waited)
         if not result.updated:
             saving.finish()
             raise not_finite(job, step, result, micro_batches)
         is_last = step + 1 == recipe.train.steps
         is_stopped = result.stop and not is_last
+        is_best = False
         with _saved_if_it_fails(saving, job, step + 1):
             if is_last or _due(validation.every, step + 1):
-                report.heldout(step + 1, job.heldout_loss())
+                is_best = _measure(job, step + 1, report)
+        if not is_last and job.is_out_of_patience:
+            say(
+                f"held-out loss: no new least one in {job.record.misses} measurements, so the run ends (validation.patience)"
+            )
+            is_last, is_stopped = True, False
         if is_last:  # before its checkpoint, after which a new start could not measure it
             compare(plan, report.memory, recipe, runtime)
-        if is_last or result.stop or _due(recipe.checkpoint.every, step + 1):
+        if is_last or is_best or result.stop or _due(recipe.checkpoint.every, step + 1):
             _save(saving, job, step + 1)
         if not is_last and not is_stopped and _due(validation.samples_every, step + 1):
             with _saved_if_it_fails(saving, job, step + 1):
@@ -257,8 +270,25 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
         if is_stopped:
             saving.finish()
             return True
+        if is_last:
+            break
     saving.finish()
     return False
+
+
+def _measure(job: Job, step: int, report: Report) -> bool:
+    """Measure and report the held-out loss, if there is one; returns whether the step is among the best. Collective."""
+    figures = job.heldout_loss()
+    report.heldout(step, figures)
+    return figures is not None and job.record.note(step, figures.loss)
+
+
+def _say_best(job: Job) -> None:
+    """Name the checkpoint of the least held-out loss, where such checkpoints are kept and it is not the last step's."""
+    for loss, step in job.record.least[:1] if job.recipe.checkpoint.keep_best else []:
+        if step != job.end:
+            how = "python -m finetune export --recipe R --step best --out DIR"
+            say(f"the held-out loss was least after step {step} ({loss:.4f}); those weights: {how}")
 
 
 @contextmanager

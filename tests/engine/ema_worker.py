@@ -122,8 +122,10 @@ def evaluated(job: Job, recipe: Recipe, runtime: Runtime, family: Family, prepar
             name.removeprefix("transformer.").replace(".weight", ".default.weight"): value
             for name, value in load_file(file).items()
         }
+        scale = recipe.lora.alpha / recipe.lora.rank  # is folded into the second matrices
         figures["exported"] = exported.keys() == averages.keys() and all(
-            torch.equal(exported[name], value) for name, value in averages.items()
+            torch.equal(exported[name], scale * value if "lora_B" in name else value)
+            for name, value in averages.items()
         )
     return figures
 

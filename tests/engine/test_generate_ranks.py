@@ -12,7 +12,7 @@ from processes import figures_of
 from safetensors.torch import load_file
 
 from finetune.recipe import load_recipe, write_recipe
-from finetune.tracking.trackers import JsonLines
+from finetune.tracking.metrics import JsonLines
 
 PROMPTS = [("a red ball moves", 2, 1.0), ("a blue square falls", 4, 3.0), ("a green triangle grows", 3, 1.0)]
 COUNTS = {"none": 0, "one": 1, "three": 3}

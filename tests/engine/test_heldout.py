@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.engine.heldout import HeldOut
-from finetune.tracking.trackers import read_metrics
+from finetune.tracking.metrics import read_metrics
 from finetune.training.job import Job
 from finetune.training.report import Report
 

@@ -13,11 +13,12 @@ from finetune.engine.precision import DTYPES
 from finetune.engine.savers.lowbit import quantize_blocks
 from finetune.models.family import Family
 from finetune.planning import search
-from finetune.planning.gpus import GPUS, Hardware
+from finetune.planning.gpus import Hardware
 from finetune.planning.plan import Plan
 from finetune.planning.simulate import simulate, simulate_all
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.exit import leave
+from finetune.runtime.gpus import GPUS
 from finetune.runtime.logging import quiet_libraries
 
 GPU = GPUS["A100"]

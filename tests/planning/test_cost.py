@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.planning.cost import Cost
-from finetune.planning.gpus import GPUS
+from finetune.runtime.gpus import GPUS
 
 A100 = GPUS["A100"]
 TERA, GB = 10**12, 10**9

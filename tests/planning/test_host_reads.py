@@ -26,6 +26,7 @@ SAVERS = {
     "activations": ["memory.offload_activations=true"],
     "all three": ["memory.offload=true", "memory.offload_activations=true", "memory.low_bit=nf4"],
     "dropout": ["lora.dropout=0.1"],
+    "watched": ["tracking.quantiles_every=1", "tracking.block_norms_every=1"],
     "full": FULL,
     "float8 products": [*FULL, "train.float8=true", "train.precision=bf16"],
     "bf16 weights": [*FULL, "train.weights=bf16"],

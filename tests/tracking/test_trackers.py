@@ -1,5 +1,6 @@
 """Metrics land where a recipe says: JSON Lines always, TensorBoard and W&B (offline) on request."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from finetune.recipe.schema import Tracking
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.tracking.media import contact_sheet, strip, suffix_of, write_video
-from finetune.tracking.trackers import JsonLines, Retrying, open_trackers, tracker_problems
+from finetune.tracking.metrics import JsonLines
+from finetune.tracking.trackers import Retrying, open_trackers, tracker_problems
 from finetune.training.run import train
 
 
@@ -62,7 +64,7 @@ def test_tensorboard_gets_every_value_and_a_resumed_run_replaces_later_steps(tmp
             tracker.close(failed=False)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (1, 1.0),
         (2, 2.0),
         (3, 23.0),
@@ -101,7 +103,7 @@ def videos(tmp_path: Path) -> tuple[list[tuple[str, Path]], Path]:
 def test_samples_reach_every_tracker(tmp_path: Path, videos, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    trackers = open_trackers(Tracking(trackers=["tensorboard", "wandb"]), tmp_path, {}, 0)
+    trackers = open_trackers(Tracking(trackers=["tensorboard", "wandb"]), tmp_path, {"train": {"steps": 2}}, 0)
     for tracker in trackers:
         tracker.log_videos(2, *videos)
     run = Path(trackers[2].tracker.run.dir)
@@ -112,6 +114,10 @@ def test_samples_reach_every_tracker(tmp_path: Path, videos, monkeypatch: pytest
     events.Reload()
     image = events.Images("samples")[0]
     assert (image.step, image.height) == (2, Image.open(videos[1]).height)
+    moving = [Image.open(io.BytesIO(events.Images(f"samples/{index}")[0].encoded_image_string)) for index in range(3)]
+    assert [(picture.format, picture.n_frames) for picture in moving] == [("GIF", 9), ("GIF", 9), ("GIF", 1)]
+    (text,) = events.Tensors("recipe/text_summary")
+    assert text.tensor_proto.string_val[0] == b"```toml\n[train]\nsteps = 2\n\n```"
     kept = {path.read_bytes() for pattern in ("*.mp4", "*.png") for path in run.rglob(pattern)}
     assert kept == {path.read_bytes() for path in (*(path for _, path in videos[0]), videos[1])}
 

@@ -44,12 +44,12 @@ class HostGradients:
             parameter.register_post_accumulate_grad_hook(self._collect)
         self._collected: set[Tensor] = set()  # parameters
         self._leaving: deque[tuple[Tensor, Arrival]] = deque()
-        self._norms = Norms(parameters)
+        self.norms = Norms(parameters)
         self._scale: Tensor | None = None  # 0-D float32, if the gradients are to be clipped
 
     def _collect(self, parameter: Tensor) -> None:
         assert parameter.grad is not None  # it is what the hook is called for
-        self._norms.add(parameter)
+        self.norms.add(parameter)
         gradient = local(parameter.grad)
         arrival = self._copies.start(self.held[parameter], gradient)
         self._collected.add(parameter)
@@ -70,7 +70,7 @@ class HostGradients:
         """
         while self._leaving:
             self._free_oldest()
-        return self._norms.take()
+        return self.norms.take()
 
     def clip(self, norm: float, limit: float | None) -> None:
         """Scale gradients by `limit` / `norm` when they are taken, if the norm exceeds it: as torch's clip_grads_with_norm_."""

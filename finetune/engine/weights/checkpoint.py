@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 
 from finetune.engine.parts import Part
+from finetune.engine.weights.best import ranked
 from finetune.engine.weights.failures import FAILURE, not_read, not_written, reason
 from finetune.engine.weights.integrity import damage, digests, missing_bytes
 from finetune.engine.weights.safe_reading import SafePlanner, SafeReader
@@ -68,7 +69,13 @@ class Checkpoints:
     """The checkpoints of one run, `step_00000100` and so on, in one folder that all ranks see."""
 
     def __init__(
-        self, folder: Path, keep_last: int | None, runtime: Runtime, background: bool = False, verify: bool = True
+        self,
+        folder: Path,
+        keep_last: int | None,
+        runtime: Runtime,
+        background: bool = False,
+        verify: bool = True,
+        keep_best: int = 0,
     ) -> None:
         """Collective.
 
@@ -76,8 +83,10 @@ class Checkpoints:
             keep_last: None keeps all.
             background: write while the training goes on, from a copy in host memory.
             verify: compare the digests of all files before a checkpoint is taken up.
+            keep_best: keep so many besides, of those that note a held-out loss: the ones with the least.
         """
         self.folder, self.keep_last, self.runtime, self.verify = folder, keep_last, runtime, verify
+        self.keep_best = keep_best
         # A run's folder that was there at first, and is not later, has been moved away.
         self._makes_parents = not folder.parent.is_dir()
         self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
@@ -217,8 +226,11 @@ class Checkpoints:
         raise meaning from error
 
     def _prune(self) -> None:
-        """Keep the newest `keep_last`; a checkpoint loses its name before its files, so none is ever half there."""
+        """Keep the newest `keep_last` and the best; a checkpoint loses its name before its files, so none is ever half there."""
+        best = ranked(self.steps(), self.facts)[: self.keep_best] if self.keep_best else []
         for step in self.steps()[: -self.keep_last] if self.keep_last else []:
+            if step in best:
+                continue
             doomed = free_name(self.folder / f"{_PARTIAL}{self.path(step).name}")
             try:
                 self.path(step).rename(doomed)
