@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -36,11 +36,24 @@ KINDS = {
 }
 FAMILIES = [("ltx", "0.9.0"), ("cogvideox", "2b"), ("hunyuan", None), ("wan", "2.1")]
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_kind_of_adapter = pytest.mark.parametrize(
-    "model",
-    [pytest.param(model, marks=[pytest.mark.full] if model != FAMILIES[0] else [], id=model[0]) for model in FAMILIES],
-)
+OPTIMIZERS = [
+    "optimizer.name=adamw",
+    "optimizer.name=adamw_8bit",
+    "optimizer.offload=state_and_gradients",
+    "train.weights=bf16",
+]
+OFTEN = ("dora, rslora, plus", "ranks, rslora")
+
+
+def _over(values: Sequence, often: Sequence) -> list:
+    """Cases of which some are in the default suite."""
+    marks = [() if each in often else (pytest.mark.full,) for each in values]
+    names = [each if isinstance(each, str) else each[0] for each in values]
+    return [pytest.param(each, marks=mark, id=name) for each, mark, name in zip(values, marks, names, strict=True)]
+
+
+every_kind = pytest.mark.parametrize("kind", _over(list(KINDS), OFTEN))
+every_model = pytest.mark.parametrize("model", _over(FAMILIES, FAMILIES[:1]))
 
 
 @pytest.fixture
@@ -76,7 +89,7 @@ def prediction(job: Job, transformer: nn.Module) -> Tensor:
 # Training
 
 
-@every_kind_of_adapter
+@every_model
 @every_kind
 def test_the_training_is_that_of_peft_on_a_plain_model(make_job: BuildJob, model: Model, kind: str) -> None:
     """peft's own layers in diffusers' model, torch's AdamW, the same batches."""
@@ -129,21 +142,12 @@ def test_lengths_are_those_of_the_base_weights_rows_at_the_start(make_job: Build
     assert torch.equal(prediction(job, base), prediction(job, job.state.transformer))
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        ["optimizer.name=adamw"],
-        ["optimizer.name=adamw_8bit"],
-        ["optimizer.offload=state_and_gradients"],
-        ["train.weights=bf16"],
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("optimizer", _over(OPTIMIZERS, ["optimizer.name=adamw_8bit"]))
 def test_second_matrices_have_a_multiple_of_the_rate_in_every_optimizer(
     make_job: BuildJob, optimizer: list[str]
 ) -> None:
     """The schedule moves both, also after a resume, which is bit for bit."""
-    straight, first, second = (make_job(FAMILIES[0], "dora, rslora, plus", *optimizer) for _ in range(3))
+    straight, first, second = (make_job(FAMILIES[0], "dora, rslora, plus", optimizer) for _ in range(3))
     expected = []
     for number in range(4):
         expected.append(straight.step(number, [straight.micro_batches()[number]]))
@@ -183,7 +187,7 @@ def test_rows_of_zeros_are_refused_by_name(build_job: BuildJob, tiny_ltx: Path, 
 # Exported
 
 
-@every_kind_of_adapter
+@every_model
 @every_kind
 def test_diffusers_loads_what_was_trained(make_job: BuildJob, tmp_path: Path, model: Model, kind: str) -> None:
     job = make_job(model, kind, "schedule.warmup_steps=0")
@@ -205,7 +209,7 @@ def test_diffusers_loads_what_was_trained(make_job: BuildJob, tmp_path: Path, mo
     assert not torch.equal(ours, untrained)
 
 
-@pytest.mark.parametrize("base", ["int8", "float8", "nf4"])
+@pytest.mark.parametrize("base", _over(["int8", "float8", "nf4"], ["nf4"]))
 def test_lengths_are_those_of_the_rounded_weights(make_job: BuildJob, base: str) -> None:
     """Else the untrained adapter would undo a part of the rounding."""
     plain, adapted = (
