@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -37,11 +37,24 @@ KINDS = {
 }
 FAMILIES = [("ltx", "0.9.0"), ("cogvideox", "2b"), ("hunyuan", None), ("wan", "2.1")]
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_kind_of_adapter = pytest.mark.parametrize(
-    "model",
-    [pytest.param(model, marks=[pytest.mark.full] if model != FAMILIES[0] else [], id=model[0]) for model in FAMILIES],
-)
+OPTIMIZERS = [
+    "optimizer.name=adamw",
+    "optimizer.name=adamw_8bit",
+    "optimizer.offload=state_and_gradients",
+    "train.weights=bf16",
+]
+OFTEN = ("dora, rslora, plus", "ranks, rslora")
+
+
+def _over(values: Sequence, often: Sequence) -> list:
+    """Cases of which some are in the default suite."""
+    marks = [() if each in often else (pytest.mark.full,) for each in values]
+    names = [each if isinstance(each, str) else each[0] for each in values]
+    return [pytest.param(each, marks=mark, id=name) for each, mark, name in zip(values, marks, names, strict=True)]
+
+
+every_kind = pytest.mark.parametrize("kind", _over(list(KINDS), OFTEN))
+every_model = pytest.mark.parametrize("model", _over(FAMILIES, FAMILIES[:1]))
 
 
 @pytest.fixture
@@ -64,9 +77,9 @@ def adapter(job: Job) -> dict[str, Tensor]:
     return {plain_name(name): value for name, value in state.items() if ADAPTER in name.split(".")}
 
 
-def pipeline_of(job: Job) -> diffusers.DiffusionPipeline:
+def pipeline_of(job: Job, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
     family = job.state.family
-    return getattr(diffusers, family.pipeline_class).from_pretrained(family.folder.path, dtype=torch.float32)
+    return getattr(diffusers, family.pipeline_class).from_pretrained(family.folder.path, dtype=dtype)
 
 
 @torch.no_grad()
@@ -77,7 +90,7 @@ def prediction(job: Job, transformer: nn.Module) -> Tensor:
 # Training
 
 
-@every_kind_of_adapter
+@every_model
 @every_kind
 def test_the_training_is_that_of_peft_on_a_plain_model(make_job: BuildJob, model: Model, kind: str) -> None:
     """peft's own layers in diffusers' model, torch's AdamW, the same batches."""
@@ -130,29 +143,26 @@ def test_lengths_are_those_of_the_base_weights_rows_at_the_start(make_job: Build
     assert torch.equal(prediction(job, base), prediction(job, job.state.transformer))
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        ["optimizer.name=adamw"],
-        ["optimizer.name=adamw_8bit"],
-        ["optimizer.offload=state_and_gradients"],
-        ["train.weights=bf16"],
-    ],
-    ids=" ".join,
-)
+def rates(job: Job) -> dict[str, float]:
+    """How many times the first group's rate those of the adapter's parts are."""
+    groups = job.state.optimizer.param_groups
+    of = {parameter: float(group["lr"]) / float(groups[0]["lr"]) for group in groups for parameter in group["params"]}
+    named = job.state.transformer.named_parameters()
+    return {part: round(of[each], 5) for name, each in named for part in name.split(".") if part.startswith("lora_")}
+
+
+@pytest.mark.parametrize("optimizer", _over(OPTIMIZERS, ["optimizer.name=adamw_8bit"]))
 def test_second_matrices_have_a_multiple_of_the_rate_in_every_optimizer(
     make_job: BuildJob, optimizer: list[str]
 ) -> None:
     """The schedule moves both, also after a resume, which is bit for bit."""
-    straight, first, second = (make_job(FAMILIES[0], "dora, rslora, plus", *optimizer) for _ in range(3))
+    straight, first, second = (
+        make_job(FAMILIES[0], "dora, rslora, plus", "schedule.warmup_steps=0", optimizer) for _ in range(3)
+    )
     expected = []
     for number in range(4):
         expected.append(straight.step(number, [straight.micro_batches()[number]]))
-        base, ratio = (float(group["lr"]) for group in straight.state.optimizer.param_groups)
-        assert ratio == pytest.approx(4 * base)
-    names = {plain_name(name): parameter for name, parameter in straight.state.transformer.named_parameters()}
-    seconds = {parameter for name, parameter in names.items() if ".lora_B." in name}
-    assert set(straight.state.optimizer.param_groups[1]["params"]) == seconds
+        assert rates(straight) == {"lora_A": 1, "lora_B": 4, "lora_magnitude_vector": 1}
     before = [first.step(number, [first.micro_batches()[number]]) for number in range(2)]
     first.save(2)
     assert second.resume() == 2
@@ -184,7 +194,7 @@ def test_rows_of_zeros_are_refused_by_name(build_job: BuildJob, tiny_ltx: Path, 
 # Exported
 
 
-@every_kind_of_adapter
+@every_model
 @every_kind
 def test_diffusers_loads_what_was_trained(make_job: BuildJob, tmp_path: Path, model: Model, kind: str) -> None:
     job = make_job(model, kind, "schedule.warmup_steps=0")
@@ -209,7 +219,20 @@ def test_diffusers_loads_what_was_trained(make_job: BuildJob, tmp_path: Path, mo
     assert not torch.equal(ours, untrained)
 
 
-@pytest.mark.parametrize("base", ["int8", "float8", "nf4"])
+@pytest.mark.full
+def test_lengths_are_measured_in_bf16_as_well_as_peft_does(make_job: BuildJob, tmp_path: Path) -> None:
+    """peft rounds the sum W + BA before it measures its rows, ours does not: what they predict differs by the rounding of bf16."""
+    job = make_job(FAMILIES[0], "dora", "schedule.warmup_steps=0", "train.precision=bf16")
+    for number in range(2):
+        step(job, number)
+    export_weights(job.state, "lora", tmp_path / "lora")
+    pipeline = pipeline_of(job, torch.bfloat16)
+    load_adapter(pipeline, tmp_path / "lora")
+    ours, theirs = prediction(job, job.state.transformer), prediction(job, pipeline.transformer)
+    assert_close_to_scale(ours, theirs, 2**-7)
+
+
+@pytest.mark.parametrize("base", _over(["int8", "float8", "nf4"], ["nf4"]))
 def test_lengths_are_those_of_the_rounded_weights(make_job: BuildJob, base: str) -> None:
     """Else the untrained adapter would undo a part of the rounding."""
     plain, adapted = (

@@ -38,6 +38,10 @@ BASES = {
     "sharded": ["memory.layout=shard"],
 }
 
+every_base = pytest.mark.parametrize(
+    "base", [pytest.param(base, marks=() if base in ("int8", "streamed") else (pytest.mark.full,)) for base in BASES]
+)
+
 
 def _marked(model: Model) -> tuple[pytest.MarkDecorator, ...]:
     return (pytest.mark.full,) if model != FAMILIES[0] else ()
@@ -141,7 +145,7 @@ def test_the_training_is_that_of_a_plain_model(make_job: BuildJob, model: Model)
 
 
 @every_kind_of_model
-@pytest.mark.parametrize("base", BASES)
+@every_base
 def test_trained_weights_are_float32_beside_frozen_ones_however_held(
     make_job: BuildJob, model: Model, base: str
 ) -> None:
@@ -176,7 +180,7 @@ def test_going_on_from_a_checkpoint_is_the_same_as_not_having_stopped(make_job: 
 
 
 @every_kind_of_model
-@pytest.mark.parametrize("base", BASES)
+@every_base
 def test_the_exported_transformer_is_the_base_with_the_trained_weights(
     make_job: BuildJob, tmp_path: Path, model: Model, base: str
 ) -> None:
