@@ -231,6 +231,12 @@ RULES = (
         'set it to "constant_with_warmup", or optimizer.name = "adamw"',
     ),
     Rule(
+        "ema.decay",
+        lambda recipe, ranks: recipe.ema.decay is not None and _is_called("schedule_free_adamw")(recipe),
+        "schedule_free_adamw averages the weights by itself, and is evaluated by that average",
+        'remove [ema], or set optimizer.name = "adamw"',
+    ),
+    Rule(
         "memory.offload",
         lambda recipe, ranks: (
             _updates_on_host(recipe, ranks)

@@ -46,6 +46,7 @@ CASES = [
     ([FULL, "optimizer.name=prodigy"], 4, "optimizer.name", "prodigy estimates one rate"),
     ([SCHEDULE_FREE, CONSTANT, "train.weights=bf16"], 4, "train.weights", "would lose small updates"),
     ([SCHEDULE_FREE, "schedule.name=cosine"], 4, "schedule.name", "in place of a falling rate"),
+    ([SCHEDULE_FREE, CONSTANT, "ema.decay=0.99"], 4, "ema.decay", "averages the weights by itself"),
     ([OFFLOAD, "optimizer.name=prodigy"], 4, "memory.offload", "prodigy needs whole matrices on the GPU"),
     (["optimizer.name=muon", "optimizer.offload=state"], 4, "optimizer.offload", "updates of muon are made on the GPU"),
 ]
