@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 
 import finetune
 from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
+from finetune.models.folder import CARD
 from finetune.recipe import RECIPE_FILE, Recipe
 from finetune.recipe.shareable import write_shareable
 from finetune.runtime.files import writing
+from finetune.training.facts import head_of_card, trigger_words
 from finetune.training.finished import FinalSample, Form, Trained, samples_of
 from finetune.training.usage import base_arguments, script
 
-CARD = "README.md"
 SAMPLES = "samples"
 _MARK = "REPOSITORY"  # stands for it in the lines that an exporter writes
 _MOST_ROWS = 12  # of held-out losses
@@ -69,11 +70,7 @@ def licence_of(head: dict[str, Any], base: str | None) -> dict[str, Any]:
 
 def local_licence(family: Family, trained: Sequence[Trained], base: str | None) -> dict[str, Any]:
     """The licence that the card in the base model's folder names, or the exported weights do; empty if neither does."""
-    try:
-        head = metadata_load(family.folder.path / CARD)
-    except Exception:  # no card, or any text in its place
-        head = None
-    if found := licence_of(head if isinstance(head, dict) else {}, base):
+    if found := licence_of(head_of_card(family.folder.path), base):
         return found
     for file in (file for each in trained for form in each.forms for file in form.files):
         if file.suffix == ".safetensors" and (named := _metadata(file).get("base_license")):
@@ -147,12 +144,6 @@ def _head(recipe: Recipe, family: Family, samples: Sequence[FinalSample], to: De
         shown = [{"text": each.prompt, "output": {"url": f"{SAMPLES}/{each.file.name}"}} for each in samples]
         values["widget"] = shown
     return ModelCardData(**values)
-
-
-def trigger_words(recipe: Recipe) -> list[str]:
-    """The words in front of all captions, or of those of some datasets."""
-    words = [recipe.data.reading(source)["id_token"] for source in recipe.data.datasets]
-    return list(dict.fromkeys(filter(None, words)))
 
 
 def _introduction(recipe: Recipe, family: Family, to: Destination) -> str:

@@ -44,14 +44,20 @@ def base_facts(model: Model, family: Family) -> dict[str, str]:
 
 def licence(folder: Path) -> dict[str, str]:
     """The licence that a model's card names at its head; nothing if there is no card, or none in it."""
+    head = head_of_card(folder)
+    named = [str(head[key]) for key in ("license_name", "license") if head.get(key)]
+    return {"base_license": named[0]} if named else {}
+
+
+def head_of_card(folder: Path) -> dict[str, Any]:
+    """The values at the head of a model's card; none if there is no card, or any text in its place."""
     from huggingface_hub import metadata_load
 
     try:
         head: Any = metadata_load(folder / CARD)
-    except Exception:  # any text may be in a card, and none of it is worth an export
+    except Exception:  # none of it is worth an export
         return {}
-    named = [str(head[key]) for key in ("license_name", "license") if isinstance(head, dict) and head.get(key)]
-    return {"base_license": named[0]} if named else {}
+    return head if isinstance(head, dict) else {}
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -66,8 +72,12 @@ def recipe_digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _trigger(recipe: Recipe) -> dict[str, str]:
+def trigger_words(recipe: Recipe) -> list[str]:
     """The words that stand in front of all captions, or of those of some datasets."""
     words = [recipe.data.reading(source)["id_token"] for source in recipe.data.datasets]
-    found = ", ".join(dict.fromkeys(filter(None, words)))
+    return list(dict.fromkeys(filter(None, words)))
+
+
+def _trigger(recipe: Recipe) -> dict[str, str]:
+    found = ", ".join(trigger_words(recipe))
     return {"trigger_word": found} if found else {}
