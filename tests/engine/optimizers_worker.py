@@ -86,7 +86,7 @@ def main(recipe_file: str, kinds: list[str], out: Path, runtime: Runtime) -> Non
         before, gradients = whole_weights(straight), gradients_of(straight)
         expected = steps(straight, 0, STEPS)
         weights, held_out = whole_weights(straight), straight.heldout_loss()
-        with evaluating(straight.state.parts):
+        with evaluating(straight.state.parts, "heldout"):
             evaluated = whole_weights(straight)
         broken = build(recipe, runtime, family, prepared)
         steps(broken, 0, BREAK)

@@ -163,7 +163,7 @@ def test_what_an_export_reads_of_a_checkpoint_gives_the_average(build_job: Calla
     job.save(3)
     fresh.checkpoints.load(3, [part for part in fresh.state.parts if part.is_evaluated])
     trained = [local(parameter).clone() for parameter in job.state.parameters]
-    with evaluating(job.state.parts), evaluating(fresh.state.parts):
+    with evaluating(job.state.parts, "export"), evaluating(fresh.state.parts, "export"):
         ours, theirs = ([local(p).clone() for p in each.state.parameters] for each in (fresh, job))
     assert all(map(torch.equal, ours, theirs))
     assert not all(map(torch.equal, trained, theirs))
