@@ -145,13 +145,14 @@ def adapter_of(recipe: Recipe, family: Family, runtime: Runtime, step: int | Lit
 
 
 def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers.DiffusionPipeline:
-    """Load the whole pipeline onto the device, in the recipe's precision, with the adapters of lora.frozen in its weights."""
+    """Load the whole pipeline onto the device, in the recipe's precision, with lora.frozen in the weights that are trained."""
     diffusers.utils.logging.disable_progress_bar()
     cls = getattr(diffusers, family.pipeline_class)
     dtype = DTYPES[recipe.train.precision]
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
     pipeline = cls.from_pretrained(family.folder.path, dtype=dtypes)
-    for each in [family.of_expert(name) for name in family.experts] or [family]:
+    trained = recipe.model.experts or family.experts
+    for each in [family.of_expert(name) for name in trained] if family.experts else [family]:
         add_frozen(getattr(pipeline, each.trained_component), recipe.adapter, each)
     if recipe.validation.tiling:
         pipeline.vae.enable_tiling()

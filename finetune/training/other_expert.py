@@ -77,7 +77,10 @@ def load_weights_of(checkpoints: Checkpoints, step: int, weights: TrainedWeights
 
 
 def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
-    """The recipe that the other expert is trained by, which may have another method or rank. Rank 0 reads it. Collective."""
+    """The recipe that the other expert is trained by, which may have another method or rank. Rank 0 reads it. Collective.
+
+    An expert that has not been trained has none of the adapters that the trained one is given.
+    """
     assert family.expert is not None
     own = of_expert(recipe, family.expert)
     with runtime.together():
@@ -87,6 +90,8 @@ def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
             own = own.model_copy(
                 update={"train": found.train, "ema": found.ema, **{name: getattr(found, name) for name in ADAPTERS}}
             )
+        elif runtime.is_main:
+            own = own.model_copy(update={"lora": own.lora.model_copy(update={"start_from": None, "frozen": []})})
     return runtime.from_main(own)
 
 
