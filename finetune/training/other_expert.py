@@ -96,7 +96,7 @@ def _load_schedule_free(
 ) -> None:
     """Load the average x of a schedule-free optimizer, whose gradients are taken at y = beta1 x + (1 - beta1) z.
 
-    After Defazio et al. 2024, "The Road Less Scheduled". Of the optimizer's state only z is read, so that its moments take no memory.
+    After Defazio et al. 2024, "The Road Less Scheduled". Of the optimizer's state only z is read, as moments would need memory.
     """
     latest = _Latest(weights)
     checkpoints.load(step, [weights, latest])
