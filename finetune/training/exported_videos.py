@@ -121,7 +121,12 @@ def set_strengths(
             raise UserError("all weights have no strength", "leave --strength out, or give a LoRA", str(folder))
     for component, scales in weights.items():
         transformer = getattr(pipeline, component)
-        transformer.set_adapters(list(transformer.peft_config), scales)
+        used = {name: scale for name, scale in zip(transformer.peft_config, scales, strict=True) if scale}
+        if used:  # at 0 an adapter is switched off: DoRA's magnitudes would stay
+            transformer.enable_adapters()
+            transformer.set_adapters(list(used), list(used.values()))
+        else:
+            transformer.disable_adapters()
 
 
 def adapter_of(recipe: Recipe, family: Family, runtime: Runtime, step: int | Literal["best"]) -> Path:
