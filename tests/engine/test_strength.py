@@ -22,6 +22,8 @@ from finetune.training.samples import request_of, validation_samples
 PROMPT = "a red ball moves to the left"
 PROMPTS = f'validation.prompts=[{{text = "{PROMPT}", steps = 2, guidance = 1.0, seed = 7, strength = [0.0, 0.4, 1.0]}}]'
 
+PARTIAL = {"full": [], "partial": ['partial.modules=["attn1.to_q"]']}
+
 
 @pytest.fixture
 def trained(build_job: Callable[..., Job], family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Job]:
@@ -133,9 +135,10 @@ def test_a_control_prompt_has_no_trigger_word(family_recipe: Callable[..., Path]
         open_family(load_recipe(family_recipe("ltx"), [prompts, "data.id_token=sks"]))
 
 
-def test_all_weights_have_no_strength(family_recipe: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="strength is about a LoRA, and all weights are trained"):
-        open_family(load_recipe(family_recipe("ltx"), [PROMPTS, "train.method=full"]))
+@pytest.mark.parametrize("method", ["full", "partial"])
+def test_trained_weights_of_the_model_have_no_strength(family_recipe: Callable[..., Path], method: str) -> None:
+    with pytest.raises(UserError, match=f"strength is about a LoRA, and train.method is {method}"):
+        open_family(load_recipe(family_recipe("ltx"), [PROMPTS, f"train.method={method}", *PARTIAL[method]]))
 
 
 def test_sample_applies_several_loras_with_their_strengths(
