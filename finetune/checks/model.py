@@ -223,11 +223,11 @@ def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
 
 
 def _strength_problems(recipe: Recipe, prompt: Prompt) -> Iterator[Problem]:
-    key, is_whole = "validation.prompts", recipe.adapter is None
-    if is_whole and (prompt.strengths != [1.0] or prompt.control):
+    key = "validation.prompts"
+    if recipe.train.method != "lora" and (prompt.strengths != [1.0] or prompt.control):
         what = "control" if prompt.control else "strength"
         yield Problem(
-            f"{prompt.text!r}: {what} is about a LoRA, and all weights are trained",
+            f"{prompt.text!r}: {what} is about a LoRA, and train.method is {recipe.train.method}",
             key,
             f'remove {what}, or set train.method = "lora"',
         )

@@ -150,16 +150,17 @@ class WeightAverage(Part):
         if purpose not in self.settings.use or not self.updates:
             yield
             return
-        kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of those that have been replaced
+        kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # of those that have been replaced
         try:
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
                     weight, value = local(parameter).detach(), self.values[name]
-                    kept.append((weight, value, _replace(weight, value)))
+                    kept.append((parameter, value, _replace(weight, value)))
             yield
         finally:
             with torch.no_grad():
-                for weight, value, trained in kept:
+                for parameter, value, trained in kept:
+                    weight = local(parameter).detach()  # FSDP's first forward pass may have moved the shard
                     if trained is value:
                         _replace(weight, value)
                     else:

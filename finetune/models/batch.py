@@ -93,7 +93,7 @@ class Batch:
     def is_finite(self, place: int) -> bool:
         """Whether all numbers of one of the batch's samples are, on the CPU."""
         size = len(next(iter(self.terms.values())).target)
-        parts = [part for part in tree_leaves((self.inputs, self.terms)) if isinstance(part, Tensor)]
+        parts = [part for part in tree_leaves((self.inputs, self.terms, self.unguided)) if isinstance(part, Tensor)]
         samples = [part[place] for part in parts if part.is_floating_point() and part.dim() and len(part) == size]
         return all(bool(torch.isfinite(sample).all()) for sample in samples)
 

@@ -121,7 +121,12 @@ def set_strengths(
             raise UserError("all weights have no strength", "leave --strength out, or give a LoRA", str(folder))
     for component, scales in weights.items():
         transformer = getattr(pipeline, component)
-        transformer.set_adapters(list(transformer.peft_config), scales)
+        used = {name: scale for name, scale in zip(transformer.peft_config, scales, strict=True) if scale}
+        if used:  # at 0 an adapter is switched off: DoRA's magnitudes would stay
+            transformer.enable_adapters()
+            transformer.set_adapters(list(used), list(used.values()))
+        else:
+            transformer.disable_adapters()
 
 
 def adapter_of(recipe: Recipe, family: Family, runtime: Runtime, step: int | Literal["best"]) -> Path:
@@ -145,13 +150,14 @@ def adapter_of(recipe: Recipe, family: Family, runtime: Runtime, step: int | Lit
 
 
 def load_pipeline(recipe: Recipe, family: Family, runtime: Runtime) -> diffusers.DiffusionPipeline:
-    """Load the whole pipeline onto the device, in the recipe's precision, with the adapters of lora.frozen in its weights."""
+    """Load the whole pipeline onto the device, in the recipe's precision, with lora.frozen in the weights that are trained."""
     diffusers.utils.logging.disable_progress_bar()
     cls = getattr(diffusers, family.pipeline_class)
     dtype = DTYPES[recipe.train.precision]
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
     pipeline = cls.from_pretrained(family.folder.path, dtype=dtypes)
-    for each in [family.of_expert(name) for name in family.experts] or [family]:
+    trained = recipe.model.experts or family.experts
+    for each in [family.of_expert(name) for name in trained] if family.experts else [family]:
         add_frozen(getattr(pipeline, each.trained_component), recipe.adapter, each)
     if recipe.validation.tiling:
         pipeline.vae.enable_tiling()

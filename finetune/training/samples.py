@@ -58,7 +58,7 @@ def wanted_samples(job: Job) -> list[Wanted]:
     """The videos of a recipe's prompts, in order."""
     found = []
     for index, prepared in enumerate(job.prepared.prompts):
-        strengths = [1.0] if job.recipe.adapter is None else prepared.prompt.strengths
+        strengths = prepared.prompt.strengths if job.recipe.train.method == "lora" else [1.0]
         for seed in prepared.prompt.seeds:
             found += [Wanted(index, prepared, seed, strength, strengths != [1.0]) for strength in strengths]
     return found

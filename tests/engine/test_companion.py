@@ -105,18 +105,23 @@ def test_full_finetuning_holds_the_companion_in_compute_precision(build: Build) 
     assert live_video(job).shape == (9, 64, 64, 3)
 
 
-@pytest.mark.parametrize("ema", [[], ["ema.decay=0.5"]], ids=["weights", "average"])
-def test_adapters_of_both_experts_generate_what_their_exports_do(build: Build, tmp_path: Path, ema: list[str]) -> None:
-    first = build(LowNoise, *ema)
+@pytest.mark.parametrize(
+    "average", [[], ["ema.decay=0.5"], ["optimizer.name=schedule_free_adamw"]], ids=["none", "ema", "schedule-free"]
+)
+def test_adapters_of_both_experts_generate_what_their_exports_do(
+    build: Build, tmp_path: Path, average: list[str]
+) -> None:
+    first = build(LowNoise, *average)
     for number in range(3):
         step(first, number)
     first.save(3)
     export_weights(first.state, "lora", tmp_path / "low")
-    job = build(HighNoise, *ema)
+    job = build(HighNoise, *average)
     for number in range(3):
         step(job, number)
     export_weights(job.state, "lora", tmp_path / "high")
-    with_companion(job, take_up=lambda part: load_weights_of(first.checkpoints, 3, part, first.recipe.ema))
+    settings = first.recipe.ema, first.recipe.optimizer
+    with_companion(job, take_up=lambda part: load_weights_of(first.checkpoints, 3, part, *settings))
     both = live_video(job)
     folders = {"transformer": tmp_path / "high", "transformer_2": tmp_path / "low"}
     assert_same(both, pipeline_video(job, folders))

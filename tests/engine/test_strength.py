@@ -22,6 +22,8 @@ from finetune.training.samples import request_of, validation_samples
 PROMPT = "a red ball moves to the left"
 PROMPTS = f'validation.prompts=[{{text = "{PROMPT}", steps = 2, guidance = 1.0, seed = 7, strength = [0.0, 0.4, 1.0]}}]'
 
+PARTIAL = {"full": [], "partial": ['partial.modules=["attn1.to_q"]']}
+
 
 @pytest.fixture
 def trained(build_job: Callable[..., Job], family_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Job]:
@@ -83,6 +85,27 @@ def test_a_strength_is_that_of_diffusers(trained: Callable[..., Job], tmp_path: 
     assert 0.1 < np.abs(some.astype(int) - none).mean() < np.abs(all_of_it.astype(int) - none).mean()
 
 
+def test_dora_at_strength_0_is_the_base_model(
+    trained: Callable[..., Job], family_recipe: Callable[..., Path], runtime, tmp_path: Path
+) -> None:
+    picture = PROMPTS.replace("steps = 2", 'steps = 2, shape = "1x64x96"')  # as PNG it is exact
+    job = trained(picture, "lora.dora=true")
+    export_weights(job.state, job.recipe.train.method, tmp_path / "dora")
+    samples = validation_samples(job, 2)
+    live = {path.stem.partition("strength")[2]: np.asarray(Image.open(path)) for _, path in samples.videos}
+    recipe = load_recipe(family_recipe("ltx"), [picture])
+    sample(recipe, open_family(recipe), runtime, tmp_path / "out", tmp_path / "dora", compare=True)
+    exported = {
+        path.stem.removeprefix("00_seed7_"): np.asarray(Image.open(path)) for path in (tmp_path / "out").glob("00*")
+    }
+    base = exported["base"]
+    assert_same(live["0"], base)
+    assert np.array_equal(exported["trained_strength0"], base)
+    for strength in ("0.4", "1"):
+        assert_same(live[strength], exported[f"trained_strength{strength}"])
+        assert np.abs(live[strength].astype(int) - base).max() > 1
+
+
 def test_samples_of_several_strengths_and_steps_lie_in_one_picture(trained: Callable[..., Job]) -> None:
     job = trained()
     assert validation_samples(job, 0) is not None
@@ -112,9 +135,10 @@ def test_a_control_prompt_has_no_trigger_word(family_recipe: Callable[..., Path]
         open_family(load_recipe(family_recipe("ltx"), [prompts, "data.id_token=sks"]))
 
 
-def test_all_weights_have_no_strength(family_recipe: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="strength is about a LoRA, and all weights are trained"):
-        open_family(load_recipe(family_recipe("ltx"), [PROMPTS, "train.method=full"]))
+@pytest.mark.parametrize("method", ["full", "partial"])
+def test_trained_weights_of_the_model_have_no_strength(family_recipe: Callable[..., Path], method: str) -> None:
+    with pytest.raises(UserError, match=f"strength is about a LoRA, and train.method is {method}"):
+        open_family(load_recipe(family_recipe("ltx"), [PROMPTS, f"train.method={method}", *PARTIAL[method]]))
 
 
 def test_sample_applies_several_loras_with_their_strengths(

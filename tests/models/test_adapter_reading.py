@@ -116,7 +116,7 @@ def test_a_folder_of_peft(opened: Opened, tmp_path: Path, rslora: bool) -> None:
         lora_alpha=ALPHA,
         target_modules=["to_q", "net.2"],
         rank_pattern={"net.2": 5},
-        alpha_pattern={"blocks.1.attn2.to_q": 1.0},
+        alpha_pattern={"1.attn2.to_q": 1.0, "attn2.to_q": 3.0},  # the first that matches counts
         use_rslora=rslora,
         init_lora_weights=False,
     )

@@ -272,9 +272,10 @@ def _scale(
         return 1.0
     names = [re.sub(r"^(base_model\.model\.)?(transformer\.)?", "", layer), *(each.name for each in targets)]
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        # as peft reads it: the end of a layer's name, from a dot on
+        # as peft reads it: the first pattern that is the end of a layer's name, from a dot on
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
             alpha = value
+            break
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
