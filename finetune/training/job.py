@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from finetune.data.cache import digest
 from finetune.data.loader import BatchSplit, Dropout, MicroBatches, open_loader, read_sample
 from finetune.data.sampler import Order
 from finetune.engine.ema import WeightAverage
@@ -206,7 +207,7 @@ def build_state(
         schedule=build_schedule(optimizer, recipe.schedule, train.steps),
         runtime=runtime,
         max_grad_norm=None if train.max_grad_norm == "none" else train.max_grad_norm,
-        defer_reduction=train.method != "full",
+        defer_reduction=train.method == "lora",
         seed=train.seed,
         activations=ActivationOffload(runtime.device) if recipe.memory.offload_activations else None,
         in_backward=InBackward(optimizer) if recipe.optimizer.in_backward else None,
@@ -233,8 +234,14 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
         checkpoints=open_checkpoints(recipe, runtime),
         identity=shared_identity(recipe, family, prepared, runtime),
-        record=HeldOutRecord(recipe.checkpoint.keep_best),
+        record=HeldOutRecord(recipe.checkpoint.keep_best, _measured_by(recipe, prepared)),
     )
+
+
+def _measured_by(recipe: Recipe, prepared: Prepared) -> str:
+    """A digest of what held-out losses are measured by: losses by another one are not compared with them."""
+    averaged = recipe.ema.decay is not None and "heldout" in recipe.ema.use
+    return digest([[sorted(item.keys.items()) for item in prepared.heldout], recipe.validation.sigmas, averaged])
 
 
 def order_of(recipe: Recipe, prepared: Prepared) -> Order:

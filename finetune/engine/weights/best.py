@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.runtime.logging import say
+
 LOSS, RECORD = (
     "heldout_loss",
     "heldout_record",
@@ -24,9 +26,11 @@ class HeldOutRecord:
         best: the least loss so far, which may be the base model's; None before a finite one.
         misses: measurements since then.
         loss, step: the last measurement; None and 0 before the first.
+        measured_by: a digest of what losses are measured by, such as the held-out clips. Others are not compared with them.
     """
 
     keep: int = 1
+    measured_by: str = ""
     least: list[tuple[float, int]] = field(default_factory=list)
     best: float | None = None
     misses: int = 0
@@ -50,28 +54,41 @@ class HeldOutRecord:
         """What a checkpoint of a step notes; nothing before the first measurement."""
         if self.loss is None:
             return {}
-        record = {"least": [list(each) for each in self.least], "best": self.best, "misses": self.misses}
+        record = {
+            "least": [list(each) for each in self.least],
+            "best": self.best,
+            "misses": self.misses,
+            "measured_by": self.measured_by,
+        }
         record |= {"step": self.step, "loss": self.loss}
         measured = self.step == step and math.isfinite(self.loss)
         return {RECORD: record} | ({LOSS: self.loss} if measured else {})
 
     def restore(self, facts: Mapping[str, Any]) -> None:
-        """Take up what `facts` gave. A checkpoint without begins a new record."""
-        record = facts.get(RECORD, {"least": [], "best": None, "misses": 0, "step": 0, "loss": None})
+        """Take up what `facts` gave. A checkpoint without begins a new record, and so does one of other measurements."""
+        new: dict[str, Any] = {"least": [], "best": None, "misses": 0, "step": 0, "loss": None}
+        record = facts.get(RECORD, new)
+        if self.measured_by and record.get("measured_by", self.measured_by) != self.measured_by:
+            say(
+                "held-out losses are measured otherwise from here on (clips, sigmas, average): which is best begins anew"
+            )
+            record = new
         self.least = [(float(loss), int(step)) for loss, step in record["least"]][: max(self.keep, 1)]
         self.best, self.misses = record["best"], record["misses"]
         self.step, self.loss = record["step"], record["loss"]
 
 
 def ranked(steps: Sequence[int], facts: Callable[[int], Mapping[str, Any]]) -> list[int]:
-    """Steps of the checkpoints that note a loss, the least first; of equal ones, the earlier.
+    """Steps of the checkpoints that note a loss, the least first; of equal ones, the earlier. Losses that were measured otherwise
+    than the newest are left out.
 
     Args:
         facts: of a checkpoint by its step; raises OSError or ValueError.
     """
-    losses = {}
+    losses, measured_by = {}, {}
     for step in steps:
         with suppress(OSError, ValueError):
             if LOSS in (noted := facts(step)):
-                losses[step] = noted[LOSS]
+                losses[step], measured_by[step] = noted[LOSS], noted.get(RECORD, {}).get("measured_by")
+    losses = {step: loss for step, loss in losses.items() if measured_by[step] == measured_by[max(losses)]}
     return sorted(losses, key=lambda step: (losses[step], step))
