@@ -132,7 +132,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     if arguments.step is not None:
         raise UserError("a file has no steps", "give --from alone", "--step")
     model = _model(arguments)
-    family = find_family(model, with_weights="merged" in arguments.format)
+    family = find_family(model, with_weights=any(name.startswith("merged") for name in arguments.format))
     if family.experts:
         if not model.experts or len(model.experts) > 1:
             cure = "give --expert high or --expert low, or set model.experts to it"

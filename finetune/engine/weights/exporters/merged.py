@@ -46,7 +46,7 @@ def merged(name: str, lora: TrainedLora, base: Weights, dtype: torch.dtype | Non
     """A tensor of the base model with its share of the LoRA, in a dtype, or in the base's if None."""
     weight = base.rows(name, 0, (base.shape(name) or [0])[0])
     layer, _, what = name.rpartition(".")
-    dtype = dtype or weight.dtype
+    dtype = dtype or base.dtype(name)  # frozen adapters make the rows of some layers float32
     if what == "weight" and layer in lora.scales:
         weight = weight.float() + lora.change(layer)
         if (lengths := lora.tensors.get(layer + LENGTHS)) is not None:  # DoRA (Liu et al. 2024, equation 5)
