@@ -172,7 +172,7 @@ def _attempts(candidate: Candidate, capacity: int) -> Iterator[Changes]:
 
 def _settings(recipe: Recipe, gpus: int, extra: Changes) -> Iterator[Changes]:
     """Combinations of savers that are allowed with the recipe."""
-    kept = ("none", "state", "state_and_gradients") if recipe.train.method == "full" else ("none",)
+    kept = ("none", "state", "state_and_gradients") if recipe.train.method != "lora" else ("none",)
     weights: list[Changes] = [{"memory.offload": False, "optimizer.offload": what} for what in kept]
     weights += [{"memory.offload": True, "optimizer.offload": "none"}]
     if gpus == 1:

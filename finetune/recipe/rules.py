@@ -207,7 +207,7 @@ RULES = (
     # What an algorithm cannot do
     Rule(
         "optimizer.name",
-        lambda recipe, ranks: _is_called("prodigy")(recipe) and _trains_all(recipe) and ranks > 1,
+        lambda recipe, ranks: _is_called("prodigy")(recipe) and recipe.train.method != "lora" and ranks > 1,
         lambda recipe, ranks: (
             f"prodigy estimates one rate from all weights, which each of {ranks} ranks would hold whole"
         ),

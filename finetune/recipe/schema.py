@@ -127,10 +127,11 @@ class Lora(Table):
     take 16); 1: the same."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    start_from: str | None = None
+    start_from: str | None = Free(None)
     """Begin with this adapter's weights instead of new ones: a .safetensors file by the names of diffusers, ComfyUI, kohya's
     scripts or musubi-tuner; a folder of peft's, or of an earlier run; or "owner/name/file" on the Hub. Its rank may be lower than
-    `rank`, and its strength is kept whatever `alpha` is."""
+    `rank`, and its strength is kept whatever `alpha` is. A resumed run knows it by
+    its content, wherever it lies."""
     frozen: list[FrozenAdapter] = Field(default=[])
     """Train on top of these adapters, like [{path = "other.safetensors", strength = 0.8}]: they are added to the base weights, in
     samples and held-out losses too, are not trained, and are not in what is exported."""

@@ -55,6 +55,7 @@ FREE = [
     "model.revision=v2",
     "data.path=moved/clips",
     "data.cache=elsewhere",
+    "lora.start_from=elsewhere.safetensors",
     "data.workers=0",
     "train.steps=9",
     "train.micro_batch_size=2",
