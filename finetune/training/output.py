@@ -73,10 +73,10 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
 def ended_at(recipe: Recipe) -> int:
     """The step whose weights a run has exported, if the held-out loss ended it there; else the recipe's last."""
     step, record = _noted(recipe.run_folder / RESULTS).get("step"), HeldOutRecord()
-    if isinstance(step, int):
-        facts = _noted(checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json")
-        record.restore(facts)
-    return record.step if record.is_over(recipe.validation.patience) else recipe.train.steps
+    if not isinstance(step, int):
+        return recipe.train.steps
+    record.restore(_noted(checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json"))
+    return step if record.is_over(recipe.validation.patience) else recipe.train.steps
 
 
 def results_folder(recipe: Recipe, family: Family) -> Path:
