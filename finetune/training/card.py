@@ -128,7 +128,7 @@ def card(
 
 
 def _head(recipe: Recipe, family: Family, samples: Sequence[FinalSample], to: Destination) -> ModelCardData:
-    is_lora = recipe.train.method != "full"
+    is_lora = recipe.train.method == "lora"
     values: dict[str, Any] = {}
     if to.base is not None:
         values |= {"base_model": to.base, "base_model_relation": "adapter" if is_lora else "finetune"}
@@ -207,7 +207,7 @@ def _facts(each: Trained) -> dict[str, str]:
     if each.clips is not None:
         facts[pieces] = f"{each.clips}"
     facts["shapes (frames x height x width)"] = ", ".join(map(str, data.stated_buckets))
-    if train.method != "full" and recipe.adapter is not None:
+    if train.method == "lora" and recipe.adapter is not None:
         own = recipe.adapter.model_dump()
         facts |= {key: f"{own[key]:g}" for key in ("rank", "alpha") if key in own}
     optimizer = recipe.optimizer.model_dump()
@@ -268,7 +268,7 @@ def _place(each: Trained, form: Form) -> Path:
     """Where a form's files lie in the repository: a LoRA in diffusers' form at the top, where loaders look for it."""
     method, expert = each.recipe.train.method, each.family.expert
     if form.folder.name == exporter_of(method).folder(each.family):  # whose names say which expert they are for
-        return Path() if method != "full" else Path(form.folder.name)
+        return Path() if method == "lora" else Path(form.folder.name)
     return Path(expert or "", form.folder.name)
 
 

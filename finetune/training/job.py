@@ -49,7 +49,11 @@ from finetune.training.identity import BASE, CLIPS, check_identity, say_if_not_c
 
 @dataclass
 class Job:
-    """A training that is ready to run: its state, its data, its checkpoints, and what its clips and base weights are known by."""
+    """A training that is ready to run: its state, its data, its checkpoints, and what its clips and base weights are known by.
+
+    Attributes:
+        done: the step of the checkpoint that it goes on from; 0 of a new run.
+    """
 
     recipe: Recipe
     state: StepState
@@ -60,11 +64,15 @@ class Job:
     checkpoints: Checkpoints
     identity: dict[str, str]
     record: HeldOutRecord = field(default_factory=HeldOutRecord)
+    done: int = 0
 
     @property
     def end(self) -> int:
-        """The run's last step: the recipe's, or the one after which validation.patience is used up."""
-        return self.record.step if self.is_out_of_patience else self.recipe.train.steps
+        """The run's last step: the recipe's, or the one after which validation.patience is used up.
+
+        A run that is given a smaller patience after its last measurement ends with the steps that it has made since.
+        """
+        return max(self.record.step, self.done) if self.is_out_of_patience else self.recipe.train.steps
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -119,6 +127,7 @@ class Job:
             self.record.restore(facts)
         self.checkpoints.load(taken, self.state.parts)
         set_schedule_step(self.state.schedule, taken)
+        self.done = taken
         return taken
 
     def _check_identity(self, facts: dict) -> None:

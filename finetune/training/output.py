@@ -19,6 +19,7 @@ from finetune.training.job import Job, checkpoints_folder, write_weights
 from finetune.training.samples import SHEET, forget_samples, has_prompts, has_samples, samples_folder
 
 STARTS, RESULTS, FORMS = "starts", "results.json", "forms"
+_OLDER = {"precision": None, "average": False}  # of forms whose note does not tell
 
 
 def claim_output(recipe: Recipe) -> FolderLock:
@@ -73,10 +74,10 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
 def ended_at(recipe: Recipe) -> int:
     """The step whose weights a run has exported, if the held-out loss ended it there; else the recipe's last."""
     step, record = _noted(recipe.run_folder / RESULTS).get("step"), HeldOutRecord()
-    if isinstance(step, int):
-        facts = _noted(checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json")
-        record.restore(facts)
-    return record.step if record.is_over(recipe.validation.patience) else recipe.train.steps
+    if not isinstance(step, int):
+        return recipe.train.steps
+    record.restore(_noted(checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json"))
+    return step if record.is_over(recipe.validation.patience) else recipe.train.steps
 
 
 def results_folder(recipe: Recipe, family: Family) -> Path:
@@ -137,7 +138,7 @@ class Results:
         """Note what has been written, so that the next start knows whether it is still there."""
         recipe, noted = self.job.recipe, _noted(self._note)
         forms = noted.get(FORMS, {}) if noted.get("step") == step else {}
-        forms[folder.name] = {"precision": recipe.export.precision, "files": _sizes(folder)}
+        forms[folder.name] = {**_settings(recipe), "files": _sizes(folder)}
         with atomic(self._note) as partial:
             partial.write_text(json.dumps({"step": step, FORMS: forms}))
 
@@ -154,9 +155,15 @@ def _missing(recipe: Recipe, family: Family, step: int) -> list[str]:
 
 
 def _is_there(folder: Path, noted: dict[str, Any] | None, recipe: Recipe) -> bool:
-    if noted is None or not folder.is_dir() or noted.get("precision") != recipe.export.precision:
+    if noted is None or not folder.is_dir() or {**_OLDER, **noted} != {**noted, **_settings(recipe)}:
         return False
     return dict(noted["files"]).items() <= _sizes(folder).items()
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What may change from start to start, and makes other files of the same trained weights."""
+    is_average = recipe.ema.decay is not None and "export" in recipe.ema.use
+    return {"precision": recipe.export.precision, "average": is_average}
 
 
 def _sizes(folder: Path) -> dict[str, int]:

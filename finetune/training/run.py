@@ -30,7 +30,7 @@ from finetune.training.identity import begun
 from finetune.training.job import Job, build
 from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compare, out_of_memory, start_no_plan
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
-from finetune.training.output import Results, claim_output, is_over, keep_recipe
+from finetune.training.output import Results, claim_output, ended_at, is_over, keep_recipe
 from finetune.training.report import Report
 from finetune.training.sample_grid import write_grid
 from finetune.training.samples import has_prompts, has_samples, validation_samples
@@ -112,7 +112,7 @@ def _train_one(
         with runtime.together():
             over = runtime.is_main and clips is not None and is_over(recipe, family, clips)
         if runtime.from_main(over):
-            say(f"it is finished: {recipe.train.steps} steps and all results")
+            say(f"it is finished: {ended_at(recipe)} steps and all results")
             return 0
     runtime.device.record_memory()
     try:
@@ -189,6 +189,8 @@ def _go_on(job: Job, done: int, plan: MemoryPlan, is_last: bool) -> int:
         return 0
     if done < steps:
         results.forget(done)
+    elif job.is_out_of_patience:
+        _say_out_of_patience(job)
     with StopRequest() as stop, Report(job, done) as report, _attention_explained(recipe):
         stopped = run(job, done, report, stop, plan)
         if not stopped:
@@ -252,9 +254,7 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
             if is_last or _due(validation.every, step + 1):
                 is_best = _measure(job, step + 1, report)
         if not is_last and job.is_out_of_patience:
-            say(
-                f"held-out loss: no new least one in {job.record.misses} measurements, so the run ends (validation.patience)"
-            )
+            _say_out_of_patience(job)
             is_last, is_stopped = True, False
         if is_last:  # before its checkpoint, after which a new start could not measure it
             compare(plan, report.memory, recipe, runtime)
@@ -281,6 +281,11 @@ def _measure(job: Job, step: int, report: Report) -> bool:
     figures = job.heldout_loss()
     report.heldout(step, figures)
     return figures is not None and job.record.note(step, figures.loss)
+
+
+def _say_out_of_patience(job: Job) -> None:
+    misses = job.record.misses
+    say(f"held-out loss: no new least one in {misses} measurements, so the run ends (validation.patience)")
 
 
 def _say_best(job: Job) -> None:

@@ -314,6 +314,7 @@ MODELS_PUSHED = [
     ("ltx", None, "full"),
     ("wan", "2.2-A14B", "lora"),
     ("wan", "2.2-A14B", "full"),
+    ("wan", "2.2-A14B", "partial"),
     *((family, variant, "lora") for family, variant in FIRST if family not in ("ltx", "wan")),
 ]
 
@@ -331,12 +332,14 @@ def test_every_model_is_loaded_by_the_lines_of_its_card(
     method: str,
 ) -> None:
     settings = [f"output={tmp_path / 'run'}", "train.steps=2", f"train.method={method}"]
+    settings += ["partial.modules=norm_q"] if method == "partial" else []
     recipe = load_recipe(family_recipe(name, variant), settings)
     assert train(recipe, runtime) == 0
     out = tmp_path / "out"
     pushed("--offline-folder", str(out), run=recipe.output)
     card = ModelCard.load(out / "README.md")
     assert card.data.to_dict()["pipeline_tag"] == ("image-to-video" if "i2v" in name else "text-to-video")
+    assert ("lora" in card.data.tags) == (method == "lora")
     (code,) = [token.content for token in MarkdownIt().parse(card.text) if token.type == "fence"]
     base = tiny_model(name, variant)
     code = code.replace(f'"{REPO}"', f'"{out}"').replace('"path/to/the/base/model"', f'"{base}"')

@@ -1,17 +1,21 @@
 """The checkpoints of the least held-out loss are kept, and a run ends where that loss has had no new least one for long enough."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from processes import Finetune
+from safetensors.torch import load_file
 from trainings import adapter, checkpoints, rows, steps_done
 
+from finetune.checks.model import open_family
 from finetune.engine.weights.best import HeldOutRecord
 from finetune.recipe import load_recipe
 from finetune.runtime.distributed import Runtime
+from finetune.training.finished import recipe_of_run, trained_of
 from finetune.training.run import train
 
 # Updates that are too large: the held-out loss falls and rises.
@@ -105,6 +109,27 @@ def test_a_run_that_was_interrupted_ends_at_the_same_step(trained: Train, straig
     trained("interrupted", "validation.patience=1", f"train.steps={end - 1}")
     output = trained("interrupted", "validation.patience=1")
     assert steps_done(output) == end
+
+
+def test_patience_that_a_resumed_run_has_used_up_exports_the_step_that_it_has_reached(trained: Train) -> None:
+    """One past the last measurement: the weights are of that step, and are noted as such."""
+    settings = ["validation.every=2", "train.steps=6", "checkpoint.every=1", "checkpoint.keep_last=all"]
+    output = trained("reached", *settings, "optimizer.lr=0.5")
+    losses = heldout(output)
+    assert losses[2] > losses[0]
+    for step in (4, 5, 6):
+        shutil.rmtree(output / "checkpoints" / f"step_{step:08d}")
+    expected = load_file(output / "checkpoints" / "step_00000003" / "lora" / "pytorch_lora_weights.safetensors")
+    patient = [*settings, "optimizer.lr=0.5", "validation.patience=1"]
+    trained("reached", *patient)
+    assert json.loads((output / "results.json").read_text())["step"] == 3
+    assert same(adapter(output), expected)
+    recipe = recipe_of_run(output, [])
+    (found,) = trained_of(recipe, open_family(recipe, with_weights=False))
+    assert found.recipe.run_folder == output
+    before = (output / "results.json").stat().st_mtime_ns
+    trained("reached", *patient)
+    assert (output / "results.json").stat().st_mtime_ns == before
 
 
 def test_what_is_watched_changes_no_weight(trained: Train, straight: Path) -> None:

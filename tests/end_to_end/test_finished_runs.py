@@ -143,6 +143,19 @@ def test_going_back_and_on_again_exports_what_was_trained_then(start: Callable[.
     assert not all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_a_change_of_what_the_average_stands_in_for_exports_again(start: Callable[..., str], tmp_path: Path) -> None:
+    averaged = ["ema.decay=0.5", "validation.prompts=[]"]
+    start(*averaged)
+    average = adapter(tmp_path / "run" / "lora")
+    start(*averaged, 'ema.use=["samples"]')
+    trained = adapter(tmp_path / "run" / "lora")
+    assert not all(torch.equal(trained[name], average[name]) for name in trained)
+    assert f"this run is finished: {STEPS} steps" in start(*averaged, 'ema.use=["samples"]')
+    start(*averaged)
+    again = adapter(tmp_path / "run" / "lora")
+    assert all(torch.equal(again[name], average[name]) for name in average)
+
+
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "pytorch_lora_weights.safetensors")
 

@@ -1,11 +1,16 @@
 """Reading recipes: every problem at once, with its line and its cure; --set typed by the schema."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from minimal import MINIMAL
+from pydantic import BaseModel
 
 from finetune.recipe import Bucket, Recipe, load_recipe
+from finetune.recipe.schema import Lora
+from finetune.recipe.shareable import write_shareable
 from finetune.runtime.errors import Problem, UserError
 
 
@@ -320,3 +325,69 @@ def test_problems_of_file_and_sets_come_together(written) -> None:
     path = written(MINIMAL + "[train]\nsteps = 0\n")
     where = {found.where for found in problems(path, "lora.rnk=4", "vae.tiling=maybe")}
     assert where == {f"{path}, line 8", "--set lora.rnk=4", "--set vae.tiling=maybe"}
+
+
+# --- recipes for others -----------------------------------------------------------------------------------------------
+
+# Texts that say nothing of where things lie.
+NO_PLACES = {
+    *("model.family", "model.revision", "data.id_token", "data.video_column", "data.caption_column", "data.background"),
+    *(f"data.sources.{key}" for key in ("id_token", "video_column", "caption_column")),
+    *("lora.targets", "lora.ranks", "lora.alphas", "partial.modules", "validation.prompts.text"),
+    *("validation.prompts.negative", "optimizer.name"),
+}
+PLACES = """
+output = "/secret/run"
+[model]
+family = "ltx"
+path = "/secret/model"
+[data]
+sources = [{path = "/secret/clips"}, {path = "/secret/more"}]
+buckets = ["17x64x96"]
+cache = "/secret/cache"
+[lora]
+start_from = "/secret/first.safetensors"
+frozen = [{path = "me/adapters/a.safetensors"}, {path = "~/secret.safetensors"}, {path = "../secret/x.safetensors"}]
+[validation]
+heldout = "/secret/heldout"
+prompts_file = "/secret/prompts.txt"
+prompts = [{text = "a ball", image = "/secret/first.png", last_image = "/secret/last.png"}]
+[tracking]
+project = "secret"
+name = "secret"
+"""
+
+
+def texts(annotation: Any, key: str = "") -> Iterator[str]:
+    """The keys of all texts and paths below a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            yield from texts(field.annotation, f"{key}.{name}".removeprefix("."))
+    elif annotation in (str, Path):
+        yield key
+    elif get_origin(annotation) is not Literal:
+        for each in get_args(annotation):
+            yield from texts(each, key)
+
+
+def test_a_recipe_for_others_names_no_place_of_this_machine(written, tmp_path: Path) -> None:
+    """Every key that takes a text is a place in the recipe here, or known to be none."""
+    given = {
+        *(
+            "output",
+            "model.path",
+            "data.path",
+            "data.sources.path",
+            "data.cache",
+            "lora.start_from",
+            "lora.frozen.path",
+        ),
+        *("validation.heldout", "validation.prompts_file", "validation.prompts.image", "validation.prompts.last_image"),
+        *("tracking.project", "tracking.name"),
+    }
+    assert set(texts(Recipe)) - NO_PLACES == given
+    for text in (PLACES, PLACES.replace("sources = [{path = ", "path = ").replace('}, {path = "/secret/more"}]', "")):
+        write_shareable(load_recipe(written(text)), tmp_path / "shared.toml")
+        assert "secret" not in (tmp_path / "shared.toml").read_text()
+        assert isinstance(lora := load_recipe(tmp_path / "shared.toml").lora, Lora)
+        assert [each.path for each in lora.frozen] == ["me/adapters/a.safetensors", *["path/to/an/adapter"] * 2]
