@@ -16,10 +16,12 @@ from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
 from finetune.models.folder import CARD
 from finetune.recipe import RECIPE_FILE, Recipe
-from finetune.recipe.shareable import write_shareable
+from finetune.recipe.schema import Lora
+from finetune.recipe.shareable import is_on_hub, write_shareable
 from finetune.runtime.files import writing
 from finetune.training.facts import head_of_card, trigger_words
 from finetune.training.finished import FinalSample, Form, Trained, samples_of
+from finetune.training.output import ended_at
 from finetune.training.usage import base_arguments, script
 
 SAMPLES = "samples"
@@ -141,7 +143,11 @@ def _head(recipe: Recipe, family: Family, samples: Sequence[FinalSample], to: De
     if words := trigger_words(recipe):
         values["instance_prompt"] = ", ".join(words)
     if samples:
-        shown = [{"text": each.prompt, "output": {"url": f"{SAMPLES}/{each.file.name}"}} for each in samples]
+        shown = [
+            {"text": each.prompt, "output": {"url": f"{SAMPLES}/{each.file.name}"}}
+            for each in samples
+            if each.strength != 0  # which is made by the base model
+        ]
         values["widget"] = shown
     return ModelCardData(**values)
 
@@ -171,7 +177,21 @@ def _use(recipe: Recipe, trained: Sequence[Trained], to: Destination) -> str:
             files = ", ".join(_link(file.name, _place(each, form) / file.name) for file in form.files)
             whose = "" if each.family.expert is None else f", for the {each.family.expert}-noise expert"
             lines.append(f"- {form.exporter.title(each.family).rstrip(',')}{whose}: {files}")
+    settings = recipe.adapter
+    if isinstance(settings, Lora) and settings.frozen:
+        lines += ["", "It was trained on top of other adapters, which are to be loaded, too, each at its strength:", ""]
+        lines += [f"- {_adapter(each.path)} at strength {each.strength:g}" for each in settings.frozen]
+        if any(form.exporter.format == "merged" for each in trained for form in each.forms):
+            lines += ["", "The merged weights have them in them."]
     return "\n".join(lines) + "\n"
+
+
+def _adapter(path: str) -> str:
+    """How a card names an adapter: by its place on the Hub with a link, or by the name of its file alone."""
+    if not is_on_hub(path):
+        return _plain(Path(path).name)
+    repository = "/".join(path.split("/")[:2])
+    return f"[{_plain(path)}](https://huggingface.co/{repository})"
 
 
 def _from_repository(line: str, to: Destination) -> str:
@@ -203,7 +223,7 @@ def _facts(each: Trained) -> dict[str, str]:
     recipe = each.recipe
     data, train = recipe.data, recipe.train
     pieces = "clips" if data.window in ("head", "centre") else "pieces of clips"
-    facts = {"steps": f"{train.steps}", "samples of a step": f"{train.global_batch_size}"}
+    facts = {"steps": f"{ended_at(recipe)}", "samples of a step": f"{train.global_batch_size}"}
     if each.clips is not None:
         facts[pieces] = f"{each.clips}"
     facts["shapes (frames x height x width)"] = ", ".join(map(str, data.stated_buckets))
@@ -224,7 +244,13 @@ def _losses(trained: Sequence[Trained]) -> str:
     measured = [each for each in trained if each.heldout]
     if not measured:
         return ""
-    lines = ["## Held-out loss", "", "On clips that were not trained on, at fixed noise; step 0 is the base model.", ""]
+    settings = measured[0].recipe.adapter
+    first = "the base model"
+    if isinstance(settings, Lora) and settings.frozen:
+        first += " with the adapters that it was trained on top of"
+    if isinstance(settings, Lora) and settings.start_from is not None:
+        first += f" with the adapter that was continued, {_adapter(settings.start_from)}"
+    lines = ["## Held-out loss", "", f"On clips that were not trained on, at fixed noise; step 0 is {first}.", ""]
     for each in measured:
         if each.family.expert is not None:
             lines += [f"The {each.family.expert}-noise expert:", ""]
@@ -250,11 +276,16 @@ def _pictures(samples: Sequence[FinalSample], sheet: str | None) -> str:
         f"![samples]({SAMPLES}/{sheet})",
         "",
     ]
-    lines += ["| prompt | seed | |", "|---|---:|---|"]
-    lines += [
-        f"| {_plain(each.prompt)} | {each.seed} | {_link(each.file.name, Path(SAMPLES, each.file.name))} |"
-        for each in samples
-    ]
+    is_told = any(each.strength is not None for each in samples)
+    lines += (
+        ["| prompt | seed | strength | |", "|---|---:|---:|---|"]
+        if is_told
+        else ["| prompt | seed | |", "|---|---:|---|"]
+    )
+    for each in samples:
+        strength = f" {1 if each.strength is None else each.strength:g} |" if is_told else ""
+        link = _link(each.file.name, Path(SAMPLES, each.file.name))
+        lines.append(f"| {_plain(each.prompt)} | {each.seed} |{strength} {link} |")
     return "\n".join(lines) + "\n"
 
 

@@ -13,12 +13,13 @@ from finetune.recipe import RECIPE_FILE, Recipe, load_recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import ExpertName
+from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import UserError
 from finetune.tracking.metrics import METRICS_FILE, read_metrics
 from finetune.training.identity import CLIP_LIST, DIGITS
 from finetune.training.job import checkpoints_folder
 from finetune.training.output import RESULTS, ended_at
-from finetune.training.samples import SHEET, samples_folder
+from finetune.training.samples import SHEET, sample_name, samples_folder
 
 _AGAIN = "start the training again with the same command: of a finished run it makes what is missing, and verifies it"
 
@@ -51,10 +52,11 @@ class Trained:
 
 @dataclass(frozen=True)
 class FinalSample:
-    """A video, or an image, of one of the recipe's prompts after the last step."""
+    """A video, or an image, of one of the recipe's prompts after the last step; with its strength where that is told."""
 
     prompt: str
     seed: int
+    strength: float | None
     file: Path
 
 
@@ -95,13 +97,20 @@ def samples_of(trained: list[Trained]) -> tuple[list[FinalSample], Path | None]:
         if not (folder / SHEET).is_file():
             continue
         found = [
-            FinalSample(prompt.text, seed, file)
+            FinalSample(prompt.text, seed, strength, file)
             for index, prompt in enumerate(validation_prompts(each.recipe.validation, each.recipe.data.sample_shape))
             for seed in prompt.seeds
-            for file in sorted(folder.glob(f"{index:02d}_seed{seed}.*"))
+            for strength in (prompt.strengths if _is_told(each.recipe, prompt) else [None])
+            for name in [sample_name(index, seed, strength)]
+            for file in sorted(folder.glob(f"{name}.*"))
+            if file.stem == name
         ]
         return found, folder / SHEET
     return [], None
+
+
+def _is_told(recipe: Recipe, prompt: Prompt) -> bool:
+    return recipe.train.method == "lora" and prompt.strengths != [1.0]
 
 
 def _forms(recipe: Recipe, family: Family) -> list[Form]:

@@ -17,6 +17,11 @@ from finetune.training.other_expert import add_other_expert
 SHEET = "contact_sheet.png"  # written when all videos are
 
 
+def sample_name(index: int, seed: int, strength: float | None) -> str:
+    """The name of a video's file, without the suffix: of a prompt by its index, and of a strength if it is told."""
+    return f"{index:02d}_seed{seed}" + ("" if strength is None else f"_strength{strength:g}")
+
+
 @dataclass(frozen=True)
 class Samples:
     """What was generated.
@@ -46,7 +51,7 @@ class Wanted:
     @property
     def name(self) -> str:
         """Of its file, without the suffix."""
-        return f"{self.index:02d}_seed{self.seed}" + (f"_strength{self.strength:g}" if self.is_told else "")
+        return sample_name(self.index, self.seed, self.strength if self.is_told else None)
 
     @property
     def label(self) -> str:

@@ -158,6 +158,28 @@ def test_the_card_tells_what_the_run_was(hub: Hub, pushed: Push) -> None:
     assert steps[:4] == ["step", "---:", "0", "2"]
 
 
+def test_the_card_names_the_adapters_that_were_given_without_their_places(
+    pushed: Push, trained: Path, recipe_file: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    first, below = tmp_path / "first.safetensors", tmp_path / "below.safetensors"
+    for file in (first, below):
+        shutil.copyfile(trained / "lora" / "pytorch_lora_weights.safetensors", file)
+    given = [f"lora.start_from={first}", f'lora.frozen=[{{path = "{below}", strength = 0.5}}]']
+    prompts = 'validation.prompts=[{text = "a ball", shape = "9x64x64", steps = 2, strength = [0, 0.5]}]'
+    recipe = load_recipe(recipe_file, [*given, prompts, "train.steps=1", "validation.heldout_clips=2"])
+    assert train(recipe, runtime) == 0
+    said = pushed("--offline-folder", str(tmp_path / "out"), run=recipe.output)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "- below.safetensors at strength 0.5\n" in text
+    assert "step 0 is the base model with the adapters that it was trained on top of with the adapter that" in text
+    assert "first.safetensors" in text
+    assert [each["output"]["url"] for each in ModelCard(text).data.widget] == ["samples/00_seed0_strength0.5.mp4"]
+    assert "| a ball | 0 | 0 | [00\\_seed0\\_strength0.mp4](samples/00_seed0_strength0.mp4) |" in text
+    assert "lora.start_from, lora.frozen.path" in said
+    for name, content in contents(tmp_path / "out").items():
+        assert str(tmp_path).encode() not in content, name
+
+
 def test_the_card_renders_and_its_links_lead_to_files(hub: Hub, pushed: Push) -> None:
     pushed()
     files = hub.files(REPO)
