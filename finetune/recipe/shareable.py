@@ -43,7 +43,8 @@ def write_shareable(recipe: Recipe, path: Path, base: str | None = None) -> list
     changed = [".".join(key) for key, instead in _PLACES.items() if _replace(values, key, instead)]
     changed += [".".join(key) for key in _LEFT_OUT if _remove(values, key)]
     for key, instead in (_PLACES_OR_IDS | named).items():
-        if _replace(values, key, instead, lambda value, key=key: key in named or not is_on_hub(value)):
+        is_wanted = _always if key in named else _is_here
+        if _replace(values, key, instead, is_wanted):
             changed.append(".".join(key))
     heading = f"# The recipe of this training. Left out, or to be filled in: {', '.join(changed)}.\n\n"
     path.write_text(heading + tomli_w.dumps(values), encoding="utf-8")
@@ -55,9 +56,15 @@ def is_on_hub(place: str) -> bool:
     return bool(_ON_HUB.fullmatch(place)) and not Path(place).exists()
 
 
-def _replace(
-    values: Any, key: tuple[str, ...], instead: str, is_wanted: Callable[[str], bool] = lambda value: True
-) -> bool:
+def _is_here(place: str) -> bool:
+    return not is_on_hub(place)
+
+
+def _always(place: str) -> bool:
+    return True
+
+
+def _replace(values: Any, key: tuple[str, ...], instead: str, is_wanted: Callable[[str], bool] = _always) -> bool:
     """Put a text in the place of a value, of every table of a list, if it is wanted; returns whether there was another one."""
     if isinstance(values, list):
         return sum(_replace(each, key, instead, is_wanted) for each in values) > 0
