@@ -60,6 +60,7 @@ def merged(name: str, lora: TrainedLora, base: Weights, dtype: torch.dtype | Non
 def _dtypes(transformer: nn.Module, family: Family, precision: str | None) -> Callable[[str], torch.dtype | None]:
     """The dtype of each tensor, by its name; None for that of the base."""
     stays, quantised = stays_float32(transformer), set()
+    parameters = dict(transformer.named_parameters()).keys()
     if precision == "float8":
         for blocks in family.block_lists:
             for name, module in transformer.get_submodule(blocks).named_modules(prefix=blocks):
@@ -67,7 +68,7 @@ def _dtypes(transformer: nn.Module, family: Family, precision: str | None) -> Ca
                     quantised.add(f"{name}.weight")
 
     def dtype(name: str) -> torch.dtype | None:
-        if precision is None:
+        if precision is None or name not in parameters:  # a buffer, such as positions in float64
             return None
         if stays(name):
             return torch.float32
