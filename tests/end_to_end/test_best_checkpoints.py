@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from trainings import adapter, checkpoints, rows, steps_done
 
 from finetune.checks.model import open_family
-from finetune.engine.weights.best import HeldOutRecord
+from finetune.engine.weights.best import RECORD, HeldOutRecord, ranked
 from finetune.recipe import load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.training.finished import recipe_of_run, trained_of
@@ -165,3 +165,19 @@ def test_two_processes_end_where_one_does(straight: Path, finetune: Finetune, tm
     assert heldout(tmp_path / "run") == pytest.approx(
         {step: loss for step, loss in heldout(straight).items() if step <= steps_done(tmp_path / "run")}, rel=1e-3
     )
+
+
+def test_losses_that_were_measured_otherwise_are_not_compared() -> None:
+    """Those of before that was noted count, both for the run that goes on and for the best of its checkpoints."""
+    before, first, second = HeldOutRecord(), HeldOutRecord(measured_by="a"), HeldOutRecord(measured_by="b")
+    facts = {}
+    for step, record, loss in ((10, before, 0.3), (20, first, 0.2), (30, second, 0.4)):
+        record.note(step, loss)
+        facts[step] = record.facts(step)
+    del facts[10][RECORD]["measured_by"]
+    assert ranked([10, 20], facts.__getitem__) == [20, 10]
+    assert ranked([10, 20, 30], facts.__getitem__) == [10, 30]
+    for step, best in ((10, 0.3), (20, None), (30, 0.4)):
+        resumed = HeldOutRecord(measured_by="b")
+        resumed.restore(facts[step])
+        assert resumed.best == best

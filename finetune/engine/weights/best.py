@@ -90,5 +90,8 @@ def ranked(steps: Sequence[int], facts: Callable[[int], Mapping[str, Any]]) -> l
         with suppress(OSError, ValueError):
             if LOSS in (noted := facts(step)):
                 losses[step], measured_by[step] = noted[LOSS], noted.get(RECORD, {}).get("measured_by")
-    losses = {step: loss for step, loss in losses.items() if measured_by[step] == measured_by[max(losses)]}
+    newest = measured_by[max(losses)] if losses else None
+    losses = {
+        step: loss for step, loss in losses.items() if measured_by[step] in (None, newest)
+    }  # older ones note none
     return sorted(losses, key=lambda step: (losses[step], step))
