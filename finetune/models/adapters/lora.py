@@ -1,6 +1,5 @@
 """Low-rank adapters (Hu et al. 2021) through peft, on the transformer's blocks only."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from typing import TypeVar
 import torch
 from diffusers import ModelMixin
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from finetune.models.adapters.dora import DoraLinear
@@ -72,17 +70,6 @@ def _by_layer(table: Mapping[str, _Value], layers: list[str]) -> dict[str, _Valu
     longest_first = sorted(table, key=len, reverse=True)
     found = {layer: next((each for each in longest_first if _ends_with(layer, each)), None) for layer in layers}
     return {layer: table[pattern] for layer, pattern in found.items() if pattern is not None}
-
-
-def scaling_of(config: LoraConfig, layer: str) -> float:
-    """What the product B A of a layer is multiplied by, from the adapter's configuration alone.
-
-    Args:
-        layer: the layer's name in the transformer, without wrappers.
-    """
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), layer), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def rate(settings: Lora, name: str) -> float:
