@@ -79,7 +79,15 @@ def main(recipe_files: list[str], which: str, out: Path, runtime: Runtime) -> No
         for adapter, base in combinations(which):
             share = f"train.micro_batch_size={2 // runtime.world_size}"
             recipe = load_recipe(
-                file, [*ADAPTERS[adapter], *BASES[base], share, "schedule.warmup_steps=0", "optimizer.lr=1e-3"]
+                file,
+                [
+                    *ADAPTERS[adapter],
+                    *BASES[base],
+                    share,
+                    "schedule.warmup_steps=0",
+                    "optimizer.lr=1e-3",
+                    "optimizer.eps=1e-3",
+                ],
             )
             assert not check_recipe(recipe, runtime.world_size), (adapter, base)
             family = open_family(recipe)
