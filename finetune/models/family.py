@@ -50,6 +50,7 @@ class Family(Components, ABC):
     variants: ClassVar[tuple[str, ...]] = ()  # checkpoints that differ in more than size; `tiny` builds the first
     columns: ClassVar[tuple[str, ...]] = ()  # the manifest's columns that batches are made of, besides what is encoded
     takes_image: ClassVar[bool] = False  # whether the pipeline takes a condition image
+    least_sampling_steps: ClassVar[int] = 1  # that the pipeline's schedule can be made of
     takes_true_guidance: ClassVar[bool] = False  # whether it takes classifier-free besides embedded guidance
     moments: ClassVar[tuple[str, ...]] = ("mean", "logvar")  # names of the tensors cached of a video
     attention_masks: ClassVar[text_mask.Masks] = "never"  # when attention in the blocks has a mask
@@ -346,6 +347,8 @@ class Family(Components, ABC):
             return f"{self.title} takes no condition image: remove `image`"
         if self.takes_image and self.least_frames == 1 and prompt.shape is not None and prompt.shape.frames == 1:
             return "one frame would be the condition image itself: set `shape` to one with more frames"
+        if prompt.steps < self.least_sampling_steps:
+            return f"{self.title}'s pipeline needs at least {self.least_sampling_steps} denoising steps: set `steps` so"
         if bool(prompt.last_image) != self.last_image:
             if self.last_image:
                 return f"set `last_image`, which {self.title} takes here"

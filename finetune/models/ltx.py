@@ -42,6 +42,7 @@ class LTXVideo(Family):
     pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
     transformer_class = "LTXVideoTransformer3DModel"
     attention_masks = "cross"
+    least_sampling_steps = 2  # sigmas are stretched to the scheduler's `shift_terminal`: 0 / 0 of a single one
     original_layers = original_names.LTX
     variants = ("0.9.0", "0.9.7")
     read_when_opened = ("vae/*",)  # its weights include the latents' mean and deviation

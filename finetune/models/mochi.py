@@ -30,6 +30,7 @@ class Mochi(Family):
     pipeline_classes = ("MochiPipeline",)
     transformer_class = "MochiTransformer3DModel"
     attention_masks = "padding"
+    least_sampling_steps = 2  # of its linear-quadratic schedule; a single one divides by 0
     original_layers = original_names.MOCHI
     lora_spellings = original_names.MOCHI_LORA_SPELLINGS
     spatial, temporal, patch = 8, 6, 2  # constants in the pipeline

@@ -234,6 +234,8 @@ def test_a_model_is_told_the_guidance_that_its_target_has(family_recipe: Callabl
         ("ltx", '{text = "a", image = "x.png"}', "takes no condition image"),
         ("ltx_i2v", '{text = "a"}', "needs a condition image"),
         ("cogvideox_i2v", '{text = "a", image = "nowhere.png"}', "no such condition image"),
+        ("ltx", '{text = "a", steps = 1}', "at least 2 denoising steps"),
+        ("mochi", '{text = "a", steps = 1}', "at least 2 denoising steps"),
         ("mochi", '{text = "a", true_guidance = 2.0}', "takes no `true_guidance`"),
         ("hunyuan", '{text = "a", negative = "b"}', "uses no negative prompt"),
         ("hunyuan15", '{text = "a", true_guidance = 2.0}', "takes no `true_guidance`"),
