@@ -3,7 +3,8 @@
 `python -m benchmarks.unchanged BEFORE [AFTER] [--only ltx] [--methods lora full] [--processes 1 2]`. BEFORE and AFTER are
 git revisions; without AFTER it is the working tree. Every variant's demo is made once and trained on by both, as LoRA and
 full finetuning, on 1 and 2 processes. Losses, gradient norms, held-out losses and exported tensors must be equal digit
-for digit (metrics that only AFTER has are left out); the exit status is 1 if any is not. No figures are recorded, because they depend on the processor.
+for digit (metrics that only AFTER has are left out); the exit status is 1 if any is not. No figures are recorded,
+because they depend on the processor.
 """
 
 import argparse
