@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache as cache_calls
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from processes import ROOT, Finetune, command, figures_of
+from processes import FORKED_WITH, ROOT, Finetune, figures_of, imported_with, run_python
 from slowest import pytest_terminal_summary  # noqa: F401  pytest finds its hooks here
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +24,12 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup has it so
 from finetune.runtime.logging import quiet_libraries
 
 quiet_libraries()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not full":
+        FORKED_WITH.update(imported_with(os.environ))
+
 
 if TYPE_CHECKING:
     from finetune.runtime.distributed import Runtime
@@ -272,7 +277,7 @@ def families_parity(
 
 @pytest.fixture(scope="session")
 def finetune() -> Finetune:
-    """Run the command line as a user does: `finetune("--recipe", path, processes=2)` starts torchrun."""
+    """Run the command line to its end: `finetune("--recipe", path, processes=2)`; see `run_python`."""
 
     def run(
         *arguments: object,
@@ -281,15 +286,7 @@ def finetune() -> Finetune:
         env: dict[str, str] | None = None,
         cwd: Path = ROOT,
     ):
-        return subprocess.run(
-            command(arguments, processes),
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return run_python(["-m", "finetune", *arguments], processes, cwd, env, timeout)
 
     return run
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from every_family import few
-from processes import ROOT, command
+from processes import ROOT, command, run_python
 from trainings import Run, assert_equal_ends, checkpoints, descendants, resumed_after, rows, steps_done
 
 import finetune as finetune_package
@@ -64,6 +64,8 @@ def straight(recipe: Path) -> Run:
 
 
 def run_command(*arguments: object, starter: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    if not starter:
+        return run_python(["-m", "finetune", *arguments])
     program = [*starter, *command(arguments, 0)]
     return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
