@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import tempfile
@@ -250,10 +252,31 @@ sigmas = 3
 
 
 @pytest.fixture(scope="session")
-def parity(parity_recipe: Path) -> dict[int, dict]:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], dict]], dict]:
+    """Figures that tests of several files read, made by the worker of pytest-xdist that first asks for them."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def get(name: str, make: Callable[[], dict]) -> dict:
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            file = folder / f"{name}.json"
+            if not file.exists():
+                file.write_text(json.dumps(make()))
+            return json.loads(file.read_text())
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def parity(parity_recipe: Path, made_once: Callable[[str, Callable[[], dict]], dict]) -> dict[int, dict]:
     """Figures of every configuration of tests/engine/parity_worker.py, by number of processes."""
     folder = parity_recipe.parent
-    return {processes: figures_of("parity_worker.py", processes, folder, [parity_recipe]) for processes in (1, 2)}
+    names = {processes: f"parity of {processes}" for processes in (1, 2)}
+    return {
+        processes: made_once(name, lambda n=processes: figures_of("parity_worker.py", n, folder, [parity_recipe]))
+        for processes, name in names.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -262,17 +285,18 @@ def families_parity(
 ) -> Callable[..., dict[str, dict]]:
     """Figures of tests/engine/families_worker.py for a family and variant by a number of processes.
 
-    The first variants of all families are run together when one of them is first asked for, and so are all the others.
+    Those of the default suite are run together when one of them is first asked for, and so are other families' first variants,
+    and all the others.
     """
-    from every_family import FIRST, MODELS
+    from every_family import FEW, FIRST, MODELS
 
     @cache_calls
-    def run(first: bool, processes: int) -> dict[str, dict]:
+    def run(group: tuple[bool, bool], processes: int) -> dict[str, dict]:
         folder = tmp_path_factory.mktemp("families-parity")
-        recipes = [family_recipe(*model) for model in MODELS if (model in FIRST) == first]
+        recipes = [family_recipe(*model) for model in MODELS if (model in FEW, model in FIRST) == group]
         return figures_of("families_worker.py", processes, folder, recipes)
 
-    return lambda model, processes: run(model in FIRST, processes)[family_recipe(*model).stem]
+    return lambda model, processes: run((model in FEW, model in FIRST), processes)[family_recipe(*model).stem]
 
 
 @pytest.fixture(scope="session")

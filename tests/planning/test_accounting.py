@@ -54,9 +54,7 @@ OPTIMIZERS = {  # as a LoRA is trained by each, or all weights
 }
 SHORT = [("ltx", saver) for saver in SAVERS]
 SHORT += [(family, "plain") for family in FAMILIES if family != "ltx"]
-SHORT += [("ltx", saver) for saver in OF_LTX] + [
-    (family, "plain") for family in ("ltx_i2v", "cogvideox_i2v", "wan_i2v")
-]
+SHORT += [*(("ltx", saver) for saver in OF_LTX), ("wan_i2v", "plain")]
 SHORT += [("hunyuan15", "full")]  # with a forward pass of its own, and weights without gradients
 ALL = [*FAMILIES, *WITH_THEIR_TRANSFORMERS, "hunyuan15", "hunyuan15_i2v"]
 LONG = [(family, saver) for family in ALL for saver in SAVERS if (family, saver) not in SHORT]
