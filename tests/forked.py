@@ -7,6 +7,7 @@ matrices starts commands and workers so; with them (or if pytest is run without 
 Usage: forked.py      takes requests from standard input, one a line as JSON, and tells a process id and a status of each.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -96,6 +97,8 @@ def _line(server: subprocess.Popen[bytes], seconds: float) -> bytes:
 def serve() -> None:
     for name in MODULES:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or each fork's collections look through all of it, and copy it
     for line in sys.stdin.buffer:
         request = json.loads(line)
         pid = _fork(partial(_launch, request) if request["processes"] else partial(_become, request, {}))
