@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache as cache_calls
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from processes import ROOT, Finetune, command, figures_of
+from processes import FORKED_WITH, ROOT, Finetune, figures_of, imported_with, run_python
 from slowest import pytest_terminal_summary  # noqa: F401  pytest finds its hooks here
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +26,12 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup has it so
 from finetune.runtime.logging import quiet_libraries
 
 quiet_libraries()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not full":
+        FORKED_WITH.update(imported_with(os.environ))
+
 
 if TYPE_CHECKING:
     from finetune.runtime.distributed import Runtime
@@ -245,10 +252,31 @@ sigmas = 3
 
 
 @pytest.fixture(scope="session")
-def parity(parity_recipe: Path) -> dict[int, dict]:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], dict]], dict]:
+    """Figures that tests of several files read, made by the worker of pytest-xdist that first asks for them."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def get(name: str, make: Callable[[], dict]) -> dict:
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            file = folder / f"{name}.json"
+            if not file.exists():
+                file.write_text(json.dumps(make()))
+            return json.loads(file.read_text())
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def parity(parity_recipe: Path, made_once: Callable[[str, Callable[[], dict]], dict]) -> dict[int, dict]:
     """Figures of every configuration of tests/engine/parity_worker.py, by number of processes."""
     folder = parity_recipe.parent
-    return {processes: figures_of("parity_worker.py", processes, folder, [parity_recipe]) for processes in (1, 2)}
+    names = {processes: f"parity of {processes}" for processes in (1, 2)}
+    return {
+        processes: made_once(name, lambda n=processes: figures_of("parity_worker.py", n, folder, [parity_recipe]))
+        for processes, name in names.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -257,22 +285,23 @@ def families_parity(
 ) -> Callable[..., dict[str, dict]]:
     """Figures of tests/engine/families_worker.py for a family and variant by a number of processes.
 
-    The first variants of all families are run together when one of them is first asked for, and so are all the others.
+    Those of the default suite are run together when one of them is first asked for, and so are other families' first variants,
+    and all the others.
     """
-    from every_family import FIRST, MODELS
+    from every_family import FEW, FIRST, MODELS
 
     @cache_calls
-    def run(first: bool, processes: int) -> dict[str, dict]:
+    def run(group: tuple[bool, bool], processes: int) -> dict[str, dict]:
         folder = tmp_path_factory.mktemp("families-parity")
-        recipes = [family_recipe(*model) for model in MODELS if (model in FIRST) == first]
+        recipes = [family_recipe(*model) for model in MODELS if (model in FEW, model in FIRST) == group]
         return figures_of("families_worker.py", processes, folder, recipes)
 
-    return lambda model, processes: run(model in FIRST, processes)[family_recipe(*model).stem]
+    return lambda model, processes: run((model in FEW, model in FIRST), processes)[family_recipe(*model).stem]
 
 
 @pytest.fixture(scope="session")
 def finetune() -> Finetune:
-    """Run the command line as a user does: `finetune("--recipe", path, processes=2)` starts torchrun."""
+    """Run the command line to its end: `finetune("--recipe", path, processes=2)`; see `run_python`."""
 
     def run(
         *arguments: object,
@@ -281,15 +310,7 @@ def finetune() -> Finetune:
         env: dict[str, str] | None = None,
         cwd: Path = ROOT,
     ):
-        return subprocess.run(
-            command(arguments, processes),
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return run_python(["-m", "finetune", *arguments], processes, cwd, env, timeout)
 
     return run
 

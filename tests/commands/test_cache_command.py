@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import command
+from processes import run_python
 
 from finetune.checks.model import open_family
 from finetune.cli import main
@@ -51,8 +51,7 @@ class Made:
             write_recipe(recipe, file)
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess:
-        words = ["cache", *arguments, "--dir", self.folder]
-        return subprocess.run(command(words, 0), capture_output=True, text=True, timeout=120, check=False)
+        return run_python(["-m", "finetune", "cache", *arguments, "--dir", self.folder])
 
     def used(self, number: int, *overrides: str) -> set[tuple[str, str]]:
         recipe = load_recipe(self.files[number], overrides)

@@ -352,6 +352,7 @@ def test_a_disk_that_the_cache_fills(finetune, tmp_path: Path, small_disk, tiny_
     assert list(disk.rglob(".partial-*")) == []
 
 
+@pytest.mark.full
 def test_a_disk_that_checkpoints_fill_ends_both_ranks_and_keeps_what_is_whole(
     finetune, recipe_file: Path, tmp_path: Path, small_disk
 ) -> None:

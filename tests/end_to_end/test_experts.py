@@ -47,7 +47,8 @@ def losses(output: Path, expert: str) -> list[dict]:
     return [{key: row[key] for key in kept if key in row} for row in rows(output / expert, "step")]
 
 
-@pytest.mark.parametrize("expert", [pytest.param("high", marks=pytest.mark.full), "low"])
+@pytest.mark.full
+@pytest.mark.parametrize("expert", STEPS)
 def test_each_expert_is_trained_as_if_it_were_alone(both: Run, recipe: Path, tmp_path: Path, expert: str) -> None:
     alone = Run(recipe, tmp_path / "alone", 2, (*SETTINGS, f'model.experts=["{expert}"]'))
     assert alone.wait() == 0, alone.said
@@ -57,6 +58,19 @@ def test_each_expert_is_trained_as_if_it_were_alone(both: Run, recipe: Path, tmp
     assert losses(both.output, expert) == losses(alone.output, expert)
     assert [row["step"] for row in rows(both.output / expert)] == list(range(1, STEPS[expert] + 1))
     assert [path.name for path in alone.output.iterdir()] == [expert]
+
+
+def test_where_one_expert_is_finished_the_other_is_trained_as_if_it_were_alone(
+    both: Run, recipe: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(both.output / "high", tmp_path / "output" / "high")
+    again = Run(recipe, tmp_path / "output", 2, SETTINGS)
+    assert again.wait() == 0, again.said
+    assert "it is finished: 3 steps and all results" in again.said
+    ours, theirs = lora(again.output, "low"), lora(both.output, "low")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert losses(again.output, "low") == losses(both.output, "low")
 
 
 def test_the_experts_differ(both: Run) -> None:
@@ -74,6 +88,7 @@ def test_held_out_losses_are_those_inside_and_outside_of_the_experts_noise_level
             assert row["heldout_loss"] != row["heldout_loss_outside"]
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_goes_on_at_the_right_expert(both: Run, recipe: Path, tmp_path: Path) -> None:
     broken = Run(recipe, tmp_path / "broken", 2, SETTINGS)
     broken.wait_until(lambda: checkpoints(broken.output / "low") >= [2])

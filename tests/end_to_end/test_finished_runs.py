@@ -51,11 +51,21 @@ def flip(file: Path) -> None:
     file.write_bytes(bytes(content))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, small_recipe: Callable[[Path], Path], runtime: Runtime) -> Path:
+    """The folder of a run that is finished, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train(load_recipe(small_recipe(folder), SETTINGS), runtime) == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def output(start: Callable[..., str], tmp_path: Path) -> Path:
-    """The folder of a run that is finished."""
-    start()
-    return tmp_path / "run"
+def output(finished: Path, tmp_path: Path) -> Path:
+    """The folder of a test's own run that is finished."""
+    output = Path(shutil.copytree(finished, tmp_path / "run"))
+    for recipe in (output / "recipe.toml", *(output / "starts").iterdir()):
+        recipe.write_text(recipe.read_text().replace(str(finished), str(output)))
+    return output
 
 
 def written(folder: Path) -> Files:

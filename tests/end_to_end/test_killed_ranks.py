@@ -92,6 +92,7 @@ def test_after_one_rank_is_killed_all_end_and_the_same_command_goes_on(
     assert_equal_ends(again, straight)
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_while_clips_are_encoded_leaves_what_was_encoded(recipe: Path, straight: Run) -> None:
     output, cache = recipe.with_name("encoding"), recipe.with_name("own_cache")
     settings = [*SETTINGS, f"data.cache={cache}"]
@@ -145,9 +146,10 @@ def test_with_two_torchruns_the_other_node_ends_too(recipe: Path, straight: Run)
 # At any moment
 
 
-@pytest.mark.parametrize("moments", [3, pytest.param(20, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
+@pytest.mark.full
+@pytest.mark.parametrize("moments", [3, pytest.param(20, marks=pytest.mark.timeout(900))])
 @pytest.mark.parametrize(
-    "what", few(["one rank is killed", "all are killed", "SIGTERM", "one rank is stopped for a second"])
+    "what", ["one rank is killed", "all are killed", "SIGTERM", "one rank is stopped for a second"]
 )
 def test_disturbed_at_random_moments_a_run_ends_as_if_nothing_had_been(
     recipe: Path, straight: Run, what: str, moments: int

@@ -4,15 +4,13 @@ Only the command line is used, and the old files, so that this holds whatever be
 """
 
 import json
-import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from make_old_run import OLD_RUN, write_base_weights
-from processes import ROOT, command
+from processes import ROOT, run_python
 from safetensors.torch import load_file
 
 EXPECTED = json.loads((OLD_RUN / "expected.json").read_text())
@@ -46,9 +44,8 @@ def items(folder: Path) -> dict[str, bytes]:
 
 def run(folder: Path, *arguments: object, processes: int = 0) -> str:
     """Run the command line in a copy of the old run; what it says."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    started = command(arguments, processes)
-    done = subprocess.run(started, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+    paths = {"PYTHONPATH": str(ROOT)}
+    done = run_python(["-m", "finetune", *arguments], processes, folder, paths, 280)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_family import few
 from processes import Finetune
 from trainings import Run, adapter, checkpoints, resumed_after, rows, steps_done
 
@@ -187,7 +188,7 @@ class Kill:
     next_run: Run
 
 
-@pytest.fixture(scope="module", params=[3, pytest.param(10, marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=few([2, 10]))
 def kills(recipe: Path, request: pytest.FixtureRequest) -> list[Kill]:
     """A run that saves each step, killed again and again while it writes a checkpoint; the last one is left to finish.
 

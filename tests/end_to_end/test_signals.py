@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from every_family import few
 from trainings import Run, checkpoints, steps_done
 
 from finetune.recipe import load_recipe
@@ -27,7 +28,7 @@ def assert_stopped(run: Run, by: signal.Signals) -> None:
     assert checkpoints(run.output) == [steps_done(run.output)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", few([signal.SIGINT, signal.SIGHUP]))
 def test_a_polite_signal_saves_a_checkpoint_and_is_the_exit_status(
     recipe_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -71,7 +71,7 @@ def trained(
     return train
 
 
-@pytest.mark.parametrize("name", few(reversed(SETTINGS), 4))
+@pytest.mark.parametrize("name", few(reversed(SETTINGS), 2))
 def test_nothing_is_in_a_race(trained: Callable[..., Order], name: str) -> None:
     order = trained(SETTINGS[name], Order())
     assert order.races == []

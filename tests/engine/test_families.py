@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from closeness import assert_close_to_scale
-from every_family import Model, every_family, every_transformer, every_transformer_with, few_families
+from every_family import Model, every_transformer, every_transformer_with, few_families
 from exports import load_adapter
 from families_worker import METHODS
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ def exported(job: Job, folder: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.full)])
-@every_family
+@every_transformer
 @every_method
 def test_the_pipeline_predicts_exactly_what_the_trained_model_predicts(
     make_job: BuildJob, tmp_path: Path, model: Model, method: str, precision: str

@@ -125,7 +125,7 @@ def test_float32_masters_generate_in_the_precision_of_the_step(
         assert_same(ours, theirs)
 
 
-@every_family
+@few_families
 def test_a_trained_adapter_generates_what_its_export_does(
     build_job: Callable[..., Job], prompted: Callable[[Model], Path], tmp_path: Path, model: Model
 ) -> None:

@@ -1,10 +1,7 @@
 """The simulated device: values that are known, results that are cached, costs; each case in a process of its own."""
 
-import subprocess
-import sys
-
 import pytest
-from processes import ROOT
+from processes import run_python
 
 BEGIN = """
 import torch
@@ -111,5 +108,5 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_simulated_device(case: str) -> None:
     body = "\n".join(line[4:] for line in CASES[case].splitlines())
-    done = subprocess.run([sys.executable, "-c", BEGIN + body], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = run_python(["-c", BEGIN + body])
     assert done.returncode == 0, done.stderr

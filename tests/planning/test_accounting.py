@@ -1,13 +1,11 @@
 """What a simulated step takes is what a real one takes: the same code, storage by storage."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from processes import ROOT, run_python
 
 FAMILIES = ["ltx", "cogvideox", "hunyuan", "mochi"]
 WITH_THEIR_TRANSFORMERS = [
@@ -56,9 +54,7 @@ OPTIMIZERS = {  # as a LoRA is trained by each, or all weights
 }
 SHORT = [("ltx", saver) for saver in SAVERS]
 SHORT += [(family, "plain") for family in FAMILIES if family != "ltx"]
-SHORT += [("ltx", saver) for saver in OF_LTX] + [
-    (family, "plain") for family in ("ltx_i2v", "cogvideox_i2v", "wan_i2v")
-]
+SHORT += [*(("ltx", saver) for saver in OF_LTX), ("wan_i2v", "plain")]
 SHORT += [("hunyuan15", "full")]  # with a forward pass of its own, and weights without gradients
 ALL = [*FAMILIES, *WITH_THEIR_TRANSFORMERS, "hunyuan15", "hunyuan15_i2v"]
 LONG = [(family, saver) for family in ALL for saver in SAVERS if (family, saver) not in SHORT]
@@ -84,8 +80,7 @@ def accounts(
             settings = {**OPTIMIZERS, **OF_LTX, **SAVERS}
             cases = {name: settings[name] for each, name in matrix if each == family}
             worker = ROOT / "tests" / "planning" / "accounting_worker.py"
-            command = [sys.executable, worker, out, family_recipe(family), json.dumps(cases)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+            done = run_python([worker, out, family_recipe(family), json.dumps(cases)], seconds=280)
             assert done.returncode == 0, done.stderr
             known[key] = json.loads(out.read_text())
         return known[key][saver]

@@ -3,12 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from processes import ROOT
+from processes import ROOT, run_python
 
 CASES = {
     "lora": ([], 1),
@@ -26,7 +24,6 @@ every_case = pytest.mark.parametrize(
 SCHEDULE = 64  # bytes; the noise levels of two more steps
 WEIGHTS = {"frozen weights", "trained weights", "gathered weights", "load"}
 MAKE = """
-import sys
 from pathlib import Path
 from experts import HighNoise, recipe_of
 path = Path(sys.argv[1])
@@ -44,16 +41,13 @@ def figures(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     chosen = {name: case for name, case in CASES.items() if name not in FULL or name in asked}
     folder = tmp_path_factory.mktemp("experts")
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "engine")))
-    environment = os.environ | {"PYTHONPATH": paths}
-    subprocess.run([sys.executable, "-c", MAKE, folder], env=environment, check=True, timeout=100)
+    made = run_python(["-c", MAKE, folder], environment={"PYTHONPATH": paths})
+    assert made.returncode == 0, made.stderr
     shutil.copytree(folder / "two", folder / "one")
     index = folder / "one" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"boundary_ratio": None}))
-    worker = [sys.executable, ROOT / "tests" / "planning" / "experts_worker.py"]
-    arguments = [folder / "out.json", folder / "recipe.toml", folder, json.dumps(chosen)]
-    done = subprocess.run(
-        [*worker, *arguments], env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+    worker = [ROOT / "tests" / "planning" / "experts_worker.py", folder / "out.json", folder / "recipe.toml", folder]
+    done = run_python([*worker, json.dumps(chosen)], environment={"PYTHONPATH": paths}, seconds=280)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "out.json").read_text())
 

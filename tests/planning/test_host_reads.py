@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from every_family import FEW, MODELS, title
-from processes import ROOT
+from processes import ROOT, run_python
 
 METHODS = {"lora": [], "full": ["train.method=full"]}
 FULL = ["train.method=full"]
@@ -60,8 +60,8 @@ def steps(family_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         if name not in known:
             matrix = SHORT if name in SHORT else LONG
             cases = {each: (str(family_recipe(*model)), overrides) for each, (model, overrides) in matrix.items()}
-            command = [sys.executable, ROOT / "tests" / "planning" / "host_reads_worker.py", out, json.dumps(cases)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+            worker = ROOT / "tests" / "planning" / "host_reads_worker.py"
+            done = run_python([worker, out, json.dumps(cases)], seconds=580)
             assert done.returncode == 0, done.stderr
             known.update(json.loads(out.read_text()))
         return known[name]

@@ -1,14 +1,12 @@
 """What a training is told of its memory: while it runs, after its last step, and when there is too little."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import ROOT, Finetune
+from processes import ROOT, Finetune, run_python
 
 GIB = 2**30
 Result = subprocess.CompletedProcess
@@ -20,20 +18,12 @@ def train(recipe: Path, fresh_cache: Path) -> Train:
     """Train three steps with tests/planning/forecast_worker.py."""
 
     def run(output: Path, card: int, fails: str = "never", processes: int = 0, more: tuple[str, ...] = ()) -> Result:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         settings = ["train.steps=3", f"train.micro_batch_size={2 // max(processes, 1)}", f"output={output}"]
         output.mkdir(parents=True)
-        return subprocess.run(
-            [sys.executable, *(torchrun if processes else []), ROOT / "tests" / "planning" / "forecast_worker.py"]
-            + [str(card), fails, "--recipe", recipe]
-            + [part for setting in (*settings, f"data.cache={fresh_cache}", *more) for part in ("--set", setting)],
-            cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(output)},
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
+        program = [ROOT / "tests" / "planning" / "forecast_worker.py", card, fails, "--recipe", recipe]
+        program += [part for each in (*settings, f"data.cache={fresh_cache}", *more) for part in ("--set", each)]
+        summed_up = processes > 0 and fails != "never"  # torchrun says what failed
+        return run_python(program, processes, environment={"TMPDIR": str(output)}, seconds=280, is_anew=summed_up)
 
     return run
 

@@ -1,11 +1,8 @@
 """The published table, and what is reproduced of it exactly."""
 
-import subprocess
-import sys
-
 import pytest
 from every_family import few
-from processes import ROOT
+from processes import run_python
 
 from benchmarks.memory.ours import Ours, resident, with_savers
 from benchmarks.memory.published import rows
@@ -34,9 +31,7 @@ def test_there_are_65_rows_of_which_63_have_a_training_peak() -> None:
 
 @pytest.mark.parametrize("number", few([1, 8, 3, 7]))  # 2b and 5b with adapters of rank 16 and 64
 def test_memory_before_training_is_reproduced_to_two_mib(number: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LOAD, str(number)], cwd=ROOT, capture_output=True, text=True, timeout=100
-    )
+    done = run_python(["-c", LOAD, number])
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) / GIB == pytest.approx(rows()[number - 1].published[0], abs=0.0021)
 

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT
+from processes import ROOT, run_python
 from search_worker import block_bytes
 
 from finetune.checks.model import open_family
@@ -46,8 +44,7 @@ def figures(recipe_of_depth: Callable[..., Path], tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("figures") / "search.json"
     large = 'validation.prompts=[{text = "a ball", shape = "65x256x384"}]'
     recipes = recipe_of_depth(8), recipe_of_depth(4, large, "validation.tiling=false")
-    command = [sys.executable, ROOT / "tests" / "planning" / "search_worker.py", out, *recipes]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290, check=False)
+    done = run_python([ROOT / "tests" / "planning" / "search_worker.py", out, *recipes], seconds=290)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
 

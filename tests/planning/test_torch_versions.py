@@ -1,7 +1,5 @@
 """The simulated device on a torch that it does not know: a line says so, and figures are not made up."""
 
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,7 @@ import pytest
 import torch
 from every_family import few
 from packaging.specifiers import SpecifierSet
-from processes import ROOT
+from processes import ROOT, run_python
 
 from finetune.planning.device import NEWEST, OLDEST
 
@@ -34,8 +32,7 @@ def test_a_plan_on_a_torch_that_is_not_known_is_an_error_of_one_line(
     family_recipe: Callable[..., Path], done: str, error: str
 ) -> None:
     script = f"{done}\nimport runpy\nrunpy.run_module('finetune', run_name='__main__')"
-    command = [sys.executable, "-c", script, "plan", "--recipe", family_recipe("ltx"), "--gpus", "1"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    ended = run_python(["-c", script, "plan", "--recipe", family_recipe("ltx"), "--gpus", "1"])
     assert (ended.returncode, ended.stdout) == (2, "")
     line, cure = ended.stderr.splitlines()
     assert line.startswith(f"error: the simulated device {error}")
