@@ -243,7 +243,6 @@ def read_only(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[Path]
     return make
 
 
-@pytest.mark.full
 def test_a_cache_that_is_read_only_is_used(
     recipe: Path, straight: Run, cache: Path, read_only: Callable[[Path], Path]
 ) -> None:

@@ -188,7 +188,7 @@ class Kill:
     next_run: Run
 
 
-@pytest.fixture(scope="module", params=few([2, 10]))
+@pytest.fixture(scope="module", params=few([2, 3, 10]))
 def kills(recipe: Path, request: pytest.FixtureRequest) -> list[Kill]:
     """A run that saves each step, killed again and again while it writes a checkpoint; the last one is left to finish.
 
