@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def body(runtime: Runtime) -> int:
         with runtime.together():
-            opened = open_family(recipe)
+            opened = open_family(recipe, trains=False)
             recipes = recipes_of_experts(recipe, list(opened.experts))
             for each in recipes:
                 check_same_run(each)

@@ -14,7 +14,7 @@ from finetune.data.decode import FORMER_DECODER
 from finetune.data.file_facts import is_named_by_content
 from finetune.data.loader import Item
 from finetune.models import is_outside
-from finetune.models.adapters.given import given_identity
+from finetune.models.adapters.given import frozen_identity, started_identity
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
 from finetune.preparation.former import Begun, Names, clips_digest
@@ -30,6 +30,7 @@ from finetune.runtime.units import GIB
 CLIPS, BASE = "clips", "base"
 BASE_CONTENT, CLIP_LIST, DECODED_BY = "base_content", "clip_list", "decoded_by"  # which older ones lack
 ADAPTERS = "adapters"  # which those lack that are given none
+STARTED = "started_from"  # what lora.start_from was, as JSON; lacked by those without one, and by older ones
 DIGITS = 8  # of each clip in CLIP_LIST
 _FORMER = str(FORMER_DECODER)  # as DECODED_BY has it
 
@@ -52,14 +53,33 @@ def identity(recipe: Recipe, family: Family, items: Sequence[Item], cache: Cache
 
     The first time, weights of a folder are read whole.
     """
-    adapters = given_identity(recipe.adapter, family, cache.file_hash)
     return {
-        **({ADAPTERS: digest(adapters)} if adapters else {}),
+        **_adapters(recipe, family, cache),
         CLIPS: clips_digest(items, family.columns, names),
         CLIP_LIST: "".join(clips_digest([item], family.columns, names)[:DIGITS] for item in items),
         BASE: _base_by_size(family),
         BASE_CONTENT: _base_content(family, cache),
     }
+
+
+def _adapters(recipe: Recipe, family: Family, cache: Cache) -> dict[str, str]:
+    """What tells the adapters that a training is given from others; nothing if it is given none.
+
+    The one that it began as may be gone once there is a checkpoint: then it is what the newest checkpoint says that it was.
+    """
+    frozen, noted = frozen_identity(recipe.adapter, family, cache.file_hash), _newest(recipe)
+    try:
+        started = started_identity(recipe.adapter, family, cache.file_hash)
+    except UserError:
+        if STARTED in noted:
+            started = json.loads(noted[STARTED])
+        elif ADAPTERS in noted and not frozen:  # an older checkpoint, which has one digest of all
+            return {ADAPTERS: noted[ADAPTERS]}
+        else:
+            raise
+    given = [["start_from", *started]] if started else []
+    given += [["frozen", *each] for each in frozen]
+    return ({ADAPTERS: digest(given)} if given else {}) | ({STARTED: json.dumps(started)} if started else {})
 
 
 def check_identity(facts: Mapping[str, Any], found: Mapping[str, str], recipe: Recipe) -> None:

@@ -228,10 +228,11 @@ def build_state(
 
 def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) -> Job:
     """The training of a recipe on a prepared dataset. Collective."""
-    train = recipe.train
+    train, checkpoints = recipe.train, open_checkpoints(recipe, runtime)
+    begins = runtime.from_main(not checkpoints.steps())  # else a checkpoint has what became of lora.start_from
     with runtime.together():
         weights = with_frozen(family.transformer_weights(), recipe.adapter, family)
-        started = read_started(recipe.adapter, family)
+        started = read_started(recipe.adapter, family) if begins else None
     state = build_state(recipe, runtime, family, weights, started)
     runtime.device.reset_peak()
     return Job(
@@ -241,7 +242,7 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         prepared=prepared,
         order=order_of(recipe, prepared),
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
-        checkpoints=open_checkpoints(recipe, runtime),
+        checkpoints=checkpoints,
         identity=shared_identity(recipe, family, prepared, runtime),
         record=HeldOutRecord(recipe.checkpoint.keep_best, _measured_by(recipe, prepared)),
     )
