@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from finetune.checks.output import check_same_run
     from finetune.models.adapters.given import with_frozen
     from finetune.runtime.files import writing
+    from finetune.training.identity import GIVEN
     from finetune.training.job import build_state, details_of, open_checkpoints, sound_checkpoint, write_weights
 
     def body(runtime: Runtime) -> int:
@@ -99,9 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
         state = build_state(recipe, runtime, family, weights)
         # Not the others: moments would need memory, and the ranks that they were saved by.
         checkpoints.load(step, [part for part in state.parts if part.is_evaluated])
+        adapters = checkpoints.facts(step).get(GIVEN)
         for exporter, out in folders:
             with writing(out):
-                write_weights(state, exporter, out, details_of(recipe, family, step, arguments.precision))
+                details = details_of(recipe, family, step, adapters, arguments.precision)
+                write_weights(state, exporter, out, details)
             say(f"exported step {step} to {out}")
 
     return with_runtime(recipe, body)

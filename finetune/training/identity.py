@@ -29,7 +29,7 @@ from finetune.runtime.units import GIB
 # In every checkpoint's trainer.json: the clips in their order; names and sizes of the base weights.
 CLIPS, BASE = "clips", "base"
 BASE_CONTENT, CLIP_LIST, DECODED_BY = "base_content", "clip_list", "decoded_by"  # which older ones lack
-ADAPTERS = "adapters"  # which those lack that are given none
+GIVEN = "adapters"  # which those lack that are given none
 STARTED = "started_from"  # what lora.start_from was, as JSON; lacked by those without one, and by older ones
 DIGITS = 8  # of each clip in CLIP_LIST
 _FORMER = str(FORMER_DECODER)  # as DECODED_BY has it
@@ -73,13 +73,13 @@ def _adapters(recipe: Recipe, family: Family, cache: Cache) -> dict[str, str]:
     except UserError:
         if STARTED in noted:
             started = json.loads(noted[STARTED])
-        elif ADAPTERS in noted and not frozen:  # an older checkpoint, which has one digest of all
-            return {ADAPTERS: noted[ADAPTERS]}
+        elif GIVEN in noted and not frozen:  # an older checkpoint, which has one digest of all
+            return {GIVEN: noted[GIVEN]}
         else:
             raise
     given = [["start_from", *started]] if started else []
     given += [["frozen", *each] for each in frozen]
-    return ({ADAPTERS: digest(given)} if given else {}) | ({STARTED: json.dumps(started)} if started else {})
+    return ({GIVEN: digest(given)} if given else {}) | ({STARTED: json.dumps(started)} if started else {})
 
 
 def check_identity(facts: Mapping[str, Any], found: Mapping[str, str], recipe: Recipe) -> None:
@@ -163,7 +163,7 @@ def other_base(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
 
 def other_adapters(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
     """Whether a checkpoint continues another adapter, or was trained on top of others."""
-    return facts.get(ADAPTERS) != found.get(ADAPTERS)
+    return facts.get(GIVEN) != found.get(GIVEN)
 
 
 def is_of_base(facts: Mapping[str, Any], family: Family, cache: Cache) -> bool:

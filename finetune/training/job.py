@@ -44,7 +44,7 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 from finetune.training.facts import facts_of
-from finetune.training.identity import BASE, CLIPS, check_identity, say_if_not_compared, shared_identity
+from finetune.training.identity import BASE, CLIPS, GIVEN, check_identity, say_if_not_compared, shared_identity
 
 
 @dataclass
@@ -161,7 +161,7 @@ class Job:
 
     def details(self, step: int) -> Details:
         """What goes with the weights of a step where they are exported in a run's own form, as they were trained."""
-        return details_of(self.recipe, self.state.family, step)
+        return details_of(self.recipe, self.state.family, step, self.identity.get(GIVEN))
 
     def idle_batch(self) -> Batch:
         """The training clip that costs least, for calls that only keep ranks in step."""
@@ -318,13 +318,19 @@ def sound_checkpoint(checkpoints: Checkpoints, step: int | Literal["best"] | Non
     return step
 
 
-def details_of(recipe: Recipe, family: Family, step: int, precision: str | None = None) -> Details:
-    """What goes with the weights that a recipe has trained for so many steps, in a precision, or as they were trained."""
+def details_of(
+    recipe: Recipe, family: Family, step: int, adapters: str | None, precision: str | None = None
+) -> Details:
+    """What goes with the weights that a recipe has trained for so many steps, in a precision, or as they were trained.
+
+    Args:
+        adapters: see `facts_of`; among the facts of a checkpoint as `GIVEN`.
+    """
 
     def base() -> Weights:
         return with_frozen(family.transformer_weights(), recipe.adapter, family)
 
-    return Details(precision, facts_of(recipe, family, step), base)
+    return Details(precision, facts_of(recipe, family, step, adapters), base)
 
 
 def export_weights(state: StepState, method: str, folder: Path) -> None:
