@@ -36,13 +36,23 @@ def facts_of_converted(model: Model, family: Family, metadata: Mapping[str, str]
 
 def base_facts(model: Model, family: Family) -> dict[str, str]:
     """The base model: its id and commit on the Hub, or its folder's name; and its licence, if its card says it."""
-    folder, path = family.folder.path, model.path
-    if Path(path).expanduser().is_dir():
-        facts = {"base_model": Path(path).expanduser().resolve().name}
-    else:
-        commit = folder.name if folder.parent.name == "snapshots" else model.revision
-        facts = {"base_model": path, "base_revision": commit}
+    folder = family.folder.path.resolve()
+    base = base_model_of(model, family)
+    facts = {"base_model": base or folder.name}
+    if base is not None and folder.parent.name == "snapshots":
+        facts["base_revision"] = folder.name
+    elif base == model.path:
+        facts["base_revision"] = model.revision
     return {**facts, "family": family.name, **licence(folder)}
+
+
+def base_model_of(model: Model, family: Family) -> str | None:
+    """The base model's id on the Hub: that of the recipe, or of the folder in the Hub's cache; None of any other folder."""
+    folder = family.folder.path.resolve()
+    for part in (folder, *folder.parents):
+        if part.name.startswith("models--") and part.name.count("--") == 2:
+            return part.name.removeprefix("models--").replace("--", "/")
+    return None if Path(model.path).expanduser().is_dir() else model.path
 
 
 def licence(folder: Path) -> dict[str, str]:
