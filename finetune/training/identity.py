@@ -4,7 +4,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from finetune.checks.buckets import resolve_buckets
@@ -23,6 +22,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import read_note
 from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
 
@@ -141,18 +141,12 @@ def check_begun_run(recipe: Recipe, runtime: Runtime) -> None:
 
 
 def _newest(recipe: Recipe) -> dict[str, Any]:
-    """What is in the trainer.json of the run's newest checkpoint that has one; nothing if there is none."""
+    """What is in the trainer.json of the run's newest checkpoint that has one; nothing if there is none.
+
+    A damaged one is passed over: a start of the run says so by name.
+    """
     files = sorted((recipe.run_folder / "checkpoints").glob("step_*/trainer.json"), reverse=True)
-    return next((facts for file in files if (facts := _read(file))), {})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What is in a checkpoint's trainer.json; nothing if it is damaged, which a start of the run says by name."""
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    return next((facts for file in files if (facts := read_note(file))), {})
 
 
 def other_base(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
