@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checks.output import check_output, has_checkpoints, read_saved
-from finetune.engine.weights.best import HeldOutRecord
+from finetune.engine.weights.best import RECORD, HeldOutRecord
 from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
@@ -63,7 +63,7 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
     if prepared.prompts and not (samples_folder(recipe, steps) / SHEET).is_file():
         return False
     try:
-        facts = json.loads((checkpoints_folder(recipe) / f"step_{steps:08d}" / "trainer.json").read_text())
+        facts = json.loads(_trainer_file(recipe, steps).read_text())
         found = prepared_identity(recipe, family, prepared)
         continues = facts[CLIPS] == found[CLIPS] and not (other_base(facts, found) or other_adapters(facts, found))
     except (OSError, ValueError, KeyError, TypeError):
@@ -73,11 +73,17 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
 
 def ended_at(recipe: Recipe) -> int:
     """The step whose weights a run has exported, if the held-out loss ended it there; else the recipe's last."""
-    step, record = read_note(recipe.run_folder / RESULTS).get("step"), HeldOutRecord()
+    noted, record = read_note(recipe.run_folder / RESULTS), HeldOutRecord()
+    step = noted.get("step")
     if not isinstance(step, int):
         return recipe.train.steps
-    record.restore(read_note(checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json"))
+    # Older runs have the record in the checkpoint alone, which may have been removed.
+    record.restore(noted if RECORD in noted else read_note(_trainer_file(recipe, step)))
     return step if record.is_over(recipe.validation.patience) else recipe.train.steps
+
+
+def _trainer_file(recipe: Recipe, step: int) -> Path:
+    return checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json"
 
 
 def results_folder(recipe: Recipe, family: Family) -> Path:
@@ -140,7 +146,7 @@ class Results:
         forms = noted.get(FORMS, {}) if noted.get("step") == step else {}
         forms[folder.name] = {**_settings(recipe), "files": _sizes(folder)}
         with atomic(self._note) as partial:
-            partial.write_text(json.dumps({"step": step, FORMS: forms}))
+            partial.write_text(json.dumps({"step": step, **self.job.record.facts(step), FORMS: forms}))
 
 
 def noted_results(recipe: Recipe, family: Family) -> tuple[int | None, dict[str, dict[str, Any]]]:
