@@ -249,7 +249,10 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
 
 
 def _measured_by(recipe: Recipe, prepared: Prepared) -> str:
-    """A digest of what held-out losses are measured by: losses by another one are not compared with them."""
+    """A digest of what held-out losses are measured by: losses by another one are not compared with them.
+
+    The order of the clips is part of it: the noise of each depends on its place, see `heldout_loss`.
+    """
     averaged = recipe.ema.decay is not None and "heldout" in recipe.ema.use
     return digest([[sorted(item.keys.items()) for item in prepared.heldout], recipe.validation.sigmas, averaged])
 
