@@ -175,9 +175,6 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
                 name,
                 f'remove the table, or set train.method = "{name}"',
             )
-    if recipe.train.method == "lora" and recipe.optimizer.name == "prodigy" and recipe.lora.plus_ratio != 1:
-        what = "prodigy finds one rate for all parameters, and takes no other for the second matrices"
-        yield Problem(what, "lora.plus_ratio", 'remove it, or set optimizer.name = "adamw"')
     if recipe.validation.heldout and recipe.validation.heldout_clips:
         yield Problem(
             "held-out clips are both named and taken out of data.path",
