@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from finetune.engine.weights.checkpoint import Checkpoints
     from finetune.engine.weights.exporters.exporter import Exporter
     from finetune.models.family import Family
+    from finetune.recipe.table import Table
     from finetune.runtime.distributed import Runtime
 
 
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             recipes = recipes_of_experts(recipe, list(opened.experts))
             for each in recipes:
                 check_same_run(each)
-            exporters = _exporters(recipe.train.method, arguments, opened)
+            exporters = _exporters(recipe.train.method, arguments, opened, recipe.adapter)
         found = [(each, open_checkpoints(each, runtime)) for each in recipes]
         steps = [sound_checkpoint(checkpoints, arguments.step) for _, checkpoints in found]
         for (each, checkpoints), step in zip(found, steps, strict=True):
@@ -110,15 +111,21 @@ def run(arguments: argparse.Namespace) -> int:
     return with_runtime(recipe, body)
 
 
-def _exporters(method: str, arguments: argparse.Namespace, family: Family) -> list[Exporter]:
-    """The forms that are asked for. Raises UserError, before anything is written, if there is one that cannot be."""
+def _exporters(
+    method: str, arguments: argparse.Namespace, family: Family, settings: Table | None = None
+) -> list[Exporter]:
+    """The forms that are asked for. Raises UserError, before anything is written, if there is one that cannot be.
+
+    Args:
+        settings: of what was trained, if they are known.
+    """
     from finetune.engine.weights.exporters import export_problems, exporter_of, unknown_forms
 
     names = list(dict.fromkeys(arguments.format))
     found = [exporter_of(method, name) for name in names] or [exporter_of(method)]
     formats = [exporter.format for exporter in found]
-    problems = [*export_problems(method, formats, arguments.precision), *unknown_forms(method, formats, family)]
-    if problems:
+    problems = list(export_problems(method, formats, arguments.precision, settings))
+    if problems := [*problems, *unknown_forms(method, formats, family)]:
         raise UserError.of(problems)
     return found
 

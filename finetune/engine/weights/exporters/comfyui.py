@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, file_of, lora_writer, tidy
 from finetune.engine.weights.exporters.trained_lora import DOWN, UP, TrainedLora
 from finetune.models.family import Family
+from finetune.recipe.schema import Lora
+from finetune.recipe.table import Table
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 
@@ -66,6 +68,13 @@ def problem(family: Family) -> tuple[str, str] | None:
         return None
     what = f"ComfyUI has no model of its own for {family.title}, or its names are not known here"
     return what, 'take "diffusers", which the nodes of others for this model load'
+
+
+def refused(settings: Table | None) -> tuple[str, str] | None:
+    """Why a LoRA of these settings has no such form, with a cure."""
+    if not isinstance(settings, Lora) or not settings.dora:
+        return None
+    return "a DoRA is not written for ComfyUI, whose loader computes it otherwise", 'take "merged" or "diffusers"'
 
 
 def place_of(layer: str, family: Family) -> OriginalPlace:
@@ -165,5 +174,6 @@ EXPORTER = Exporter(
     is_small=False,
     format="comfyui",
     problem=problem,
+    refused=refused,
     convert=write_comfyui,
 )
