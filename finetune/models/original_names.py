@@ -6,8 +6,24 @@ The facts are from diffusers' own scripts that convert these checkpoints, and fr
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 Layers = Mapping[str, tuple[str, ...]]
+
+
+class Rows(NamedTuple):
+    """Rows of one of diffusers' layers: all, or one of so many equal parts."""
+
+    layer: str
+    part: int = 0
+    parts: int = 1
+
+
+def rows_of(written: str) -> Rows:
+    """What `name` or `name[1/2]` in a table says."""
+    name, bracket, part = written.partition("[")
+    index, _, count = part.rstrip("]").partition("/")
+    return Rows(name, int(index), int(count)) if bracket else Rows(name)
 
 
 def _joint_attention(original: str, ours: str) -> dict[str, tuple[str, ...]]:

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, file_of, lora_writer, tidy
+from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, tidy
 from finetune.engine.weights.exporters.trained_lora import DOWN, UP, TrainedLora
+from finetune.models.adapters.places import file_of
 from finetune.models.family import Family
+from finetune.models.original_names import Rows, rows_of
 from finetune.recipe.schema import Lora
 from finetune.recipe.table import Table
 from finetune.runtime.errors import UserError
@@ -23,14 +25,6 @@ from finetune.runtime.files import atomic
 
 FILE = "comfyui_lora.safetensors"
 PREFIX = "diffusion_model."
-
-
-class Rows(NamedTuple):
-    """Rows of one of our layers: all, or one of so many equal parts."""
-
-    layer: str
-    part: int = 0
-    parts: int = 1
 
 
 class OriginalPlace(NamedTuple):
@@ -82,11 +76,11 @@ def place_of(layer: str, family: Family) -> OriginalPlace:
     number = re.search(r"\.(\d+)\.", layer)
     pattern, index = (layer.replace(number[0], ".{}.", 1), number[1]) if number else (layer, "")
     for theirs, ours in family.original_layers.items():
-        if pattern in (_rows(each).layer for each in ours):
+        if pattern in (rows_of(each).layer for each in ours):
             name = theirs.replace("{}", index)
             for part, spelled in family.lora_spellings.items():
                 name = name.replace(part, spelled)
-            return OriginalPlace(name, tuple(_rows(each.replace("{}", index)) for each in ours))
+            return OriginalPlace(name, tuple(rows_of(each.replace("{}", index)) for each in ours))
     if family.original_layers and not any("{}" in theirs for theirs in family.original_layers):
         return OriginalPlace(layer, (Rows(layer),))  # the blocks' layers are called the same there
     raise UserError(
@@ -94,13 +88,6 @@ def place_of(layer: str, family: Family) -> OriginalPlace:
         'leave it out of lora.targets, or export as "diffusers"',
         "comfyui",
     )
-
-
-def _rows(written: str) -> Rows:
-    """What `name` or `name[1/2]` in a family's table says."""
-    name, bracket, part = written.partition("[")
-    index, _, count = part.rstrip("]").partition("/")
-    return Rows(name, int(index), int(count)) if bracket else Rows(name)
 
 
 def fused(place: OriginalPlace, tensors: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:

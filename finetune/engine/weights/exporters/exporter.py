@@ -136,11 +136,6 @@ def lora_writer(convert: Convert) -> Callable[[nn.Module, Family, Path, Runtime,
     return write
 
 
-def file_of(name: str, family: Family) -> str:
-    """The name of an exported file; that of an expert says which one it is for."""
-    return name if family.expert is None else name.replace(".", f"_{family.expert}_noise.", 1)
-
-
 def expert_facts(family: Family) -> dict[str, str]:
     """For the metadata, which expert a file is for, since the names of its tensors are the same for all."""
     if family.expert is None:
