@@ -4,7 +4,6 @@ Its loader knows each weight of its model as `diffusion_model.` and the original
 beside the matrices as a tensor, which diffusers refuses: so the strength is in the matrices alone.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from finetune.engine.weights.exporters.exporter import Details, Exporter, expert
 from finetune.engine.weights.exporters.trained_lora import DOWN, UP, TrainedLora
 from finetune.models.adapters.places import file_of
 from finetune.models.family import Family
-from finetune.models.original_names import Rows, rows_of
+from finetune.models.original_names import Rows, original_of
 from finetune.recipe.schema import Lora
 from finetune.recipe.table import Table
 from finetune.runtime.errors import UserError
@@ -73,14 +72,11 @@ def refused(settings: Table | None) -> tuple[str, str] | None:
 
 def place_of(layer: str, family: Family) -> OriginalPlace:
     """Where a layer of the blocks is in the original. Raises UserError if that is not known."""
-    number = re.search(r"\.(\d+)\.", layer)
-    pattern, index = (layer.replace(number[0], ".{}.", 1), number[1]) if number else (layer, "")
-    for theirs, ours in family.original_layers.items():
-        if pattern in (rows_of(each).layer for each in ours):
-            name = theirs.replace("{}", index)
-            for part, spelled in family.lora_spellings.items():
-                name = name.replace(part, spelled)
-            return OriginalPlace(name, tuple(rows_of(each.replace("{}", index)) for each in ours))
+    if found := original_of(layer, family.original_layers):
+        name, rows = found
+        for part, spelled in family.lora_spellings.items():
+            name = name.replace(part, spelled)
+        return OriginalPlace(name, rows)
     if family.original_layers and not any("{}" in theirs for theirs in family.original_layers):
         return OriginalPlace(layer, (Rows(layer),))  # the blocks' layers are called the same there
     raise UserError(
