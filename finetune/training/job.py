@@ -336,11 +336,6 @@ def details_of(
     return Details(precision, facts_of(recipe, family, step, adapters), base)
 
 
-def export_weights(state: StepState, method: str, folder: Path) -> None:
-    """Write the trained weights in the run's own form, and verify them. Collective."""
-    write_weights(state, exporter_of(method), folder)
-
-
 def write_weights(state: StepState, exporter: Exporter, folder: Path, details: Details | None = None) -> None:
     """Write the weights as they are evaluated, an average say, in any form, and verify them. Collective."""
     with evaluating(state.parts, "export"):

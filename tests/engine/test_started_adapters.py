@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from checkpointing import assert_same_state, run
+from exports import export_weights
 from given_adapters import loaded, write_adapter
 from processes import figures_of
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.training.exported_videos import load_pipeline
 from finetune.training.frozen_usage import frozen_lines
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
 MODELS = [("ltx", "0.9.0"), ("cogvideox", "5b"), ("hunyuan", None), ("wan", "2.1")]
