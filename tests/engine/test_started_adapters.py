@@ -21,6 +21,7 @@ from finetune.commands import export
 from finetune.engine.gradients import local
 from finetune.engine.weights.exporters.exporter import gathered
 from finetune.engine.weights.loading import plain_name
+from finetune.models.adapters.given import moved
 from finetune.models.family import Family
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import FrozenAdapter, Lora
@@ -234,6 +235,20 @@ def test_frozen_adapters_may_move_and_are_still_needed(build_job: BuildJob, adap
     told = r"no such adapter\n.*give --set 'lora\.frozen=\[\{path = \"WHERE IT IS\", strength = 0\.5\}\]'"
     with pytest.raises(UserError, match=told):
         build_job(frozen.format(adapter))
+
+
+def test_the_other_experts_frozen_adapters_are_where_the_present_recipe_has_them(
+    family: Family, adapter: Path, tmp_path: Path
+) -> None:
+    """Its own recipe is of an earlier start; what is still where that says is taken from there."""
+
+    def of(*adapters: tuple[Path, float]) -> Lora:
+        return Lora(frozen=[FrozenAdapter(path=str(path), strength=strength) for path, strength in adapters])
+
+    other = write_adapter(tmp_path / "other.safetensors", family, seed=2)
+    before, gone = of((adapter, 1.0), (other, 0.5)), adapter.rename(tmp_path / "moved.safetensors")
+    assert moved(before, of((gone, 1.0), (gone, 0.5)), family) == of((gone, 1.0), (other, 0.5))
+    assert moved(before, of((gone, 1.0), (other, 0.4)), family) == before
 
 
 # What users are told, and what `sample` does
