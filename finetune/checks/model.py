@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from finetune.checks.output import has_checkpoints
 from finetune.data.bucket_budget import near_lengths
 from finetune.data.images import missing_image
 from finetune.engine.weights.exporters import unknown_forms
@@ -17,18 +18,19 @@ from finetune.models.text_mask import why_masked
 from finetune.preparation.own_shape import legal_shape, with_own_shape
 from finetune.recipe import Recipe
 from finetune.recipe.bucket import Area, Bucket
-from finetune.recipe.experts import recipes_of_experts
+from finetune.recipe.experts import of_expert, recipes_of_experts
 from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Model, is_set
 from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import Problem, UserError
 
 
-def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
+def open_family(recipe: Recipe, with_weights: bool = True, trains: bool = True) -> Family:
     """Find the model, check its files by their headers, and the recipe's buckets and targets against it.
 
     Args:
         with_weights: False to do with configs alone; weights are then neither fetched nor looked for.
+        trains: False to do without what only the begin of a training needs: the adapter of lora.start_from.
     Raises:
         UserError: every problem of model folder and buckets at once.
     """
@@ -46,7 +48,8 @@ def open_family(recipe: Recipe, with_weights: bool = True) -> Family:
     if recipe.adapter is not None:
         ADAPTERS[recipe.train.method].check(transformer, family, recipe.adapter)
     for each in experts if with_weights else []:
-        check_given(transformer, each, recipe.adapter)
+        own = of_expert(recipe, each.expert) if each.expert else recipe
+        check_given(transformer, each, recipe.adapter, begins=trains and not has_checkpoints(own))
     if wrong := list(_resident_problems(recipe, family, transformer)):
         raise UserError.of(wrong)
     return family

@@ -175,9 +175,6 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
                 name,
                 f'remove the table, or set train.method = "{name}"',
             )
-    if recipe.train.method == "lora" and recipe.optimizer.name == "prodigy" and recipe.lora.plus_ratio != 1:
-        what = "prodigy finds one rate for all parameters, and takes no other for the second matrices"
-        yield Problem(what, "lora.plus_ratio", 'remove it, or set optimizer.name = "adamw"')
     if recipe.validation.heldout and recipe.validation.heldout_clips:
         yield Problem(
             "held-out clips are both named and taken out of data.path",
@@ -195,13 +192,7 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
     for key, effective, cure in _needs(recipe):
         if is_set(recipe, key) and not effective:
             yield Problem("this key has no effect here", key, f"remove it, or {cure}")
-    if recipe.train.method == "lora" and recipe.lora.dora and "comfyui" in recipe.export.formats:
-        what, cure = (
-            "a DoRA is not written for ComfyUI, whose loader computes it otherwise",
-            'take "merged" or "diffusers"',
-        )
-        yield Problem(what, "export.formats", cure)
-    yield from export_problems(recipe.train.method, recipe.export.formats, recipe.export.precision)
+    yield from export_problems(recipe.train.method, recipe.export.formats, recipe.export.precision, recipe.adapter)
     yield from tracker_problems(recipe.tracking.trackers)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from finetune.engine.weights.checkpoint import Checkpoints
     from finetune.engine.weights.exporters.exporter import Exporter
     from finetune.models.family import Family
+    from finetune.recipe.table import Table
     from finetune.runtime.distributed import Runtime
 
 
@@ -59,15 +60,16 @@ def run(arguments: argparse.Namespace) -> int:
     from finetune.checks.output import check_same_run
     from finetune.models.adapters.given import with_frozen
     from finetune.runtime.files import writing
+    from finetune.training.identity import GIVEN
     from finetune.training.job import build_state, details_of, open_checkpoints, sound_checkpoint, write_weights
 
     def body(runtime: Runtime) -> int:
         with runtime.together():
-            opened = open_family(recipe)
+            opened = open_family(recipe, trains=False)
             recipes = recipes_of_experts(recipe, list(opened.experts))
             for each in recipes:
                 check_same_run(each)
-            exporters = _exporters(recipe.train.method, arguments, opened)
+            exporters = _exporters(recipe.train.method, arguments, opened, recipe.adapter)
         found = [(each, open_checkpoints(each, runtime)) for each in recipes]
         steps = [sound_checkpoint(checkpoints, arguments.step) for _, checkpoints in found]
         for (each, checkpoints), step in zip(found, steps, strict=True):
@@ -99,23 +101,31 @@ def run(arguments: argparse.Namespace) -> int:
         state = build_state(recipe, runtime, family, weights)
         # Not the others: moments would need memory, and the ranks that they were saved by.
         checkpoints.load(step, [part for part in state.parts if part.is_evaluated])
+        adapters = checkpoints.facts(step).get(GIVEN)
         for exporter, out in folders:
             with writing(out):
-                write_weights(state, exporter, out, details_of(recipe, family, step, arguments.precision))
+                details = details_of(recipe, family, step, adapters, arguments.precision)
+                write_weights(state, exporter, out, details)
             say(f"exported step {step} to {out}")
 
     return with_runtime(recipe, body)
 
 
-def _exporters(method: str, arguments: argparse.Namespace, family: Family) -> list[Exporter]:
-    """The forms that are asked for. Raises UserError, before anything is written, if there is one that cannot be."""
+def _exporters(
+    method: str, arguments: argparse.Namespace, family: Family, settings: Table | None = None
+) -> list[Exporter]:
+    """The forms that are asked for. Raises UserError, before anything is written, if there is one that cannot be.
+
+    Args:
+        settings: of what was trained, if they are known.
+    """
     from finetune.engine.weights.exporters import export_problems, exporter_of, unknown_forms
 
     names = list(dict.fromkeys(arguments.format))
     found = [exporter_of(method, name) for name in names] or [exporter_of(method)]
     formats = [exporter.format for exporter in found]
-    problems = [*export_problems(method, formats, arguments.precision), *unknown_forms(method, formats, family)]
-    if problems:
+    problems = list(export_problems(method, formats, arguments.precision, settings))
+    if problems := [*problems, *unknown_forms(method, formats, family)]:
         raise UserError.of(problems)
     return found
 

@@ -83,9 +83,10 @@ def _write(
 ) -> None:
     """Write all files of the repository into an empty folder, and say what is in it that the user may want to look at."""
     from finetune.tracking.hub import card_of
-    from finetune.training.card import Destination, base_model_of, licence_of, local_licence, write_folder
+    from finetune.training.card import Destination, licence_of, local_licence, write_folder
+    from finetune.training.facts import base_model_of
 
-    base = arguments.base_model or base_model_of(recipe, family)
+    base = arguments.base_model or base_model_of(recipe.model, family)
     licence = local_licence(family, trained, base)
     if not licence and base and is_online:
         licence = licence_of(card_of(base, recipe.model.revision), base)

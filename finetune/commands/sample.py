@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         if runtime.world_size > 1:
             raise UserError("sample runs in one process", "start it with python -m finetune sample")
         out = arguments.out or recipe.output / GENERATED
-        family = open_family(recipe)
+        family = open_family(recipe, trains=False)
         if arguments.step is not None:
             adapters.append((adapter_of(recipe, family, runtime, arguments.step), 1.0))
         sample(with_own_shape(recipe, family), family, runtime, out, adapters, arguments.compare, arguments.strength)

@@ -5,9 +5,38 @@ those of the layers named, one after the other. "{}" is the number of a block. `
 The facts are from diffusers' own scripts that convert these checkpoints, and from the modules of ComfyUI.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 Layers = Mapping[str, tuple[str, ...]]
+
+
+class Rows(NamedTuple):
+    """Rows of one of diffusers' layers: all, or one of so many equal parts."""
+
+    layer: str
+    part: int = 0
+    parts: int = 1
+
+
+def rows_of(written: str) -> Rows:
+    """What `name` or `name[1/2]` in a table says."""
+    name, bracket, part = written.partition("[")
+    index, _, count = part.rstrip("]").partition("/")
+    return Rows(name, int(index), int(count)) if bracket else Rows(name)
+
+
+def original_of(layer: str, layers: Layers) -> tuple[str, tuple[Rows, ...]] | None:
+    """(the original layer that one of diffusers' is in, the rows that it is made of); None if the table has none."""
+    block = re.search(r"\.(\d+)\.", layer)
+    # A layer outside of the blocks may have a number in its name, too.
+    known_as = [(layer, "")] + ([(layer.replace(block[0], ".{}.", 1), block[1])] if block else [])
+    for pattern, index in known_as:
+        for original, ours in layers.items():
+            if pattern in (rows_of(each).layer for each in ours):
+                return original.replace("{}", index), tuple(rows_of(each.replace("{}", index)) for each in ours)
+    return None
 
 
 def _joint_attention(original: str, ours: str) -> dict[str, tuple[str, ...]]:
@@ -139,3 +168,21 @@ LTX: Layers = {
     "adaln_single.linear": ("time_embed.linear",),
 }
 """Layers of blocks have the same names in LTX-Video's repository and in diffusers."""
+
+# By diffusers' class: the parts of other tensors' names that diffusers has changed when it took a model up, in its form and in the
+# original, in the order in which they are put back (convert_ltx_transformer_checkpoint_to_diffusers and
+# convert_wan_transformer_to_diffusers in diffusers' single_file_utils.py). These transformers have no fused tensors.
+PARTS_OF_NAMES: dict[str, Sequence[tuple[str, str]]] = {
+    "LTXVideoTransformer3DModel": (("norm_q.", "q_norm."), ("norm_k.", "k_norm.")),
+    "WanTransformer3DModel": (
+        ("condition_embedder.image_embedder.norm1.", "img_emb.proj.0."),
+        ("condition_embedder.image_embedder.norm2.", "img_emb.proj.4."),
+        ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
+        ("attn1.", "self_attn."),
+        ("attn2.", "cross_attn."),
+        (".norm_added_k.", ".norm_k_img."),
+        (".norm2.", ".norm_of_text."),
+        (".norm3.", ".norm2."),
+        (".norm_of_text.", ".norm3."),
+    ),
+}

@@ -81,14 +81,17 @@ def changes(ours: Recipe, other: Recipe) -> list[str]:
 
 def differences(ours: Recipe, other: Recipe) -> list[str]:
     """The changes that would make it another training, and so must not happen when a run is resumed."""
-    free = free_keys(type(ours))
-    is_free = lambda key: any(key == name or key.startswith(name + ".") for name in free)  # noqa: E731
-    left, right = (
-        {key: _fixed(key, value, free) for key, value in flat_values(each).items()} for each in (ours, other)
-    )
+    left, right = fixed_values(ours), fixed_values(other)
     if not (ours.data.buckets and other.data.buckets):  # one has yet to find them: `data.area` says as much
         left["data.buckets"] = right["data.buckets"] = None
-    return [text for key, text in _changes(left, right) if not is_free(key)]
+    return [text for _, text in _changes(left, right)]
+
+
+def fixed_values(recipe: Recipe) -> dict[str, Any]:
+    """What makes it this training, as `table.key` -> value: the plain values that may not change when a run is resumed."""
+    free = free_keys(type(recipe))
+    is_free = lambda key: any(key == name or key.startswith(name + ".") for name in free)  # noqa: E731
+    return {key: _fixed(key, value, free) for key, value in flat_values(recipe).items() if not is_free(key)}
 
 
 def _fixed(key: str, value: Any, free: Collection[str]) -> Any:

@@ -214,6 +214,14 @@ RULES = (
         'set train.method = "lora", or another optimizer.name, such as "adamw" or "schedule_free_adamw"',
     ),
     Rule(
+        "lora.plus_ratio",
+        lambda recipe, ranks: (
+            _is_called("prodigy")(recipe) and recipe.train.method == "lora" and recipe.lora.plus_ratio != 1
+        ),
+        "prodigy finds one rate for all parameters, and takes no other for the second matrices",
+        'remove it, or set optimizer.name = "adamw"',
+    ),
+    Rule(
         "train.weights",
         lambda recipe, ranks: recipe.train.weights == "bf16" and _is_called(*_TOGETHER)(recipe),
         lambda recipe, ranks: (

@@ -100,8 +100,8 @@ class Train(Table):
 
 
 class FrozenAdapter(Table):
-    path: str
-    """Its file, as in lora.start_from."""
+    path: str = Free(...)
+    """Its file, as in lora.start_from. A run is resumed wherever it lies: it is known by its content."""
     strength: Annotated[float, Field(ge=-10, le=10)] = 1.0
     """What it is multiplied by."""
 
@@ -130,8 +130,8 @@ class Lora(Table):
     start_from: str | None = Free(None)
     """Begin with this adapter's weights instead of new ones: a .safetensors file by the names of diffusers, ComfyUI, kohya's
     scripts or musubi-tuner; a folder of peft's, or of an earlier run; or "owner/name/file" on the Hub. Its rank may be lower than
-    `rank`, and its strength is kept whatever `alpha` is. A resumed run knows it by
-    its content, wherever it lies."""
+    `rank`, and its strength is kept whatever `alpha` is. A run that has
+    checkpoints does not need it any more; if it is there, wherever it lies, it must have the same content."""
     frozen: list[FrozenAdapter] = Field(default=[])
     """Train on top of these adapters, like [{path = "other.safetensors", strength = 0.8}]: they are added to the base weights, in
     samples and held-out losses too, are not trained, and are not in what is exported."""

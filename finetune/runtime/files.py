@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
@@ -32,6 +34,15 @@ _REFUSALS = {
 }
 PARTIAL = ".partial-"
 _KEPT_OF_NAME = 40  # characters of a file's name in the name of its partial file, which may have 255 bytes
+
+
+def read_note(file: Path) -> dict[str, Any]:
+    """What is noted in a JSON file; nothing if there is none, or it is damaged."""
+    try:
+        noted = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 @contextmanager

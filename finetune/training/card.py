@@ -48,16 +48,6 @@ class Destination:
     licence: dict[str, Any]
 
 
-def base_model_of(recipe: Recipe, family: Family) -> str | None:
-    """The base model's id on the Hub: the recipe's, or that of the folder in the Hub's cache that it names."""
-    folder = family.folder.path
-    for part in (folder, *folder.absolute().parents):
-        if part.name.startswith("models--") and part.name.count("--") == 2:
-            return part.name.removeprefix("models--").replace("--", "/")
-    is_local = Path(recipe.model.path).expanduser().is_dir()
-    return None if is_local else recipe.model.path
-
-
 def licence_of(head: dict[str, Any], base: str | None) -> dict[str, Any]:
     """The licence of a card's head, with a link that leads somewhere from another repository, too."""
     found = {key: head[key] for key in _LICENCE_KEYS if head.get(key)}

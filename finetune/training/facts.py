@@ -10,18 +10,21 @@ import finetune
 from finetune.models.family import Family
 from finetune.models.folder import CARD
 from finetune.recipe import Recipe
-from finetune.recipe.load import recipe_values
-from finetune.recipe.schema import Model, free_keys
+from finetune.recipe.load import fixed_values, flat_values
+from finetune.recipe.schema import Model
 
 TOOL = f"finetune {finetune.__version__}"
 _KEPT = ("step", "recipe_sha256", "trigger_word", "trained_alpha", "trained_rank")
-_TABLES = ("model", "data", "vae", "train", "lora", "objective", "optimizer", "schedule")  # that the result depends on
-_TUNED = ("optimizer", "schedule", "train")  # whose free keys it depends on, too
+_TUNED = ("optimizer", "schedule", "train")  # tables whose free keys the weights depend on, too
 
 
-def facts_of(recipe: Recipe, family: Family, step: int) -> dict[str, str]:
-    """The metadata of weights that a recipe has trained for so many steps. No paths of this machine are in it."""
-    training = {"step": str(step), "recipe_sha256": recipe_digest(recipe), **_trigger(recipe)}
+def facts_of(recipe: Recipe, family: Family, step: int, adapters: str | None) -> dict[str, str]:
+    """The metadata of weights that a recipe has trained for so many steps. No paths of this machine are in it.
+
+    Args:
+        adapters: see `recipe_digest`.
+    """
+    training = {"step": str(step), "recipe_sha256": recipe_digest(recipe, adapters), **_trigger(recipe)}
     return {"tool": TOOL, **base_facts(recipe.model, family), **training}
 
 
@@ -33,13 +36,23 @@ def facts_of_converted(model: Model, family: Family, metadata: Mapping[str, str]
 
 def base_facts(model: Model, family: Family) -> dict[str, str]:
     """The base model: its id and commit on the Hub, or its folder's name; and its licence, if its card says it."""
-    folder, path = family.folder.path, model.path
-    if Path(path).expanduser().is_dir():
-        facts = {"base_model": Path(path).expanduser().resolve().name}
-    else:
-        commit = folder.name if folder.parent.name == "snapshots" else model.revision
-        facts = {"base_model": path, "base_revision": commit}
+    folder = family.folder.path.resolve()
+    base = base_model_of(model, family)
+    facts = {"base_model": base or folder.name}
+    if base is not None and folder.parent.name == "snapshots":
+        facts["base_revision"] = folder.name
+    elif base == model.path:
+        facts["base_revision"] = model.revision
     return {**facts, "family": family.name, **licence(folder)}
+
+
+def base_model_of(model: Model, family: Family) -> str | None:
+    """The base model's id on the Hub: that of the recipe, or of the folder in the Hub's cache; None of any other folder."""
+    folder = family.folder.path.resolve()
+    for part in (folder, *folder.parents):
+        if part.name.startswith("models--") and part.name.count("--") == 2:
+            return part.name.removeprefix("models--").replace("--", "/")
+    return None if Path(model.path).expanduser().is_dir() else model.path
 
 
 def licence(folder: Path) -> dict[str, str]:
@@ -60,15 +73,15 @@ def head_of_card(folder: Path) -> dict[str, Any]:
     return head if isinstance(head, dict) else {}
 
 
-def recipe_digest(recipe: Recipe) -> str:
-    """SHA-256 of the settings that the weights depend on, the same wherever clips, model and output lie."""
-    values, free = recipe_values(recipe), free_keys(type(recipe))
-    kept = {
-        f"{table}.{key}": value
-        for table in _TABLES
-        for key, value in values.get(table, {}).items()
-        if table in _TUNED or f"{table}.{key}" not in free
-    }
+def recipe_digest(recipe: Recipe, adapters: str | None) -> str:
+    """SHA-256 of the settings that the weights depend on, the same wherever clips, model, adapters and output lie.
+
+    Args:
+        adapters: what tells the adapters that the training was given from others; None if there are none.
+    """
+    tuned = {key: value for key, value in flat_values(recipe).items() if key.partition(".")[0] in _TUNED}
+    is_average = recipe.ema.decay is not None and "export" in recipe.ema.use
+    kept = {**fixed_values(recipe), **tuned, "adapters": adapters, "is_average": is_average}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

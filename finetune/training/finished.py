@@ -1,9 +1,8 @@
 """What a finished run has to show: the verified weights of its last step in all their forms, held-out losses, samples."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from finetune.checks.output import read_saved
 from finetune.engine.weights.exporters import EXPORTERS, exporter_of
@@ -15,10 +14,11 @@ from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import ExpertName
 from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import read_note
 from finetune.tracking.metrics import METRICS_FILE, read_metrics
 from finetune.training.identity import CLIP_LIST, DIGITS
 from finetune.training.job import checkpoints_folder
-from finetune.training.output import RESULTS, ended_at
+from finetune.training.output import ended_at, noted_results
 from finetune.training.samples import SHEET, sample_name, samples_folder
 
 _AGAIN = "start the training again with the same command: of a finished run it makes what is missing, and verifies it"
@@ -115,21 +115,19 @@ def _is_told(recipe: Recipe, prompt: Prompt) -> bool:
 
 def _forms(recipe: Recipe, family: Family) -> list[Form]:
     """Raises UserError unless every form that was noted when it was verified is there, file by file in its size."""
-    note, steps = recipe.run_folder / RESULTS, ended_at(recipe)
-    noted = _noted(note)
-    if noted.get("step") != steps:
-        at = f"its results are of step {noted['step']}" if "step" in noted else "it has no results"
+    steps = ended_at(recipe)
+    step, forms = noted_results(recipe, family)
+    if step != steps:
+        at = "it has no results" if step is None else f"its results are of step {step}"
         cure = "train it to its end with the same command, which exports and verifies the weights"
         raise UserError(
             f"this run is not finished: {at}, and the recipe has {steps} steps", cure, str(recipe.run_folder)
         )
     own = exporter_of(recipe.train.method).folder(family)
-    forms = {name: dict(each["files"]) for name, each in noted.get("forms", {}).items()}
-    forms = forms or {own: dict(noted.get("files", {}))}
     exporters = {e.folder(family): e for e in reversed(EXPORTERS.values()) if e.method == recipe.train.method}
     found = []
-    for name, sizes in sorted(forms.items(), key=lambda form: form[0] != own):
-        folder = recipe.run_folder / name
+    for name, noted in sorted(forms.items(), key=lambda form: form[0] != own):
+        folder, sizes = recipe.run_folder / name, dict(noted["files"])
         files = [folder / file for file in sizes] or [*folder.glob("*.safetensors"), *folder.glob("*.json")]
         for file in files:
             if not file.is_file() or file.stat().st_size != sizes.get(file.name, file.stat().st_size):
@@ -142,7 +140,7 @@ def _forms(recipe: Recipe, family: Family) -> list[Form]:
 
 def _clips(recipe: Recipe) -> int | None:
     file = checkpoints_folder(recipe) / f"step_{ended_at(recipe):08d}" / "trainer.json"
-    listed = _noted(file).get(CLIP_LIST)
+    listed = read_note(file).get(CLIP_LIST)
     return len(listed) // DIGITS if isinstance(listed, str) else None
 
 
@@ -151,12 +149,3 @@ def _heldout(run: Path) -> list[tuple[int, float, float]]:
     rows = read_metrics(metrics) if metrics.is_file() else []
     found = {row["step"]: (row["heldout_loss"], row["heldout_zero_loss"]) for row in rows if "heldout_loss" in row}
     return [(step, *losses) for step, losses in sorted(found.items())]
-
-
-def _noted(file: Path) -> dict[str, Any]:
-    """What is in a JSON file; nothing if there is none, or it is damaged."""
-    try:
-        noted = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return noted if isinstance(noted, dict) else {}

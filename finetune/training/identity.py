@@ -4,7 +4,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from finetune.checks.buckets import resolve_buckets
@@ -14,7 +13,7 @@ from finetune.data.decode import FORMER_DECODER
 from finetune.data.file_facts import is_named_by_content
 from finetune.data.loader import Item
 from finetune.models import is_outside
-from finetune.models.adapters.given import given_identity
+from finetune.models.adapters.given import frozen_identity, started_identity
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
 from finetune.preparation.former import Begun, Names, clips_digest
@@ -23,13 +22,15 @@ from finetune.recipe import Recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import read_note
 from finetune.runtime.logging import say
 from finetune.runtime.units import GIB
 
 # In every checkpoint's trainer.json: the clips in their order; names and sizes of the base weights.
 CLIPS, BASE = "clips", "base"
 BASE_CONTENT, CLIP_LIST, DECODED_BY = "base_content", "clip_list", "decoded_by"  # which older ones lack
-ADAPTERS = "adapters"  # which those lack that are given none
+GIVEN = "adapters"  # which those lack that are given none
+STARTED = "started_from"  # what lora.start_from was, as JSON; lacked by those without one, and by older ones
 DIGITS = 8  # of each clip in CLIP_LIST
 _FORMER = str(FORMER_DECODER)  # as DECODED_BY has it
 
@@ -52,14 +53,33 @@ def identity(recipe: Recipe, family: Family, items: Sequence[Item], cache: Cache
 
     The first time, weights of a folder are read whole.
     """
-    adapters = given_identity(recipe.adapter, family, cache.file_hash)
     return {
-        **({ADAPTERS: digest(adapters)} if adapters else {}),
+        **_adapters(recipe, family, cache),
         CLIPS: clips_digest(items, family.columns, names),
         CLIP_LIST: "".join(clips_digest([item], family.columns, names)[:DIGITS] for item in items),
         BASE: _base_by_size(family),
         BASE_CONTENT: _base_content(family, cache),
     }
+
+
+def _adapters(recipe: Recipe, family: Family, cache: Cache) -> dict[str, str]:
+    """What tells the adapters that a training is given from others; nothing if it is given none.
+
+    The one that it began as may be gone once there is a checkpoint: then it is what the newest checkpoint says that it was.
+    """
+    frozen, noted = frozen_identity(recipe.adapter, family, cache.file_hash), _newest(recipe)
+    try:
+        started = started_identity(recipe.adapter, family, cache.file_hash)
+    except UserError:
+        if STARTED in noted:
+            started = json.loads(noted[STARTED])
+        elif GIVEN in noted and not frozen:  # an older checkpoint, which has one digest of all
+            return {GIVEN: noted[GIVEN]}
+        else:
+            raise
+    given = [["start_from", *started]] if started else []
+    given += [["frozen", *each] for each in frozen]
+    return ({GIVEN: digest(given)} if given else {}) | ({STARTED: json.dumps(started)} if started else {})
 
 
 def check_identity(facts: Mapping[str, Any], found: Mapping[str, str], recipe: Recipe) -> None:
@@ -121,18 +141,12 @@ def check_begun_run(recipe: Recipe, runtime: Runtime) -> None:
 
 
 def _newest(recipe: Recipe) -> dict[str, Any]:
-    """What is in the trainer.json of the run's newest checkpoint that has one; nothing if there is none."""
+    """What is in the trainer.json of the run's newest checkpoint that has one; nothing if there is none.
+
+    A damaged one is passed over: a start of the run says so by name.
+    """
     files = sorted((recipe.run_folder / "checkpoints").glob("step_*/trainer.json"), reverse=True)
-    return next((facts for file in files if (facts := _read(file))), {})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What is in a checkpoint's trainer.json; nothing if it is damaged, which a start of the run says by name."""
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    return next((facts for file in files if (facts := read_note(file))), {})
 
 
 def other_base(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
@@ -143,7 +157,7 @@ def other_base(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
 
 def other_adapters(facts: Mapping[str, Any], found: Mapping[str, str]) -> bool:
     """Whether a checkpoint continues another adapter, or was trained on top of others."""
-    return facts.get(ADAPTERS) != found.get(ADAPTERS)
+    return facts.get(GIVEN) != found.get(GIVEN)
 
 
 def is_of_base(facts: Mapping[str, Any], family: Family, cache: Cache) -> bool:

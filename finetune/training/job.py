@@ -44,7 +44,7 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
 from finetune.training.facts import facts_of
-from finetune.training.identity import BASE, CLIPS, check_identity, say_if_not_compared, shared_identity
+from finetune.training.identity import BASE, CLIPS, GIVEN, check_identity, say_if_not_compared, shared_identity
 
 
 @dataclass
@@ -161,7 +161,7 @@ class Job:
 
     def details(self, step: int) -> Details:
         """What goes with the weights of a step where they are exported in a run's own form, as they were trained."""
-        return details_of(self.recipe, self.state.family, step)
+        return details_of(self.recipe, self.state.family, step, self.identity.get(GIVEN))
 
     def idle_batch(self) -> Batch:
         """The training clip that costs least, for calls that only keep ranks in step."""
@@ -228,10 +228,11 @@ def build_state(
 
 def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) -> Job:
     """The training of a recipe on a prepared dataset. Collective."""
-    train = recipe.train
+    train, checkpoints = recipe.train, open_checkpoints(recipe, runtime)
+    begins = runtime.from_main(not checkpoints.steps())  # else a checkpoint has what became of lora.start_from
     with runtime.together():
         weights = with_frozen(family.transformer_weights(), recipe.adapter, family)
-        started = read_started(recipe.adapter, family)
+        started = read_started(recipe.adapter, family) if begins else None
     state = build_state(recipe, runtime, family, weights, started)
     runtime.device.reset_peak()
     return Job(
@@ -241,14 +242,17 @@ def build(recipe: Recipe, runtime: Runtime, family: Family, prepared: Prepared) 
         prepared=prepared,
         order=order_of(recipe, prepared),
         split=BatchSplit(runtime.data.rank, runtime.data.size, train.global_batch_size, train.micro_batch_size),
-        checkpoints=open_checkpoints(recipe, runtime),
+        checkpoints=checkpoints,
         identity=shared_identity(recipe, family, prepared, runtime),
         record=HeldOutRecord(recipe.checkpoint.keep_best, _measured_by(recipe, prepared)),
     )
 
 
 def _measured_by(recipe: Recipe, prepared: Prepared) -> str:
-    """A digest of what held-out losses are measured by: losses by another one are not compared with them."""
+    """A digest of what held-out losses are measured by: losses by another one are not compared with them.
+
+    The order of the clips is part of it: the noise of each depends on its place, see `heldout_loss`.
+    """
     averaged = recipe.ema.decay is not None and "heldout" in recipe.ema.use
     return digest([[sorted(item.keys.items()) for item in prepared.heldout], recipe.validation.sigmas, averaged])
 
@@ -317,18 +321,19 @@ def sound_checkpoint(checkpoints: Checkpoints, step: int | Literal["best"] | Non
     return step
 
 
-def details_of(recipe: Recipe, family: Family, step: int, precision: str | None = None) -> Details:
-    """What goes with the weights that a recipe has trained for so many steps, in a precision, or as they were trained."""
+def details_of(
+    recipe: Recipe, family: Family, step: int, adapters: str | None, precision: str | None = None
+) -> Details:
+    """What goes with the weights that a recipe has trained for so many steps, in a precision, or as they were trained.
+
+    Args:
+        adapters: see `facts_of`; among the facts of a checkpoint as `GIVEN`.
+    """
 
     def base() -> Weights:
         return with_frozen(family.transformer_weights(), recipe.adapter, family)
 
-    return Details(precision, facts_of(recipe, family, step), base)
-
-
-def export_weights(state: StepState, method: str, folder: Path) -> None:
-    """Write the trained weights in the run's own form, and verify them. Collective."""
-    write_weights(state, exporter_of(method), folder)
+    return Details(precision, facts_of(recipe, family, step, adapters), base)
 
 
 def write_weights(state: StepState, exporter: Exporter, folder: Path, details: Details | None = None) -> None:

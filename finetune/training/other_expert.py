@@ -14,7 +14,7 @@ from finetune.engine.parts import OptimizerState, Part, TrainedWeights
 from finetune.engine.weights.checkpoint import Checkpoints
 from finetune.engine.weights.starting import start_adapter
 from finetune.models.adapters import ADAPTERS
-from finetune.models.adapters.given import read_started, with_frozen
+from finetune.models.adapters.given import moved, read_started, with_frozen
 from finetune.models.family import Family
 from finetune.recipe import RECIPE_FILE, Recipe
 from finetune.recipe.ema import Ema
@@ -135,6 +135,7 @@ def _own_recipe(recipe: Recipe, family: Family, runtime: Runtime) -> Recipe:
             found = read_saved(saved)
             taken = ("train", "ema", "optimizer", *ADAPTERS)
             own = own.model_copy(update={name: getattr(found, name) for name in taken})
+            own = own.model_copy(update={"lora": moved(own.lora, recipe.lora, family)})
         elif runtime.is_main:
             own = own.model_copy(update={"lora": own.lora.model_copy(update={"start_from": None, "frozen": []})})
     return runtime.from_main(own)

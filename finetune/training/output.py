@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checks.output import check_output, has_checkpoints, read_saved
-from finetune.engine.weights.best import HeldOutRecord
+from finetune.engine.weights.best import RECORD, HeldOutRecord
 from finetune.engine.weights.exporters import exporter_of
 from finetune.models.family import Family
 from finetune.preparation.encode import Prepared
 from finetune.recipe import RECIPE_FILE, Recipe, write_recipe
 from finetune.recipe.load import changes
-from finetune.runtime.files import FolderLock, atomic, free_name, writing
+from finetune.runtime.files import FolderLock, atomic, free_name, read_note, writing
 from finetune.runtime.logging import say
 from finetune.training.identity import CLIPS, other_adapters, other_base, prepared_identity
 from finetune.training.job import Job, checkpoints_folder, write_weights
@@ -63,7 +63,7 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
     if prepared.prompts and not (samples_folder(recipe, steps) / SHEET).is_file():
         return False
     try:
-        facts = json.loads((checkpoints_folder(recipe) / f"step_{steps:08d}" / "trainer.json").read_text())
+        facts = json.loads(_trainer_file(recipe, steps).read_text())
         found = prepared_identity(recipe, family, prepared)
         continues = facts[CLIPS] == found[CLIPS] and not (other_base(facts, found) or other_adapters(facts, found))
     except (OSError, ValueError, KeyError, TypeError):
@@ -73,11 +73,17 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
 
 def ended_at(recipe: Recipe) -> int:
     """The step whose weights a run has exported, if the held-out loss ended it there; else the recipe's last."""
-    step, record = _noted(recipe.run_folder / RESULTS).get("step"), HeldOutRecord()
+    noted, record = read_note(recipe.run_folder / RESULTS), HeldOutRecord()
+    step = noted.get("step")
     if not isinstance(step, int):
         return recipe.train.steps
-    record.restore(_noted(checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json"))
+    # Older runs have the record in the checkpoint alone, which may have been removed.
+    record.restore(noted if RECORD in noted else read_note(_trainer_file(recipe, step)))
     return step if record.is_over(recipe.validation.patience) else recipe.train.steps
+
+
+def _trainer_file(recipe: Recipe, step: int) -> Path:
+    return checkpoints_folder(recipe) / f"step_{step:08d}" / "trainer.json"
 
 
 def results_folder(recipe: Recipe, family: Family) -> Path:
@@ -136,21 +142,32 @@ class Results:
 
     def _add_note(self, folder: Path, step: int) -> None:
         """Note what has been written, so that the next start knows whether it is still there."""
-        recipe, noted = self.job.recipe, _noted(self._note)
+        recipe, noted = self.job.recipe, read_note(self._note)
         forms = noted.get(FORMS, {}) if noted.get("step") == step else {}
         forms[folder.name] = {**_settings(recipe), "files": _sizes(folder)}
         with atomic(self._note) as partial:
-            partial.write_text(json.dumps({"step": step, FORMS: forms}))
+            partial.write_text(json.dumps({"step": step, **self.job.record.facts(step), FORMS: forms}))
+
+
+def noted_results(recipe: Recipe, family: Family) -> tuple[int | None, dict[str, dict[str, Any]]]:
+    """(the step that a run has exported, None if it has no results; what was noted of each form, by its folder's name).
+
+    A form's note has the sizes of its "files" by their names, and the settings that it was written with.
+    """
+    noted = read_note(recipe.run_folder / RESULTS)
+    if "step" not in noted:
+        return None, {}
+    own = exporter_of(recipe.train.method).folder(family)
+    # Older runs have noted the run's own form alone, or no files.
+    return noted["step"], noted.get(FORMS) or {own: {"files": noted.get("files", {})}}
 
 
 def _missing(recipe: Recipe, family: Family, step: int) -> list[str]:
     """The forms in which the weights of the run's last step are not there: every file that was noted, in its size."""
-    noted, folders = _noted(recipe.run_folder / RESULTS), results_folders(recipe, family)
-    if noted.get("step") != step:
+    folders = results_folders(recipe, family)
+    of_step, forms = noted_results(recipe, family)
+    if of_step != step:
         return list(folders)
-    own = exporter_of(recipe.train.method).folder(family)
-    # Older runs have noted the run's own form alone, or no files.
-    forms = noted.get(FORMS, {own: {"files": noted.get("files", {})}})
     return [name for name, folder in folders.items() if not _is_there(folder, forms.get(folder.name), recipe)]
 
 
@@ -169,11 +186,3 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _sizes(folder: Path) -> dict[str, int]:
     """The bytes of each exported file, by name."""
     return {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
-
-
-def _noted(note: Path) -> dict[str, Any]:
-    try:
-        noted = json.loads(note.read_text())
-    except (OSError, ValueError):
-        return {}
-    return noted if isinstance(noted, dict) else {}

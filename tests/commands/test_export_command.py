@@ -86,6 +86,15 @@ def test_a_precision_that_a_form_has_not_is_refused(run: Callable[..., None], tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dora_for_comfyui_is_refused_before_any_checkpoint_is_looked_for(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    dora = ["--set", "lora.dora=true", "--set", f"output={tmp_path / 'none'}"]
+    with pytest.raises(UserError, match="a DoRA is not written for ComfyUI"):
+        run(*dora, "--out", str(tmp_path / "out"), "--format", "diffusers", "comfyui")
+    assert not (tmp_path / "out").exists()
+
+
 def command(*arguments: object) -> None:
     parser = argparse.ArgumentParser()
     export.add_arguments(parser)

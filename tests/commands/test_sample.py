@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from exports import export_weights
 from PIL import Image
 
 from finetune.checks.model import open_family
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.errors import UserError
 from finetune.training.exported_videos import sample
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 PROMPTS = 'validation.prompts=[{text = "a red ball", steps = 2, guidance = 1.0, count = 2}]'
 

@@ -16,6 +16,7 @@ from finetune.engine.weights.best import RECORD, HeldOutRecord, ranked
 from finetune.recipe import load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.training.finished import recipe_of_run, trained_of
+from finetune.training.output import ended_at
 from finetune.training.run import train
 
 # Updates that are too large: the held-out loss falls and rises.
@@ -130,6 +131,10 @@ def test_patience_that_a_resumed_run_has_used_up_exports_the_step_that_it_has_re
     before = (output / "results.json").stat().st_mtime_ns
     trained("reached", *patient)
     assert (output / "results.json").stat().st_mtime_ns == before
+    shutil.rmtree(output / "checkpoints")  # to save room: the run is still one that has ended there
+    assert ended_at(recipe) == 3
+    (found,) = trained_of(recipe, open_family(recipe, with_weights=False))
+    assert [form.folder.name for form in found.forms] == ["lora"]
 
 
 def test_what_is_watched_changes_no_weight(trained: Train, straight: Path) -> None:

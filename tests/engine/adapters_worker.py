@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from exports import export_weights
 from safetensors.torch import load_file
 
 from finetune.checks.model import open_family
@@ -18,7 +19,7 @@ from finetune.runtime import distributed
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
-from finetune.training.job import Job, build, export_weights
+from finetune.training.job import Job, build
 
 LORA = ["lora.rank=4", "lora.alpha=8", 'lora.ranks={"to_k" = 3}']  # of which rows do not divide by two
 ADAPTERS = {

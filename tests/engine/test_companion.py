@@ -11,6 +11,7 @@ import pytest
 import torch
 from companion_worker import CONFIGURATIONS
 from experts import HighNoise, LowNoise, bits, recipe_of, step, training_state, with_companion
+from exports import export_weights
 from processes import figures_of
 from test_generate import assert_same, live_video, out_of_memory
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from finetune.engine.generate import generate
 from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
 from finetune.engine.weights.loading import host_copies
 from finetune.planning.simulate import example_batch
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 from finetune.training.other_expert import load_weights_of
 from finetune.training.samples import request_of
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from average import Average
 from diffusers import LTXPipeline, LTXVideoTransformer3DModel
+from exports import export_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +21,7 @@ from finetune.engine.gradients import local
 from finetune.engine.precision import DTYPES
 from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE, load_lora, verify_lora
 from finetune.runtime.errors import UserError
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
 

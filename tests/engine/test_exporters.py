@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from exports import export_weights
 from torch import nn
 
 from finetune.engine.weights import exporters
@@ -12,7 +13,7 @@ from finetune.engine.weights.exporters import EXPORTERS, exporter_of
 from finetune.engine.weights.exporters.exporter import Details, Exporter, gathered
 from finetune.models.family import Family
 from finetune.runtime.distributed import Runtime
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 from finetune.training.output import Results
 
 

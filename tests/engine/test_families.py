@@ -9,7 +9,7 @@ import pytest
 import torch
 from closeness import assert_close_to_scale
 from every_family import Model, every_transformer, every_transformer_with, few_families
-from exports import load_adapter
+from exports import export_weights, load_adapter
 from families_worker import METHODS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
@@ -19,7 +19,7 @@ from finetune.engine.step import StepResult
 from finetune.models import family_class
 from finetune.models.folder import ModelFolder
 from finetune.models.mochi import MaskedAttention
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
 Figures = Callable[[Model, int], dict[str, dict[str, list[float]]]]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from every_family import Model, every_family, few_families
-from exports import load_adapter
+from exports import export_weights, load_adapter
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,7 +20,7 @@ from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
 from finetune.engine.weights.exporters.diffusers_lora import lora_file
 from finetune.recipe import Bucket
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 from finetune.training.other_expert import add_other_expert
 from finetune.training.samples import request_of, validation_samples
 

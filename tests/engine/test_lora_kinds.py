@@ -10,7 +10,7 @@ import pytest
 import torch
 from closeness import assert_close_to_scale
 from every_family import Model
-from exports import load_adapter
+from exports import export_weights, load_adapter
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -24,7 +24,7 @@ from finetune.engine.weights.loading import plain_name
 from finetune.models.adapters import ADAPTER
 from finetune.recipe import load_recipe
 from finetune.runtime.errors import UserError
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
 KINDS = {

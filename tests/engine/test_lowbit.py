@@ -8,6 +8,7 @@ import pytest
 import torch
 from closeness import assert_close_to_scale
 from every_family import Model, every_transformer_with
+from exports import export_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -15,7 +16,7 @@ from finetune.engine.savers.lowbit import LowBitLinear, dequantize, quantize
 from finetune.engine.weights.exporters.diffusers_lora import LORA_FILE
 from finetune.engine.weights.loading import plain_name, whole_transformer
 from finetune.models.weights import Weights
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 KINDS = ["int8", "float8", "nf4"]
 BITS = {"int8": 8, "float8": 8, "nf4": 4}

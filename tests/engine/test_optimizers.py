@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import torch
 from closeness import assert_close_to_scale
+from exports import export_weights
 from processes import figures_of
 from safetensors.torch import load_file
 from torch import nn
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from finetune.engine.optimizers import BUILDERS
 from finetune.engine.step import StepResult
 from finetune.recipe.optimizers import OPTIMIZERS, Optimizer
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 NAMES = ["adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8"]
 WEIGHTS = ["float32", "bf16"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from every_family import Model
+from exports import export_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,7 +20,7 @@ from finetune.engine.weights.loading import plain_name
 from finetune.models.building import stays_float32
 from finetune.recipe import load_recipe
 from finetune.runtime.errors import UserError
-from finetune.training.job import Job, export_weights, write_weights
+from finetune.training.job import Job, write_weights
 
 BuildJob = Callable[..., Job]
 MODULES = "norm,proj_out,*.bias"

@@ -1,5 +1,7 @@
 """Trainings that continue an adapter, and trainings on top of frozen ones, begin where the base with these loaded is."""
 
+import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from checkpointing import assert_same_state, run
+from exports import export_weights
 from given_adapters import loaded, write_adapter
 from processes import figures_of
 from safetensors.torch import load_file, save_file
@@ -14,9 +17,11 @@ from started_worker import OFTEN, WAYS
 from torch import Tensor, nn
 
 from finetune.checks.model import open_family
+from finetune.commands import export
 from finetune.engine.gradients import local
 from finetune.engine.weights.exporters.exporter import gathered
 from finetune.engine.weights.loading import plain_name
+from finetune.models.adapters.given import moved
 from finetune.models.family import Family
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import FrozenAdapter, Lora
@@ -24,7 +29,7 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.training.exported_videos import load_pipeline
 from finetune.training.frozen_usage import frozen_lines
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 BuildJob = Callable[..., Job]
 MODELS = [("ltx", "0.9.0"), ("cogvideox", "5b"), ("hunyuan", None), ("wan", "2.1")]
@@ -182,6 +187,68 @@ def test_a_run_does_not_go_on_with_another_adapter_in_the_files_place(
     write_adapter(adapter, family, seed=3)
     with pytest.raises(UserError, match=r"the adapters in lora\.start_from or lora\.frozen are not those"):
         build_job(key.format(adapter)).resume()
+
+
+def test_a_file_that_a_run_began_as_may_be_gone_once_there_is_a_checkpoint(
+    build_job: BuildJob, recipe_file: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = f"lora.start_from={adapter}"
+    straight = build_job(given, "checkpoint.keep_last=all")
+    losses = [each.loss for each in run(straight, 0, 3, save_each=1)]
+    straight.checkpoints.set_aside_after(1)
+    kept = adapter.rename(tmp_path / "kept.safetensors")
+    again = build_job(given)
+    assert again.resume() == 1
+    assert [each.loss for each in run(again, 1, 3, save_each=1)] == losses[1:]
+    monkeypatch.setattr(export, "with_runtime", lambda recipe, body: body(again.state.runtime))
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    out = ["--out", str(tmp_path / "out")]
+    export.run(parser.parse_args(["--recipe", str(recipe_file), "--set", given, *out]))
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    assert build_job(f"lora.start_from={kept}").resume() == 3
+    with pytest.raises(UserError, match=r"adapters in lora\.start_from"):
+        build_job().resume()
+    write_adapter(adapter, again.state.family, seed=3)
+    with pytest.raises(UserError, match=r"adapters in lora\.start_from"):
+        build_job(given).resume()
+
+
+def test_an_older_checkpoint_goes_on_without_the_file_that_it_began_as(build_job: BuildJob, adapter: Path) -> None:
+    given = f"lora.start_from={adapter}"
+    job = build_job(given)
+    run(job, 0, 1, save_each=1)
+    file = job.checkpoints.path(1) / "trainer.json"
+    facts = json.loads(file.read_text())
+    del facts["started_from"]
+    file.write_text(json.dumps(facts))
+    assert build_job(given).resume() == 1
+    adapter.unlink()
+    assert build_job(given).resume() == 1
+
+
+def test_frozen_adapters_may_move_and_are_still_needed(build_job: BuildJob, adapter: Path, tmp_path: Path) -> None:
+    frozen = 'lora.frozen=[{{path = "{}", strength = 0.5}}]'
+    run(build_job(frozen.format(adapter)), 0, 1, save_each=1)
+    there = adapter.rename(tmp_path / "moved.safetensors")
+    assert build_job(frozen.format(there)).resume() == 1
+    told = r"no such adapter\n.*give --set 'lora\.frozen=\[\{path = \"WHERE IT IS\", strength = 0\.5\}\]'"
+    with pytest.raises(UserError, match=told):
+        build_job(frozen.format(adapter))
+
+
+def test_the_other_experts_frozen_adapters_are_where_the_present_recipe_has_them(
+    family: Family, adapter: Path, tmp_path: Path
+) -> None:
+    """Its own recipe is of an earlier start; what is still where that says is taken from there."""
+
+    def of(*adapters: tuple[Path, float]) -> Lora:
+        return Lora(frozen=[FrozenAdapter(path=str(path), strength=strength) for path, strength in adapters])
+
+    other = write_adapter(tmp_path / "other.safetensors", family, seed=2)
+    before, gone = of((adapter, 1.0), (other, 0.5)), adapter.rename(tmp_path / "moved.safetensors")
+    assert moved(before, of((gone, 1.0), (gone, 0.5)), family) == of((gone, 1.0), (other, 0.5))
+    assert moved(before, of((gone, 1.0), (other, 0.4)), family) == before
 
 
 # What users are told, and what `sample` does

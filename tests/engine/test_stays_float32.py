@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from exports import export_weights
 from float32_worker import METHODS, PLAIN, ways
 from processes import figures_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.models import family_class
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 Figures = Callable[[str, int], dict]
 TOLERANCE = 1e-5  # in float32, relative to each figure, a mean or root of squares, in which nothing cancels

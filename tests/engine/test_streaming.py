@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from every_family import Model, every_transformer, every_transformer_with
+from exports import export_weights
 
 from finetune.engine.savers.streaming import Streamed, Streamer
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 
 CHECKPOINTING = ["none", "full", "every_n", "selective"]
 ALL_STREAMED = [(mode, 0) for mode in CHECKPOINTING]

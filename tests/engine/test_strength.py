@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from exports import export_weights
 from PIL import Image
 
 from finetune.checks.model import open_family
@@ -15,7 +16,7 @@ from finetune.engine.precision import DTYPES
 from finetune.recipe import load_recipe
 from finetune.runtime.errors import UserError
 from finetune.training.exported_videos import sample
-from finetune.training.job import Job, export_weights
+from finetune.training.job import Job
 from finetune.training.sample_grid import write_grid
 from finetune.training.samples import request_of, validation_samples
 

@@ -13,18 +13,26 @@ from finetune.training.job import Job
 from finetune.training.utilisation import Utilisation, step_flops
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_flops_of_a_step_are_those_of_a_real_one(build_job: Callable[..., Job], method: str) -> None:
-    job = build_job(
-        f"train.method={method}", "memory.activation_checkpointing=none", *["lora.rank=1"] * (method == "lora")
-    )
+@pytest.mark.parametrize(
+    "method, overrides, near",
+    [
+        ("lora", ["lora.rank=1"], 0.1),
+        ("full", [], 0.1),
+        ("partial", ["partial.modules=transformer_blocks.1.attn1"], 1e-6),
+        ("partial", ["partial.modules=norm_q"], 1e-6),
+    ],
+)
+def test_the_flops_of_a_step_are_those_of_a_real_one(
+    build_job: Callable[..., Job], method: str, overrides: list[str], near: float
+) -> None:
+    job = build_job(f"train.method={method}", "memory.activation_checkpointing=none", *overrides)
     # Large, because the text's layers need no gradient of their input where an adapter is trained.
     batch, counter = example_batch(job.recipe, job.state.family, Bucket(49, 384, 384)), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:  # others are not counted on a CPU
         losses = batch.losses(job.state.family.predict(job.state.transformer, batch.inputs))
         losses["video"].mean().backward()
-    counted = step_flops(job.state.family, batch, method == "full")
-    assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)  # the first layers' inputs need no gradient
+    counted = step_flops(job.state.family, batch, method, job.recipe.adapter)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=near)  # the first layers' inputs need no gradient
     utilisation = Utilisation(job.recipe, job.state.family, GPUS["H100"])
     bucket = job.order.plan(0).bucket
     assert utilisation.metrics(bucket, batch, 3, 0.5) == {"mfu": 3 * counted / 0.5 / GPUS["H100"].float32_flops}

@@ -152,6 +152,7 @@ def test_no_other_key_is_free() -> None:
     assert free_keys() == {override.partition("=")[0] for override in FREE} | {
         "validation.prompts",
         "data.sources.path",
+        "lora.frozen.path",
     }
 
 

@@ -44,6 +44,7 @@ CASES = [
         "whole matrices on 4 ranks",
     ),
     ([FULL, "optimizer.name=prodigy"], 4, "optimizer.name", "prodigy estimates one rate"),
+    (["optimizer.name=prodigy", "lora.plus_ratio=4"], 4, "lora.plus_ratio", "prodigy finds one rate"),
     ([SCHEDULE_FREE, CONSTANT, "train.weights=bf16"], 4, "train.weights", "would lose small updates"),
     ([SCHEDULE_FREE, "schedule.name=cosine"], 4, "schedule.name", "in place of a falling rate"),
     ([SCHEDULE_FREE, CONSTANT, "ema.decay=0.99"], 4, "ema.decay", "averages the weights by itself"),

@@ -50,26 +50,72 @@ def add_frozen(transformer: nn.Module, settings: Table | None, family: Family) -
 
 
 def _read_frozen(settings: Table | None, family: Family) -> Frozen:
+    """Raises UserError as `read_adapter`; of those that are not where they were, with how to say where they are."""
     if not isinstance(settings, Lora):
         return []
+    for index in range(len(settings.frozen)):
+        _find_frozen(settings, index, family)
     return [(read_adapter(each.path, family), each.strength) for each in settings.frozen]
 
 
-def given_identity(settings: Table | None, family: Family, file_hash: Callable[[Path], str]) -> list[Any]:
-    """JSON values that tell the given adapters from others, by their content; empty if there are none. Reads no tensor."""
+def _find_frozen(settings: Lora, index: int, family: Family) -> tuple[Path, dict[str, Any] | None]:
+    try:
+        return find_adapter(settings.frozen[index].path, family)
+    except UserError as error:
+        (problem,) = error.problems
+        places = [json.dumps(each.path) for each in settings.frozen]
+        places[index] = '"WHERE IT IS"'
+        tables = [
+            f"{{path = {place}, strength = {each.strength:g}}}"
+            for place, each in zip(places, settings.frozen, strict=True)
+        ]
+        cure = f"if it lies elsewhere now, give --set 'lora.frozen=[{', '.join(tables)}]'; else {problem.cure}"
+        raise UserError(f"an adapter of lora.frozen: {problem.what}", cure, problem.where) from error
+
+
+def moved(settings: Lora, later: Lora, family: Family) -> Lora:
+    """The settings with those frozen adapters that are not where they were at the places that a later recipe has for them."""
+    pairs = list(zip(settings.frozen, later.frozen, strict=False))
+    if len(settings.frozen) != len(later.frozen) or any(each.strength != other.strength for each, other in pairs):
+        return settings
+    frozen = [each if _is_there(each.path, family) else other for each, other in pairs]
+    return settings.model_copy(update={"frozen": frozen})
+
+
+def _is_there(path: str, family: Family) -> bool:
+    try:
+        find_adapter(path, family)
+    except UserError:
+        return False
+    return True
+
+
+def started_identity(settings: Table | None, family: Family, file_hash: Callable[[Path], str]) -> list[Any] | None:
+    """JSON values that tell the adapter that the trained one begins as from others, by its content; None if there is none.
+
+    Reads no tensor. Raises UserError if it is not there.
+    """
+    if not isinstance(settings, Lora) or settings.start_from is None:
+        return None
+    file, beside = find_adapter(settings.start_from, family)
+    return [file_hash(file), beside]
+
+
+def frozen_identity(settings: Table | None, family: Family, file_hash: Callable[[Path], str]) -> list[list[Any]]:
+    """The same of each frozen adapter."""
     if not isinstance(settings, Lora):
         return []
-    paths = [] if settings.start_from is None else [("start_from", settings.start_from)]
-    paths += [("frozen", each.path) for each in settings.frozen]
-    found: list[Any] = []
-    for role, path in paths:
-        file, beside = find_adapter(path, family)
-        found.append([role, file_hash(file), beside])
-    return found
+    found = [_find_frozen(settings, index, family) for index in range(len(settings.frozen))]
+    return [[file_hash(file), beside] for file, beside in found]
 
 
-def check_given(transformer: nn.Module, family: Family, settings: Table | None) -> None:
-    """Raise UserError for an adapter that cannot be read, or that the trained one cannot begin as. The transformer has none yet."""
+def check_given(transformer: nn.Module, family: Family, settings: Table | None, begins: bool = True) -> None:
+    """Raise UserError for an adapter that cannot be read, or that the trained one cannot begin as.
+
+    Args:
+        transformer: without an adapter.
+        begins: whether a training begins; one that goes on has in its checkpoints what became of the adapter.
+    """
     if not isinstance(settings, Lora):
         return
     if settings.dora and settings.start_from is not None:
@@ -78,7 +124,7 @@ def check_given(transformer: nn.Module, family: Family, settings: Table | None) 
     if idle := [each.path for each in settings.frozen if each.strength == 0]:
         raise UserError(f"{idle[0]} has no effect at strength 0", "remove it, or give it a strength", "lora.frozen")
     _read_frozen(settings, family)
-    if (started := read_started(settings, family)) is not None:
+    if begins and (started := read_started(settings, family)) is not None:
         check_fits(started, ranks(transformer, family, settings))
 
 

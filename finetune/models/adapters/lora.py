@@ -45,7 +45,7 @@ def check_targets(transformer: nn.Module, family: Family, targets: list[str]) ->
 def check(transformer: nn.Module, family: Family, settings: Lora) -> None:
     """Raise UserError for settings that the model cannot have."""
     check_targets(transformer, family, settings.targets)
-    layers = adapted_layers(transformer, family, settings.targets)
+    layers = targeted_layers(transformer, family, settings.targets)
     for key, table in (("lora.ranks", settings.ranks), ("lora.alphas", settings.alphas)):
         for pattern in table:
             if not any(_ends_with(layer, pattern) for layer in layers):
@@ -54,7 +54,7 @@ def check(transformer: nn.Module, family: Family, settings: Lora) -> None:
                 raise UserError(f"{pattern!r} names no layer that gets an adapter", f"those are: {known}", key)
 
 
-def adapted_layers(transformer: nn.Module, family: Family, targets: list[str]) -> list[str]:
+def targeted_layers(transformer: nn.Module, family: Family, targets: list[str]) -> list[str]:
     """The names of the layers that an adapter with these targets is on, before it is added."""
     pattern = re.compile(target_pattern(family, targets))
     found = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
@@ -79,7 +79,7 @@ def rate(settings: Lora, name: str) -> float:
 
 def ranks(transformer: nn.Module, family: Family, settings: Lora) -> dict[str, int]:
     """The rank of each layer that gets an adapter, by the layer's name in a transformer that has none yet."""
-    layers = adapted_layers(transformer, family, settings.targets)
+    layers = targeted_layers(transformer, family, settings.targets)
     return dict.fromkeys(layers, settings.rank) | _by_layer(settings.ranks, layers)
 
 
@@ -90,7 +90,7 @@ def add(transformer: ModelMixin, family: Family, settings: Lora, seed: int) -> N
         UserError: a target matches no linear layer of the blocks.
     """
     check(transformer, family, settings)
-    layers = adapted_layers(transformer, family, settings.targets)
+    layers = targeted_layers(transformer, family, settings.targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

@@ -15,9 +15,14 @@ PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+def file_of(name: str, family: Family) -> str:
+    """The name of a file of trained weights; that of an expert says which one it is for."""
+    return name if family.expert is None else name.replace(".", f"_{family.expert}_noise.", 1)
+
+
 def lora_file(family: Family) -> str:
-    """The name of an adapter's file; that of an expert says which one it is for."""
-    return LORA_FILE if family.expert is None else LORA_FILE.replace(".", f"_{family.expert}_noise.", 1)
+    """The name of an adapter's file in diffusers' form."""
+    return file_of(LORA_FILE, family)
 
 
 def find_adapter(path: str | Path, family: Family) -> tuple[Path, dict[str, Any] | None]:

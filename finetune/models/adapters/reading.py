@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from finetune.models.adapters.places import find_adapter
 from finetune.models.family import Family
+from finetune.models.original_names import Rows, rows_of
 from finetune.runtime.errors import UserError
 
 _METADATA = "lora_adapter_metadata"  # diffusers' key of peft's settings, as JSON
@@ -113,8 +114,8 @@ def read_adapter(path: str | Path, family: Family) -> ReadAdapter:
         scale = _scale(layer, parts, lora_A.shape[0], targets, settings)
         if not math.isfinite(scale):
             raise UserError(f"the alpha of {layer} is {scale}", "export the adapter again", str(file))
-        sizes = [each.rows(shapes) for each in targets]
-        fits = (sum(sizes), *shapes[targets[0].name][1:])
+        sizes = [_height(each, shapes) for each in targets]
+        fits = (sum(sizes), *shapes[targets[0].layer][1:])
         if (lora_B.shape[0], lora_A.shape[1]) != fits:
             has, wants = ("x".join(map(str, each)) for each in ((lora_B.shape[0], lora_A.shape[1]), fits))
             raise UserError(
@@ -123,7 +124,7 @@ def read_adapter(path: str | Path, family: Family) -> ReadAdapter:
                 str(file),
             )
         for target, rows in zip(targets, lora_B.split(sizes), strict=True):
-            merged[target.name].add(target, lora_A, rows, scale, layer, file)
+            merged[target.layer].add(target, lora_A, rows, scale, layer, file)
     if not merged:
         raise UserError("there is no LoRA in this file", "give a file with lora_A and lora_B matrices", str(file))
     return ReadAdapter(file, {name: parts.whole(name, file) for name, parts in merged.items()}, metadata)
@@ -138,32 +139,20 @@ def _shapes(transformer: nn.Module) -> dict[str, torch.Size]:
 # Names
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A layer of ours, or one of `count` equal parts of its rows."""
-
-    name: str
-    part: int = 0
-    count: int = 1
-
-    def rows(self, shapes: Mapping[str, torch.Size]) -> int:
-        return shapes[self.name][0] // self.count
-
-
 class _Names:
     """From the names in a file to layers of ours. Dots and underscores are alike, as kohya's names have only underscores."""
 
     def __init__(self, family: Family, layers: Collection[str]) -> None:
         self._spellings = family.original_spellings
-        self._known: dict[str, tuple[_Target, ...]] = {_flat(name): (_Target(name),) for name in layers}
+        self._known: dict[str, tuple[Rows, ...]] = {_flat(name): (Rows(name),) for name in layers}
         indices = sorted({int(found) for name in layers for found in re.findall(r"\.(\d+)\.", name)})
         for original, ours in family.original_layers.items():
             for index in indices if "{}" in original else [0]:
-                targets = tuple(_target(each.replace("{}", str(index))) for each in ours)
-                if all(each.name in layers for each in targets):
+                targets = tuple(rows_of(each.replace("{}", str(index))) for each in ours)
+                if all(each.layer in layers for each in targets):
                     self._known.setdefault(_flat(original.replace("{}", str(index))), targets)
 
-    def of(self, layer: str) -> tuple[_Target, ...] | None:
+    def of(self, layer: str) -> tuple[Rows, ...] | None:
         """The layers of ours that a layer of a file is; None if it is none."""
         return next((found for name in self._candidates(layer) if (found := self._known.get(name))), None)
 
@@ -180,12 +169,8 @@ class _Names:
             yield spelled
 
 
-def _target(written: str) -> _Target:
-    name, bracket, part = written.partition("[")
-    if not bracket:
-        return _Target(name)
-    index, _, count = part.rstrip("]").partition("/")
-    return _Target(name, int(index), int(count))
+def _height(rows: Rows, shapes: Mapping[str, torch.Size]) -> int:
+    return shapes[rows.layer][0] // rows.parts
 
 
 def _flat(name: str) -> str:
@@ -201,10 +186,10 @@ class _Parts:
     def __init__(self) -> None:
         self.found: dict[tuple[int, int], tuple[Tensor, Tensor, float]] = {}
 
-    def add(self, target: _Target, lora_A: Tensor, lora_B: Tensor, scale: float, layer: str, file: Path) -> None:
-        if (target.part, target.count) in self.found or any(count != target.count for _, count in self.found):
+    def add(self, target: Rows, lora_A: Tensor, lora_B: Tensor, scale: float, layer: str, file: Path) -> None:
+        if (target.part, target.parts) in self.found or any(count != target.parts for _, count in self.found):
             raise UserError(f"{layer} is there twice, by two names", "export the adapter again", str(file))
-        self.found[target.part, target.count] = lora_A, lora_B, scale
+        self.found[target.part, target.parts] = lora_A, lora_B, scale
 
     def whole(self, name: str, file: Path) -> LowRank:
         parts = [part for _, part in sorted(self.found.items())]
@@ -262,7 +247,7 @@ def _matrices(layer: str, parts: Mapping[str, Tensor], file: Path) -> tuple[Tens
 
 
 def _scale(
-    layer: str, parts: Mapping[str, Tensor], rank: int, targets: tuple[_Target, ...], settings: Mapping[str, Any]
+    layer: str, parts: Mapping[str, Tensor], rank: int, targets: tuple[Rows, ...], settings: Mapping[str, Any]
 ) -> float:
     """alpha / rank by the file's own tensor, else by peft's settings, else 1: what every loader does that finds neither."""
     if "alpha" in parts:
@@ -270,7 +255,7 @@ def _scale(
     alpha = settings.get("lora_alpha")
     if alpha is None:
         return 1.0
-    names = [re.sub(r"^(base_model\.model\.)?(transformer\.)?", "", layer), *(each.name for each in targets)]
+    names = [re.sub(r"^(base_model\.model\.)?(transformer\.)?", "", layer), *(each.layer for each in targets)]
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         # as peft reads it: the first pattern that is the end of a layer's name, from a dot on
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):

@@ -13,6 +13,7 @@ from finetune.engine.weights.exporters import (
 )
 from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.models.family import Family
+from finetune.recipe.table import Table
 from finetune.runtime.errors import Problem, UserError
 
 EXPORTERS: dict[str, Exporter] = {
@@ -49,8 +50,10 @@ def exporter_of(method: str, name: str | None = None) -> Exporter:
     raise UserError(f"weights of {method!r} are not written as {name!r}", f"formats are: {formats}", "--format")
 
 
-def export_problems(method: str, formats: Sequence[str], precision: str | None) -> Iterator[Problem]:
-    """Forms that there are not for a method, or not in a precision."""
+def export_problems(
+    method: str, formats: Sequence[str], precision: str | None, settings: Table | None
+) -> Iterator[Problem]:
+    """Forms that there are not for a method, or not in a precision, or not with its settings, see `Recipe.adapter`."""
     for name in formats:
         try:
             exporter = exporter_of(method, name)
@@ -60,6 +63,8 @@ def export_problems(method: str, formats: Sequence[str], precision: str | None) 
         if precision is not None and precision not in exporter.precisions:
             cure = f"take one of {', '.join(exporter.precisions)}, or leave {name!r} out"
             yield Problem(f"{name!r} is not written in {precision}", "export.precision", cure)
+        if refused := exporter.refused(settings):
+            yield Problem(refused[0], "export.formats", refused[1])
 
 
 def unknown_forms(method: str, formats: Sequence[str], family: Family) -> Iterator[Problem]:

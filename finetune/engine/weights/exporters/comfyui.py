@@ -4,7 +4,6 @@ Its loader knows each weight of its model as `diffusion_model.` and the original
 beside the matrices as a tensor, which diffusers refuses: so the strength is in the matrices alone.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,22 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, file_of, lora_writer, tidy
+from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, tidy
 from finetune.engine.weights.exporters.trained_lora import DOWN, UP, TrainedLora
+from finetune.models.adapters.places import file_of
 from finetune.models.family import Family
+from finetune.models.original_names import Rows, original_of
+from finetune.recipe.schema import Lora
+from finetune.recipe.table import Table
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 
 FILE = "comfyui_lora.safetensors"
 PREFIX = "diffusion_model."
-
-
-class Rows(NamedTuple):
-    """Rows of one of our layers: all, or one of so many equal parts."""
-
-    layer: str
-    part: int = 0
-    parts: int = 1
 
 
 class OriginalPlace(NamedTuple):
@@ -68,16 +63,20 @@ def problem(family: Family) -> tuple[str, str] | None:
     return what, 'take "diffusers", which the nodes of others for this model load'
 
 
+def refused(settings: Table | None) -> tuple[str, str] | None:
+    """Why a LoRA of these settings has no such form, with a cure."""
+    if not isinstance(settings, Lora) or not settings.dora:
+        return None
+    return "a DoRA is not written for ComfyUI, whose loader computes it otherwise", 'take "merged" or "diffusers"'
+
+
 def place_of(layer: str, family: Family) -> OriginalPlace:
     """Where a layer of the blocks is in the original. Raises UserError if that is not known."""
-    number = re.search(r"\.(\d+)\.", layer)
-    pattern, index = (layer.replace(number[0], ".{}.", 1), number[1]) if number else (layer, "")
-    for theirs, ours in family.original_layers.items():
-        if pattern in (_rows(each).layer for each in ours):
-            name = theirs.replace("{}", index)
-            for part, spelled in family.lora_spellings.items():
-                name = name.replace(part, spelled)
-            return OriginalPlace(name, tuple(_rows(each.replace("{}", index)) for each in ours))
+    if found := original_of(layer, family.original_layers):
+        name, rows = found
+        for part, spelled in family.lora_spellings.items():
+            name = name.replace(part, spelled)
+        return OriginalPlace(name, rows)
     if family.original_layers and not any("{}" in theirs for theirs in family.original_layers):
         return OriginalPlace(layer, (Rows(layer),))  # the blocks' layers are called the same there
     raise UserError(
@@ -85,13 +84,6 @@ def place_of(layer: str, family: Family) -> OriginalPlace:
         'leave it out of lora.targets, or export as "diffusers"',
         "comfyui",
     )
-
-
-def _rows(written: str) -> Rows:
-    """What `name` or `name[1/2]` in a family's table says."""
-    name, bracket, part = written.partition("[")
-    index, _, count = part.rstrip("]").partition("/")
-    return Rows(name, int(index), int(count)) if bracket else Rows(name)
 
 
 def fused(place: OriginalPlace, tensors: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:
@@ -165,5 +157,6 @@ EXPORTER = Exporter(
     is_small=False,
     format="comfyui",
     problem=problem,
+    refused=refused,
     convert=write_comfyui,
 )

@@ -15,6 +15,7 @@ from finetune.engine.weights.loading import plain_name
 from finetune.models.adapters import ADAPTER, is_adapters
 from finetune.models.family import Family
 from finetune.models.weights import Weights
+from finetune.recipe.table import Table
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.files import give_usual_mode
 
@@ -53,6 +54,7 @@ class Exporter:
         format: the name by which `export.formats` asks for it.
         precisions: those that it can be written in.
         problem: why a family's weights cannot be written so, with a cure; None if they can.
+        refused: the same of weights that were trained with these settings, see `Recipe.adapter`; None where they are not known.
         convert: writes and verifies a LoRA that lies in memory, given (lora, family, folder, details); None for forms of other
             weights.
     """
@@ -66,6 +68,7 @@ class Exporter:
     format: str = "diffusers"
     precisions: tuple[str, ...] = ("float32", "bf16", "float16")
     problem: Callable[[Family], tuple[str, str] | None] = lambda family: None
+    refused: Callable[[Table | None], tuple[str, str] | None] = lambda settings: None
     convert: Convert | None = None
 
 
@@ -131,11 +134,6 @@ def lora_writer(convert: Convert) -> Callable[[nn.Module, Family, Path, Runtime,
                 convert(lora, family, folder, details)
 
     return write
-
-
-def file_of(name: str, family: Family) -> str:
-    """The name of an exported file; that of an expert says which one it is for."""
-    return name if family.expert is None else name.replace(".", f"_{family.expert}_noise.", 1)
 
 
 def expert_facts(family: Family) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Weights of which some were trained: the whole transformer as diffusers has it, or the difference as ComfyUI loads it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,51 +10,13 @@ from finetune.engine.weights.exporters import diffusers_transformer
 from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, gathered, tidy
 from finetune.engine.weights.exporters.trained_lora import EXPORTED
 from finetune.models.family import Family
+from finetune.models.original_names import PARTS_OF_NAMES, Rows, original_of
 from finetune.models.weights import Weights
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 
 DIFFERENCE_FILE = "difference.safetensors"
-
-# The parts of names that diffusers has changed when it took a model up, in its form and in the original, in the order in which they
-# are put back (convert_ltx_transformer_checkpoint_to_diffusers and convert_wan_transformer_to_diffusers in diffusers'
-# single_file_utils.py). ComfyUI has the original names, for these transformers without fused tensors.
-ORIGINAL_NAMES: dict[str, Sequence[tuple[str, str]]] = {
-    "LTXVideoTransformer3DModel": (
-        ("proj_in.", "patchify_proj."),
-        ("time_embed.", "adaln_single."),
-        ("norm_q.", "q_norm."),
-        ("norm_k.", "k_norm."),
-    ),
-    "WanTransformer3DModel": (
-        ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
-        ("condition_embedder.time_embedder.linear_2.", "time_embedding.2."),
-        ("condition_embedder.text_embedder.linear_1.", "text_embedding.0."),
-        ("condition_embedder.text_embedder.linear_2.", "text_embedding.2."),
-        ("condition_embedder.time_proj.", "time_projection.1."),
-        ("condition_embedder.image_embedder.norm1.", "img_emb.proj.0."),
-        ("condition_embedder.image_embedder.ff.net.0.proj.", "img_emb.proj.1."),
-        ("condition_embedder.image_embedder.ff.net.2.", "img_emb.proj.3."),
-        ("condition_embedder.image_embedder.norm2.", "img_emb.proj.4."),
-        ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
-        ("attn1.", "self_attn."),
-        ("attn2.", "cross_attn."),
-        (".to_out.0.", ".o."),
-        (".to_q.", ".q."),
-        (".to_k.", ".k."),
-        (".to_v.", ".v."),
-        (".add_k_proj.", ".k_img."),
-        (".add_v_proj.", ".v_img."),
-        (".norm_added_k.", ".norm_k_img."),
-        ("ffn.net.0.proj.", "ffn.0."),
-        ("ffn.net.2.", "ffn.2."),
-        (".norm2.", ".norm_of_text."),
-        (".norm3.", ".norm2."),
-        (".norm_of_text.", ".norm3."),
-        ("proj_out.", "head.head."),
-    ),
-}
 
 
 def export_whole(transformer: nn.Module, family: Family, folder: Path, runtime: Runtime, details: Details) -> None:
@@ -105,10 +66,14 @@ def difference_name(family: Family, name: str) -> str:
     """
     if refused := _problem(family):
         raise UserError(*refused, "--format")
-    if family.transformer_class == "WanTransformer3DModel" and name.endswith("scale_shift_table"):
-        name = name.replace("scale_shift_table", "modulation" if name.startswith("blocks.") else "head.modulation")
-    for theirs, original in ORIGINAL_NAMES[family.transformer_class]:
-        name = name.replace(theirs, original)
+    layer, _, kind = name.rpartition(".")
+    if (found := original_of(layer, family.original_layers)) and found[1] == (Rows(layer),):
+        name = f"{found[0]}.{kind}"
+    else:
+        if family.transformer_class == "WanTransformer3DModel" and name.endswith("scale_shift_table"):
+            name = name.replace("scale_shift_table", "modulation" if name.startswith("blocks.") else "head.modulation")
+        for theirs, original in PARTS_OF_NAMES[family.transformer_class]:
+            name = name.replace(theirs, original)
     layer, _, kind = name.rpartition(".")
     ends = {"weight": f"{layer}.diff", "bias": f"{layer}.diff_b"}
     return "diffusion_model." + ends.get(kind, f"{name}.diff")
@@ -128,7 +93,7 @@ def _verify(read: Weights, written: dict[str, Tensor], where: Path) -> None:
 
 
 def _problem(family: Family) -> tuple[str, str] | None:
-    if family.transformer_class in ORIGINAL_NAMES:
+    if family.transformer_class in PARTS_OF_NAMES:
         return None
     what = f"ComfyUI takes no differences by the names of {family.title}'s tensors"
     return what, 'use the whole transformer: "diffusers"'

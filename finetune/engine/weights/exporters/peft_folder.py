@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 
 from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, peft_name, tidy
 from finetune.engine.weights.exporters.trained_lora import TrainedLora, plain, scales_of
+from finetune.models.adapters.places import PEFT_FILE, PEFT_SETTINGS
 from finetune.models.building import replace_tensors
 from finetune.models.family import Family
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 
 
@@ -34,12 +34,12 @@ def write_peft(lora: TrainedLora, family: Family, folder: Path, details: Details
     }
     config: dict[str, Any] = {**plain(lora.config), **base}
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / CONFIG) as partial:
+    with atomic(folder / PEFT_SETTINGS) as partial:
         partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    with atomic(folder / WEIGHTS) as partial:
+    with atomic(folder / PEFT_FILE) as partial:
         named = {PREFIX + name: tensor for name, tensor in tensors.items()}
         save_file(named, partial, {"format": "pt", **lora.facts(), **details.facts, **expert_facts(family)})
-    tidy([folder / CONFIG, folder / WEIGHTS])
+    tidy([folder / PEFT_SETTINGS, folder / PEFT_FILE])
     # peft moves an adapter to its layer's device, so that on meta it would be lost.
     transformer = replace_tensors(family.empty_transformer(), lambda tensor: torch.zeros(()).expand(tensor.shape))
     loaded = PeftModel.from_pretrained(cast(Any, transformer), folder, autocast_adapter_dtype=False)

@@ -41,9 +41,6 @@ class TrainedLora:
         """The adapted layers, sorted."""
         return sorted(name.removesuffix(DOWN) for name in self.tensors if name.endswith(DOWN))
 
-    def rank(self, layer: str) -> int:
-        return len(self.tensors[layer + DOWN])
-
     def change(self, layer: str) -> Tensor:
         """What it adds to a layer's weight, float32 (out, in)."""
         return self.scales[layer] * (self.tensors[layer + UP].float() @ self.tensors[layer + DOWN].float())
