@@ -220,6 +220,13 @@ def _facts(each: Trained) -> dict[str, str]:
     if train.method == "lora" and recipe.adapter is not None:
         own = recipe.adapter.model_dump()
         facts |= {key: f"{own[key]:g}" for key in ("rank", "alpha") if key in own}
+        kinds = {"rslora": "alpha / sqrt(rank)", "dora": "DoRA"}
+        if kind := ", ".join(text for key, text in kinds.items() if own.get(key)):
+            facts["kind"] = kind
+    if recipe.ema.decay is not None and "export" in recipe.ema.use:
+        facts["weights"] = f"their moving average, decay {recipe.ema.decay:g}"
+    if recipe.objective.loss != "mse":
+        facts["loss"] = f"{recipe.objective.loss}, delta {recipe.objective.loss_delta:g}"
     optimizer = recipe.optimizer.model_dump()
     facts["optimizer"] = str(optimizer.get("name", "")) + (f", lr {optimizer['lr']:g}" if "lr" in optimizer else "")
     facts["schedule"] = recipe.schedule.name

@@ -33,6 +33,9 @@ SETTINGS = [
     "validation.heldout_clips=2",
     "validation.sigmas=1",
     "lora.alpha=8",
+    "lora.rslora=true",
+    "objective.loss=huber",
+    "ema.decay=0.9",
     f"validation.prompts=[{{text = {json.dumps(PROMPT)}, shape = '17x64x96', steps = 2, count = 2}}]",
 ]
 REPO, BASE = "me/surf", "Lightricks/LTX-Video"
@@ -153,6 +156,9 @@ def test_the_card_tells_what_the_run_was(hub: Hub, pushed: Push) -> None:
     assert facts["steps"] == "2"
     assert facts["clips"] == "10"  # of twelve, without those held out
     assert (facts["rank"], facts["alpha"]) == ("4", "8")
+    assert facts["kind"] == "alpha / sqrt(rank)"
+    assert facts["weights"] == "their moving average, decay 0.9"
+    assert facts["loss"] == "huber, delta 1"
     assert facts["shapes (frames x height x width)"] == "17x64x96"
     steps = [row[0] for row in rows if len(row) == 3]
     assert steps[:4] == ["step", "---:", "0", "2"]
