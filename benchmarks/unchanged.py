@@ -217,8 +217,12 @@ class Comparison:
         try:
             arguments = [*(torchrun if training.processes > 1 else []), "finetune", "--recipe", recipe]
             self.commands.run(self.checkouts[side], arguments)
-            metrics = read_metrics(output / "metrics.jsonl")
-            return Outcome(metrics | read_tensors(output / EXPORTS[training.method]))
+            figures: Figures = {}
+            for file in sorted(output.rglob("metrics.jsonl")):  # one, or of each expert
+                found = read_metrics(file) | read_tensors(file.parent / EXPORTS[training.method])
+                expert = "" if file.parent == output else f"{file.parent.name}: "
+                figures |= {f"{expert}{name}": value for name, value in found.items()}
+            return Outcome(figures, "" if figures else "no metrics were written")
         except (Failed, OSError) as error:
             return Outcome({}, str(error))
         finally:
