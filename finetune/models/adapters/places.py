@@ -29,7 +29,9 @@ def find_adapter(path: str | Path, family: Family) -> tuple[Path, dict[str, Any]
         UserError: there is none, or several, or it is pickled.
     """
     if not str(path).strip():  # which would be the folder that the command is started in
-        raise UserError("an empty text names no adapter", "give a .safetensors file or a folder, or leave it out", "adapter")
+        raise UserError(
+            "an empty text names no adapter", "give a .safetensors file or a folder, or leave it out", "adapter"
+        )
     try:
         local = expanded(str(path))
     except NoSuchHome as error:

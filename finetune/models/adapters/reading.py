@@ -99,7 +99,10 @@ def read_adapter(path: str | Path, family: Family) -> ReadAdapter:
     if settings is None:
         settings = _settings_of(metadata, file)
     elif settings.get("lora_alpha") is None:
-        what, cure = f"there is no lora_alpha in {PEFT_SETTINGS}, which says how strong it is", "put back what peft wrote"
+        what, cure = (
+            f"there is no lora_alpha in {PEFT_SETTINGS}, which says how strong it is",
+            "put back what peft wrote",
+        )
         raise UserError(what, cure, str(file.parent))
     if settings.get("use_dora"):
         raise _other_kind("DoRA", file)
