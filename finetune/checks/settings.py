@@ -182,6 +182,9 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
             "remove it, or validation.heldout",
         )
     yield from _objective_problems(recipe)
+    if recipe.ema.decay is not None and recipe.ema.every > recipe.train.steps:
+        what = f"there would be no average: its first update is after step {recipe.ema.every} of {recipe.train.steps}"
+        yield Problem(what, "ema.every", f"set it to at most {recipe.train.steps}")
     if recipe.objective.sigma_min >= recipe.objective.sigma_max:
         yield Problem("sigma_min is not below sigma_max", "objective.sigma_min", "lower it")
     ranges = [recipe.objective.sigma_range, *recipe.objective.expert_ranges.values()]

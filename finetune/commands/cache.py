@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.commands.common import with_runtime
+from finetune.commands.common import folder_named, with_runtime
 from finetune.recipe import Recipe, load_recipe
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say, tell
@@ -22,7 +22,9 @@ Uses = dict[str, set[tuple[str, str]]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("action", choices=("size", "verify", "prune"))
-    parser.add_argument("--dir", type=Path, metavar="CACHE", help="the cache; data.cache of the recipes if not given")
+    parser.add_argument(
+        "--dir", type=folder_named, metavar="CACHE", help="the cache; data.cache of the recipes if not given"
+    )
     parser.add_argument(
         "--recipe",
         action="append",

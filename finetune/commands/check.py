@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.commands.common import add_recipe_arguments, number_of_gpus, with_runtime
+from finetune.commands.common import add_recipe_arguments, folder_named, number_of_gpus, with_runtime
 from finetune.recipe import load_recipe
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
@@ -20,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=number_of_gpus, metavar="N", help="for a training on N GPUs; 1 if not given")
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="write a page into this folder that shows what becomes of every clip"
+        "--report",
+        type=folder_named,
+        metavar="DIR",
+        help="write a page into this folder that shows what becomes of every clip",
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.recipe import Recipe
+from finetune.runtime.paths import NoSuchHome, expanded
 
 if TYPE_CHECKING:  # torch is imported once the recipe is known to be sound
     from finetune.runtime.distributed import Runtime
@@ -43,6 +46,27 @@ def step_or_best(text: str) -> int | Literal["best"]:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f'{text!r} is neither a step nor "best"')
     return int(text)
+
+
+def folder_named(text: str) -> Path:
+    """An argument's value as a folder, with "~" for the home folder; raises argparse's error for none."""
+    if not text.strip():  # an unset variable of the shell, which would be the folder that the command is started in
+        raise argparse.ArgumentTypeError('it is empty; write "." for the folder that you are in')
+    try:
+        return expanded(text)
+    except NoSuchHome as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def finite(text: str) -> float:
+    """An argument's value as a finite number; raises argparse's error."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
 def number_of_gpus(text: str) -> int:

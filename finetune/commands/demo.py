@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.commands.common import folder_named
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import writing
 from finetune.runtime.logging import say
@@ -12,7 +13,7 @@ from finetune.runtime.logging import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=folder_named, required=True, help="folder to write to")
     parser.add_argument("--family", default="ltx", help="see `families`; or package.module:Class (ltx)")
     parser.add_argument("--variant", help="which checkpoint of the family; see `families`")
 

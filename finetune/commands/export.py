@@ -7,7 +7,7 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.commands.common import add_recipe_arguments, step_or_best, with_runtime
+from finetune.commands.common import add_recipe_arguments, folder_named, step_or_best, with_runtime
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.recipe.schema import Model
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bf16", "float16", "float8"),
         help="as trained if not given; float8 is for merged alone",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=folder_named, required=True, help="folder to write to")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -148,6 +148,9 @@ def _convert(arguments: argparse.Namespace) -> int:
             cure = "give --expert high or --expert low, or set model.experts to it"
             raise UserError("the model has two transformers, and a LoRA is of one", cure, "--from")
         family = family.of_expert(model.experts[0])
+    elif model.experts:
+        cure = "remove it, or give the model of two that the LoRA is for"
+        raise UserError(f"{family.title} in {model.path} has one transformer, and no experts", cure, "--expert")
     exporters = _exporters("lora", arguments, family)
     if not all(exporter.convert for exporter in exporters):
         raise UserError("this form is written of a run alone", "give --recipe without --from", "--format")

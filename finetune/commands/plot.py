@@ -1,14 +1,14 @@
 """Draw the loss curve of a run, as loss.png in its folder."""
 
 import argparse
-from pathlib import Path
 
+from finetune.commands.common import folder_named
 from finetune.runtime.logging import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
+    parser.add_argument("--run", type=folder_named, required=True, help="the run's output folder")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.commands.common import folder_named
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import writing
 from finetune.runtime.logging import listed, say
@@ -23,13 +24,13 @@ _OFFLINE = "hub"  # the folder in the run's that is written without a network
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
+    parser.add_argument("--run", type=folder_named, required=True, help="the run's output folder")
     parser.add_argument("--repo", required=True, help="the repository, such as you/surfing-ltx")
     parser.add_argument("--public", action="store_true", help="for all to see; else private")
     parser.add_argument("--revision", default="main", help="a branch of the repository, which is made if there is none")
     parser.add_argument("--message", default="Weights, samples, recipe and card of a training", help="of the commit")
     parser.add_argument("--base-model", help="the base model's id on the Hub, if the recipe names a folder")
-    parser.add_argument("--offline-folder", type=Path, help="only write the files, into this folder")
+    parser.add_argument("--offline-folder", type=folder_named, help="only write the files, into this folder")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
 
 
@@ -37,9 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if not _NAME.fullmatch(arguments.repo):
         raise UserError("not the name of a repository", "write it like you/surfing-ltx", f"--repo {arguments.repo}")
-    from finetune.tracking.hub import command_for_later, full_name, is_offline, push_folder
+    from finetune.tracking.hub import check_name, command_for_later, full_name, is_offline, push_folder
     from finetune.training.finished import recipe_of_run, trained_of
 
+    check_name(arguments.repo, f"--repo {arguments.repo}")
+    if arguments.base_model is not None:
+        check_name(arguments.base_model, f"--base-model {arguments.base_model}")
+    if not re.fullmatch(r"[^\s~^:?*\[\\]+", arguments.revision):
+        raise UserError("not the name of a branch", "write one without spaces, or leave it out", "--revision")
     out: Path | None = arguments.offline_folder
     if out is None and is_offline():
         out = arguments.run / _OFFLINE

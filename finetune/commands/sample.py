@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from finetune.commands.common import add_recipe_arguments, step_or_best, with_runtime
+from finetune.commands.common import add_recipe_arguments, finite, folder_named, step_or_best, with_runtime
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.schema import GENERATED
 from finetune.recipe.validation import Prompt
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of an exported LoRA, or of all weights; several LoRAs are applied together",
     )
     parser.add_argument(
-        "--strength", type=float, nargs="+", help="of the LoRAs, a video with each; the prompts' own if not given"
+        "--strength", type=finite, nargs="+", help="of the LoRAs, a video with each; the prompts' own if not given"
     )
     parser.add_argument(
         "--step", type=step_or_best, help='the LoRA in the checkpoint of this step, or of the "best" by held-out loss'
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", help="frames x height x width of --prompt")
     parser.add_argument("--steps", type=int, help="denoising steps of --prompt")
     parser.add_argument("--seed", type=int, help="seed of --prompt")
-    parser.add_argument("--out", type=Path, help="folder; OUTPUT/generated if not given")
+    parser.add_argument("--out", type=folder_named, help="folder; OUTPUT/generated if not given")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             "there is nothing to compare with", "give --adapter, the folder that training named", "--compare"
         )
+    if arguments.compare and arguments.strength and not any(arguments.strength):
+        raise UserError("at strength 0 there is only the base model", "give another strength, too", "--strength")
     if not (recipe.validation.prompts or recipe.validation.prompts_file):
         raise UserError("nothing to generate", "give --prompt, or add [[validation.prompts]] to the recipe", "sample")
     from finetune.checks.model import open_family
@@ -81,13 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _adapter(text: str) -> tuple[Path, float]:
     """A folder and its strength, from DIR or DIR=STRENGTH."""
-    folder, equals, strength = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return Path(text), 1.0
+    path, equals, strength = text.rpartition("=")
     try:
-        return Path(folder), float(strength)
-    except ValueError:
-        raise UserError(f"{strength!r} is not a number", "write DIR=0.8", f"--adapter {text}") from None
+        if not equals or Path(text).exists():
+            return folder_named(text), 1.0
+        return folder_named(path), finite(strength)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(str(error), "write DIR, or DIR=0.8", f"--adapter {text!r}") from None
 
 
 def _with_prompts(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
@@ -101,6 +103,9 @@ def _with_prompts(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
     try:
         prompts = [Prompt(text=text, **given) for text in arguments.prompt]
     except ValidationError as error:
-        raise UserError(error.errors()[0]["msg"], "", f"--{error.errors()[0]['loc'][0]}") from None
+        first = error.errors()[0]
+        name = first["loc"][0]
+        what = f"{given.get(str(name))!r} is refused: {first['msg'].removeprefix('Value error, ')}"
+        raise UserError(what, "python -m finetune sample --help lists what it takes", f"--{name}") from None
     validation = recipe.validation.model_copy(update={"prompts": prompts, "prompts_file": None})
     return recipe.model_copy(update={"validation": validation})

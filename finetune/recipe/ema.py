@@ -21,5 +21,5 @@ class Ema(Table):
     device: Literal["device", "host"] = Free("device")
     """Where the average is: beside the weights, or in host memory, which each update copies the weights to. 4 bytes of each
     trained parameter that a rank holds."""
-    use: list[Purpose] = Free(["samples", "heldout", "export"])
+    use: Annotated[list[Purpose], Field(min_length=1)] = Free(["samples", "heldout", "export"])
     """What the average stands in for the weights in: samples, the held-out loss, exported weights."""

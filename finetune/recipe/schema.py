@@ -106,14 +106,17 @@ class FrozenAdapter(Table):
     """What it is multiplied by."""
 
 
+Rank = Annotated[int, Field(ge=1, le=32768)]  # more than the full rank of any layer of these models
+
+
 class Lora(Table):
-    rank: Annotated[int, Field(ge=1)] = 64
+    rank: Rank = 64
     """Rank of the adapter matrices."""
     alpha: Annotated[float, Field(gt=0)] = 64.0
     """The adapter's output is scaled by alpha / rank."""
     targets: list[str] = Field(default=[])
     """Linear layers inside the transformer blocks, like ["to_q", "to_k", "to_v", "to_out.0"]; empty: the family's default."""
-    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
+    ranks: dict[str, Rank] = Field(default={})
     """Ranks of layers that are to have another one than `rank`, by the end of their names as in `targets`, like
     {"attn1.to_q" = 32}, or one block's, {"transformer_blocks.0.attn1.to_q" = 8}. Of several that fit, the longest holds."""
     alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
@@ -159,7 +162,7 @@ class ObjectiveSettings(Table):
     """In the place of `sigma_sampling`: the distribution of sigma before the shift as a table. Either points
     [[sigma, density], ...] with sigma ascending, the density linear in between and 0 outside of them; or a list of weights of
     equal bins of [0, 1]."""
-    shift: Annotated[float, Field(gt=0)] | Literal["scheduler"] = "scheduler"
+    shift: Annotated[float, Field(gt=0, le=1000)] | Literal["scheduler"] = "scheduler"
     """Flow shift s, sigma' = s sigma / (1 + (s - 1) sigma); "scheduler" does what the checkpoint's own scheduler does."""
     sigma_min: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Least sigma; the distribution is rescaled to the limits, not cut off."""
@@ -185,7 +188,7 @@ class ObjectiveSettings(Table):
     matching and 1 in v-prediction."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Embedded guidance scale that the model is told, for guidance-distilled checkpoints (HunyuanVideo)."""
-    guidance_target: Annotated[float, Field(gt=1)] | None = None
+    guidance_target: Annotated[float, Field(gt=1, le=1000)] | None = None
     """LoRA: fold guidance of this scale s into the target, v0 + s (target - v0) with the prediction v0 of the frozen base without
     the caption. For guidance-distilled checkpoints, which would else unlearn their guidance, with `guidance` at the same scale;
     or for a LoRA that is to be used without guidance. Costs one more forward pass. Held-out losses are measured so, too."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from finetune.runtime.errors import UserError
 
@@ -28,6 +29,18 @@ class HubPush(NamedTuple):
 def is_offline() -> bool:
     """Whether the environment keeps this process off the Hub (HF_HUB_OFFLINE)."""
     return bool(constants.HF_HUB_OFFLINE)
+
+
+def check_name(repo: str, where: str) -> None:
+    """Raise UserError, with a place, unless the Hub could have a repository of this name."""
+    try:
+        validate_repo_id(repo)
+        is_name = repo.isascii() and all(part[0].isalnum() and part[-1] not in "-." for part in repo.split("/"))
+    except HFValidationError:
+        is_name = False
+    if not is_name:
+        cure = "write it like you/surfing-ltx: letters, digits, -, _ and ., at most 96, and none of - and . twice or at an end"
+        raise UserError("not the name of a repository", cure, where)
 
 
 def full_name(repo: str) -> str:

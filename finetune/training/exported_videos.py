@@ -1,13 +1,17 @@
 """Generates videos with the base model and with exported weights, in the diffusers pipeline as a user would run it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Literal
 
 import diffusers
 import numpy as np
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from finetune.data.images import load_image
 from finetune.engine.generate import call_arguments, checked
@@ -202,23 +206,60 @@ def check_trained(family: Family, folder: Path) -> None:
     if not file.is_file():
         return
     layers = {name for name, _ in family.empty_transformer().named_modules()}
-    with safe_open(file, "pt") as weights:
-        adapted = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in weights.keys()}  # noqa: SIM118
+    tensors = _read(file)
+    adapted = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
     if strange := sorted(adapted - layers):
         raise UserError(
             f"this LoRA is of another model: there is no {strange[0]} in {family.title}",
             "set model.family and model.path to what it was trained on",
             str(file),
         )
+    for name, tensor in tensors.items():  # NaN may leave no trace in a video: attention on a CPU passes over it
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} is {tensor.dtype}", "export it in float32, bf16 or float16", str(file))
+        if not tensor.float().isfinite().all():
+            cure = "use an earlier checkpoint, or export it again"
+            raise UserError(f"{name} has values that are not finite", cure, str(file))
+    if alone := sorted(name for name in tensors if _other_half(name) not in tensors):
+        raise UserError(f"{alone[0]} lacks {_other_half(alone[0])}", "export it again", str(file))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"this LoRA is damaged ({error})", "export it again", str(file)) from None
+
+
+def _other_half(name: str) -> str:
+    """The name of the matrix that one of a pair cannot be without; of other tensors their own."""
+    swap = {".lora_A.": ".lora_B.", ".lora_B.": ".lora_A."}
+    return next((name.replace(one, other) for one, other in swap.items() if one in name), name)
 
 
 def load_trained(
     pipeline: diffusers.DiffusionPipeline, family: Family, folder: Path, recipe: Recipe, runtime: Runtime
 ) -> None:
     """Load an exported LoRA into the pipeline's trained component, or replace the component by an exported one."""
-    if not (folder / lora_file(family)).is_file():
+    with _loading(folder):
+        if (folder / lora_file(family)).is_file():
+            load_lora(pipeline, family, folder)
+            return
         cls = getattr(diffusers, family.transformer_class)
         transformer = cls.from_pretrained(folder, dtype=DTYPES[recipe.train.precision])
-        pipeline.register_modules(**{family.trained_component: transformer.to(runtime.device.torch_device)})
-        return
-    load_lora(pipeline, family, folder)
+    pipeline.register_modules(**{family.trained_component: transformer.to(runtime.device.torch_device)})
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Turn what diffusers and peft say of files that are damaged, or that are no weights of this model, into a UserError."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        what = f"diffusers cannot load these weights ({type(error).__name__}: {reason})"
+        raise UserError(
+            what, "export them again, or give the folder that training named at its end", str(folder)
+        ) from None

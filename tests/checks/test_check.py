@@ -48,6 +48,7 @@ def refused(recipe_file: Path, *overrides: str, world_size: int = 1) -> list[str
         ["objective.loss_delta=0.5"],
         ["ema.every=2"],
         ["ema.use=samples"],
+        ["ema.every=1000000", "ema.decay=0.9"],
         ["memory.checkpoint_every=3"],
         ["memory.keep_gib=2"],
         ["memory.shard_size=2"],

@@ -137,6 +137,39 @@ def test_the_lora_of_another_trainer_is_converted_without_a_run(
         assert differ(merged[f"{layer}.weight"], weights[f"{layer}.weight"] + change(lora, layer)) < 1e-6
 
 
+def test_matrices_of_several_dtypes_keep_their_values(
+    of_another_trainer: tuple[Path, TrainedLora], tiny_ltx: Path, tmp_path: Path
+) -> None:
+    file, _ = of_another_trainer
+    halves = (torch.bfloat16, torch.float32, torch.float16)
+    theirs = {name: tensor.to(halves[at % 3]) for at, (name, tensor) in enumerate(load_file(file).items())}
+    save_file(theirs, file)
+    base = ("--from", file, "--family", "ltx", "--model", tiny_ltx)
+    command(*base, "--format", "diffusers", "comfyui", "peft", "merged", "--out", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "comfyui" / "comfyui_lora.safetensors")
+    for name, tensor in theirs.items():
+        if name.endswith("lora_down.weight"):
+            (layer,) = {
+                each
+                for each in found
+                if each.replace(".", "_").endswith(
+                    name.removeprefix("lora_unet_").removesuffix(".lora_down.weight") + "_lora_A_weight"
+                )
+            }
+            assert torch.equal(found[layer].double(), tensor.double())
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui", "peft", "merged"])
+def test_values_that_float16_cannot_hold_are_refused(
+    of_another_trainer: tuple[Path, TrainedLora], tiny_ltx: Path, tmp_path: Path, form: str
+) -> None:
+    file, _ = of_another_trainer
+    save_file({name: tensor * 1e6 for name, tensor in load_file(file).items()}, file)
+    base = ("--from", file, "--family", "ltx", "--model", tiny_ltx, "--precision", "float16", "--format", form)
+    with pytest.raises(UserError, match=r"export.precision: .* float16 ends at 6\.55e\+04"):
+        command(*base, "--out", tmp_path / "out")
+
+
 def test_a_recipe_names_the_base_of_a_converted_lora(
     of_another_trainer: tuple[Path, TrainedLora], recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +202,7 @@ def test_our_own_file_keeps_what_it_says_of_its_training(
         (["--step", "3", "--family", "ltx", "--model", "MODEL"], "a file has no steps"),
         (["--family", "cogvideox", "--model", "MODEL"], "this is LTXPipeline"),
         (["--family", "ltx", "--model", "MODEL", "--format", "full"], "are not written as 'full'"),
+        (["--family", "ltx", "--model", "MODEL", "--expert", "high"], "has one transformer, and no experts"),
     ],
 )
 def test_what_a_conversion_lacks_is_named(

@@ -332,7 +332,7 @@ def test_runs_that_are_not_finished_or_not_as_they_were_verified_are_refused(
     assert hub.repositories.keys() == {BASE}
 
 
-@pytest.mark.parametrize("repo", ["a/b/c", "sur f", "", "https://host/me/surf"])
+@pytest.mark.parametrize("repo", ["a/b/c", "sur f", "", "https://host/me/surf", "me/..", "me/-x", "me/a--b", "é/x"])
 def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_read(pushed: Push, repo: str) -> None:
     with pytest.raises(UserError, match="not the name of a repository"):
         pushed(repo=repo)

@@ -115,7 +115,12 @@ def test_a_name_is_a_part_between_words_or_with_a_star_the_whole(
 
 @pytest.mark.parametrize(
     "modules, what",
-    [("[]", "nothing is named"), ("nor", "'nor' names no weight"), ("norm,*.biass", "'*.biass' names no weight")],
+    [
+        ("[]", "nothing is named"),
+        ("nor", "'nor' names no weight"),
+        ("norm,*.biass", "'*.biass' names no weight"),
+        ('[""]', "'' has no letter"),
+    ],
 )
 def test_a_name_that_nothing_has_is_refused(recipe_file: Path, modules: str, what: str) -> None:
     overrides = ["train.method=partial", f"partial.modules={modules}", "lora.rank=64", "lora.alpha=64"]

@@ -162,6 +162,12 @@ def test_a_file_that_is_not_there_is_refused_before_a_run_begins(recipe_file: Pa
         open_family(load_recipe(recipe_file, [key.format(tmp_path / "none.safetensors")]))
 
 
+def test_a_frozen_adapter_of_zeros_is_refused(recipe_file: Path, adapter: Path) -> None:
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(adapter).items()}, adapter)
+    with pytest.raises(UserError, match="adds nothing: all its matrices are zero"):
+        open_family(load_recipe(recipe_file, [f'lora.frozen=[{{path = "{adapter}"}}]']))
+
+
 # Going on
 
 

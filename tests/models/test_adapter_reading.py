@@ -256,6 +256,10 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "half of it": (lambda: dict([next(iter(good().items()))]), "has no lora_B"),
     "not finite": (lambda: {name: value / 0 for name, value in good().items()}, "not finite"),
     "quantised": (lambda: {name: value.to(torch.int8) for name, value in good().items()}, "torch.int8"),
+    "float8": (lambda: {name: value.to(torch.float8_e4m3fn) for name, value in good().items()}, "float8_e4m3fn"),
+    "rank 0": (lambda: {name: value[:0] if "_A" in name else value[:, :0] for name, value in good().items()}, "is 0"),
+    "alphas": (lambda: good() | {f"transformer.{LAYER}.alpha": torch.ones(4)}, "the alpha of"),
+    "a complex alpha": (lambda: good() | {f"transformer.{LAYER}.alpha": torch.tensor(1 + 2j)}, "the alpha of"),
     "twice": (lambda: good() | {name[12:]: value for name, value in good().items()}, "twice"),
     "a convolution": (lambda: {name: value[..., None, None] for name, value in good().items()}, "is a convolution"),
     "nothing": (lambda: {}, "there is no LoRA"),
@@ -312,6 +316,35 @@ def test_settings_that_cannot_be_read_are_refused(opened: Opened, tmp_path: Path
     save_file(good(), tmp_path / "a.safetensors", {"lora_adapter_metadata": "{"})
     with pytest.raises(UserError, match="lora_adapter_metadata cannot be read"):
         read_adapter(tmp_path / "a.safetensors", opened("ltx"))
+
+
+@pytest.mark.parametrize(
+    "settings, what",
+    [
+        ({"lora_alpha": "four"}, "the alpha of"),
+        ({"lora_alpha": [4]}, "the alpha of"),
+        ({"lora_alpha": 4, "alpha_pattern": ["to_q"]}, "the alpha of"),
+        ({"lora_alpha": 4, "alpha_pattern": {"to_q": None}}, "the alpha of"),
+        ({"lora_alpha": 4, "alpha_pattern": {"(((": 2}}, "the alpha of"),
+        ({"r": 3}, "there is no lora_alpha"),
+    ],
+)
+def test_settings_of_which_no_strength_follows_are_refused(
+    opened: Opened, tmp_path: Path, settings: dict[str, object], what: str
+) -> None:
+    save_file(good(), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=what):
+        read_adapter(tmp_path, opened("ltx"))
+
+
+def test_an_empty_text_is_not_the_folder_that_one_is_in(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(good(), tmp_path / "a.safetensors")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="an empty text names no adapter"):
+        read_adapter("", opened("ltx"))
 
 
 def test_the_settings_of_dora_are_refused(opened: Opened, tmp_path: Path) -> None:

@@ -123,7 +123,10 @@ def check_given(transformer: nn.Module, family: Family, settings: Table | None, 
         raise UserError(what, "set lora.dora = false, or name it in lora.frozen and begin anew", "lora.start_from")
     if idle := [each.path for each in settings.frozen if each.strength == 0]:
         raise UserError(f"{idle[0]} has no effect at strength 0", "remove it, or give it a strength", "lora.frozen")
-    _read_frozen(settings, family)
+    for adapter, _ in _read_frozen(settings, family):
+        if not any(layer.scale and layer.lora_A.any() and layer.lora_B.any() for layer in adapter.layers.values()):
+            what = f"{adapter.file} adds nothing: all its matrices are zero"
+            raise UserError(what, "remove it, or give an adapter that has been trained", "lora.frozen")
     if begins and (started := read_started(settings, family)) is not None:
         check_fits(started, ranks(transformer, family, settings))
 

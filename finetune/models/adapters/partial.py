@@ -27,6 +27,9 @@ def chosen(transformer: nn.Module, family: Family, patterns: list[str]) -> list[
     idle = {id(parameter) for parameter in without}
     names = [name for name, parameter in transformer.named_parameters() if id(parameter) not in idle]
     for pattern in patterns:
+        if not any(char.isalnum() or char in "*?" for char in pattern):
+            cure = 'remove it, or write a part of a name, like "norm"; train.method = "full" trains all weights'
+            raise UserError(f"{pattern!r} has no letter or number of a name", cure, _KEY)
         if not any(_is_named(name, pattern) for name in names):
             raise UserError(
                 f"{pattern!r} names no weight that is trained", f"names have these parts: {_words(names)}", _KEY

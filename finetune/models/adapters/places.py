@@ -33,6 +33,10 @@ def find_adapter(path: str | Path, family: Family) -> tuple[Path, dict[str, Any]
     Raises:
         UserError: there is none, or several, or it is pickled.
     """
+    if not str(path).strip():  # which would be the folder that the command is started in
+        raise UserError(
+            "an empty text names no adapter", "give a .safetensors file or a folder, or leave it out", "adapter"
+        )
     try:
         local = expanded(str(path))
     except NoSuchHome as error:
@@ -110,7 +114,7 @@ def _not_one(names: Sequence[str], path: str) -> UserError:
 def _json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"this file cannot be read ({error})", "download it again", str(file)) from None
     if not isinstance(value, dict):
         raise UserError("this file cannot be read (not a JSON object)", "download it again", str(file))

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from finetune.models.adapters.places import find_adapter
+from finetune.models.adapters.places import PEFT_SETTINGS, find_adapter
 from finetune.models.family import Family
 from finetune.models.original_names import Rows, rows_of
 from finetune.runtime.errors import UserError
@@ -27,6 +27,7 @@ from finetune.runtime.errors import UserError
 _METADATA = "lora_adapter_metadata"  # diffusers' key of peft's settings, as JSON
 _PREFIXES = ("base_model.model.", "transformer_2.", "transformer.", "diffusion_model.", "model.diffusion_model.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _PARTS = {  # the ends of tensors' names
     "lora_A": r"\.(lora_A(\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight|[._]lora\.down\.weight",
     "lora_B": r"\.(lora_B(\.\w+)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight|[._]lora\.up\.weight",
@@ -98,6 +99,12 @@ def read_adapter(path: str | Path, family: Family) -> ReadAdapter:
     tensors, metadata = _read(file)
     if settings is None:
         settings = _settings_of(metadata, file)
+    elif settings.get("lora_alpha") is None:
+        what, cure = (
+            f"there is no lora_alpha in {PEFT_SETTINGS}, which says how strong it is",
+            "put back what peft wrote",
+        )
+        raise UserError(what, cure, str(file.parent))
     if settings.get("use_dora"):
         raise _other_kind("DoRA", file)
     if (expert := metadata.get("expert")) and family.expert and expert != f"{family.expert}_noise":
@@ -111,7 +118,11 @@ def read_adapter(path: str | Path, family: Family) -> ReadAdapter:
         if targets is None:
             raise _unknown(layer, family, names, tensors, file)
         lora_A, lora_B = _matrices(layer, parts, file)
-        scale = _scale(layer, parts, lora_A.shape[0], targets, settings)
+        try:
+            scale = _scale(layer, parts, lora_A.shape[0], targets, settings)
+        except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError, re.error) as error:
+            what = f"the alpha of {layer} cannot be read ({error})"
+            raise UserError(what, "export the adapter again", str(file)) from None
         if not math.isfinite(scale):
             raise UserError(f"the alpha of {layer} is {scale}", "export the adapter again", str(file))
         sizes = [_height(each, shapes) for each in targets]
@@ -238,9 +249,11 @@ def _matrices(layer: str, parts: Mapping[str, Tensor], file: Path) -> tuple[Tens
         raise UserError(
             f"the matrices of {layer}, {shapes}, do not fit together", "export the adapter again", str(file)
         )
-    if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
+    if strange := {lora_A.dtype, lora_B.dtype} - _DTYPES:
         cure = "export it in float32, bfloat16 or float16"
-        raise UserError(f"the matrices of {layer} are {lora_A.dtype}", cure, str(file))
+        raise UserError(f"matrices of {layer} are {strange.pop()}", cure, str(file))
+    if not lora_A.shape[0]:
+        raise UserError(f"the matrices of {layer} are empty: their rank is 0", "export the adapter again", str(file))
     if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
         raise UserError(f"{layer} has values that are not finite", "use an earlier state of this adapter", str(file))
     return lora_A, lora_B
@@ -271,7 +284,7 @@ def _settings_of(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     try:
         values = json.loads(metadata[_METADATA])
         return {re.sub(r"^transformer\.", "", name): value for name, value in values.items()}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         what = f"the file's {_METADATA} cannot be read"
         raise UserError(what, "export the adapter again", str(file)) from None
 

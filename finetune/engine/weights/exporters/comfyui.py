@@ -4,6 +4,7 @@ Its loader knows each weight of its model as `diffusion_model.` and the original
 beside the matrices as a tensor, which diffusers refuses: so the strength is in the matrices alone.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +98,9 @@ def fused(place: OriginalPlace, tensors: Mapping[str, Tensor], transformer: nn.M
     columns = _columns(place, tensors)
     down = torch.cat([tensors[layer + DOWN] for layer in columns])
     heights = [_height(transformer, rows) for rows in place.rows]
-    up = down.new_zeros(sum(heights), len(down))
+    # A file of another trainer may hold its matrices in several dtypes; what they have in common holds each of them exactly.
+    dtype = functools.reduce(torch.promote_types, (tensors[layer + UP].dtype for layer in columns))
+    up = down.new_zeros(sum(heights), len(down), dtype=dtype)
     for rows, target in zip(place.rows, up.split(heights), strict=True):
         if rows.layer in columns:
             target[:, columns[rows.layer]] = tensors[rows.layer + UP].chunk(rows.parts)[rows.part]
@@ -133,16 +136,20 @@ def _verify(path: Path, tensors: Mapping[str, Tensor], places: Sequence[Original
             parts.setdefault(rows.layer, []).append((rows.part, block[:, own]))
             beside = block.clone()
             beside[:, own] = 0
-            if beside.any() or (rows.layer in columns and not torch.equal(down[own], tensors[rows.layer + DOWN])):
+            if beside.any() or (rows.layer in columns and not _same(down[own], tensors[rows.layer + DOWN])):
                 wrong.append(rows.layer)
     for name in (name for name in tensors if name.endswith(UP)):
         blocks = [block for _, block in sorted(parts.get(name.removesuffix(UP), []), key=lambda part: part[0])]
-        if not blocks or not torch.equal(torch.cat(blocks), tensors[name]):
+        if not blocks or not _same(torch.cat(blocks), tensors[name]):
             wrong.append(name)
     if wrong := wrong + sorted(found):
         raise UserError(
             f"the exported adapter differs from the trained one: {', '.join(wrong[:3])}", "check the disk", str(path)
         )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.double(), other.double())
 
 
 def _title(family: Family) -> str:

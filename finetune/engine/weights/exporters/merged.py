@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.engine.weights.exporters import diffusers_transformer
 from finetune.engine.weights.exporters.exporter import Details, Exporter, expert_facts, lora_writer, tidy
 from finetune.engine.weights.exporters.shards import write_shards
-from finetune.engine.weights.exporters.trained_lora import EXPORTED, LENGTHS, TrainedLora
+from finetune.engine.weights.exporters.trained_lora import EXPORTED, LENGTHS, TrainedLora, rounded
 from finetune.models.building import stays_float32
 from finetune.models.family import Family
 from finetune.models.weights import Weights
@@ -54,7 +54,8 @@ def merged(name: str, lora: TrainedLora, base: Weights, dtype: torch.dtype | Non
     if dtype is torch.float8_e4m3fn:
         limit = torch.finfo(dtype).max  # beyond it, a cast gives NaN
         weight = weight.float().clamp(-limit, limit)
-    return (weight.to(dtype) if weight.is_floating_point() else weight).contiguous()
+        return weight.to(dtype).contiguous()
+    return rounded(name, weight, dtype) if weight.is_floating_point() else weight.contiguous()
 
 
 def _dtypes(transformer: nn.Module, family: Family, precision: str | None) -> Callable[[str], torch.dtype | None]:

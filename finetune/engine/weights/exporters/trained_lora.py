@@ -48,7 +48,7 @@ class TrainedLora:
     def cast(self, precision: str | None) -> dict[str, Tensor]:
         """The tensors in a precision, or as they are if None; each contiguous."""
         dtype = None if precision is None else EXPORTED[precision]
-        return {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in self.tensors.items()}
+        return {name: rounded(name, tensor, dtype or tensor.dtype) for name, tensor in self.tensors.items()}
 
     def folded(self, precision: str | None) -> dict[str, Tensor]:
         """The tensors with each layer's scale in its up matrix, so that their strength is right where nothing else is read.
@@ -65,7 +65,7 @@ class TrainedLora:
             if all(torch.equal(trained[name].float(), exact[name].float()) for name in exact):
                 return {name: tensor.contiguous() for name, tensor in trained.items()}
         dtype = EXPORTED[precision or "float32"]
-        return {name: tensor.to(dtype).contiguous() for name, tensor in exact.items()}
+        return {name: rounded(name, tensor, dtype) for name, tensor in exact.items()}
 
     def folded_config(self) -> dict[str, Any]:
         """peft's config of the folded tensors as plain values: alpha is the rank, so that no reader scales a second time."""
@@ -85,6 +85,16 @@ class TrainedLora:
     def facts(self) -> dict[str, str]:
         """Rank, and the alpha that was trained with, for the metadata: under keys of our own, where no loader looks for a scale."""
         return {"trained_alpha": f"{self.config.lora_alpha:g}", "trained_rank": str(self.config.r)}
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype, contiguous. Raises UserError for finite values that the dtype cannot hold, as float16 beyond 65504."""
+    found = tensor.to(dtype).contiguous()
+    if dtype != tensor.dtype and not found.isfinite().all() and tensor.isfinite().all():
+        most, largest = tensor.abs().max().item(), torch.finfo(dtype).max
+        what = f"{name} has values up to {most:.3g}, and {str(dtype).removeprefix('torch.')} ends at {largest:.3g}"
+        raise UserError(what, 'take "bf16" or "float32"', "export.precision")
+    return found
 
 
 def plain(config: LoraConfig) -> dict[str, Any]:
