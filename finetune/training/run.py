@@ -292,7 +292,7 @@ def _say_best(job: Job) -> None:
     """Name the checkpoint of the least held-out loss, where such checkpoints are kept and it is not the last step's."""
     for loss, step in job.record.least[:1] if job.recipe.checkpoint.keep_best else []:
         if step != job.end:
-            how = "python -m finetune export --recipe R --step best --out DIR"
+            how = f"python -m finetune export --recipe {job.recipe.output}/recipe.toml --step best --out DIR"
             say(f"the held-out loss was least after step {step} ({loss:.4f}); those weights: {how}")
 
 
