@@ -1,0 +1,155 @@
+"""Draws coloured shapes that move over plain floors, and tells which shape, colour and direction a clip shows.
+
+The demo's pipeline is trained on such clips, the quickstart teaches it a shape that it has not seen, and `seen` judges both.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+COLOURS = {
+    "red": (220, 50, 45),
+    "green": (50, 180, 75),
+    "blue": (50, 90, 220),
+    "yellow": (245, 205, 45),
+    "purple": (150, 60, 190),
+    "orange": (245, 130, 40),
+    "white": (238, 238, 238),
+    "cyan": (60, 205, 215),
+}
+FLOORS = {"black": (18, 18, 22), "grey": (95, 97, 102), "brown": (88, 60, 42), "navy": (22, 28, 70)}
+SHAPES = ("ball", "square", "triangle", "cross")
+NEW_SHAPE = "ring"  # which the demo's transformer has not seen
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
+FRAMES, HEIGHT, WIDTH = 17, 64, 96
+CAPTIONS = (
+    "a {colour} {shape} moves {direction} over a {floor} floor",
+    "a {colour} {shape} moves to the {direction} over a {floor} floor",
+    "the {colour} {shape} goes {direction} on the {floor} floor",
+    "{floor} floor, a {colour} {shape} moving {direction}",
+)
+_LEAST_OVERLAP = 0.6  # of a shape with its drawing: intersection over union
+_TRIANGLES_CENTROID = 0.034  # of its size, below the middle of its drawing
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A shape on its way: `x`, `y` is where its middle starts, `size` about its radius, `way` how far it goes, all in pixels."""
+
+    shape: str
+    colour: str
+    floor: str
+    direction: str
+    size: float
+    x: float
+    y: float
+    way: float
+
+    def caption(self, form: int = 0, name: str | None = None) -> str:
+        """What is seen, in one of CAPTIONS' forms; `name` is for the shape."""
+        words = {"colour": self.colour, "floor": self.floor, "direction": self.direction}
+        return CAPTIONS[form % len(CAPTIONS)].format(shape=name or self.shape, **words)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a clip shows; None is for what cannot be told."""
+
+    shape: str | None
+    colour: str | None
+    direction: str | None
+
+
+def random_scene(rng: np.random.Generator, shapes: Sequence[str] = SHAPES, spread: float = 1.0) -> Scene:
+    """A scene of 64 x 96 pixels in which the shape stays within the picture; `spread` scales how far its places differ."""
+    shape, colour, floor, direction = (str(rng.choice(list(of))) for of in (shapes, COLOURS, FLOORS, DIRECTIONS))
+    size = rng.uniform(11, 15)
+    along, across = rng.uniform(-spread, spread, 2)
+    if direction in ("right", "left"):
+        way = rng.uniform(36, 48)
+        x, y = WIDTH / 2 - DIRECTIONS[direction][0] * way / 2 + 6 * along, HEIGHT / 2 + (HEIGHT / 2 - size - 4) * across
+    else:
+        way = rng.uniform(22, 30)
+        x, y = WIDTH / 2 + (WIDTH / 2 - size - 6) * across, HEIGHT / 2 - DIRECTIONS[direction][1] * way / 2 + 2 * along
+    return Scene(shape, colour, floor, direction, size, x, y, way)
+
+
+def draw(scene: Scene, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Antialiased uint8 frames (F, H, W, 3) of the scene."""
+    rows, columns = np.mgrid[0:height, 0:width] + 0.5
+    step = np.array(DIRECTIONS[scene.direction]) * scene.way / max(frames - 1, 1)
+    floor, colour = np.array(FLOORS[scene.floor]), np.array(COLOURS[scene.colour])
+    video = np.empty((frames, height, width, 3), np.uint8)
+    for number in range(frames):
+        x, y = np.array((scene.x, scene.y)) + number * step
+        cover = np.clip(0.5 - distance(scene.shape, columns - x, rows - y, scene.size), 0, 1)[..., None]
+        video[number] = np.round(floor * (1 - cover) + colour * cover)
+    return video
+
+
+def distance(shape: str, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
+    """Distance in pixels, about, of the points (x, y) from the shape's edge, where 0, 0 is its middle; negative inside."""
+    match shape:
+        case "ball":
+            return np.hypot(x, y) - size
+        case "ring":
+            return np.abs(np.hypot(x, y) - 0.75 * size) - 0.27 * size
+        case "square":
+            return np.maximum(abs(x), abs(y)) - 0.88 * size
+        case "triangle":
+            sides = abs(x) * math.sqrt(3) / 2 - y / 2 - 0.1 * size
+            return np.maximum(sides, y - 0.15 * size) - 0.5 * size
+        case "cross":
+            wide = np.maximum(abs(x) - size, abs(y) - 0.32 * size)
+            return np.minimum(wide, np.maximum(abs(y) - size, abs(x) - 0.32 * size))
+    raise ValueError(f"no shape is called {shape!r}")
+
+
+def seen(video: np.ndarray) -> Seen:
+    """Which shape, colour and direction a clip, uint8 (F, H, W, 3), shows: what stands out from the floor is compared, in five
+    frames, with drawings of each shape; most frames decide.
+    """
+    frames = video[np.linspace(0, len(video) - 1, 5).round().astype(int)]
+    masks = [_stands_out(frame) for frame in frames]
+    found = [(frame, mask) for frame, mask in zip(frames, masks, strict=True) if mask.sum() >= 40]
+    if len(found) < 3:
+        return Seen(None, None, None)
+    shape, count = Counter(_shape(mask) for _, mask in found).most_common(1)[0]
+    colour = Counter(_colour(frame, mask) for frame, mask in found).most_common(1)[0][0]
+    way = _middle(found[-1][1]) - _middle(found[0][1])  # rows, columns
+    axis = int(abs(way[1]) > abs(way[0]))
+    name = (("up", "down"), ("left", "right"))[axis][int(way[axis] > 0)]
+    return Seen(shape if count > len(found) / 2 else None, colour, name if abs(way[axis]) > 6 else None)
+
+
+def _stands_out(frame: np.ndarray) -> np.ndarray:
+    """Which pixels (H, W) differ from the floor, which is the median of the picture's edge."""
+    picture = frame.astype(int)
+    edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    return np.abs(picture - np.median(edge, axis=0)).max(-1) > 50
+
+
+def _middle(mask: np.ndarray) -> np.ndarray:
+    return np.argwhere(mask).mean(0)
+
+
+def _colour(frame: np.ndarray, mask: np.ndarray) -> str:
+    of_shape = np.median(frame[mask], axis=0)
+    return min(COLOURS, key=lambda name: float(np.abs(np.array(COLOURS[name]) - of_shape).sum()))
+
+
+def _shape(mask: np.ndarray) -> str | None:
+    rows, columns = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]]
+    row, column = _middle(mask)
+    rows, columns = rows - row, columns - column
+    best, name = _LEAST_OVERLAP, None
+    for shape in (*SHAPES, NEW_SHAPE):
+        for size in np.arange(8, 18.5, 0.5):
+            drawn = distance(shape, columns, rows + (_TRIANGLES_CENTROID * size if shape == "triangle" else 0), size) < 0
+            overlap = (drawn & mask).sum() / (drawn | mask).sum()
+            if overlap > best:
+                best, name = overlap, shape
+    return name
