@@ -101,7 +101,7 @@ def new_vae(settings: Settings, seed: int) -> AutoencoderKLWan:
 def text_parts(settings: Settings, seed: int) -> tuple[Any, Any]:
     """A tokenizer of whole words and single letters, and a random UMT5 whose embeddings differ by word."""
     words = {word for caption in CAPTIONS for word in caption.replace(",", " ").split() if "{" not in word}
-    words |= {*COLOURS, *FLOORS, *DIRECTIONS, *SHAPES, NEW_SHAPE, *SPARE_WORDS}
+    words |= {"an", *COLOURS, *FLOORS, *DIRECTIONS, *SHAPES, NEW_SHAPE, *SPARE_WORDS}
     pieces = [(f"\N{LOWER ONE EIGHTH BLOCK}{word}", -4.0) for word in sorted(words)]
     letters = "\N{LOWER ONE EIGHTH BLOCK}abcdefghijklmnopqrstuvwxyz0123456789.,;:-'"
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces, *((letter, -8.0) for letter in letters)]

@@ -27,7 +27,7 @@ DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 FRAMES, HEIGHT, WIDTH = 17, 64, 96
 CAPTIONS = (
     "a {colour} {shape} moves {direction} over a {floor} floor",
-    "a {colour} {shape} moves to the {direction} over a {floor} floor",
+    "a {colour} {shape} is moving {direction} over a {floor} floor",
     "the {colour} {shape} goes {direction} on the {floor} floor",
     "{floor} floor, a {colour} {shape} moving {direction}",
 )
@@ -51,7 +51,8 @@ class Scene:
     def caption(self, form: int = 0, name: str | None = None) -> str:
         """What is seen, in one of CAPTIONS' forms; `name` is for the shape."""
         words = {"colour": self.colour, "floor": self.floor, "direction": self.direction}
-        return CAPTIONS[form % len(CAPTIONS)].format(shape=name or self.shape, **words)
+        text = CAPTIONS[form % len(CAPTIONS)].format(shape=name or self.shape, **words)
+        return text.replace("a orange", "an orange")
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,16 @@ class Seen:
     direction: str | None
 
 
-def random_scene(rng: np.random.Generator, shapes: Sequence[str] = SHAPES, spread: float = 1.0) -> Scene:
+def random_scene(
+    rng: np.random.Generator,
+    shapes: Sequence[str] = SHAPES,
+    spread: float = 1.0,
+    colours: Sequence[str] = tuple(COLOURS),
+    floors: Sequence[str] = tuple(FLOORS),
+    directions: Sequence[str] = tuple(DIRECTIONS),
+) -> Scene:
     """A scene of 64 x 96 pixels in which the shape stays within the picture; `spread` scales how far its places differ."""
-    shape, colour, floor, direction = (str(rng.choice(list(of))) for of in (shapes, COLOURS, FLOORS, DIRECTIONS))
+    shape, colour, floor, direction = (str(rng.choice(list(of))) for of in (shapes, colours, floors, directions))
     size = rng.uniform(11, 15)
     along, across = rng.uniform(-spread, spread, 2)
     if direction in ("right", "left"):
