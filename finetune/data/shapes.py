@@ -134,10 +134,11 @@ def seen(video: np.ndarray) -> Seen:
 
 
 def _stands_out(frame: np.ndarray) -> np.ndarray:
-    """Which pixels (H, W) differ from the floor, which is the median of the picture's edge."""
+    """Which pixels (H, W) differ from the floor, the median of the picture's edge, by more than half of what the shape does."""
     picture = frame.astype(int)
     edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    return np.abs(picture - np.median(edge, axis=0)).max(-1) > 50
+    apart = np.abs(picture - np.median(edge, axis=0)).max(-1)
+    return apart > max(40, np.quantile(apart, 0.98) / 2)
 
 
 def _middle(mask: np.ndarray) -> np.ndarray:
