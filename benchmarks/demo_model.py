@@ -33,7 +33,6 @@ RECIPE = Path(__file__).parents[1] / "finetune" / "demo_model" / "recipe.toml"
 LATENT_CHANNELS = 8
 TEXT_LENGTH = 512  # tokens, as the pipeline pads to
 SHORT = 32  # tokens of captions that the training computes
-EVERY = 50  # steps from one saved state to the next
 SPARE_WORDS = ("zorb", "ohwx", "sks")  # trigger words that are whole tokens; any other is spelt
 Settings = dict[str, Any]
 
@@ -43,7 +42,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the states; the same one resumes")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--steps", type=int, help="of each part, at most: for a trial")
-    parser.add_argument("--write", type=Path, help="folder to write the pipeline to in bfloat16, as far as it is trained")
+    parser.add_argument("--every", type=int, default=50, help="steps from one saved state to the next (50)")
+    parser.add_argument(
+        "--write", type=Path, help="folder to write the pipeline to in bfloat16, as far as it is trained"
+    )
     parser.add_argument("--only-write", action="store_true", help="do not train")
     arguments = parser.parse_args()
     recipe = tomllib.loads(arguments.recipe.read_text())
@@ -51,8 +53,8 @@ def main() -> None:
         shorten(recipe, arguments.steps)
     arguments.work.mkdir(parents=True, exist_ok=True)
     if not arguments.only_write:
-        train_vae(recipe, arguments.work)
-        train_transformer(recipe, arguments.work)
+        train_vae(recipe, arguments.work, arguments.every)
+        train_transformer(recipe, arguments.work, arguments.every)
     if arguments.write:
         write(recipe, arguments.work, arguments.write)
 
@@ -125,7 +127,10 @@ def new_transformer(settings: Settings, text: Settings, seed: int) -> WanTransfo
         patch_size=(1, 2, 2),
     )
     nn.init.zeros_(transformer.proj_out.weight)
-    for layer in (transformer.condition_embedder.text_embedder.linear_1, transformer.condition_embedder.text_embedder.linear_2):
+    for layer in (
+        transformer.condition_embedder.text_embedder.linear_1,
+        transformer.condition_embedder.text_embedder.linear_2,
+    ):
         nn.init.zeros_(layer.bias)
     for block in transformer.blocks:
         nn.init.constant_(block.attn2.norm_k.weight, 3.0)
@@ -154,7 +159,7 @@ class ShortText(WanAttnProcessor):
 # Training
 
 
-def train_vae(recipe: Settings, work: Path) -> None:
+def train_vae(recipe: Settings, work: Path, every: int) -> None:
     """Train the VAE: single frames, then short crops, then whole clips."""
     settings, seed = recipe["vae"], recipe["seed"]
     vae = new_vae(settings, seed)
@@ -182,7 +187,7 @@ def train_vae(recipe: Settings, work: Path) -> None:
         peak = settings["lr_whole"] / settings["lr"] if is_late else 1.0
         return peak * min(1, (done + 1) / 40) * (0.97 * (0.5 + 0.5 * math.cos(math.pi * done / all_)) + 0.03)
 
-    train("vae", vae, optimizer, step, rate, int(ends[-1]), work)
+    train("vae", vae, optimizer, step, rate, int(ends[-1]), work, every)
 
 
 def crop(clip: np.ndarray, frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
@@ -230,7 +235,7 @@ def embedded(tokenizer: Any, encoder: Any, captions: list[str]) -> Tensor:
     return table
 
 
-def train_transformer(recipe: Settings, work: Path) -> None:
+def train_transformer(recipe: Settings, work: Path, every: int) -> None:
     """Train the transformer by flow matching: it predicts noise - x0 of (1 - sigma) x0 + sigma noise."""
     settings, seed = recipe["transformer"], recipe["seed"]
     z, captions, _ = encoded(recipe, work)
@@ -265,7 +270,7 @@ def train_transformer(recipe: Settings, work: Path) -> None:
         left = (total - number) / (0.3 * total)
         return min(1.0, (number + 1) / 100) * max(0.05, min(1.0, left))
 
-    train("transformer", transformer, optimizer, step, rate, total, work, ema=settings["ema"])
+    train("transformer", transformer, optimizer, step, rate, total, work, every, ema=settings["ema"])
 
 
 def train(
@@ -276,6 +281,7 @@ def train(
     rate: Callable[[int], float],
     total: int,
     work: Path,
+    every: int,
     ema: float | None = None,
 ) -> None:
     """Train to the step `total`, from the state `work/NAME.pt` if there is one; the loss goes to work/curve.jsonl."""
@@ -289,7 +295,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         average, number, seconds = state["average"], state["step"], state["seconds"]
         print(f"{name}: going on after step {number}", flush=True)
-    base, losses = optimizer.param_groups[0]["lr"] if number == 0 else optimizer.defaults["lr"], []
+    base, losses = optimizer.defaults["lr"], []
     while number < total:
         started = time.monotonic()
         for group in optimizer.param_groups:
@@ -309,7 +315,7 @@ def train(
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"{name}: the loss of step {number} is {losses[-1]}; the state before it is kept")
         seconds += time.monotonic() - started
-        if number % EVERY == 0 or number == total:
+        if number % every == 0 or number == total:
             row = {"part": name, "step": number, "loss": round(float(np.mean(losses)), 4), "seconds": round(seconds)}
             losses.clear()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
@@ -342,9 +348,7 @@ def assemble(recipe: Settings, work: Path) -> WanPipeline:
     tokenizer, encoder = text_parts(recipe["text"], recipe["seed"])
     shift = recipe["transformer"]["shift"]
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    return WanPipeline(
-        tokenizer=tokenizer, text_encoder=encoder, vae=vae, scheduler=scheduler, transformer=transformer
-    )
+    return WanPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=vae, scheduler=scheduler, transformer=transformer)
 
 
 def write(recipe: Settings, work: Path, folder: Path) -> None:

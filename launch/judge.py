@@ -45,7 +45,9 @@ def contact_sheet(samples: Path, real: list[Path], prompts: list[str], path: Pat
         rows.append([[picture(frame) for frame in cell] for cell in cells])
     wide = rows[0][0][0].width
     cell_width = 3 * wide + 4
-    sheet = Image.new("RGB", (3 * (cell_width + 2 * GAP) + GAP, LABEL + len(rows) * (HEIGHT + LABEL + GAP) + GAP), "white")
+    sheet = Image.new(
+        "RGB", (3 * (cell_width + 2 * GAP) + GAP, LABEL + len(rows) * (HEIGHT + LABEL + GAP) + GAP), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(("the base model", "with the LoRA", "a real clip")):
         left = GAP + column * (cell_width + 2 * GAP)

@@ -144,7 +144,9 @@ def _write(
 def _refuse_another(note: Path, out: Path, made_of: dict[str, str | None], pipelines: Sequence[str]) -> None:
     """Raise UserError if the demo that is there is another one than is wanted."""
     found = read_note(note)
-    made_by = read_note(out / "model" / _INDEX).get("_class_name")  # of a demo that an earlier release made, or half of one
+    made_by = read_note(out / "model" / _INDEX).get(
+        "_class_name"
+    )  # of a demo that an earlier release made, or half of one
     if found not in ({}, made_of) or (made_by is not None and made_by not in pipelines):
         told = " ".join(str(value) for value in found.values() if value) or made_by
         raise UserError(f"it holds another demo ({told})", "give another --out, or remove this folder first", str(out))

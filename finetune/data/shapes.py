@@ -157,7 +157,9 @@ def _shape(mask: np.ndarray) -> str | None:
     best, name = _LEAST_OVERLAP, None
     for shape in (*SHAPES, NEW_SHAPE):
         for size in np.arange(8, 18.5, 0.5):
-            drawn = distance(shape, columns, rows + (_TRIANGLES_CENTROID * size if shape == "triangle" else 0), size) < 0
+            drawn = (
+                distance(shape, columns, rows + (_TRIANGLES_CENTROID * size if shape == "triangle" else 0), size) < 0
+            )
             overlap = (drawn & mask).sum() / (drawn | mask).sum()
             if overlap > best:
                 best, name = overlap, shape
