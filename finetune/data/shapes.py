@@ -32,6 +32,7 @@ CAPTIONS = (
     "{floor} floor, a {colour} {shape} moving {direction}",
 )
 _LEAST_OVERLAP = 0.6  # of a shape with its drawing: intersection over union
+_SECTORS = 12  # around the middle, of which a ring fills nine at least
 _TRIANGLES_CENTROID = 0.034  # of its size, below the middle of its drawing
 
 
@@ -117,8 +118,8 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarra
 
 
 def seen(video: np.ndarray) -> Seen:
-    """Which shape, colour and direction a clip, uint8 (F, H, W, 3), shows: what stands out from the floor is compared, in five
-    frames, with drawings of each shape; most frames decide.
+    """Which shape, colour and direction a clip, uint8 (F, H, W, 3), shows: what stands out from the floor is looked at in five
+    frames, of which most decide.
     """
     frames = video[np.linspace(0, len(video) - 1, 5).round().astype(int)]
     masks = [_stands_out(frame) for frame in frames]
@@ -151,11 +152,18 @@ def _colour(frame: np.ndarray, mask: np.ndarray) -> str:
 
 
 def _shape(mask: np.ndarray) -> str | None:
-    rows, columns = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]]
+    """A ring is what has nothing in its middle, and something all around; other shapes are compared with their drawings."""
     row, column = _middle(mask)
+    rows, columns = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]]
     rows, columns = rows - row, columns - column
+    far = np.hypot(rows, columns)
+    reach = np.quantile(far[mask], 0.9)
+    inside = mask & (far < 0.35 * reach)
+    sectors = np.floor((np.arctan2(rows, columns)[mask & ~inside] / np.pi + 1) * _SECTORS / 2) % _SECTORS
+    if inside.sum() < 0.3 * (far < 0.35 * reach).sum() and len(set(sectors)) >= 0.75 * _SECTORS:
+        return NEW_SHAPE
     best, name = _LEAST_OVERLAP, None
-    for shape in (*SHAPES, NEW_SHAPE):
+    for shape in SHAPES:
         for size in np.arange(8, 18.5, 0.5):
             drawn = (
                 distance(shape, columns, rows + (_TRIANGLES_CENTROID * size if shape == "triangle" else 0), size) < 0
