@@ -1,4 +1,4 @@
-"""Did the quickstart learn? `python launch/judge.py RUN SAMPLES HELDOUT` counts the videos that show the new shape.
+"""Did the quickstart learn? `python launch/judge.py RUN SAMPLES CLIPS RECIPE` counts the videos that show the new shape.
 
 SAMPLES is the folder of `finetune sample --compare`. Draws the contact sheet base | with the LoRA | a real clip, and ends with
 exit status 1 unless the shape is in 80 % of the trained model's videos, and in no more than 20 % of the base model's.
@@ -78,7 +78,9 @@ def main() -> int:
     run, samples, clips, recipe = map(Path, sys.argv[1:5])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     heldout = [row for row in rows if "heldout_loss" in row]
-    print(f"held-out loss {heldout[0]['heldout_loss']:.3f} -> {heldout[-1]['heldout_loss']:.3f}")
+    first, last = heldout[0]["heldout_loss"], heldout[-1]["heldout_loss"]
+    by_heart = ": a dozen clips are soon known by heart, and more would keep it low" if last > first else ""
+    print(f"held-out loss {first:.3f} -> {last:.3f}{by_heart}")
     found = shares(samples)
     for version, name in (("base", "the base model"), ("trained", "the model with the LoRA")):
         print(f"{name}: {sum(found[version])} of {len(found[version])} videos show a {NEW_SHAPE}")
