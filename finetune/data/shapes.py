@@ -32,6 +32,7 @@ CAPTIONS = (
     "{floor} floor, a {colour} {shape} moving {direction}",
 )
 _LEAST_OVERLAP = 0.6  # of a shape with its drawing: intersection over union
+_LEAST_HOLE = 0.06  # of a ring's area; 0.29 as it is drawn
 _SECTORS = 12  # around the middle, of which a ring fills nine at least
 _TRIANGLES_CENTROID = 0.034  # of its size, below the middle of its drawing
 
@@ -123,7 +124,7 @@ def seen(video: np.ndarray) -> Seen:
     """
     frames = video[np.linspace(0, len(video) - 1, 5).round().astype(int)]
     masks = [_stands_out(frame) for frame in frames]
-    found = [(frame, mask) for frame, mask in zip(frames, masks, strict=True) if mask.sum() >= 40]
+    found = [(frame, mask) for frame, mask in zip(frames, masks, strict=True) if 40 <= mask.sum() < 0.4 * mask.size]
     if len(found) < 3:
         return Seen(None, None, None)
     shape, count = Counter(_shape(mask) for _, mask in found).most_common(1)[0]
@@ -152,7 +153,9 @@ def _colour(frame: np.ndarray, mask: np.ndarray) -> str:
 
 
 def _shape(mask: np.ndarray) -> str | None:
-    """A ring is what has nothing in its middle, and something all around; other shapes are compared with their drawings."""
+    """A ring is what has nothing in its middle and something all around, or what encloses a hole; other shapes are compared with
+    their drawings.
+    """
     row, column = _middle(mask)
     rows, columns = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]]
     rows, columns = rows - row, columns - column
@@ -160,7 +163,9 @@ def _shape(mask: np.ndarray) -> str | None:
     reach = np.quantile(far[mask], 0.9)
     inside = mask & (far < 0.35 * reach)
     sectors = np.floor((np.arctan2(rows, columns)[mask & ~inside] / np.pi + 1) * _SECTORS / 2) % _SECTORS
-    if inside.sum() < 0.3 * (far < 0.35 * reach).sum() and len(set(sectors)) >= 0.75 * _SECTORS:
+    is_empty = inside.sum() < 0.3 * (far < 0.35 * reach).sum()
+    hole = _enclosed(mask) & (far < reach)
+    if (is_empty and len(set(sectors)) >= 0.75 * _SECTORS) or hole.sum() > _LEAST_HOLE * mask.sum():
         return NEW_SHAPE
     best, name = _LEAST_OVERLAP, None
     for shape in SHAPES:
@@ -172,3 +177,20 @@ def _shape(mask: np.ndarray) -> str | None:
             if overlap > best:
                 best, name = overlap, shape
     return name
+
+
+def _enclosed(mask: np.ndarray) -> np.ndarray:
+    """The pixels that are not of the mask and that no way outside of it leads to from the picture's edge."""
+    free = np.pad(~mask, 1, constant_values=True)
+    outside = np.zeros_like(free)
+    outside[0] = outside[-1] = outside[:, 0] = outside[:, -1] = True
+    while True:
+        grown = outside.copy()
+        grown[1:] |= outside[:-1]
+        grown[:-1] |= outside[1:]
+        grown[:, 1:] |= outside[:, :-1]
+        grown[:, :-1] |= outside[:, 1:]
+        grown &= free
+        if (grown == outside).all():
+            return (free & ~outside)[1:-1, 1:-1]
+        outside = grown
