@@ -24,10 +24,13 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, Problem, UserError
 
 
-def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None = None) -> list[Problem]:
+def check_all(
+    recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None = None, with_weights: bool = True
+) -> list[Problem]:
     """Everything that is wrong with recipe, output folder, model folder and clips. Collective.
 
     Args:
+        with_weights: False if the model's weights need not be there: its configs and tokenizers do.
         gpus: how many the training is for; `runtime.context_size` of them share each sample.
         report: the folder for a page that shows what becomes of every clip, which is written whatever is wrong.
     """
@@ -37,7 +40,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
     recipes, family, counter, clips = [recipe], None, None, []
     with _collected(problems):
         with runtime.together():
-            opened = open_family(recipe)
+            opened = open_family(recipe, with_weights)
         family = opened  # of every rank or of none: a rank without one would miss what the others do together
         recipes = recipes_of_experts(recipe, list(family.experts))
         with runtime.together():

@@ -23,7 +23,7 @@ from finetune.runtime.device import why_no_accelerator
 from finetune.runtime.distributed import Runtime, describe
 from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import atomic
-from finetune.runtime.logging import say
+from finetune.runtime.logging import LOG_FILE, logged, say
 from finetune.runtime.signals import StopRequest
 from finetune.tracking.metrics import check_metrics
 from finetune.training.identity import begun
@@ -137,7 +137,7 @@ def _train(
     prepared = prepare_once()
     with runtime.together():
         lock = claim_output(recipe) if runtime.is_main else nullcontext()
-    with lock, ExitStack() as stack:
+    with lock, logged(recipe.run_folder / LOG_FILE) if runtime.is_main else nullcontext(), ExitStack() as stack:
         runtime.doing("loading the weights")
         job = build(recipe, runtime, family, prepared)
         stack.enter_context(job.checkpoints)
@@ -172,7 +172,10 @@ def _is_finished(job: Job) -> bool:
     if job.is_out_of_patience:
         cure = "raise validation.patience, or remove it, to go on"
         why = f" (the held-out loss was measured {job.record.misses} times without a new least one)"
-    say(f"this run is finished: {steps} steps{why}, and all results are in {job.recipe.run_folder}; {cure}")
+    say(
+        f"this run is finished: {steps} steps{why}, and all results are in {job.recipe.run_folder}; {cure}",
+        is_result=True,
+    )
     return True
 
 
