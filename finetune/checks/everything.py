@@ -11,7 +11,7 @@ from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
 from finetune.models.family import Family
-from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions
+from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions, say_prompt_notes
 from finetune.preparation.columns import frames_without_loss, further_columns
 from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import accept, inspect_datasets
@@ -66,6 +66,7 @@ def check_all(
         if counter and runtime.is_main:
             prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
             say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], counter)
+            say_prompt_notes(recipe, prompts)
     with _collected(problems), runtime.together():
         _load_images(recipe)
     return problems

@@ -12,7 +12,7 @@ from finetune.recipe.load import recipe_values
 from finetune.runtime.device import PeakMemory
 from finetune.runtime.gpus import known_gpu
 from finetune.runtime.logging import say
-from finetune.runtime.units import GIB
+from finetune.runtime.units import GIB, counted
 from finetune.tracking.progress import ProgressLine
 from finetune.tracking.trackers import Tracker, open_trackers
 from finetune.training.job import Job
@@ -48,7 +48,7 @@ class Report:
             start = f"resuming after step {self.done}" if self.done else "starting"
             say(
                 f"{start}: {recipe.train.steps} steps, {job.order.steps_per_epoch} an epoch; global batch "
-                f"{job.split.global_batch} = {job.split.size} ranks x {job.split.micro} samples x "
+                f"{job.split.global_batch} = {counted(job.split.size, 'rank')} x {counted(job.split.micro, 'sample')} x "
                 f"{job.split.accumulation} accumulation; {trained:,} trained parameters"
             )
         with job.state.runtime.together():
@@ -141,7 +141,7 @@ class Report:
     def samples(self, step: int, samples: Samples | None) -> None:
         """Report videos of the validation prompts after `step` steps; step 0 is the base model."""
         if self.enabled and samples is not None:
-            say(f"samples after step {step}: {len(samples.videos)} videos in {samples.sheet.parent}")
+            say(f"samples after step {step}: {counted(len(samples.videos), 'video')} in {samples.sheet.parent}")
             if samples.control_change is not None:
                 say(
                     f"the LoRA changes a pixel of the control prompts by {samples.control_change:.2g} of 255 on average"

@@ -200,12 +200,13 @@ def _go_on(job: Job, done: int, plan: MemoryPlan, is_last: bool) -> int:
             is_trained, steps = done < steps, job.end
             job.state.runtime.doing("exporting")
             exported = results.export()
-            if is_trained or not has_samples(job, steps):  # after the weights are safe: samples need the most memory
+            if recipe.validation.samples_at_end and (is_trained or not has_samples(job, steps)):
+                # After the weights are safe: samples need the most memory.
                 samples = validation_samples(job, steps, lambda: stop.requested)
                 report.samples(steps, samples)
                 stopped = samples is None and has_prompts(job)  # the next start makes them
-                if samples and (grid := write_grid(job)):
-                    say(f"the samples of all steps: {grid}")
+            if is_trained and not stopped and (grid := write_grid(job)):
+                say(f"the samples of all steps: {grid}")
     if stopped:
         signal_ = stop.signal or signal.SIGTERM  # another rank may have been asked first
         say(f"stopped by {signal_.name}; the same command goes on from step {max(job.checkpoints.steps(), default=0)}")
@@ -227,7 +228,7 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
     if done == 0:
         _measure(job, 0, report)
     is_late = 0 < done < job.end and _due(validation.samples_every, done) and not has_samples(job, done)
-    if done == 0 or is_late:  # a stop came before them
+    if (done == 0 and validation.samples_at_start) or is_late:  # a stop came before them
         samples = validation_samples(job, done, lambda: stop.requested)
         report.samples(done, samples)
         if samples is None and has_prompts(job):  # stopped again
