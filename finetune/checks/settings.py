@@ -165,7 +165,7 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.schedule.warmup_steps > recipe.train.steps:
         yield Problem(
-            f"{recipe.schedule.warmup_steps} warm-up steps, but only {recipe.train.steps} steps in all",
+            f"{counted(recipe.schedule.warmup_steps, 'warm-up step')}, but only {counted(recipe.train.steps, 'step')} in all",
             "schedule.warmup_steps",
             f"set it to at most {recipe.train.steps}",
         )

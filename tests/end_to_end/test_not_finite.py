@@ -97,7 +97,7 @@ def test_nan_in_what_is_encoded_is_told_with_the_clip(
     moments["mean"][0, 0, 0, 0] = value
     save_file(moments, file)
     said = fails(*settings)
-    assert "step 1: what is encoded of 1 clip(s) holds NaN or infinities: " in said
+    assert "step 1: what is encoded of 1 clip holds NaN or infinities: " in said
     assert str(clips) in said
     assert f"or their items from {cache} to have them encoded anew" in said
 
