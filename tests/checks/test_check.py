@@ -71,7 +71,13 @@ def test_the_same_keys_pass_where_they_have_an_effect(recipe_file: Path) -> None
 
 @pytest.mark.parametrize(
     "lr, optimizer, where",
-    [(1, "adamw", ["optimizer.lr"]), (1, "lion", ["optimizer.lr"]), (1, "prodigy", []), (1e-3, "adamw", [])],
+    [
+        (1, "adamw", ["optimizer.lr"]),
+        (1, "lion", ["optimizer.lr"]),
+        (1, "prodigy", []),
+        (1e3, "prodigy", ["optimizer.lr"]),
+        (1e-3, "adamw", []),
+    ],
 )
 def test_a_rate_that_no_weight_outlives_is_refused(
     recipe_file: Path, lr: float, optimizer: str, where: list[str]
