@@ -34,7 +34,10 @@ _PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"} 
 _FLOAT8_EVERYWHERE = (2, 13)  # torch whose Triton has float8 e4m3 below compute capability 8.9
 
 _HIGHEST_RATE = 0.5  # that is not refused
-_OTHER_RATES = ("prodigy", "adafactor")  # estimated; a share of the weights' size
+_OTHER_RATES = {  # the highest one, and what it multiplies
+    "prodigy": (100.0, "the rate that prodigy estimates", "1 is usual"),
+    "adafactor": (0.5, "each weight's own size, and is how far it moves in every step", "1e-3 to 1e-2 are usual"),
+}
 
 
 def check_recipe(recipe: Recipe, data_ranks: int) -> list[Problem]:
@@ -165,11 +168,15 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.schedule.warmup_steps > recipe.train.steps:
         yield Problem(
-            f"{recipe.schedule.warmup_steps} warm-up steps, but only {recipe.train.steps} steps in all",
+            f"{counted(recipe.schedule.warmup_steps, 'warm-up step')}, but only {counted(recipe.train.steps, 'step')} in all",
             "schedule.warmup_steps",
             f"set it to at most {recipe.train.steps}",
         )
-    if recipe.optimizer.lr > _HIGHEST_RATE and recipe.optimizer.name not in _OTHER_RATES:
+    if other := _OTHER_RATES.get(recipe.optimizer.name):
+        highest, of, usual = other
+        if recipe.optimizer.lr > highest:
+            yield Problem(f"a learning rate of {recipe.optimizer.lr:g} multiplies {of}", "optimizer.lr", usual)
+    elif recipe.optimizer.lr > _HIGHEST_RATE:
         what = f"a learning rate of {recipe.optimizer.lr:g} moves each weight by about that much in every step"
         yield Problem(what, "optimizer.lr", "1e-5 to 1e-3 are usual")
     if problem := missing_library(recipe.optimizer):

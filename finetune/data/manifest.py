@@ -30,7 +30,7 @@ def read_manifest(
             `<video_column>s.txt` and `<caption_column>s.txt` (prompts.txt for "caption", too), a folder with metadata.csv,
             .tsv, .json, .jsonl or .parquet, or with train/ that has one, or such a file. Paths inside are relative to the file.
         id_token: text that is put in front of every caption, followed by a space.
-        leave_out: folders inside of a dataset's folder whose files are no part of it, such as the run's own.
+        leave_out: folders and files inside of a dataset's folder that are no part of it, such as the run's own.
     Returns:
         The clips, the clips and rows that cannot be used, and of a folder every file that is not used, each with the reason.
     Raises:

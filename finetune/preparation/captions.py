@@ -113,7 +113,7 @@ def say_prompt_notes(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
         say(f"the trigger word {word!r} is put before captions, not before prompts: {len(without)} without it ({cure})")
     file = recipe.validation.prompts_file
     if file is not None and (comments := comments_of(file)):
-        say(f"{file}: {counted(comments, 'line')} that begin with # are taken for comments, not for prompts")
+        say(f"{file}: {counted(comments, 'line')} beginning with # left out, as comments")
 
 
 def _told(found: Sequence[CutCaption]) -> Iterator[str]:

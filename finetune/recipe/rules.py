@@ -1,8 +1,8 @@
 """Which memory savers go together: the one list of rules.
 
-`check` reports what breaks a rule, `plan --fit` leaves such settings out, the table in recipes/memory.md is printed from them, and the
-tests of savers combine what they allow. They stand beside the schema, because a rule looks at a recipe's keys and at the
-number of ranks alone: it is read before torch is imported, and by every room above this one.
+`check` reports what breaks a rule, `plan --fit` leaves such settings out, the table in recipes/memory.md is printed from
+them, and the tests of savers combine what they allow. They stand beside the schema, because a rule looks at a
+recipe's keys and at the number of ranks alone: it is read before torch is imported, and by every room above this one.
 """
 
 from collections.abc import Callable, Mapping

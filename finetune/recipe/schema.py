@@ -19,6 +19,10 @@ from finetune.recipe.validation import Validation
 from finetune.recipe.values import PathText, family_name
 
 GENERATED = "generated"  # the folder of `sample` in `output`
+_OF_A_RUN = (  # what would be read as clips, captions or tables, or is named file by file, if a run's folder is the dataset's
+    *("samples", "checkpoints", "starts", "lora", "transformer", "partial"),
+    *("log.txt", "metrics.jsonl", "recipe.toml", "results.json", "report.html"),
+)
 
 AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
 
@@ -345,10 +349,11 @@ class Recipe(Table):
         return self.output / experts[0] if experts and len(experts) == 1 else self.output
 
     @property
-    def own_folders(self) -> list[Path]:
-        """Folders that a run writes into. If they lie in a dataset's folder, their videos and images are no clips of it."""
+    def own_paths(self) -> list[Path]:
+        """Folders and files that a run writes. If they lie in a dataset's folder, they are no clips, captions or tables of it."""
         # Those in it count by themselves where the run writes into the dataset's folder itself, which cannot be left out whole.
-        return [self.output, self.run_folder / "samples", self.output / GENERATED, self.data.cache]
+        inside = (self.run_folder / name for name in _OF_A_RUN)
+        return [self.output, *inside, self.output / GENERATED, self.data.cache]
 
     @property
     def adapter(self) -> Table | None:

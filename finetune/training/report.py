@@ -47,7 +47,7 @@ class Report:
             trained = sum(parameter.numel() for parameter in job.state.parameters)
             start = f"resuming after step {self.done}" if self.done else "starting"
             say(
-                f"{start}: {recipe.train.steps} steps, {job.order.steps_per_epoch} an epoch; global batch "
+                f"{start}: {counted(recipe.train.steps, 'step')}, {job.order.steps_per_epoch} an epoch; global batch "
                 f"{job.split.global_batch} = {counted(job.split.size, 'rank')} x {counted(job.split.micro, 'sample')} x "
                 f"{job.split.accumulation} accumulation; {trained:,} trained parameters"
             )

@@ -25,6 +25,7 @@ from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import atomic
 from finetune.runtime.logging import LOG_FILE, logged, say
 from finetune.runtime.signals import StopRequest
+from finetune.runtime.units import counted
 from finetune.tracking.metrics import check_metrics
 from finetune.training.identity import begun
 from finetune.training.job import Job, build
@@ -112,7 +113,7 @@ def _train_one(
         with runtime.together():
             over = runtime.is_main and clips is not None and is_over(recipe, family, clips)
         if runtime.from_main(over):
-            say(f"it is finished: {ended_at(recipe)} steps and all results")
+            say(f"it is finished: {counted(ended_at(recipe), 'step')} and all results")
             return 0
     runtime.device.record_memory()
     try:
@@ -171,9 +172,9 @@ def _is_finished(job: Job) -> bool:
     cure, why = "raise train.steps to go on", ""
     if job.is_out_of_patience:
         cure = "raise validation.patience, or remove it, to go on"
-        why = f" (the held-out loss was measured {job.record.misses} times without a new least one)"
+        why = f" (the held-out loss was measured {counted(job.record.misses, 'time')} without a new least one)"
     say(
-        f"this run is finished: {steps} steps{why}, and all results are in {job.recipe.run_folder}; {cure}",
+        f"this run is finished: {counted(steps, 'step')}{why}, and all results are in {job.recipe.run_folder}; {cure}",
         is_result=True,
     )
     return True

@@ -14,11 +14,13 @@ from trainings import checkpoints, rows
 
 from finetune.checks.model import open_family
 from finetune.data.cache import Cache
+from finetune.data.manifest import read_manifest
 from finetune.engine.step import StepResult, run_step
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.logging import LOG_FILE
 from finetune.training.job import Job
 from finetune.training.run import train
 from finetune.training.samples import validation_samples
@@ -66,6 +68,19 @@ def output(finished: Path, tmp_path: Path) -> Path:
     for recipe in (output / "recipe.toml", *(output / "starts").iterdir()):
         recipe.write_text(recipe.read_text().replace(str(finished), str(output)))
     return output
+
+
+def test_a_run_that_writes_into_its_dataset_reads_nothing_of_its_own(output: Path, recipe_file: Path) -> None:
+    (output / LOG_FILE).write_text("12:00:00 starting")  # of the command; else a caption without a video
+    shutil.copytree(load_recipe(recipe_file).data.path, output, dirs_exist_ok=True)
+    recipe = load_recipe(recipe_file, [*SETTINGS, f"output={output}", f"data.path={output}"])
+    found = read_manifest(output, "video", "caption", leave_out=recipe.own_paths)
+    assert found.problems == ()
+    assert {clip.path.parent for clip in found.clips} == {output}
+    assert {each.what for each in found.unused} <= {"written by the run itself", "hidden, or written by the system"}
+    assert {each.where for each in found.unused} >= {
+        str(output / name) for name in (LOG_FILE, "samples", "checkpoints")
+    }
 
 
 def written(folder: Path) -> Files:
