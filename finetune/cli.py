@@ -22,6 +22,7 @@ python -m finetune push     --run DIR --repo OWNER/NAME [--public] [--offline-fo
 python -m finetune cache    size|verify|prune [--dir CACHE] [--recipe R ...] ...   what takes room in a cache, and what is damaged
 python -m finetune compare  OUTPUT ...        runs by their held-out losses, and both experts of a run
 python -m finetune plot     --run DIR        loss curve of a run, as loss.png in it
+python -m finetune report   --run DIR        a page of a run, as report.html in it: curves, samples, dataset, settings
 python -m finetune demo     --out DIR        a tiny random pipeline and real clips to try things on
 python -m finetune schema                    JSON Schema of recipes, for editors
 python -m finetune families                  model families
@@ -39,6 +40,7 @@ COMMANDS = (
     "cache",
     "compare",
     "plot",
+    "report",
     "demo",
     "schema",
     "families",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 
@@ -35,6 +36,7 @@ from finetune.training.report import Report
 from finetune.training.sample_grid import write_grid
 from finetune.training.samples import has_prompts, has_samples, validation_samples
 from finetune.training.saving import Saving
+from finetune.training.start_note import write_start_note
 from finetune.training.usage import say_usage
 
 
@@ -157,9 +159,11 @@ def _train(
             if runtime.is_main:
                 check_metrics(recipe.run_folder, done)
         job.checkpoints.set_aside_after(done)
+        kept = Path()
         with runtime.together():
             if runtime.is_main:
-                keep_recipe(recipe, done)
+                kept = keep_recipe(recipe, done)
+        write_start_note(job, kept)
         return _go_on(job, done, plan, is_last)
 
 
