@@ -1,6 +1,7 @@
 """Curves of metrics: smoothed, thinned for a picture, and the range that shows them."""
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,19 @@ def smoothed(points: Points) -> tuple[Points, int]:
             total -= points[place - window][1]
         mean.append((step, total / min(place + 1, window)))
     return mean, window
+
+
+def running_median(points: Points) -> tuple[Points, int]:
+    """The same with the median, which single outliers do not move."""
+    window = max(1, len(points) // 30)
+    ordered: list[float] = []
+    found = []
+    for place, (step, value) in enumerate(points):
+        insort(ordered, value)
+        if place >= window:
+            del ordered[bisect_left(ordered, points[place - window][1])]
+        found.append((step, ordered[len(ordered) // 2]))
+    return found, window
 
 
 def thinned(points: Points, most: int = 600) -> Points:

@@ -33,6 +33,7 @@ from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compa
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
 from finetune.training.output import Results, claim_output, ended_at, is_over, keep_recipe
 from finetune.training.report import Report
+from finetune.training.run_page.at_end import with_page
 from finetune.training.sample_grid import write_grid
 from finetune.training.samples import has_prompts, has_samples, validation_samples
 from finetune.training.saving import Saving
@@ -164,7 +165,7 @@ def _train(
             if runtime.is_main:
                 kept = keep_recipe(recipe, done)
         write_start_note(job, kept)
-        return _go_on(job, done, plan, is_last)
+        return with_page(recipe, runtime, lambda: _go_on(job, done, plan, is_last))
 
 
 def _is_finished(job: Job) -> bool:

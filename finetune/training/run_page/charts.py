@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.tracking.curves import Points, points_of, shown_range, smoothed, thinned, ticks
+from finetune.tracking.curves import Points, points_of, running_median, shown_range, smoothed, thinned, ticks
 
 WIDTH, HEIGHT = 1000, 300  # units of the view box, stretched to what there is room for
 _QUARTERS = ("least noise", "less noise", "more noise", "most noise")
@@ -50,9 +50,13 @@ class RunChart:
     def drawn(self, marks: Sequence[Mark]) -> dict[str, Any]:
         """What the template shows: lengths are shares of the chart's sides in per cent, paths are in the view box."""
         steps = [step for curve in self.curves for step in (*(at for at, _ in curve.points), *curve.gaps)]
-        first, last = min(steps), max(max(steps), min(steps) + 1)
+        first, last = min(steps), max(steps)
         faint = [curve.points for curve in self.curves if curve.kind == "faint"]
         low, high = shown_range(faint, [curve.points for curve in self.curves if curve.kind not in ("faint", "dashed")])
+        room = high - low
+        for value in (curve.points[-1][1] for curve in self.curves if curve.kind == "dashed"):
+            if low - room <= value <= high + room:  # else it would flatten the others
+                low, high = min(low, value - room / 20), max(high, value + room / 20)
         notes, curves = [self.note] if self.note else [], []
         for curve in self.curves:
             if curve.kind == "dashed":
@@ -61,7 +65,7 @@ class RunChart:
                     notes.append(f"{curve.name}: {value:.4g}, {'above' if value > high else 'below'} the picture")
                     continue
             curves.append(curve)
-        x = lambda step: (step - first) / (last - first)  # noqa: E731
+        x = lambda step: (step - first) / (last - first) if last > first else 0.5  # noqa: E731
         y = lambda value: 1 - (min(max(value, low), high) - low) / (high - low)  # noqa: E731
         if cut := sum(not low <= value <= high for points in faint for _, value in points):
             notes.append(f"{cut} single step{'s lie' if cut > 1 else ' lies'} outside of the picture")
@@ -89,7 +93,9 @@ class RunChart:
                 for mark in marks
                 if first <= mark.step <= last
             ],
-            "x_ticks": [(100 * x(step), f"{step:,.0f}") for step in ticks(first, last, 6) if step == int(step)],
+            "x_ticks": [
+                (100 * x(step), f"{step:,.0f}") for step in ticks(first, last, 6) or [first] if step == int(step)
+            ],
             "y_ticks": [(100 * y(value), _number(value)) for value in ticks(low, high, 4)],
             "data": json.dumps(
                 {
@@ -111,28 +117,40 @@ def charts_of(rows: Sequence[Mapping[str, Any]]) -> list[RunChart]:
     """The charts of a run's metrics: those of which there are any figures."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     found = [
-        _with_mean(rows, "loss", "Training loss", "each step"),
+        _with_mean(rows, "loss", "Training loss"),
         RunChart("Held-out loss", _heldout(rows), "on clips that are not trained on, with the same noise each time"),
         RunChart("Held-out loss by noise level", _quarters(rows, "heldout_loss_sigma", "dots"), "quarters of sigma"),
         RunChart("Training loss by noise level", _quarters(rows, "loss_sigma", "line"), "quarters of sigma"),
         RunChart("Held-out loss by term", _terms(rows, names, "heldout_loss/", "dots")),
-        RunChart("Training loss by term", _terms(rows, names, "loss/", "line")),
+        RunChart("Training loss by term", _terms(rows, names, "loss/", "line"), "running means"),
         RunChart("Learning rate", [_curve(rows, "lr", "learning rate")]),
-        _with_mean(rows, "grad_norm", "Gradient norm", "each step", "before clipping"),
-        _with_mean(rows, "seconds_per_step", "Seconds per step", "each step"),
+        _with_median(rows, "grad_norm", "Gradient norm", "before clipping"),
+        _with_median(rows, "seconds_per_step", "Seconds per step"),
     ]
     if "mfu" in names:
-        found.append(_with_mean(rows, "mfu", "Model FLOPs utilisation", "each step"))
+        found.append(_with_median(rows, "mfu", "Model FLOPs utilisation"))
     kept = [RunChart(each.title, [c for c in each.curves if c.points or c.gaps], each.note) for each in found]
     return [each for each in kept if each.curves]
 
 
-def _with_mean(rows: Sequence[Mapping[str, Any]], name: str, title: str, each: str, note: str = "") -> RunChart:
+def _with_mean(rows: Sequence[Mapping[str, Any]], name: str, title: str, note: str = "") -> RunChart:
     points, gaps = points_of(rows, name)
     mean, window = smoothed(points)
-    if window == 1:
-        return RunChart(title, [Curve(each, points, 0, "line", gaps)], note)
-    return RunChart(title, [Curve(each, points, 0, "faint", gaps), Curve(f"mean of {window}", mean, 0)], note)
+    return RunChart(title, _over(points, gaps, mean, f"mean of {window}"), note)
+
+
+def _with_median(rows: Sequence[Mapping[str, Any]], name: str, title: str, note: str = "") -> RunChart:
+    """The same of a figure with outliers, such as the seconds of a step that waits for something."""
+    points, gaps = points_of(rows, name)
+    median, window = running_median(points)
+    return RunChart(title, _over(points, gaps, median, f"median of {window}"), note)
+
+
+def _over(points: Points, gaps: list[int], clear: Points, name: str) -> list[Curve]:
+    """A curve of every step, and a smooth one over it where it is another."""
+    if clear == points:
+        return [Curve("each step", points, 0, "line", gaps)]
+    return [Curve("each step", points, 0, "faint", gaps), Curve(name, clear, 0)]
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], name: str, title: str, colour: int = 0, kind: str = "line") -> Curve:
@@ -153,8 +171,13 @@ def _quarters(rows: Sequence[Mapping[str, Any]], name: str, kind: str) -> list[C
 
 
 def _terms(rows: Sequence[Mapping[str, Any]], names: Sequence[str], prefix: str, kind: str) -> list[Curve]:
-    terms = [name for name in names if name.startswith(prefix)]
-    return [_curve(rows, name, name.removeprefix(prefix), place % 5, kind) for place, name in enumerate(terms)]
+    """A curve for each term; those of every step smoothed."""
+    found = []
+    for place, name in enumerate(name for name in names if name.startswith(prefix)):
+        points, gaps = points_of(rows, name)
+        shown = smoothed(points)[0] if kind == "line" else points
+        found.append(Curve(name.removeprefix(prefix), shown, place % 5, kind, gaps))
+    return found
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from finetune.checks.output import read_saved
 from finetune.recipe import RECIPE_FILE, Recipe, load_recipe
-from finetune.recipe.load import changes
+from finetune.recipe.load import flat_values
 from finetune.recipe.schema import ExpertName
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import is_held, read_note
@@ -126,10 +126,16 @@ def _starts(folder: Path) -> list[RunStart]:
             recipe = load_recipe(path)
         except UserError:
             recipe = None
-        told = changes(recipe, before) if recipe and before else []
+        told = _changes(recipe, before) if recipe and before else []
         starts.append(RunStart(step, note, told))
         before = recipe or before
     return starts
+
+
+def _changes(recipe: Recipe, before: Recipe) -> list[str]:
+    new, old = flat_values(recipe), flat_values(before)
+    keys = [key for key in (*old, *(key for key in new if key not in old)) if new.get(key) != old.get(key)]
+    return [f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}" for key in keys]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -128,7 +128,12 @@ def _tiles(part: RunPart) -> list[tuple[str, str]]:
             found.append((f"{best[1]:.4g}", f"least held-out loss, step {best[0]:,}"))
     if losses:
         recent = [value for _, value in losses[-max(1, len(losses) // 30) :]]
-        found.append((f"{sum(recent) / len(recent):.4g}", f"training loss, mean of {len(recent)}"))
+        found.append(
+            (
+                f"{sum(recent) / len(recent):.4g}",
+                f"training loss, mean of {len(recent)}" if len(recent) > 1 else "training loss",
+            )
+        )
     if seconds:
         ordered = sorted(value for _, value in seconds)
         found.append((f"{ordered[len(ordered) // 2]:.3g} s", "a step, median"))
@@ -149,11 +154,11 @@ def _alarms(part: RunPart) -> list[str]:
         _, gaps = points_of(part.rows, name)
         if gaps:
             first = f"first at step {gaps[0]:,}" if len(gaps) > 1 else f"at step {gaps[0]:,}"
-            found.append(f"{title} is not finite {first}: `--resume-step N` goes back to a checkpoint before it.")
+            found.append(f"{title} is not finite {first}; --resume-step N goes back to a checkpoint before it.")
     heldout, _ = points_of(part.rows, "heldout_loss")
     if len(heldout) > 1 and heldout[-1][1] > heldout[0][1]:
         found.append(
-            "The held-out loss is higher than at the start: it has learnt the clips, not what they have in common."
+            "The held-out loss is higher than at the start: too many steps for these clips, or too high a learning rate."
         )
     return found
 

@@ -4,10 +4,10 @@ import base64
 import io
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import av
@@ -28,7 +28,7 @@ _MOST_ROWS, _MOST_STEPS = 40, 10
 class Preview:
     """A sample in the page: a small copy as a data: address, and the whole file's path from the page's folder.
 
-    `address` is empty where the file cannot be read.
+    `address` is empty where the file cannot be read; `poster` is a video's first frame.
     """
 
     file: str
@@ -36,6 +36,11 @@ class Preview:
     is_video: bool
     width: int
     height: int
+    poster: str = ""
+
+    @property
+    def size(self) -> int:
+        return len(self.address) + len(self.poster)
 
 
 @dataclass
@@ -90,7 +95,7 @@ def sample_grid(run: Path, recipe: Recipe, page: Path, budget: int, seconds: flo
             made = {
                 row.name: _preview(page / row.files[step], row.files[step], side) for row in shown if step in row.files
             }
-            more = sum(len(preview.address) for preview in made.values())
+            more = sum(preview.size for preview in made.values())
             if size + more > budget:
                 why = f"the page would be larger than {budget / 1e6:.0f} MB"
                 break
@@ -159,27 +164,34 @@ def _by_worth(steps: Sequence[int]) -> list[int]:
 
 
 def _preview(path: Path, file: str, side: int) -> Preview:
+    is_video = path.suffix != ".png"
     try:
-        data, width, height = _picture(path, side) if path.suffix == ".png" else _video(path, side)
+        if not is_video:
+            with Image.open(path) as opened:
+                data, (width, height) = _webp(opened.convert("RGB"), side)
+            return Preview(file, _address("image/webp", data), False, width, height)
+        data, first = _video(path, side)
+        poster, (width, height) = _webp(first, side)
     except (OSError, ValueError, IndexError, SyntaxError, av.error.FFmpegError):  # cut off, or something else
-        return Preview(file, "", path.suffix != ".png", 0, 0)
-    kind = "image/webp" if path.suffix == ".png" else "video/mp4"
-    address = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    return Preview(file, address, path.suffix != ".png", width, height)
+        return Preview(file, "", is_video, 0, 0)
+    return Preview(file, _address("video/mp4", data), True, width, height, _address("image/webp", poster))
 
 
-def _picture(path: Path, side: int) -> tuple[bytes, int, int]:
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+def _address(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _webp(picture: Image.Image, side: int) -> tuple[bytes, tuple[int, int]]:
+    """(the picture in WebP, no side longer than `side`; its width and height)."""
     picture.thumbnail((side, side))
     data = io.BytesIO()
-    picture.save(data, "WEBP", quality=85)
-    return data.getvalue(), picture.width, picture.height
+    picture.save(data, "WEBP", quality=75)
+    return data.getvalue(), picture.size
 
 
-def _video(path: Path, side: int) -> tuple[bytes, int, int]:
-    """A small H.264 copy; of many frames every second, third and so on, at the same speed."""
-    data = io.BytesIO()
+def _video(path: Path, side: int) -> tuple[bytes, Image.Image]:
+    """(a small H.264 copy, its first frame); of many frames every second, third and so on, at the same speed."""
+    data, first = io.BytesIO(), None
     with av.open(str(path)) as source, av.open(data, "w", format="mp4") as target:
         stream = source.streams.video[0]
         rate = Fraction(stream.average_rate or 25)
@@ -189,18 +201,11 @@ def _video(path: Path, side: int) -> tuple[bytes, int, int]:
         options = {"crf": "28", "preset": "veryfast"}
         out = target.add_stream("libx264", rate=(rate / every).limit_denominator(1001), options=options)
         out.width, out.height, out.pix_fmt = width, height, "yuv420p"
-        count = 0
-        for frame in _every(source.decode(stream), every):
+        for frame in islice(source.decode(stream), 0, None, every):
             small = frame.reformat(width=width, height=height, format="yuv420p")
-            small.pts, count = None, count + 1
+            first, small.pts = first or small.to_image(), None
             target.mux(out.encode(small))
         target.mux(out.encode())
-    if not count:
+    if first is None:
         raise ValueError("no frames")
-    return data.getvalue(), width, height
-
-
-def _every(frames: Iterator[av.VideoFrame], number: int) -> Iterator[av.VideoFrame]:
-    for place, frame in enumerate(frames):
-        if place % number == 0:
-            yield frame
+    return data.getvalue(), first

@@ -1,5 +1,6 @@
 """What a run's recipe sets that its defaults do not, and the shipped recipe for the same model does not."""
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,10 +40,11 @@ def compared(recipe: Recipe) -> tuple[list[Compared], str]:
         for key in sorted(values.keys() | plain.keys() | shipped.keys(), key=_order(recipe))
         if values.get(key) != plain.get(key) or (name and values.get(key) != shipped.get(key))
     ]
+    short = _sparse(recipe, values)
     found = [
         Compared(
             key,
-            _text(values, key),
+            _text(short, key),
             _text(plain, key),
             _text(shipped, key) if name and key not in _OWN else None,
             key in free,
@@ -96,7 +98,28 @@ def _order(recipe: Recipe) -> Any:
 
 
 def _text(values: dict[str, Any], key: str) -> str:
+    """A value as TOML has it; of a list of tables, one in a line, without what stands there by default or is empty."""
     if key not in values:
         return "not set"
     value = values[key]
-    return f'"{value}"' if isinstance(value, str) else repr(value).replace("True", "true").replace("False", "false")
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        return "\n".join(
+            _inline({name: inner for name, inner in each.items() if inner not in ("", None)}) for each in value
+        )
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _inline(table: dict[str, Any]) -> str:
+    return "{" + ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()) + "}"
+
+
+def _sparse(recipe: Recipe, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, and of tables in a list only the keys that are not as by default."""
+    dumped = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    found = dict(values)
+    for key, value in values.items():
+        table, _, name = key.partition(".")
+        short = dumped.get(table, {}).get(name) if isinstance(dumped.get(table), dict) else None
+        if isinstance(value, list) and isinstance(short, list) and len(short) == len(value):
+            found[key] = short
+    return found

@@ -41,6 +41,12 @@ for (const area of document.querySelectorAll("[data-chart]")) {
   area.addEventListener("pointerdown", show);
   area.addEventListener("pointerleave", hide);
 }
+// A click plays a sample; the browser's own controls would cover small ones.
+for (const video of document.querySelectorAll("video")) {
+  video.removeAttribute("controls");
+  video.title = "click to play or stop";
+  video.addEventListener("click", () => { if (video.paused) video.play(); else video.pause(); });
+}
 // All samples of a grid at once.
 for (const button of document.querySelectorAll("button.all")) {
   const videos = [...button.closest("section").querySelectorAll("video")];
