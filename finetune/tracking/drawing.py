@@ -107,8 +107,10 @@ def font_files() -> tuple[Path, ...]:
     files = [file for folder in _FONT_FOLDERS for file in _fonts_in(Path(folder).expanduser())]
     if (spec := find_spec("matplotlib")) and spec.origin:  # which brings DejaVu
         files += _fonts_in(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf")
-    found = (next((f for name in names for f in files if f.name.startswith(name)), None) for names in (_LATIN, _CJK))
-    return tuple(file for file in found if file is not None)
+    latin = (file for name in _LATIN for file in files if file.stem == name)
+    regular = sorted(files, key=lambda file: "Regular" not in file.stem)
+    cjk = (file for name in _CJK for file in regular if file.name.startswith(name))
+    return tuple(file for file in (next(latin, None), next(cjk, None)) if file is not None)
 
 
 @lru_cache
