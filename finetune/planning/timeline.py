@@ -23,7 +23,7 @@ _KINDS = (
     ("gradients", ("gradients",), GREEN),
     ("activations", ("activations",), ORANGE),
     ("backward pass", ("backward pass", "update"), "#f0c38d"),
-    ("encoders", ("encoding",), "#8fcdb6"),
+    ("encoders and VAE", ("text encoder", "VAE", "encoding"), "#8fcdb6"),
     ("generating", ("generating", "gathering"), "#cdb5e2"),
     ("other", (), FAINT),
 )

@@ -17,6 +17,19 @@ from finetune.training.memory import MEMORY_FILE
 from finetune.training.output import RESULTS, STARTS, ended_at
 from finetune.training.start_note import SCRIPT_FILE
 
+_KINDS: dict[str, type] = {  # what a note holds, as far as the page relies on it
+    "devices": list,
+    "datasets": list,
+    "versions": dict,
+    "model": dict,
+    "batch": dict,
+    "measured": dict,
+    "planned": dict,
+    "relative_error": dict,
+    "buckets": dict,
+    "refused": list,
+    "unused": list,
+}
 _START = re.compile(r"after_step_(\d+)(?:-(\d+))?")
 
 
@@ -139,9 +152,17 @@ def _changes(recipe: Recipe, before: Recipe) -> list[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """An object in a file; empty if there is none, or something else."""
+    """An object in a file, without what is not as it was written; empty if there is none, or something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return _sound(found) if isinstance(found, dict) else {}
+
+
+def _sound(note: dict[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in note.items():
+        if isinstance(value, _KINDS.get(key, object)):
+            kept[key] = [_sound(each) for each in value if isinstance(each, dict)] if isinstance(value, list) else value
+    return kept

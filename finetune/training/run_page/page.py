@@ -177,8 +177,9 @@ def _memory(part: RunPart) -> dict[str, Any]:
     """Planned and measured memory of the steps; what metrics tell where there is no more."""
     names = [(_title(name), name) for name in ("allocated", "reserved")]
     measured, planned = part.memory.get("measured") or {}, part.memory.get("planned") or {}
+    errors = part.memory.get("relative_error") or {}
     rows = [
-        (title, planned.get(name), measured.get(name), (part.memory.get("relative_error") or {}).get(name))
+        (title, _number_or_none(planned.get(name)), measured[name], _number_or_none(errors.get(name)))
         for title, name in names
         if _is_number(measured.get(name))
     ]
@@ -210,10 +211,10 @@ def _about(part: RunPart) -> list[tuple[str, str]]:
         ("samples of a step", str(recipe.train.global_batch_size)),
         ("shapes", ", ".join(map(str, recipe.data.stated_buckets))),
     ]
-    clips = note.get("clips") or {}
-    if clips:
-        held = f", {clips.get('heldout', 0):,} held out" if clips.get("heldout") else ""
-        found.append(("clips", f"{clips.get('trained', 0):,} trained on{held}"))
+    clips = note.get("clips")
+    if isinstance(clips, dict) and {"trained", "heldout"} <= clips.keys():
+        held = f", {clips['heldout']} held out" if clips["heldout"] else ""
+        found.append(("clips", f"{clips['trained']} trained on{held}"))
     if model.get("base_license"):
         found.append(("base model's licence", str(model["base_license"])))
     if words := list(
@@ -242,6 +243,10 @@ def _palette() -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _number_or_none(value: Any) -> float | None:
+    return value if _is_number(value) else None
 
 
 def _title(name: str) -> str:

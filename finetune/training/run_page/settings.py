@@ -83,8 +83,10 @@ def _template(path: str, family: str, method: str) -> tuple[str, dict[str, Any]]
     """(the shipped recipe for a checkpoint and a method, its values); ("", {}) if there is none, as outside of a checkout."""
     for file in sorted(_SHIPPED.glob("*.toml")):
         try:
+            if f'"{path}"' not in file.read_text(encoding="utf-8"):  # reading all of them takes half a second
+                continue
             found = load_recipe(file)
-        except UserError:
+        except (OSError, ValueError, UserError):
             continue
         if (found.model.path, found.model.family, found.train.method) == (path, family, method):
             return file.name, flat_values(found)
