@@ -139,7 +139,7 @@ def _starts(folder: Path) -> list[RunStart]:
             recipe = load_recipe(path)
         except UserError:
             recipe = None
-        told = _changes(recipe, before) if recipe and before else []
+        told: list[str] = _changes(recipe, before) if recipe and before else []
         starts.append(RunStart(step, note, told))
         before = recipe or before
     return starts
