@@ -8,6 +8,10 @@ import argparse
 from finetune.commands.common import folder_named
 from finetune.runtime.logging import say
 
+EXAMPLES = """\
+finetune report --run runs/mine          then open runs/mine/report.html in a browser
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""

@@ -13,6 +13,7 @@ from finetune.data.formats.listing import file_fault, list_files
 from finetune.data.formats.tables import only_table
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.logging import listed
+from finetune.runtime.paths import looked_in
 
 __all__ = ["Manifest", "describe_unused", "read_manifest"]
 
@@ -41,7 +42,7 @@ def read_manifest(
         raise UserError(f"cannot be opened ({error.strerror})", "mend data.path", str(path)) from None
     if not exists:
         raise UserError(
-            "the dataset does not exist",
+            f"the dataset does not exist{looked_in(path)}",
             "set data.path, or `path` in [[data.sources]], to a folder of videos or a manifest file",
             str(path),
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from finetune.recipe.schema import Memory, Recipe, is_set
 from finetune.runtime.errors import Problem
+from finetune.runtime.units import counted
 
 Text = str | Callable[[Recipe, int], str]
 
@@ -126,7 +127,7 @@ RULES = (
     Rule(
         "memory.shard_size",
         _has_odd_groups,
-        lambda recipe, ranks: f"{ranks} rank(s) cannot be divided into groups of {recipe.memory.shard_size}",
+        lambda recipe, ranks: f"{counted(ranks, 'rank')} cannot be divided into groups of {recipe.memory.shard_size}",
         _nearest_group,
     ),
     Rule(

@@ -7,7 +7,7 @@ because it would continue a different training under the same name.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from finetune.recipe.data import Data
 from finetune.recipe.ema import Ema
@@ -16,7 +16,7 @@ from finetune.recipe.optimizers import AdamW, AnyOptimizer
 from finetune.recipe.sigma_table import SigmaTable
 from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
 from finetune.recipe.validation import Validation
-from finetune.recipe.values import PathText
+from finetune.recipe.values import PathText, family_name
 
 GENERATED = "generated"  # the folder of `sample` in `output`
 
@@ -43,8 +43,8 @@ _RANGE_SCHEMA = {
 
 
 class Model(Table):
-    family: str
-    """Which model family: see `python -m finetune families`; or one of your own, as "package.module:Class"."""
+    family: Annotated[str, BeforeValidator(family_name)]
+    """Which model family: see `finetune families`; or one of your own, as "package.module:Class"."""
     path: str = Free(...)
     """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json). A run is resumed wherever the model lies: its
     weights are known by their content."""
@@ -113,7 +113,7 @@ class Lora(Table):
     rank: Rank = 64
     """Rank of the adapter matrices."""
     alpha: Annotated[float, Field(gt=0)] = 64.0
-    """The adapter's output is scaled by alpha / rank."""
+    """The adapter's output is scaled by alpha / rank; unset: as `rank`, so by 1."""
     targets: list[str] = Field(default=[])
     """Linear layers inside the transformer blocks, like ["to_q", "to_k", "to_v", "to_out.0"]; empty: the family's default."""
     ranks: dict[str, Rank] = Field(default={})
@@ -138,6 +138,12 @@ class Lora(Table):
     frozen: list[FrozenAdapter] = Field(default=[])
     """Train on top of these adapters, like [{path = "other.safetensors", strength = 0.8}]: they are added to the base weights, in
     samples and held-out losses too, are not trained, and are not in what is exported."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_of_rank(cls, values: Any) -> Any:
+        is_unset = isinstance(values, dict) and "alpha" not in values and "rank" in values
+        return {**values, "alpha": values["rank"]} if is_unset else values
 
 
 class Partial(Table):

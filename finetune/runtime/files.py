@@ -253,3 +253,11 @@ class FolderLock:
             "wait for it or end it, or set `output` to another folder",
             str(folder),
         )
+
+
+def fresh_folder(folder: Path) -> Path:
+    """The folder if there is nothing in it, or the first of folder_2, folder_3, ... that is so: nothing is written over."""
+    for candidate in chain([folder], (folder.with_name(f"{folder.name}_{number}") for number in count(2))):
+        if not candidate.exists() or (candidate.is_dir() and not any(candidate.iterdir())):
+            return candidate
+    raise AssertionError("there is always another number")

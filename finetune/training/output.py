@@ -64,7 +64,7 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
     without any weights.
     """
     steps = ended_at(recipe)
-    if prepared.prompts and not (samples_folder(recipe, steps) / SHEET).is_file():
+    if prepared.prompts and recipe.validation.samples_at_end and not (samples_folder(recipe, steps) / SHEET).is_file():
         return False
     try:
         facts = json.loads(_trainer_file(recipe, steps).read_text())
@@ -118,7 +118,8 @@ class Results:
     def are_complete(self) -> bool:
         """Whether all are there, after the recipe's last step. Collective."""
         steps = self.job.end
-        sampled = not has_prompts(self.job) or has_samples(self.job, steps)
+        is_sampled = has_prompts(self.job) and self.job.recipe.validation.samples_at_end
+        sampled = not is_sampled or has_samples(self.job, steps)
         missing = _missing(self.job.recipe, self.job.state.family, steps)
         return not self.job.state.runtime.from_main(missing) and sampled
 

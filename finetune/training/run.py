@@ -24,7 +24,7 @@ from finetune.runtime.device import why_no_accelerator
 from finetune.runtime.distributed import Runtime, describe
 from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import atomic
-from finetune.runtime.logging import say
+from finetune.runtime.logging import LOG_FILE, logged, say
 from finetune.runtime.signals import StopRequest
 from finetune.tracking.metrics import check_metrics
 from finetune.training.identity import begun
@@ -140,7 +140,7 @@ def _train(
     prepared = prepare_once()
     with runtime.together():
         lock = claim_output(recipe) if runtime.is_main else nullcontext()
-    with lock, ExitStack() as stack:
+    with lock, logged(recipe.run_folder / LOG_FILE) if runtime.is_main else nullcontext(), ExitStack() as stack:
         runtime.doing("loading the weights")
         job = build(recipe, runtime, family, prepared)
         stack.enter_context(job.checkpoints)
@@ -177,7 +177,10 @@ def _is_finished(job: Job) -> bool:
     if job.is_out_of_patience:
         cure = "raise validation.patience, or remove it, to go on"
         why = f" (the held-out loss was measured {job.record.misses} times without a new least one)"
-    say(f"this run is finished: {steps} steps{why}, and all results are in {job.recipe.run_folder}; {cure}")
+    say(
+        f"this run is finished: {steps} steps{why}, and all results are in {job.recipe.run_folder}; {cure}",
+        is_result=True,
+    )
     return True
 
 
@@ -202,12 +205,13 @@ def _go_on(job: Job, done: int, plan: MemoryPlan, is_last: bool) -> int:
             is_trained, steps = done < steps, job.end
             job.state.runtime.doing("exporting")
             exported = results.export()
-            if is_trained or not has_samples(job, steps):  # after the weights are safe: samples need the most memory
+            if recipe.validation.samples_at_end and (is_trained or not has_samples(job, steps)):
+                # After the weights are safe: samples need the most memory.
                 samples = validation_samples(job, steps, lambda: stop.requested)
                 report.samples(steps, samples)
                 stopped = samples is None and has_prompts(job)  # the next start makes them
-                if samples and (grid := write_grid(job)):
-                    say(f"the samples of all steps: {grid}")
+            if is_trained and not stopped and (grid := write_grid(job)):
+                say(f"the samples of all steps: {grid}")
     if stopped:
         signal_ = stop.signal or signal.SIGTERM  # another rank may have been asked first
         say(f"stopped by {signal_.name}; the same command goes on from step {max(job.checkpoints.steps(), default=0)}")
@@ -229,7 +233,7 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
     if done == 0:
         _measure(job, 0, report)
     is_late = 0 < done < job.end and _due(validation.samples_every, done) and not has_samples(job, done)
-    if done == 0 or is_late:  # a stop came before them
+    if (done == 0 and validation.samples_at_start) or is_late:  # a stop came before them
         samples = validation_samples(job, done, lambda: stop.requested)
         report.samples(done, samples)
         if samples is None and has_prompts(job):  # stopped again
@@ -297,7 +301,7 @@ def _say_best(job: Job) -> None:
     """Name the checkpoint of the least held-out loss, where such checkpoints are kept and it is not the last step's."""
     for loss, step in job.record.least[:1] if job.recipe.checkpoint.keep_best else []:
         if step != job.end:
-            how = "python -m finetune export --recipe R --step best --out DIR"
+            how = f"python -m finetune export --recipe {job.recipe.output}/recipe.toml --step best --out DIR"
             say(f"the held-out loss was least after step {step} ({loss:.4f}); those weights: {how}")
 
 

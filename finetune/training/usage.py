@@ -24,7 +24,7 @@ def say_usage(job: Job, folder: Path) -> None:
     whose = "" if family.expert is None else f" (the {family.expert}-noise expert's)"
     ema = job.recipe.ema
     which = "moving average of the " if ema.decay is not None and "export" in ema.use else ""
-    say(f"\ndone. The {which}{what} lies in {folder}{whose}")
+    say(f"\ndone. The {which}{what} lies in {folder}{whose}", is_result=True)
     for name, other in results_folders(job.recipe, family).items():
         if other != folder:
             say(f"      The {exporter_of(job.recipe.train.method, name).title(family)} lies in {other}{whose}")

@@ -38,9 +38,7 @@ def _write(recipe: Recipe, seconds: float) -> None:
         path, size = write_run_page(recipe.output, is_running=False, seconds=seconds)
     except Exception as error:  # the training is done, whatever is wrong with its page
         reason = str(error).partition("\n")[0] or type(error).__name__
-        say(
-            f"warning: the page of the run is not written ({reason}); try python -m finetune report --run {recipe.output}"
-        )
+        say(f"warning: the page of the run is not written ({reason}); try finetune report --run {recipe.output}")
         return
     took = time.monotonic() - start
     say(f"the page of the run: {path} ({size / 1e6:.1f} MB" + (f", in {took:.0f} s)" if took > 5 else ")"))

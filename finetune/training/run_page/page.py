@@ -12,6 +12,7 @@ import finetune
 from finetune.recipe import RECIPE_FILE
 from finetune.runtime.errors import harmless
 from finetune.runtime.files import atomic
+from finetune.runtime.logging import LOG_FILE
 from finetune.tracking.curves import points_of
 from finetune.tracking.drawing import SERIES, SERIES_ON_DARK
 from finetune.training.run_page.charts import Mark, charts_of
@@ -75,6 +76,7 @@ def render_run(parts: Sequence[RunPart], run: Path, seconds: float) -> str:
         datasets=last.note.get("datasets") or [],
         versions=last.note.get("versions") or {},
         settings=compared(last.recipe),
+        logs=[log.relative_to(run).as_posix() for part in parts if (log := part.folder / LOG_FILE).is_file()],
         recipe_text=_recipe_text(last),
         recipe_file=(last.folder / RECIPE_FILE).relative_to(run).as_posix(),
         script=next((part.script for part in reversed(parts) if part.script), ""),

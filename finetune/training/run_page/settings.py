@@ -13,7 +13,7 @@ from finetune.recipe.schema import free_keys
 from finetune.runtime.errors import UserError
 
 _OWN = ("output", "data.path", "data.cache", "model.path", "tracking.name")  # of every run its own
-_SHIPPED = Path(finetune.__file__).parent.parent / "recipes"  # of a checkout
+_SHIPPED = Path(finetune.__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _constructed(values: dict[str, Any], recipe: Recipe) -> Recipe:
 
 @lru_cache
 def _template(path: str, family: str, method: str) -> tuple[str, dict[str, Any]]:
-    """(the shipped recipe for a checkpoint and a method, its values); ("", {}) if there is none, as outside of a checkout."""
+    """(the shipped recipe for a checkpoint and a method, its values); ("", {}) if there is none."""
     for file in sorted(_SHIPPED.glob("*.toml")):
         try:
             if f'"{path}"' not in file.read_text(encoding="utf-8"):  # reading all of them takes half a second
