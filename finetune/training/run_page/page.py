@@ -59,6 +59,7 @@ def render_run(parts: Sequence[RunPart], run: Path, seconds: float) -> str:
         "visible": lambda value: _cut(harmless(str(value))),
         "number": lambda value: f"{value:,}" if _is_number(value) else "?",
         "clock": lambda value: _clock(value) if _is_number(value) else "?",
+        "moment": lambda value: _cut(harmless(f"{str(value)[:16].replace('T', ' ')} UTC")),
         "gib": lambda size: f"{size / 2**30:.2f} GiB",
     }
     script = (_TEMPLATES / "run.js").read_text(encoding="utf-8")
