@@ -29,7 +29,7 @@ NOTE = {
     "command": f"torchrun -m finetune --recipe '{EVIL}'",
     "versions": {"torch": "2.13.0", "finetune": "1.2"},
     "system": "Linux",
-    "devices": [{"host": "a-host", "name": "NVIDIA H100", "memory_gib": 79.1}],
+    "devices": [{"host": "a-host", "name": "NVIDIA H100", "memory_gib": 79.1}] * 2,
     "model": {"base_model": "owner/model", "base_license": "mit"},
     "title": "LTX-Video",
     "trained_parameters": 1234567,
@@ -176,7 +176,7 @@ def test_a_finished_run_shows_all_that_is_known_of_it(make_run: MakeRun) -> None
         "Reserved 16.00 GiB 32.00 GiB -50.0 %",
         "8 = 2 ranks × 2 samples × 2 accumulation; 12 steps an epoch",
         "torch 2.13.0",
-        "NVIDIA H100 (79.1 GiB)",
+        "2 × NVIDIA H100 (79.1 GiB) on a-host",
         "from_pretrained('<model>')",
         "optimizer.lr 0.001 0.0001",
     ):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def render_run(parts: Sequence[RunPart], run: Path, seconds: float) -> str:
         state=_state(parts),
         about=_about(last),
         note=last.note,
+        devices=_devices(last),
         datasets=last.note.get("datasets") or [],
         versions=last.note.get("versions") or {},
         settings=compared(last.recipe),
@@ -225,6 +227,15 @@ def _about(part: RunPart) -> list[tuple[str, str]]:
     ):
         found.append(("trigger word", ", ".join(words)))
     return found
+
+
+def _devices(part: RunPart) -> list[str]:
+    """The devices of each host in a line, such as "4 × NVIDIA H100 80GB HBM3 (79.1 GiB) on node0"."""
+    counted: Counter[str] = Counter()
+    for device in part.note.get("devices") or []:
+        memory = f" ({device['memory_gib']} GiB)" if device.get("memory_gib") else ""
+        counted[f"{device.get('name', '?')}{memory} on {device.get('host', '?')}"] += 1
+    return [f"{count} × {text}" for text, count in counted.items()]
 
 
 def _recipe_text(part: RunPart) -> str:
