@@ -170,6 +170,7 @@ def test_a_finished_run_shows_all_that_is_known_of_it(make_run: MakeRun) -> None
         "2.1 → 1.1",
         "owner/model",
         "trigger word ohwx",
+        "Begin prompts with ohwx, as the captions",
         "96 trained on, 4 held out",
         "clips used 96 3 of them images trimmed 31 62 frames unused cropped 5",
         "refused 7",

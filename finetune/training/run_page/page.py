@@ -16,6 +16,7 @@ from finetune.runtime.files import atomic
 from finetune.runtime.logging import LOG_FILE
 from finetune.tracking.curves import points_of
 from finetune.tracking.drawing import SERIES, SERIES_ON_DARK
+from finetune.training.facts import trigger_words
 from finetune.training.run_page.charts import Mark, charts_of
 from finetune.training.run_page.gathered import RunPart, gather
 from finetune.training.run_page.previews import SampleGrid, sample_grid
@@ -83,6 +84,7 @@ def render_run(parts: Sequence[RunPart], run: Path, seconds: float) -> str:
         recipe_text=_recipe_text(last),
         recipe_file=(last.folder / RECIPE_FILE).relative_to(run).as_posix(),
         script=next((part.script for part in reversed(parts) if part.script), ""),
+        words=trigger_words(last.recipe),
         written=time.strftime("%Y-%m-%d %H:%M"),
         version=finetune.__version__,
         style=(_TEMPLATES / "run.css").read_text(encoding="utf-8") + _palette(),
@@ -222,9 +224,7 @@ def _about(part: RunPart) -> list[tuple[str, str]]:
         found.append(("clips", f"{clips['trained']} trained on{held}"))
     if model.get("base_license"):
         found.append(("base model's licence", str(model["base_license"])))
-    if words := list(
-        dict.fromkeys(filter(None, (recipe.data.reading(each)["id_token"] for each in recipe.data.datasets)))
-    ):
+    if words := trigger_words(recipe):
         found.append(("trigger word", ", ".join(words)))
     return found
 
