@@ -27,7 +27,7 @@ _KINDS = (
     ("generating", ("generating", "gathering"), "#cdb5e2"),
     ("other", (), FAINT),
 )
-_SHOWN_UP_TO = 2.5  # times the highest peak: a GPU's memory beyond that is told and not drawn
+_SHOWN_UP_TO = 3  # times the highest peak: a GPU's memory beyond that is told and not drawn
 
 
 @dataclass(frozen=True)
