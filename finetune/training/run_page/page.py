@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +49,12 @@ def write_run_page(run: Path, is_running: bool | None = None, seconds: float = 6
 
 def render_run(parts: Sequence[RunPart], run: Path, seconds: float) -> str:
     """The page as HTML. Names and captions are escaped, and the page's policy lets no script run but its own."""
-    from jinja2 import ChainableUndefined, Environment, FileSystemLoader  # takes a tenth of a second
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=ChainableUndefined,  # notes of other versions may lack something
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "visible": lambda value: _cut(harmless(str(value))),
-        "number": lambda value: f"{value:,}" if _is_number(value) else "?",
-        "clock": lambda value: _clock(value) if _is_number(value) else "?",
-        "moment": lambda value: _cut(harmless(f"{str(value)[:16].replace('T', ' ')} UTC")),
-        "gib": lambda size: f"{size / 2**30:.2f} GiB",
-    }
     script = (_TEMPLATES / "run.js").read_text(encoding="utf-8")
     budget, shown = _MEDIA_BYTES // len(parts), []
     for part in parts:
         shown.append(_shown(part, sample_grid(part.folder, part.recipe, run, budget, seconds / len(parts))))
     last = parts[-1]
-    return environment.get_template("run.html").render(
+    return _template().render(
         name=run.absolute().name,
         folder=str(run.absolute()),
         parts=shown,
@@ -91,6 +76,29 @@ def render_run(parts: Sequence[RunPart], run: Path, seconds: float) -> str:
         code=script,
         code_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+@lru_cache
+def _template() -> Any:
+    """The page's template, compiled once in a process: that takes a tenth of a second."""
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=ChainableUndefined,  # notes of other versions may lack something
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "visible": lambda value: _cut(harmless(str(value))),
+        "whole": harmless,
+        "number": lambda value: f"{value:,}" if _is_number(value) else "?",
+        "clock": lambda value: _clock(value) if _is_number(value) else "?",
+        "moment": lambda value: _cut(harmless(f"{str(value)[:16].replace('T', ' ')} UTC")),
+        "gib": lambda size: f"{size / 2**30:.2f} GiB",
+    }
+    return environment.get_template("run.html")
 
 
 # What the template shows
