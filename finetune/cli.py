@@ -30,6 +30,7 @@ COMMANDS = {
     "push": "a finished run to the Hugging Face Hub",
     "compare": "runs, and both experts of a run, by their held-out losses",
     "plot": "the loss curve of a run",
+    "report": "a page of a run: curves, samples, dataset, settings",
     "cache": "what takes room in a cache, and what is damaged",
     "demo": "a tiny pipeline and clips to try things on",
     "families": "model families and their checkpoints",

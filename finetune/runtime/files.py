@@ -195,6 +195,20 @@ def free_name(path: Path) -> Path:
     return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a folder by a `FolderLock`, as far as its file system tells."""
+    try:
+        file = (folder / ".lock").open("rb")
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in HELD
+    return False
+
+
 class FolderLock:
     """Holds a folder until its `with` block or the process ends; two runs in one folder would delete each other's files."""
 

@@ -41,18 +41,22 @@ def claim_output(recipe: Recipe) -> FolderLock:
     return lock
 
 
-def keep_recipe(recipe: Recipe, done: int) -> None:
+def keep_recipe(recipe: Recipe, done: int) -> Path:
     """Write the effective recipe of a start that goes ahead: as recipe.toml, and for good among the run's starts.
 
     Args:
         done: the step after which it starts.
+    Returns:
+        the path among the starts.
     """
     starts = recipe.run_folder / STARTS
     with writing(starts):
         starts.mkdir(exist_ok=True)
-    for path in (free_name(starts / f"after_step_{done:08d}.toml"), recipe.run_folder / RECIPE_FILE):
+    kept = free_name(starts / f"after_step_{done:08d}.toml")
+    for path in (kept, recipe.run_folder / RECIPE_FILE):
         with atomic(path) as partial:
             write_recipe(recipe, partial, f"The effective recipe of a start of this run, after step {done}.")
+    return kept
 
 
 def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:

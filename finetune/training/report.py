@@ -184,7 +184,8 @@ def _in_words(figures: HeldOut) -> str:
 def _heldout_metrics(figures: HeldOut, ending: str = "") -> dict[str, float]:
     loss, zero = f"heldout_loss{ending}", f"heldout_zero_loss{ending}"
     totals = {loss: figures.loss, zero: figures.zero_loss}
-    return totals | _by_term(loss, figures.losses) | _by_term(zero, figures.zero_losses)
+    by_sigma = {f"heldout_loss_sigma{ending}/q{quarter + 1}": each for quarter, each in figures.by_quarter.items()}
+    return totals | _by_term(loss, figures.losses) | _by_term(zero, figures.zero_losses) | by_sigma
 
 
 def _by_term(name: str, figures: dict[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 
@@ -33,9 +34,11 @@ from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compa
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
 from finetune.training.output import Results, claim_output, ended_at, is_over, keep_recipe
 from finetune.training.report import Report
+from finetune.training.run_page.at_end import with_page
 from finetune.training.sample_grid import write_grid
 from finetune.training.samples import has_prompts, has_samples, validation_samples
 from finetune.training.saving import Saving
+from finetune.training.start_note import write_start_note
 from finetune.training.usage import say_usage
 
 
@@ -158,10 +161,12 @@ def _train(
             if runtime.is_main:
                 check_metrics(recipe.run_folder, done)
         job.checkpoints.set_aside_after(done)
+        kept = Path()
         with runtime.together():
             if runtime.is_main:
-                keep_recipe(recipe, done)
-        return _go_on(job, done, plan, is_last)
+                kept = keep_recipe(recipe, done)
+        write_start_note(job, kept)
+        return with_page(recipe, runtime, lambda: _go_on(job, done, plan, is_last))
 
 
 def _is_finished(job: Job) -> bool:

@@ -1,5 +1,6 @@
 """A run is finished when all its results are there; started again it makes what is missing, and only that."""
 
+import json
 import shutil
 import signal
 import tomllib
@@ -205,9 +206,33 @@ def steps_of(file: Path) -> int:
 def test_each_start_that_goes_ahead_keeps_its_recipe(start: Callable[..., str], output: Path) -> None:
     start("train.steps=6")
     start("train.steps=5", resume_step=2)
-    kept = {file.name: steps_of(file) for file in (output / "starts").iterdir()}
+    kept = {file.name: steps_of(file) for file in (output / "starts").glob("*.toml")}
     assert kept == {"after_step_00000000.toml": 4, "after_step_00000004.toml": 6, "after_step_00000002.toml": 5}
     assert steps_of(output / "recipe.toml") == 5
+
+
+def test_an_end_writes_the_page_of_the_run_with_what_its_starts_have_noted(
+    start: Callable[..., str], output: Path
+) -> None:
+    (output / "report.html").unlink()
+    said = start("train.steps=5")
+    assert f"the page of the run: {output / 'report.html'}" in said
+    page = (output / "report.html").read_text()
+    noted = json.loads((output / "starts" / "after_step_00000004.json").read_text())
+    assert noted["clips"] == {"trained": 12, "heldout": noted["clips"]["heldout"]}
+    assert noted["datasets"][0]["clips"] >= 12
+    assert "5 / 5" in page
+    assert "train.steps: 4 → 5" in page
+    assert "from_pretrained" in (output / "use.py").read_text()
+    assert "from_pretrained" in page
+
+
+def test_a_page_that_cannot_be_written_fails_no_run(start: Callable[..., str], output: Path) -> None:
+    (output / "report.html").unlink()
+    (output / "report.html").mkdir()
+    said = start("train.steps=5")
+    assert "warning: the page of the run is not written" in said
+    assert (output / "results.json").is_file()
 
 
 @pytest.mark.parametrize(
