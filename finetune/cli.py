@@ -20,6 +20,7 @@ python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEX
 python -m finetune export   --recipe R [--step N] | --from FILE [--family F --model M] [--format NAME ...] --out DIR
 python -m finetune push     --run DIR --repo OWNER/NAME [--public] [--offline-folder OUT] ...   a finished run to the Hub
 python -m finetune cache    size|verify|prune [--dir CACHE] [--recipe R ...] ...   what takes room in a cache, and what is damaged
+python -m finetune import   FILE ... [--out mine.toml]   a recipe from another trainer's settings
 python -m finetune compare  OUTPUT ...        runs by their held-out losses, and both experts of a run
 python -m finetune plot     --run DIR        loss curve of a run, as loss.png in it
 python -m finetune demo     --out DIR        a tiny random pipeline and real clips to try things on
@@ -37,12 +38,14 @@ COMMANDS = (
     "export",
     "push",
     "cache",
+    "import",
     "compare",
     "plot",
     "demo",
     "schema",
     "families",
 )
+MODULES = {"import": "import_recipe"}  # a word of Python cannot be a module's name
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     gc.disable()  # garbage collection during imports costs a fifth of start-up and frees nothing
     try:
         name = _parse_command(["train"] if is_train else arguments[:1])
-        command = importlib.import_module(f"finetune.commands.{name}")  # the others' imports are not needed
+        command = importlib.import_module(f"finetune.commands.{MODULES.get(name, name)}")  # the others' imports are not needed
         parser = _Parser(prog=f"python -m finetune {name}", description=command.__doc__)
         command.add_arguments(parser)
         status = command.run(parser.parse_args(arguments if is_train else arguments[1:]))

@@ -1,0 +1,36 @@
+"""Which trainer's settings some files have, and the recipe that is made of them."""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from finetune.importers import cogvideox_factory, finetrainers
+from finetune.importers.draft import Draft
+from finetune.importers.sources import read_source
+from finetune.runtime.errors import UserError
+
+# Each module has NAME, READS (what it reads, in words), `fits(sources)`, and `convert(draft, sources)`.
+TRAINERS: tuple[ModuleType, ...] = (cogvideox_factory, finetrainers)
+
+
+def import_files(paths: Sequence[str], gpus: int | None = None, clips: int | None = None) -> Draft:
+    """Read the settings of another trainer.
+
+    Args:
+        paths: its files; "-" is the standard input. Files that these name are read, too, where they lie.
+        gpus: how many GPUs it was started on, if the files do not say it, or say it wrongly.
+        clips: how many clips there are, where epochs are counted.
+    Raises:
+        UserError: a file cannot be read, is of no known trainer, or has a setting that no recipe can have.
+    """
+    sources = [read_source(path) for path in paths]
+    for trainer in TRAINERS:
+        if trainer.fits(sources):
+            draft = Draft(trainer.NAME, clips=clips)
+            draft.gpus = gpus or 0
+            trainer.convert(draft, sources)
+            for source in sources:
+                if not source.is_used:
+                    draft.drop(f"the file {source.file}", f"nothing of it is read for {trainer.NAME}")
+            return draft
+    known = "; ".join(f"{trainer.NAME}: {trainer.READS}" for trainer in TRAINERS)
+    raise UserError("no trainer is known that has such settings", f"what is read: {known}", ", ".join(paths))
