@@ -88,10 +88,43 @@ def base_of(family: str) -> str:
 def put_published(draft: Draft, setting: str, name: str, where: str) -> None:
     """Take a published checkpoint for one that lies in another layout."""
     text = "the model is read in the layout of diffusers: a folder with model_index.json, or a Hub id"
-    draft.change(setting, "model.path", MODELS[name], text, f"in place of {where}")
+    draft.change(setting, "model.path", MODELS[name], text, f"in place of {where.rpartition('/')[2]}")
     draft.todo.append(
         f"model.path: {MODELS[name]} is taken for {where}; set it to what you train, in the layout of diffusers"
     )
+
+
+def published(family: str, written: str) -> str:
+    """Which published checkpoint paths speak of, as `MODELS` names it."""
+    plain = written.lower().replace("_", "-").replace(".", "")
+    if base_of(family) == "wan":
+        if "22" in plain and "5b" in plain:
+            return "wan2.2_5b"
+        suffix = "_i2v" if family.endswith("_i2v") else ""
+        if "22" in plain or "a14b" in plain or "high-noise" in plain or "low-noise" in plain:
+            return f"wan2.2_a14b{suffix}"
+        if suffix:
+            return "wan_14b_flf2v" if "flf2v" in plain else "wan_14b_i2v"
+        return "wan_1.3b" if "13b" in plain else "wan_14b"
+    if base_of(family) == "ltx":
+        return "ltx_13b" if "13b" in plain or "097" in plain or "098" in plain else "ltx"
+    return family if family in MODELS else base_of(family)
+
+
+def put_experts(draft: Draft, written: str) -> None:
+    """Of a checkpoint with two transformers, set which is trained."""
+    if "A14B" not in str(draft.get("model.path", "")):
+        return
+    plain = written.lower().replace("_", "-")
+    is_high, is_low = "high-noise" in plain, "low-noise" in plain
+    if is_high != is_low:
+        name = "high" if is_high else "low"
+        draft.change(
+            f"the {name}-noise model",
+            "model.experts",
+            [name],
+            'the other is left as it is; ["high", "low"] trains both',
+        )
 
 
 def legal_bucket(draft: Draft, bucket: Bucket) -> Bucket:

@@ -8,6 +8,7 @@ from finetune.importers import common
 from finetune.importers.common import NOT_NEEDED, Dataset
 from finetune.importers.draft import Draft
 from finetune.importers.families import base_of, family_named
+from finetune.importers.finetrainers_dropped import DROPPED
 from finetune.importers.finetrainers_extras import put_memory, put_validation
 from finetune.importers.launching import launched_gpus
 from finetune.importers.settings import Settings, flag, from_arguments, integer, number, text, words
@@ -19,59 +20,6 @@ NAME = "finetrainers"
 READS = "a command or script that starts train.py with --model_name, and its training.json"
 
 _OPTIMIZERS = {"adamw": "adamw", "adamw-bnb": "adamw", "adamw-bnb-8bit": "adamw_8bit", "adam-bnb-8bit": "adamw_8bit"}
-_DTYPES = ("text_encoder_dtype", "text_encoder_2_dtype", "text_encoder_3_dtype", "transformer_dtype", "vae_dtype")
-_OTHER_PARTS = (
-    "tokenizer_id",
-    "tokenizer_2_id",
-    "tokenizer_3_id",
-    "text_encoder_id",
-    "text_encoder_2_id",
-    "text_encoder_3_id",
-)
-_DROPPED = {
-    "list_models": "python -m finetune families",
-    "variant": "the weights that model.path has are taken, and held as train.precision says",
-    "cache_dir": "models are in the Hub's own cache (HF_HOME)",
-    **dict.fromkeys(_DTYPES, "what is frozen is held in train.precision, what is trained in train.weights"),
-    **dict.fromkeys(_OTHER_PARTS, "each part is taken from model.path; put other parts into a folder of your own"),
-    "transformer_id": "each part is taken from model.path; put other parts into a folder of your own",
-    "vae_id": "each part is taken from model.path; put other parts into a folder of your own",
-    "layerwise_upcasting_storage_dtype": "memory.low_bit names the kind of storage",
-    "layerwise_upcasting_skip_modules_pattern": "memory.low_bit holds the blocks' linear layers, and nothing else, in few bits",
-    "video_reshape_mode": "clips are scaled until they cover their bucket, and cut to it in the middle",
-    "precompute_conditions": NOT_NEEDED["precompute"],
-    "enable_precomputation": NOT_NEEDED["precompute"],
-    "precomputation_items": NOT_NEEDED["precompute"],
-    "precomputation_once": NOT_NEEDED["precompute"],
-    "precomputation_reuse": NOT_NEEDED["precompute"],
-    "dataset_shuffle_buffer_size": "each epoch is shuffled whole",
-    "pin_memory": NOT_NEEDED["pin"],
-    "flow_resolution_shifting": 'it was never read there; objective.shift = "scheduler" shifts as the checkpoint\'s scheduler does',
-    "flow_base_seq_len": "it was never read there",
-    "flow_max_seq_len": "it was never read there",
-    "flow_base_shift": "it was never read there",
-    "flow_max_shift": "it was never read there",
-    "scale_lr": "the rate is what you write; multiply it yourself",
-    "beta3": "it was for another optimizer",
-    "enable_slicing": NOT_NEEDED["slicing"],
-    "resume_from_checkpoint": NOT_NEEDED["resume"],
-    "enable_model_cpu_offload": NOT_NEEDED["sample_offload"],
-    "validation_videos": "no family here takes a video as its condition",
-    "push_to_hub": NOT_NEEDED["hub"],
-    "hub_model_id": NOT_NEEDED["hub"],
-    "hub_token": NOT_NEEDED["token"],
-    "logging_dir": NOT_NEEDED["log"],
-    "logging_steps": "each step is logged",
-    "allow_tf32": NOT_NEEDED["tf32"],
-    "float32_matmul_precision": NOT_NEEDED["tf32"],
-    "init_timeout": "distributed.timeout_seconds holds from the start",
-    "verbose": "libraries are quiet",
-    "attn_provider_training": 'memory.attention = "auto" has torch choose; see recipes/recipe.schema.json for others',
-    "attn_provider_inference": 'memory.attention = "auto" has torch choose',
-    "compile_scopes": "each block is compiled by itself",
-    "max_data_samples": "train.steps alone ends a run",
-    "parallel_backend": "torchrun starts the processes",
-}
 _REGEX_OF_NAMES = re.compile(r"[\w.|()*^]*?\.\*\(?([\w.|]+?)\)?\$?")
 
 
@@ -106,7 +54,7 @@ def convert(draft: Draft, sources: Sequence[Source]) -> None:
     _optimizer(draft, given)
     put_memory(draft, given)
     put_validation(draft, given, sources, command.source.file)
-    given.drop(draft, _DROPPED)
+    given.drop(draft, DROPPED)
     given.name_the_rest(draft)
 
 
@@ -269,7 +217,7 @@ def _datasets(draft: Draft, given: Settings, sources: Sequence[Source], file: st
         entry.move(
             draft, {"video_column": ("data.video_column", text), "caption_column": ("data.caption_column", text)}
         )
-        entry.drop(draft, {"reshape_mode": _DROPPED["video_reshape_mode"]})
+        entry.drop(draft, {"reshape_mode": DROPPED["video_reshape_mode"]})
         why = 'captions are trained on as they are; take phrases like "The video shows" out of them yourself'
         entry.drop(draft, {"remove_common_llm_caption_prefixes": why})
         entry.name_the_rest(draft)

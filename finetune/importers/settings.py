@@ -1,5 +1,6 @@
 """Settings of a source by name: each is taken once, with its type, and whatever is left is named."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,9 @@ class Settings:
 
     def spelled(self, name: str) -> str:
         """A setting as its source writes it, for one line."""
-        value = self.values[name]
+        value = (
+            "..." if re.search("token$|api_key|password|secret", name) and "id_token" not in name else self.values[name]
+        )
         if self.prefix == "--":
             words = [] if value is True else value if isinstance(value, list) else [value]
             text = " ".join([f"--{name}", *(_short(word) for word in words)])

@@ -129,6 +129,11 @@ def one_command(draft: Draft, found: Sequence[Command]) -> Command:
     script = command.source.script
     if script is not None:
         text = " ".join(command.arguments)
+        for words in script.commands:
+            if words[0].startswith("--"):
+                draft.todo.append(
+                    f'a line begins with {words[0]}, and the one before it does not end with "\\": bash leaves it out, as here'
+                )
         for name, values in script.loops.items():
             draft.todo.append(
                 f"the script's loop gives ${name} {len(values)} values ({', '.join(values[:4])}); the first was taken"
