@@ -1,5 +1,6 @@
 """What several importers do alike: shapes and datasets, batches, schedules, epochs and validation prompts."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def put_datasets(draft: Draft, setting: str, datasets: Sequence[Dataset]) -> Non
         draft.todo.append(
             "a dataset was there several times, with another shape each; here a clip has one shape, the one that fits best"
         )
-    found = [Dataset(_local(draft, each.path), each.repeats, each.id_token) for each in folders.values()]
+    found = list(folders.values())
+    for each in found:
+        _look_for(draft, each.path)
     used = [each for each in found if each.repeats > 0] or found
     if len(found) == 1:
         draft.move(setting, "data.path", found[0].path)
@@ -78,24 +81,11 @@ def put_datasets(draft: Draft, setting: str, datasets: Sequence[Dataset]) -> Non
     draft.move(setting, "data.sources", sources)
 
 
-def _local(draft: Draft, path: str) -> str:
-    """A dataset's path; one on the Hub becomes the folder that it is to be fetched to."""
-    owner, _, name = path.partition("/")
-    if (
-        not owner
-        or not name
-        or "/" in name
-        or owner in (".", "..", "~", "data", "datasets")
-        or "$" in path
-        or Path(path).exists()
-    ):
-        return path
-    folder = f"data/{name}"
-    draft.todo.append(
-        f"{path} may be a dataset on the Hub, and clips are read from a folder: "
-        f"hf download --repo-type dataset {path} --local-dir {folder}; if it is a folder, set data.path to it"
-    )
-    return folder
+def _look_for(draft: Draft, path: str) -> None:
+    """Say how a dataset that may be one on the Hub is fetched to where the recipe looks for it."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists():
+        fetch = f"hf download --repo-type dataset {path} --local-dir {path}"
+        draft.todo.append(f"{path} is not here; if it is a dataset on the Hub, fetch it: {fetch}")
 
 
 def put_batch(draft: Draft, setting: str, per_gpu: int, accumulation: int) -> None:

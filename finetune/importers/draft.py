@@ -82,6 +82,15 @@ class Draft:
         """A setting that this importer does not know."""
         self.notes.append(Note("unknown", setting, text=f"no setting of {self.trainer} that is known here; look it up"))
 
+    def take_back(self, key: str, why: str) -> None:
+        """A key that would have no effect beside the others; its setting is dropped."""
+        if key in self.values:
+            del self.values[key]
+            self.notes = [
+                Note("dropped", each.setting, text=why) if each.target.startswith(f"{key} =") else each
+                for each in self.notes
+            ]
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key so far."""
         return self.values.get(key, default)

@@ -107,7 +107,7 @@ def published(family: str, written: str) -> str:
             return "wan_14b_flf2v" if "flf2v" in plain else "wan_14b_i2v"
         return "wan_1.3b" if "13b" in plain else "wan_14b"
     if base_of(family) == "ltx":
-        return "ltx_13b" if "13b" in plain or "097" in plain or "098" in plain else "ltx"
+        return "ltx_13b" if re.search(r"13b|0\.9\.[78]", written.lower()) and "2b-0" not in written.lower() else "ltx"
     return family if family in MODELS else base_of(family)
 
 

@@ -18,7 +18,7 @@ from finetune.runtime.errors import UserError
 NAME = "musubi-tuner"
 READS = "a command that starts wan_, hv_ or hv_1_5_train_network.py, and the TOML of its datasets"
 
-_SCRIPT = r"(wan|hv|hv_1_5|fpack|flux_kontext|flux_2|qwen_image|zimage|kandinsky5|krea2|ideogram4|hidream_o1)_train(?:_network)?\.py"
+_SCRIPT = r"(wan|hv|hv_1_5|fpack|flux_kontext|flux_2|qwen_image|zimage|kandinsky5|krea2)_train(?:_network)?\.py"
 
 
 def fits(sources: Sequence[Source]) -> bool:

@@ -28,6 +28,8 @@ def import_files(paths: Sequence[str], gpus: int | None = None, clips: int | Non
             draft = Draft(trainer.NAME, clips=clips)
             draft.gpus = gpus or 0
             trainer.convert(draft, sources)
+            if not draft.get("validation.prompts"):
+                draft.take_back("validation.samples_every", "there are no prompts that samples could be made of")
             for source in sources:
                 if not source.is_used:
                     draft.drop(f"the file {source.file}", f"nothing of it is read for {trainer.NAME}")

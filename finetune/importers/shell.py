@@ -288,8 +288,8 @@ def _word_end(text: str, position: int) -> int:
             position += 2
         elif letter == "'":
             position = _quote_end(text, position, "'")
-        elif letter == '"':
-            position = _quote_end(text, position, '"')
+        elif letter in '"`':
+            position = _quote_end(text, position, letter)
         elif text.startswith(("$(", "${"), position):
             position = _closing(text, position + 1) + 1
         elif letter in " \t\n;&|()<>":
