@@ -83,7 +83,8 @@ RATES=("1e-4" "2e-4")
 for rate in "${RATES[@]}"; do
   cmd="accelerate launch --num_processes 1 training/cogvideox/cogvideox_image_to_video_lora.py \\
     --pretrained_model_name_or_path THUDM/CogVideoX-5b-I2V --data_root clips --caption_column prompt.txt \\
-    --video_column videos.txt --id_token TOK --height_buckets 480 --width_buckets 720 --frame_buckets 49 --train_batch_size 1 --max_train_steps 500 \\
+    --video_column videos.txt --id_token TOK --height_buckets 480 --width_buckets 720 --frame_buckets 49 \\
+    --train_batch_size 1 --max_train_steps 500 \\
     --learning_rate $rate --lr_scheduler cosine_with_restarts --lr_warmup_steps 100 --lr_num_cycles 2 --optimizer prodigy \\
     --mixed_precision bf16 --gradient_checkpointing --noised_image_dropout 0.1 --output_dir out_$rate \\
     --validation_prompt \\"A cat:::A dog\\" --validation_images \\"cat.png\\" --allow_tf32"
