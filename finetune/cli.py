@@ -55,7 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     gc.disable()  # garbage collection during imports costs a fifth of start-up and frees nothing
     try:
         name = _parse_command(["train"] if is_train else arguments[:1])
-        command = importlib.import_module(f"finetune.commands.{MODULES.get(name, name)}")  # the others' imports are not needed
+        command = importlib.import_module(
+            f"finetune.commands.{MODULES.get(name, name)}"
+        )  # the others' imports are not needed
         parser = _Parser(prog=f"python -m finetune {name}", description=command.__doc__)
         command.add_arguments(parser)
         status = command.run(parser.parse_args(arguments if is_train else arguments[1:]))

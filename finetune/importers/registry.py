@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from types import ModuleType
 
-from finetune.importers import cogvideox_factory, diffusion_pipe, finetrainers, musubi
+from finetune.importers import ai_toolkit, cogvideox_factory, diffusion_pipe, finetrainers, musubi, simpletuner
 from finetune.importers.draft import Draft
 from finetune.importers.sources import read_source
 from finetune.runtime.errors import UserError
 
 # Each module has NAME, READS (what it reads, in words), `fits(sources)`, and `convert(draft, sources)`.
-TRAINERS: tuple[ModuleType, ...] = (cogvideox_factory, finetrainers, diffusion_pipe, musubi)
+TRAINERS: tuple[ModuleType, ...] = (cogvideox_factory, finetrainers, diffusion_pipe, musubi, ai_toolkit, simpletuner)
 
 
 def import_files(paths: Sequence[str], gpus: int | None = None, clips: int | None = None) -> Draft:
