@@ -89,16 +89,12 @@ def _check(text: str, draft: Draft) -> None:
             recipe = load_recipe(path)
             problems = saver_problems(recipe, draft.gpus)
         except UserError as error:
-            problems = [
-                Problem(each.what, _setting(each.where.removeprefix(str(path)).lstrip(":"), draft), each.cure)
-                for each in error.problems
-            ]
+            problems = [Problem(each.what, _setting(each.what, draft), each.cure) for each in error.problems]
     if problems:
         raise UserError.of(problems, f"{draft.trainer}: {len(problems)} settings that no recipe can have")
 
 
-def _setting(where: str, draft: Draft) -> str:
-    """A key of the recipe, with the setting that it was made of."""
-    key = where.rpartition(" ")[2].split("[")[0].rstrip(":")
-    made_of = next((note.setting for note in draft.notes if note.target.startswith(f"{key} =")), "")
-    return f"{made_of} ({key})" if made_of else key or where
+def _setting(what: str, draft: Draft) -> str:
+    """The setting of the source that a key of the recipe was made of; "" if it is not known."""
+    key = what.split(" =")[0].split("[")[0].split(":")[0].strip()
+    return next((note.setting for note in draft.notes if note.target.startswith(f"{key} =")), "")

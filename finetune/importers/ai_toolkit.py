@@ -37,10 +37,8 @@ _LOG = (
     "performance_log_every",
     "logging",
     "sqlite_db_path",
-    "meta",
     "type",
     "is_ui",
-    "max_step_saves_to_keep",
 )
 
 
@@ -246,11 +244,14 @@ def _training(draft: Draft, train: Settings) -> None:
     else:
         draft.move(train.spelled("gradient_checkpointing"), "memory.activation_checkpointing", "none")
     sampling = train.take("timestep_type", text, "sigmoid")
-    known = {"sigmoid": "logit_normal", "linear": "uniform"}
+    known = {"sigmoid": "logit_normal", "linear": "uniform", "shift": "uniform"}
     why = "" if sampling in known else f"a recipe has no {sampling!r}; see objective.sigma_table"
     draft.change(
         f"train.timestep_type = {sampling}", "objective.sigma_sampling", known.get(sampling, "logit_normal"), why
     )
+    if sampling in ("sigmoid", "linear", "weighted"):
+        text_ = f'sigma is not shifted there with {sampling}; "scheduler" does what the checkpoint\'s scheduler does'
+        draft.default("the shift of sigma", "objective.shift", 1.0, text_)
     ema = train.table("ema_config")
     if ema.take("use_ema", flag, False):
         draft.move("train.ema_config.use_ema", "ema.decay", ema.take("ema_decay", number, 0.999))
@@ -308,8 +309,10 @@ def _samples(draft: Draft, sample: Settings, trigger: str) -> None:
         "fps": sample.take("fps", number, None),
     }
     written = sample.take("prompts", words, []) if isinstance(sample.values.get("prompts"), list) else []
-    written += [str(each.get("prompt", "")) for each in sample.tables("samples")]
-    prompts = [{"text": each.replace("[trigger]", trigger).strip(), **shared} for each in written]
+    written += [each.take("prompt", text, "") for each in sample.tables("samples")]
+    prompts: list[dict[str, object]] = [
+        {"text": each.replace("[trigger]", trigger).strip(), **shared} for each in written
+    ]
     if prompts:
         common.put_prompts(
             draft,

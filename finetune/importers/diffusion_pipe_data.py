@@ -227,7 +227,7 @@ def put_rest(draft: Draft, given: Settings, sources: Sequence[Source], file: str
 
 
 def _heldout(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -> bool:
-    entries = given.take("eval_datasets", anything, [])
+    entries: Any = given.take("eval_datasets", anything, None)
     if not isinstance(entries, list) or not entries:
         if "eval_datasets" in given:
             draft.drop(given.spelled("eval_datasets"), "it is empty")

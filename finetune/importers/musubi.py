@@ -42,7 +42,7 @@ def _is_dataset(data: dict[str, Any]) -> bool:
 
 def _flattened(data: dict[str, Any]) -> dict[str, Any]:
     """A --config_file's settings: its tables have no meaning there."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in data.items():
         flat.update(value if isinstance(value, dict) else {name: value})
     return flat

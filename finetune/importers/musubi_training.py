@@ -246,7 +246,7 @@ def _prompt(line: str) -> dict[str, Any]:
     for name, key in (("d", "seed"), ("s", "steps")):
         if options.get(name, "").strip().isdecimal():
             prompt[key] = int(options[name])
-    scale = options.get("l", options.get("g", "")).strip()
+    scale = (options.get("l") or options.get("g") or "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", scale):
         prompt["guidance"] = float(scale)
     return prompt

@@ -28,11 +28,24 @@ def import_files(paths: Sequence[str], gpus: int | None = None, clips: int | Non
             draft = Draft(trainer.NAME, clips=clips)
             draft.gpus = gpus or 0
             trainer.convert(draft, sources)
-            if not draft.get("validation.prompts"):
-                draft.take_back("validation.samples_every", "there are no prompts that samples could be made of")
+            _settle(draft)
             for source in sources:
                 if not source.is_used:
                     draft.drop(f"the file {source.file}", f"nothing of it is read for {trainer.NAME}")
             return draft
     known = "; ".join(f"{trainer.NAME}: {trainer.READS}" for trainer in TRAINERS)
     raise UserError("no trainer is known that has such settings", f"what is read: {known}", ", ".join(paths))
+
+
+def _settle(draft: Draft) -> None:
+    """Take back what has no effect beside the rest, and say which models lie in another layout than that of diffusers."""
+    if not draft.get("validation.prompts"):
+        draft.take_back("validation.samples_every", "there are no prompts that samples could be made of")
+    if not set(draft.get("tracking.trackers", [])) & {"wandb", "mlflow", "trackio"}:
+        for key in ("tracking.project", "tracking.name"):
+            draft.take_back(key, "it is for W&B, MLflow and Trackio, and none of them is on")
+    path = str(draft.get("model.path", ""))
+    if path.startswith(("tencent/", "Wan-AI/")) and "diffusers" not in path.lower():
+        draft.todo.append(
+            f"model.path: {path} may be in the layout of its authors; take its sister in that of diffusers"
+        )

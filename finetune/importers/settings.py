@@ -184,7 +184,8 @@ def anything(value: Any) -> Any:
 def from_arguments(arguments: Sequence[str], file: str, trainer: str) -> Settings:
     """The options of a command line, behind the script's name: `--name value ...` or `--name=value`; `-` in names is `_`."""
     values: dict[str, Any] = {}
-    name, found = "", []
+    name = ""
+    found: list[str] = []
     for word in [*arguments, "--"]:
         if word.startswith("--"):
             if name:

@@ -164,6 +164,10 @@ def _data(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -
         if "repeats" in entry:
             draft.read(entry.spelled("repeats"), "theirs come on top of the first time: repeats here are one more")
         side, unit = entry.take("resolution", number, default_side), entry.take("resolution_type", text, default_kind)
+        if unit == "pixel":
+            draft.todo.append(
+                f"resolution of {name} is the shorter side there, and the side of a square here: see data.area"
+            )
         sides.append(round(side**0.5 * 1000) if unit == "area" or side < 16 else round(side))
         video = entry.table("video")
         lengths.append(video.take("num_frames", integer, 1 if kind == "image" else 49))
@@ -272,6 +276,10 @@ def _objective(draft: Draft, given: Settings) -> None:
         )
     elif shift:
         draft.move(given.spelled("flow_schedule_shift"), "objective.shift", shift)
+    elif shift is None:
+        draft.default("flow_schedule_shift is not set", "objective.shift", 3, "SimpleTuner takes 3")
+    else:
+        draft.change(given.spelled("flow_schedule_shift"), "objective.shift", 1.0, "0 shifts nothing there")
     given.drop(
         draft,
         dict.fromkeys(
@@ -314,6 +322,12 @@ def _memory(draft: Draft, given: Settings) -> None:
         draft.change(given.spelled("base_model_precision"), "memory.low_bit", ours, "the frozen weights of the blocks")
     elif "base_model_precision" in given:
         draft.drop(given.spelled("base_model_precision"), "frozen weights are held in train.precision")
+    if given.take("ramtorch", flag, False):
+        draft.change(given.spelled("ramtorch"), "memory.offload", True, "weights are in host memory, and streamed")
+        if draft.gpus > 1 and draft.method == "lora":
+            draft.put("memory.layout", "replicate")
+    parts = [name for name in given.values if name.startswith("ramtorch_")]
+    given.drop(draft, dict.fromkeys(parts, "memory.resident_blocks keeps some blocks on the GPU"))
     precision = given.take("mixed_precision", text, None)
     if precision:
         draft.move(given.spelled("mixed_precision"), "train.precision", "float32" if precision == "no" else "bf16")
@@ -323,7 +337,7 @@ def _validation(draft: Draft, given: Settings) -> None:
     height = str(given.take("validation_resolution", anything, "")).split(",")[0].strip().lower()
     size = [int(each) for each in height.split("x") if each.isdecimal()]
     length = given.take("validation_num_video_frames", integer, 1)
-    prompt = {
+    prompt: dict[str, object] = {
         "text": given.take("validation_prompt", text, ""),
         "shape": Bucket(length, size[1], size[0]) if len(size) == 2 and min(*size, length) > 0 else None,
         "negative": given.take("validation_negative_prompt", text, ""),

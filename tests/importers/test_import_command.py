@@ -80,9 +80,9 @@ def test_files_of_nothing(
 @pytest.mark.parametrize(
     "old, new, key",
     [
-        ("--lr 3e-5", "--lr -1", "--lr -1 (optimizer.lr)"),
-        ("--rank 32", "--rank 0", "--rank 0 (lora.rank)"),
-        ("--caption_dropout_p 0.1", "--caption_dropout_p 3", "--caption_dropout_p 3 (data.caption_dropout)"),
+        ("--lr 3e-5", "--lr -1", "--lr -1: optimizer.lr = -1"),
+        ("--rank 32", "--rank 0", "--rank 0: lora.rank = 0"),
+        ("--caption_dropout_p 0.1", "--caption_dropout_p 3", "--caption_dropout_p 3: data.caption_dropout = 3"),
         ("--train_steps 900", "--train_steps nan", "--train_steps"),
     ],
 )
