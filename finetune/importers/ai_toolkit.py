@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.importers import common
-from finetune.importers.common import NOT_NEEDED, Dataset
+from finetune.importers.common import NOT_NEEDED, ClipFolder
 from finetune.importers.draft import Draft
 from finetune.importers.families import FPS, base_of, family_named, legal_bucket, why_not
 from finetune.importers.settings import Settings, flag, integer, integers, number, text, words
-from finetune.importers.sources import Source
+from finetune.importers.sources import SettingsFile
 from finetune.recipe.bucket import Area, Bucket
 from finetune.runtime.errors import UserError
 
@@ -42,7 +42,7 @@ _LOG = (
 )
 
 
-def fits(sources: Sequence[Source]) -> bool:
+def fits(sources: Sequence[SettingsFile]) -> bool:
     """Whether the files are of this trainer."""
     return any(_process(each.data) is not None for each in sources)
 
@@ -54,7 +54,7 @@ def _process(data: Any) -> dict[str, Any] | None:
     return first if isinstance(first, dict) else None
 
 
-def convert(draft: Draft, sources: Sequence[Source]) -> None:
+def convert(draft: Draft, sources: Sequence[SettingsFile]) -> None:
     """Fill the draft from the files."""
     source = next(each for each in sources if _process(each.data) is not None)
     source.is_used = True
@@ -160,7 +160,7 @@ def _data(draft: Draft, given: Settings, train: Settings) -> None:
         path = entry.take("folder_path", text, entry.take("dataset_path", text, ""))
         if not path:
             raise UserError("a dataset has no folder_path", "add it", given.file)
-        found.append(Dataset(path, entry.take("num_repeats", number, 1), entry.take("trigger_word", text, "")))
+        found.append(ClipFolder(path, entry.take("num_repeats", number, 1), entry.take("trigger_word", text, "")))
         sides += entry.take("resolution", integers, [512])
         lengths.append(entry.take("num_frames", integer, 1))
         dropouts.append(entry.take("caption_dropout_rate", number, 0.0))

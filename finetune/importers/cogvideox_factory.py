@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from itertools import product
 
 from finetune.importers import common
-from finetune.importers.common import NOT_NEEDED, Dataset
+from finetune.importers.common import NOT_NEEDED, ClipFolder
 from finetune.importers.draft import Draft
 from finetune.importers.finetrainers import put_columns, put_common, put_model, put_optimizer, put_rates
 from finetune.importers.finetrainers_extras import put_checkpointing, put_validation
 from finetune.importers.launching import launched_gpus
 from finetune.importers.settings import Settings, flag, from_arguments, integer, integers, number, text
-from finetune.importers.sources import Source, commands, one_command
+from finetune.importers.sources import SettingsFile, commands, one_command
 from finetune.recipe.bucket import Bucket
 from finetune.runtime.errors import UserError
 
@@ -51,12 +51,12 @@ _DROPPED = {
 }
 
 
-def fits(sources: Sequence[Source]) -> bool:
+def fits(sources: Sequence[SettingsFile]) -> bool:
     """Whether the files are of this trainer."""
     return bool(commands(sources, _SCRIPT))
 
 
-def convert(draft: Draft, sources: Sequence[Source]) -> None:
+def convert(draft: Draft, sources: Sequence[SettingsFile]) -> None:
     """Fill the draft from the files."""
     command = one_command(draft, commands(sources, _SCRIPT))
     given = from_arguments(command.arguments, command.source.file, NAME)
@@ -66,7 +66,7 @@ def convert(draft: Draft, sources: Sequence[Source]) -> None:
     draft.change(f"the script {command.name}", "model.family", "cogvideox_i2v" if is_image else "cogvideox", "")
     draft.notes = [note for note in draft.notes if not note.setting.startswith("the script's name")]
     draft.move(f"the script {command.name}", "train.method", "lora" if is_lora else "full")
-    _rename(given, {"checkpoints_total_limit": "checkpointing_limit"})
+    given.move(draft, {"checkpoints_total_limit": ("checkpoint.keep_last", integer)})
     put_common(draft, given)
     datasets = _dataset(draft, given)
     _steps(draft, given, datasets)
@@ -90,14 +90,7 @@ def convert(draft: Draft, sources: Sequence[Source]) -> None:
     given.name_the_rest(draft)
 
 
-def _rename(given: Settings, names: dict[str, str]) -> None:
-    """Take settings for those of the later releases, which mean the same."""
-    for old, new in names.items():
-        if old in given:
-            given.values[new] = given.values.pop(old)
-
-
-def _dataset(draft: Draft, given: Settings) -> list[Dataset]:
+def _dataset(draft: Draft, given: Settings) -> list[ClipFolder]:
     root, file = given.take("data_root", text, ""), given.take("dataset_file", text, "")
     if not root and not file:
         raise UserError("the command names no --data_root", "add it", given.file)
@@ -117,12 +110,14 @@ def _dataset(draft: Draft, given: Settings) -> list[Dataset]:
     )
     common.put_buckets(draft, setting, shapes, text_)
     put_columns(draft, given)
-    datasets = [Dataset(file if not root or file.startswith("/") else f"{root.rstrip('/')}/{file}" if file else root)]
+    datasets = [
+        ClipFolder(file if not root or file.startswith("/") else f"{root.rstrip('/')}/{file}" if file else root)
+    ]
     common.put_datasets(draft, given.spelled("dataset_file" if file else "data_root"), datasets)
     return datasets
 
 
-def _steps(draft: Draft, given: Settings, datasets: list[Dataset]) -> None:
+def _steps(draft: Draft, given: Settings, datasets: list[ClipFolder]) -> None:
     per_gpu, accumulation = (
         given.take("train_batch_size", integer, 4),
         given.take("gradient_accumulation_steps", integer, 1),

@@ -28,7 +28,7 @@ NOT_NEEDED = {
 
 
 @dataclass
-class Dataset:
+class ClipFolder:
     """One dataset of a source: where, how often its clips are taken, and its trigger word."""
 
     path: str
@@ -50,9 +50,9 @@ def put_buckets(draft: Draft, setting: str, buckets: Iterable[Bucket], text: str
         draft.move(setting, "data.buckets", values)
 
 
-def put_datasets(draft: Draft, setting: str, datasets: Sequence[Dataset]) -> None:
+def put_datasets(draft: Draft, setting: str, datasets: Sequence[ClipFolder]) -> None:
     """Set data.path, or [[data.sources]] for several; the same folder twice is one."""
-    folders: dict[str, Dataset] = {}
+    folders: dict[str, ClipFolder] = {}
     for dataset in datasets:
         folders.setdefault(dataset.path, dataset)
     if len(folders) < len(datasets):
@@ -119,7 +119,7 @@ def put_schedule(draft: Draft, setting: str, name: str, warmup: int, warmup_sett
         draft.move(warmup_setting, "schedule.warmup_steps", warmup)
 
 
-def put_epochs(draft: Draft, setting: str, epochs: float, datasets: Sequence[Dataset]) -> None:
+def put_epochs(draft: Draft, setting: str, epochs: float, datasets: Sequence[ClipFolder]) -> None:
     """Set train.steps from epochs: as many as there are clips for, if they can be counted."""
     batch = int(draft.get("train.global_batch_size", 1))
     clips = float(draft.clips) if draft.clips else sum(_count(each.path) * each.repeats for each in datasets)

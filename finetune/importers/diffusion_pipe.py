@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.importers import common
-from finetune.importers.common import NOT_NEEDED, Dataset
+from finetune.importers.common import NOT_NEEDED, ClipFolder
 from finetune.importers.diffusion_pipe_data import put_data, put_memory, put_rest
 from finetune.importers.draft import Draft
 from finetune.importers.families import family_named, published, put_experts, put_published
@@ -20,7 +20,7 @@ from finetune.importers.settings import (
     tables,
     text,
 )
-from finetune.importers.sources import Source, beside, commands, one_command
+from finetune.importers.sources import SettingsFile, beside, commands, one_command
 from finetune.runtime.errors import UserError
 
 NAME = "diffusion-pipe"
@@ -67,7 +67,7 @@ _DROPPED = {
 }
 
 
-def fits(sources: Sequence[Source]) -> bool:
+def fits(sources: Sequence[SettingsFile]) -> bool:
     """Whether the files are of this trainer."""
     if commands(sources, r"train\.py", "--config"):
         return True
@@ -82,7 +82,7 @@ def _is_dataset(data: dict[str, Any]) -> bool:
     return isinstance(data.get("directory"), list)
 
 
-def convert(draft: Draft, sources: Sequence[Source]) -> None:
+def convert(draft: Draft, sources: Sequence[SettingsFile]) -> None:
     """Fill the draft from the files."""
     source = _training(draft, sources)
     given = Settings(source.data, source.file, NAME)
@@ -103,7 +103,7 @@ def convert(draft: Draft, sources: Sequence[Source]) -> None:
     given.name_the_rest(draft)
 
 
-def _training(draft: Draft, sources: Sequence[Source]) -> Source:
+def _training(draft: Draft, sources: Sequence[SettingsFile]) -> SettingsFile:
     """The TOML of the training: given, or named by a command."""
     found = commands(sources, r"train\.py", "--config")
     if found:
@@ -141,7 +141,7 @@ def _training(draft: Draft, sources: Sequence[Source]) -> Source:
     return source
 
 
-def _dataset(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -> Settings:
+def _dataset(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: str) -> Settings:
     path = given.take("dataset", text, "")
     source = beside(sources, path, file) if path else None
     if source is None:
@@ -221,7 +221,7 @@ def _adapter(draft: Draft, given: Settings) -> None:
     adapter.name_the_rest(draft)
 
 
-def _steps(draft: Draft, given: Settings, datasets: list[Dataset]) -> None:
+def _steps(draft: Draft, given: Settings, datasets: list[ClipFolder]) -> None:
     per_gpu, accumulation = 1, max(1, given.take("gradient_accumulation_steps", integer, 1))
     raw = given.take("micro_batch_size_per_gpu", anything, 1)
     if isinstance(raw, list):

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.importers import common
-from finetune.importers.common import Dataset
+from finetune.importers.common import ClipFolder
 from finetune.importers.draft import Draft
 from finetune.importers.families import FPS, base_of, legal_bucket, why_not
 from finetune.importers.settings import Settings, anything, flag, integer, integers, number, text
-from finetune.importers.sources import Source, beside
+from finetune.importers.sources import SettingsFile, beside
 from finetune.recipe.bucket import Area, Bucket
 from finetune.runtime.errors import UserError
 
@@ -38,7 +38,7 @@ _DROPPED = {
 }
 
 
-def put_data(draft: Draft, dataset: Settings, given: Settings) -> list[Dataset]:
+def put_data(draft: Draft, dataset: Settings, given: Settings) -> list[ClipFolder]:
     """Set [data]; returns the datasets."""
     directories = dataset.tables("directory")
     if not directories:
@@ -58,7 +58,7 @@ def put_data(draft: Draft, dataset: Settings, given: Settings) -> list[Dataset]:
         own = directory.take("caption_prefix", text, prefix)
         if "caption_prefix" in directory:
             draft.read(directory.spelled("caption_prefix"), "it is data.id_token, which a space parts from the caption")
-        found.append(Dataset(path, directory.take("num_repeats", number, everywhere), own.strip().rstrip(",")))
+        found.append(ClipFolder(path, directory.take("num_repeats", number, everywhere), own.strip().rstrip(",")))
         for name in ("num_repeats", "path"):
             if name in directory and (len(directories) > 1 or name == "num_repeats"):
                 draft.read(directory.spelled(name), "it is in [data]")
@@ -197,7 +197,7 @@ def put_memory(draft: Draft, given: Settings, model: Settings) -> None:
     model.drop(draft, {**dict.fromkeys(parts, each), "cache_text_embeddings": "captions are always encoded once"})
 
 
-def put_rest(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -> None:
+def put_rest(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: str) -> None:
     """Set how the run is judged, and where its metrics go."""
     heldout = _heldout(draft, given, sources, file)
     every = given.take("eval_every_n_steps", integer, None)
@@ -226,7 +226,7 @@ def put_rest(draft: Draft, given: Settings, sources: Sequence[Source], file: str
     monitoring.name_the_rest(draft)
 
 
-def _heldout(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -> bool:
+def _heldout(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: str) -> bool:
     entries: Any = given.take("eval_datasets", anything, None)
     if not isinstance(entries, list) or not entries:
         if "eval_datasets" in given:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.importers import common
-from finetune.importers.common import NOT_NEEDED, Dataset
+from finetune.importers.common import NOT_NEEDED, ClipFolder
 from finetune.importers.draft import Draft
 from finetune.importers.families import base_of, family_named
 from finetune.importers.finetrainers_dropped import DROPPED
 from finetune.importers.finetrainers_extras import put_memory, put_validation
 from finetune.importers.launching import launched_gpus
 from finetune.importers.settings import Settings, flag, from_arguments, integer, number, text, words
-from finetune.importers.sources import Source, beside, commands, one_command
+from finetune.importers.sources import SettingsFile, beside, commands, one_command
 from finetune.recipe.bucket import Bucket
 from finetune.runtime.errors import UserError
 
@@ -23,7 +23,7 @@ _OPTIMIZERS = {"adamw": "adamw", "adamw-bnb": "adamw", "adamw-bnb-8bit": "adamw_
 _REGEX_OF_NAMES = re.compile(r"[\w.|()*^]*?\.\*\(?([\w.|]+?)\)?\$?")
 
 
-def fits(sources: Sequence[Source]) -> bool:
+def fits(sources: Sequence[SettingsFile]) -> bool:
     """Whether the files are of this trainer."""
     if commands(sources, r"train\.py", "--model_name"):
         return True
@@ -35,7 +35,7 @@ def _is_dataset(data: dict[str, Any]) -> bool:
     return isinstance(datasets, list) and any(isinstance(each, dict) and "dataset_type" in each for each in datasets)
 
 
-def convert(draft: Draft, sources: Sequence[Source]) -> None:
+def convert(draft: Draft, sources: Sequence[SettingsFile]) -> None:
     """Fill the draft from the files."""
     found = commands(sources, r"train\.py", "--model_name")
     if not found:
@@ -142,7 +142,7 @@ def _data_parallel(given: Settings) -> int:
     return max(1, replicas or 1) * max(1, shards or 1) if replicas or shards else 0
 
 
-def _datasets_v1(draft: Draft, given: Settings) -> list[Dataset]:
+def _datasets_v1(draft: Draft, given: Settings) -> list[ClipFolder]:
     """The dataset of v0.0.1, in the command itself."""
     root, file = given.take("data_root", text, ""), given.take("dataset_file", text, "")
     if not root and not file:
@@ -158,8 +158,8 @@ def _datasets_v1(draft: Draft, given: Settings) -> list[Dataset]:
     put_columns(draft, given)
     if file:
         whole = file if not root or file.startswith(("/", "~")) else f"{root.rstrip('/')}/{file}"
-        return _put(draft, given.spelled("dataset_file"), [Dataset(whole)])
-    return _put(draft, given.spelled("data_root"), [Dataset(root)])
+        return _put(draft, given.spelled("dataset_file"), [ClipFolder(whole)])
+    return _put(draft, given.spelled("data_root"), [ClipFolder(root)])
 
 
 def put_columns(draft: Draft, given: Settings) -> None:
@@ -179,7 +179,7 @@ def put_columns(draft: Draft, given: Settings) -> None:
     given.drop(draft, {"caption_dropout_technique": "the family's own unconditional prompt is taken"})
 
 
-def _put(draft: Draft, setting: str, datasets: list[Dataset]) -> list[Dataset]:
+def _put(draft: Draft, setting: str, datasets: list[ClipFolder]) -> list[ClipFolder]:
     common.put_datasets(draft, setting, datasets)
     return datasets
 
@@ -192,7 +192,7 @@ def _bucket(given: Settings, text_: str) -> Bucket:
         raise UserError(what, cure, f"{given.file}: --video_resolution_buckets") from None
 
 
-def _datasets(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -> list[Dataset]:
+def _datasets(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: str) -> list[ClipFolder]:
     """The datasets of the last release, in a JSON file of their own."""
     path = given.take("dataset_config", text, "")
     source = beside(sources, path, file)
@@ -209,7 +209,7 @@ def _datasets(draft: Draft, given: Settings, sources: Sequence[Source], file: st
         root, table = entry.take("data_root", text, ""), entry.take("dataset_file", text, "")
         if not root and not table:
             raise UserError('a dataset names no "data_root"', "add it", source.file)
-        found.append(Dataset(table or root, id_token=entry.take("id_token", text, "")))
+        found.append(ClipFolder(table or root, id_token=entry.take("id_token", text, "")))
         for name in ("video_resolution_buckets", "image_resolution_buckets"):
             for each in entry.take(name, _shapes, []):
                 buckets.append(Bucket(*([1] if len(each) == 2 else []), *each))
@@ -242,7 +242,7 @@ def _shapes(value: Any) -> list[list[int]]:
     return shapes
 
 
-def _steps(draft: Draft, given: Settings, datasets: list[Dataset], is_first: bool) -> None:
+def _steps(draft: Draft, given: Settings, datasets: list[ClipFolder], is_first: bool) -> None:
     per_gpu, accumulation = given.take("batch_size", integer, 1), given.take("gradient_accumulation_steps", integer, 1)
     names = [name for name in ("batch_size", "gradient_accumulation_steps") if name in given]
     common.put_batch(draft, " ".join(map(given.spelled, names)) or "--batch_size is 1", per_gpu, max(1, accumulation))

@@ -25,6 +25,8 @@ DROPPED = {
     "precompute_conditions": NOT_NEEDED["precompute"],
     "enable_precomputation": NOT_NEEDED["precompute"],
     "precomputation_items": NOT_NEEDED["precompute"],
+    "precomputation_dir": NOT_NEEDED["precompute"],
+    "remove_common_llm_caption_prefixes": "captions are trained on as they are",
     "precomputation_once": NOT_NEEDED["precompute"],
     "precomputation_reuse": NOT_NEEDED["precompute"],
     "dataset_shuffle_buffer_size": "each epoch is shuffled whole",

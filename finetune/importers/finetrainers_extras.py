@@ -7,7 +7,7 @@ from typing import Any
 from finetune.importers import common
 from finetune.importers.draft import Draft
 from finetune.importers.settings import Settings, flag, integer, number, text, words
-from finetune.importers.sources import Source, beside
+from finetune.importers.sources import SettingsFile, beside
 from finetune.recipe.bucket import Bucket
 from finetune.recipe.validation import split_prompts
 from finetune.runtime.errors import UserError
@@ -68,7 +68,7 @@ def _put_layout(draft: Draft, given: Settings) -> None:
             draft.drop(given.spelled(name), why)
 
 
-def put_validation(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -> None:
+def put_validation(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: str) -> None:
     """Set the prompts: v0.0.1 has them in the command, the last release in a file of their own."""
     rate = given.take("validation_frame_rate", number, None)
     count = given.take("num_validation_videos", integer, None)
@@ -118,7 +118,7 @@ def _shape(written: str, where: str) -> Bucket:
         raise UserError(what, cure, where) from None
 
 
-def _put_file(draft: Draft, given: Settings, sources: Sequence[Source], file: str, path: str) -> None:
+def _put_file(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: str, path: str) -> None:
     setting = given.spelled("validation_dataset_file")
     source = beside(sources, path, file) if Path(path).suffix in _READABLE else None
     if source is None:

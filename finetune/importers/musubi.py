@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.importers import common
-from finetune.importers.common import Dataset
+from finetune.importers.common import ClipFolder
 from finetune.importers.draft import Draft
 from finetune.importers.families import MODELS, published, put_experts, put_published
 from finetune.importers.launching import launched_gpus
@@ -12,7 +12,7 @@ from finetune.importers.musubi_data import put_data
 from finetune.importers.musubi_dropped import DROPPED
 from finetune.importers.musubi_training import put_memory, put_objective, put_optimizer, put_samples
 from finetune.importers.settings import Settings, from_arguments, integer, number, text, words
-from finetune.importers.sources import Source, beside, commands, one_command
+from finetune.importers.sources import SettingsFile, beside, commands, one_command
 from finetune.runtime.errors import UserError
 
 NAME = "musubi-tuner"
@@ -21,7 +21,7 @@ READS = "a command that starts wan_, hv_ or hv_1_5_train_network.py, and the TOM
 _SCRIPT = r"(wan|hv|hv_1_5|fpack|flux_kontext|flux_2|qwen_image|zimage|kandinsky5|krea2)_train(?:_network)?\.py"
 
 
-def fits(sources: Sequence[Source]) -> bool:
+def fits(sources: Sequence[SettingsFile]) -> bool:
     """Whether the files are of this trainer."""
     return bool(commands(sources, _SCRIPT)) or any(
         isinstance(each.data, dict) and (_is_flat(each.data) or _is_dataset(each.data)) for each in sources
@@ -48,7 +48,7 @@ def _flattened(data: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def convert(draft: Draft, sources: Sequence[Source]) -> None:
+def convert(draft: Draft, sources: Sequence[SettingsFile]) -> None:
     """Fill the draft from the files."""
     given, script, file = _settings(draft, sources)
     _model(draft, given, script)
@@ -78,7 +78,7 @@ def convert(draft: Draft, sources: Sequence[Source]) -> None:
     given.name_the_rest(draft)
 
 
-def _settings(draft: Draft, sources: Sequence[Source]) -> tuple[Settings, str, str]:
+def _settings(draft: Draft, sources: Sequence[SettingsFile]) -> tuple[Settings, str, str]:
     """The settings, the script's name ("" if it is not known), and where they stand."""
     found = commands(sources, _SCRIPT)
     if found:
@@ -206,7 +206,7 @@ def _adapter(draft: Draft, given: Settings) -> None:
     given.drop(draft, {"base_weights_multiplier": "it is in lora.frozen"})
 
 
-def _steps(draft: Draft, given: Settings, datasets: list[Dataset], batch: int, setting: str) -> None:
+def _steps(draft: Draft, given: Settings, datasets: list[ClipFolder], batch: int, setting: str) -> None:
     accumulation = max(1, given.take("gradient_accumulation_steps", integer, 1))
     name = "gradient_accumulation_steps"
     common.put_batch(

@@ -1,7 +1,7 @@
 """The datasets of musubi-tuner: [general] and [[datasets]] of a TOML file."""
 
 from finetune.importers import common
-from finetune.importers.common import Dataset
+from finetune.importers.common import ClipFolder
 from finetune.importers.draft import Draft
 from finetune.importers.families import FPS, base_of, legal_bucket, why_not
 from finetune.importers.settings import Settings, flag, integer, integers, number, text
@@ -19,7 +19,7 @@ _DROPPED = {
 _PATHS = ("video_directory", "video_jsonl_file", "image_directory", "image_jsonl_file")
 
 
-def put_data(draft: Draft, config: Settings) -> tuple[list[Dataset], int, str]:
+def put_data(draft: Draft, config: Settings) -> tuple[list[ClipFolder], int, str]:
     """Set [data]; returns the datasets, the batch, and how the source writes that."""
     general, entries = config.table("general"), config.tables("datasets")
     if not entries:
@@ -30,7 +30,7 @@ def put_data(draft: Draft, config: Settings) -> tuple[list[Dataset], int, str]:
     for entry in entries:
         path, is_list = _path(draft, entry)
         entry.values = {**general.values, **entry.values}
-        found.append(Dataset(path, entry.take("num_repeats", number, 1)))
+        found.append(ClipFolder(path, entry.take("num_repeats", number, 1)))
         areas.append(_area(entry))
         is_found = entry.take("enable_bucket", flag, False) or is_found
         batches.append(max(1, entry.take("batch_size", integer, 1)))

@@ -26,12 +26,14 @@ class Settings:
         self.values = dict(values)
         self.file, self.trainer, self.prefix = file, trainer, prefix
         self.taken: set[str] = set()
+        self.said: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
     def spelled(self, name: str) -> str:
-        """A setting as its source writes it, for one line."""
+        """A setting as its source writes it, for the one line on it; what is secret is left out."""
+        self.said.add(name)
         value = (
             "..." if re.search("token$|api_key|password|secret", name) and "id_token" not in name else self.values[name]
         )
@@ -90,16 +92,23 @@ class Settings:
     def drop(self, draft: Draft, reasons: Mapping[str, str]) -> None:
         """Name what has no place in a recipe, with the reason."""
         for name, why in reasons.items():
-            if name in self.values and name not in self.taken:
+            if name in self.values and name not in self.said:
                 self.taken.add(name)
                 draft.drop(self.spelled(name), why)
 
     def name_the_rest(self, draft: Draft) -> None:
-        """Name whatever nobody has taken."""
-        for name in self.values:
+        """Name whatever has no line so far: what nobody has taken as unknown, and what made no difference."""
+        lines = " ".join(note.setting for note in draft.notes)
+        for name, value in self.values.items():
             if name not in self.taken:
                 self.taken.add(name)
                 draft.unknown(self.spelled(name))
+            elif (
+                name not in self.said
+                and not isinstance(value, dict)
+                and not re.search(rf"\b{re.escape(name)}\b", lines)
+            ):
+                draft.drop(self.spelled(name), "it makes no difference beside the other settings")
 
 
 def _short(value: Any) -> str:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.importers import common
-from finetune.importers.common import NOT_NEEDED, Dataset
+from finetune.importers.common import NOT_NEEDED, ClipFolder
 from finetune.importers.draft import Draft
 from finetune.importers.families import MODELS, family_named, legal_bucket, published, put_published, why_not
 from finetune.importers.finetrainers_extras import put_checkpointing
 from finetune.importers.settings import Settings, anything, flag, integer, number, text
-from finetune.importers.sources import Source, beside
+from finetune.importers.sources import SettingsFile, beside
 from finetune.recipe.bucket import Area, Bucket
 from finetune.runtime.errors import UserError
 
@@ -57,7 +57,7 @@ _DROPPED = {
 }
 
 
-def fits(sources: Sequence[Source]) -> bool:
+def fits(sources: Sequence[SettingsFile]) -> bool:
     """Whether the files are of this trainer."""
     return any(isinstance(each.data, dict) and "model_family" in _plain(each.data) for each in sources)
 
@@ -67,7 +67,7 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
     return {str(name).lstrip("-").replace("-", "_"): value for name, value in data.items()}
 
 
-def convert(draft: Draft, sources: Sequence[Source]) -> None:
+def convert(draft: Draft, sources: Sequence[SettingsFile]) -> None:
     """Fill the draft from the files."""
     source = next(each for each in sources if isinstance(each.data, dict) and "model_family" in _plain(each.data))
     source.is_used = True
@@ -129,7 +129,7 @@ def _model(draft: Draft, given: Settings) -> None:
     given.drop(draft, dict.fromkeys(("lora_rank", "lora_alpha"), "all weights are trained"))
 
 
-def _data(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -> list[Dataset]:
+def _data(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: str) -> list[ClipFolder]:
     path = given.take("data_backend_config", text, "")
     source = (beside(sources, path, file) if path else None) or next(
         (each for each in sources if isinstance(each.data, list)), None
@@ -160,7 +160,7 @@ def _data(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -
         where = entry.take("instance_data_dir", text, "") or entry.take("dataset_name", text, "")
         if not where:
             raise UserError(f"the data backend {name} has no instance_data_dir", "add it", source.file)
-        found.append(Dataset(where, entry.take("repeats", number, 0) + 1))
+        found.append(ClipFolder(where, entry.take("repeats", number, 0) + 1))
         if "repeats" in entry:
             draft.read(entry.spelled("repeats"), "theirs come on top of the first time: repeats here are one more")
         side, unit = entry.take("resolution", number, default_side), entry.take("resolution_type", text, default_kind)
@@ -232,7 +232,7 @@ def _data(draft: Draft, given: Settings, sources: Sequence[Source], file: str) -
     return found
 
 
-def _steps(draft: Draft, given: Settings, datasets: list[Dataset]) -> None:
+def _steps(draft: Draft, given: Settings, datasets: list[ClipFolder]) -> None:
     per_gpu, accumulation = (
         given.take("train_batch_size", integer, 4),
         given.take("gradient_accumulation_steps", integer, 1),

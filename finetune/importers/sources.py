@@ -18,7 +18,7 @@ _LARGEST = 4_000_000  # bytes; settings are some thousands
 
 
 @dataclass
-class Source:
+class SettingsFile:
     """A file to import.
 
     Attributes:
@@ -38,13 +38,13 @@ class Source:
 class Command:
     """A command of a script that starts a trainer: the launcher's words before the trainer's name, and the options behind it."""
 
-    source: Source
+    source: SettingsFile
     launcher: list[str]
     name: str
     arguments: list[str] = field(default_factory=list)
 
 
-def read_source(path: str) -> Source:
+def read_source(path: str) -> SettingsFile:
     """Read a file, "-" for the standard input. Raises UserError that names it if it cannot be read."""
     try:
         text = decoded(sys.stdin.buffer.read(_LARGEST)) if path == "-" else _text(Path(path))
@@ -66,7 +66,7 @@ def _text(path: Path) -> str:
     return read_utf8(path)
 
 
-def parse(path: str, text: str) -> Source:
+def parse(path: str, text: str) -> SettingsFile:
     """A text as a source, by the ending of its name, or by how it begins. Raises UserError if it is not valid."""
     if "\0" in text:
         raise UserError("it is no text", "give a script, or a TOML, JSON or YAML file", path)
@@ -80,10 +80,10 @@ def parse(path: str, text: str) -> Source:
     if path == "-" and text.lstrip().startswith(("{", "[{", "[\n")):
         ending = ".json"
     if ending not in kinds:
-        return Source(path, script=read_script(text))
+        return SettingsFile(path, script=read_script(text))
     name, reader = kinds[ending]
     try:
-        return Source(path, reader(text))
+        return SettingsFile(path, reader(text))
     except (ValueError, RecursionError) as error:
         first = str(error).splitlines()[0] if str(error) else "nested too deeply"
         raise UserError(f"not valid {name}: {first}", "mend the file", path) from None
@@ -104,7 +104,7 @@ def _yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def commands(sources: Sequence[Source], script: str, needs: str = "") -> list[Command]:
+def commands(sources: Sequence[SettingsFile], script: str, needs: str = "") -> list[Command]:
     """Commands that start a script whose name fits a pattern, and have an option that begins with `needs`."""
     found = []
     for source in sources:
@@ -147,7 +147,7 @@ def one_command(draft: Draft, found: Sequence[Command]) -> Command:
     return command
 
 
-def beside(sources: Sequence[Source], path: str, origin: str) -> Source | None:
+def beside(sources: Sequence[SettingsFile], path: str, origin: str) -> SettingsFile | None:
     """A file that another one names: one of those given, or one that lies there; None if it is not to be had.
 
     Raises:
