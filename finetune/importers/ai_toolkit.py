@@ -6,7 +6,7 @@ from typing import Any
 from finetune.importers import common
 from finetune.importers.common import NOT_NEEDED, ClipFolder
 from finetune.importers.draft import Draft
-from finetune.importers.families import FPS, base_of, family_named, legal_bucket, why_not
+from finetune.importers.families import FPS, base_of, family_named, legal_area, legal_bucket, why_not
 from finetune.importers.settings import Settings, flag, integer, integers, number, text, words
 from finetune.importers.sources import SettingsFile
 from finetune.recipe.bucket import Area, Bucket
@@ -203,7 +203,12 @@ def _data(draft: Draft, given: Settings, train: Settings) -> None:
         draft.put("data.frames", sorted(set(legal))),
     ]
     notes.append("" if legal == lengths else f"{why_not(draft)}: {lengths} are {legal}")
-    draft.change(f"datasets.resolution = {sides}", "data.area", str(Area(side, side)), "; ".join(filter(None, notes)))
+    draft.change(
+        f"datasets.resolution = {sides}",
+        "data.area",
+        str(legal_area(draft, Area(side, side))),
+        "; ".join(filter(None, notes)),
+    )
     if max(legal) > 1:
         draft.default(
             "num_frames of a clip",

@@ -6,7 +6,7 @@ from typing import Any
 from finetune.importers import common
 from finetune.importers.common import ClipFolder
 from finetune.importers.draft import Draft
-from finetune.importers.families import FPS, base_of, legal_bucket, why_not
+from finetune.importers.families import FPS, base_of, legal_area, legal_bucket, why_not
 from finetune.importers.settings import Settings, anything, flag, integer, integers, number, text
 from finetune.importers.sources import SettingsFile, beside
 from finetune.recipe.bucket import Area, Bucket
@@ -103,7 +103,8 @@ def _shapes(draft: Draft, tables: Sequence[Settings]) -> None:
     areas = _areas(values["resolutions"], where)
     if not areas:
         raise UserError("no resolutions and no size_buckets in it", "add resolutions = [512]", where)
-    if flag(values["enable_ar_bucket"] or False):
+    asked = first["enable_ar_bucket"]
+    if asked and asked.take("enable_ar_bucket", flag, False):
         area = max(areas, key=lambda each: each.height * each.width)
         legal = [legal_bucket(draft, Bucket(length, *area)).frames for length in lengths]
         text_ = [_ASPECTS, more]
@@ -112,10 +113,10 @@ def _shapes(draft: Draft, tables: Sequence[Settings]) -> None:
         if legal != lengths:
             text_.append(f"{why_not(draft)}: {lengths} are {legal}")
         text_.append(draft.put("data.frames", sorted(set(legal))))
-        draft.change(setting, "data.area", str(area), "; ".join(filter(None, text_)))
-        count = values["num_ar_buckets"]
-        if count and int(count) > 0:
-            draft.put("data.bucket_count", int(count))
+        draft.change(setting, "data.area", str(legal_area(draft, area)), "; ".join(filter(None, text_)))
+        counted = first["num_ar_buckets"]
+        if counted and (count := counted.take("num_ar_buckets", integer, 0)) > 0:
+            draft.put("data.bucket_count", count)
         return
     buckets = [Bucket(length, *area) for area in areas for length in lengths]
     common.put_buckets(
@@ -127,7 +128,7 @@ def _areas(value: Any, where: str) -> list[Area]:
     try:
         areas = [Area(each[1], each[0]) if isinstance(each, list) else Area(each, each) for each in value or []]
         return [Area(integer(each.height), integer(each.width)) for each in areas if min(each) > 0]
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         raise UserError(
             f"resolutions = {value} are no sizes", "write resolutions = [512], or [[width, height]]", where
         ) from None
@@ -136,14 +137,14 @@ def _areas(value: Any, where: str) -> list[Area]:
 def _lists(value: Any, where: str, name: str) -> list[list[int]]:
     try:
         return [found for each in value or [] if min(found := integers(each)) > 0 and len(found) > 1]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UserError(f"{name} = {value} are no sizes", f"write {name} = [[width, height, frames]]", where) from None
 
 
 def _integers(value: Any, where: str) -> list[int]:
     try:
         return [each for each in integers(value or []) if each > 0]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UserError(f"frame_buckets = {value} are no lengths", "write frame_buckets = [1, 33]", where) from None
 
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from finetune.importers.draft import Draft
-from finetune.recipe.bucket import Bucket
+from finetune.recipe.bucket import Area, Bucket
 from finetune.runtime.errors import UserError
 
 
@@ -136,7 +136,13 @@ def legal_bucket(draft: Draft, bucket: Bucket) -> Bucket:
     frames = (max(bucket.frames, 1) - 1) // shapes.frames * shapes.frames + 1
     if draft.family.endswith("_i2v"):
         frames = max(frames, shapes.frames + 1)
-    return Bucket(frames, *(max(side, round(length / side) * side) for length in bucket[1:]))
+    return Bucket(frames, *(max(side, (length + side // 2) // side * side) for length in bucket[1:]))
+
+
+def legal_area(draft: Draft, area: Area) -> Area:
+    """An area that holds at least the smallest shape that the draft's model takes."""
+    side = 32 if "TI2V-5B" in str(draft.get("model.path", "")) else _SHAPES[base_of(draft.family)].side
+    return area if min(area) >= side else Area(*(max(side, length) for length in area))
 
 
 def why_not(draft: Draft) -> str:

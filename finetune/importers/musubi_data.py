@@ -3,7 +3,7 @@
 from finetune.importers import common
 from finetune.importers.common import ClipFolder
 from finetune.importers.draft import Draft
-from finetune.importers.families import FPS, base_of, legal_bucket, why_not
+from finetune.importers.families import FPS, base_of, legal_area, legal_bucket, why_not
 from finetune.importers.settings import Settings, flag, integer, integers, number, text
 from finetune.recipe.bucket import Area, Bucket
 from finetune.runtime.errors import UserError
@@ -135,7 +135,7 @@ def _shapes(draft: Draft, areas: list[Area], lengths: list[int], is_found: bool)
         text_ = "; ".join(
             filter(None, ["width x height there; shapes are found for the clips' aspect ratios", several, frames, more])
         )
-        draft.change("resolution with enable_bucket", "data.area", str(area), text_)
+        draft.change("resolution with enable_bucket", "data.area", str(legal_area(draft, area)), text_)
         return
     buckets = [Bucket(length, *area) for area in dict.fromkeys(areas) for length in lengths]
     common.put_buckets(draft, "resolution with target_frames", buckets, "width x height there")

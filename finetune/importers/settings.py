@@ -1,5 +1,6 @@
 """Settings of a source by name: each is taken once, with its type, and whatever is left is named."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -131,7 +132,7 @@ def integer(value: Any) -> int:
 
 def number(value: Any) -> float:
     """number"""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else float(value)
 

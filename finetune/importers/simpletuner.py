@@ -6,7 +6,15 @@ from typing import Any
 from finetune.importers import common
 from finetune.importers.common import NOT_NEEDED, ClipFolder
 from finetune.importers.draft import Draft
-from finetune.importers.families import MODELS, family_named, legal_bucket, published, put_published, why_not
+from finetune.importers.families import (
+    MODELS,
+    family_named,
+    legal_area,
+    legal_bucket,
+    published,
+    put_published,
+    why_not,
+)
 from finetune.importers.finetrainers_extras import put_checkpointing
 from finetune.importers.settings import Settings, anything, flag, integer, number, text
 from finetune.importers.sources import SettingsFile, beside
@@ -168,6 +176,7 @@ def _data(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: 
             draft.todo.append(
                 f"resolution of {name} is the shorter side there, and the side of a square here: see data.area"
             )
+        side = max(side, 1e-3)
         sides.append(round(side**0.5 * 1000) if unit == "area" or side < 16 else round(side))
         video = entry.table("video")
         lengths.append(video.take("num_frames", integer, 1 if kind == "image" else 49))
@@ -226,7 +235,7 @@ def _data(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: 
     draft.change(
         f"resolution = {side}; num_frames = {lengths}",
         "data.area",
-        str(Area(side, side)),
+        str(legal_area(draft, Area(side, side))),
         "; ".join(filter(None, notes)),
     )
     return found
