@@ -2,6 +2,7 @@
 
 import argparse
 
+from finetune.commands.parsing import COMMANDS, PROGRAM, parser_of
 from finetune.runtime.logging import tell
 
 EXAMPLES = """\
@@ -19,8 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     import shtab
-
-    from finetune.cli import COMMANDS, PROGRAM, parser_of
 
     whole = argparse.ArgumentParser(prog=PROGRAM)
     commands = whole.add_subparsers()

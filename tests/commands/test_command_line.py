@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from processes import ROOT, run_python
 
-from finetune.cli import COMMANDS, main, parser_of
+from finetune.cli import main
 from finetune.commands.new import TEMPLATES, names, written
+from finetune.commands.parsing import COMMANDS, parser_of
 from finetune.recipe import load_recipe
 
 SETTINGS = ["--set", "train.steps=2", "--set", "train.micro_batch_size=1"]
