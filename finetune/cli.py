@@ -1,66 +1,53 @@
 """The command line. Errors that a user can mend end here, printed without a traceback, with exit status 2."""
 
-import argparse
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from finetune import __version__
+from finetune.commands.parsing import COMMANDS, PROGRAM, parser_of
 from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import MAKE_ROOM, no_room
-from finetune.runtime.logging import print_error, quiet_libraries
-
-USAGE = """\
-torchrun ... -m finetune --recipe R [--resume-step N] [--cpu]   train, or resume (encodes the dataset first if it must)
-python -m finetune check    --recipe R       recipe, model folder and clips: every problem at once
-python -m finetune plan     --recipe R [--gpus N] [--gpu NAME] [--device-memory 24GiB] [--fit] ...   peak memory, without a GPU
-torchrun ... -m finetune prepare --recipe R  encode clips and captions into the cache
-python -m finetune sample   --recipe R [--adapter DIR [--compare]] [--prompt TEXT [--shape FxHxW] [--image FILE] ...]
-python -m finetune export   --recipe R [--step N] | --from FILE [--family F --model M] [--format NAME ...] --out DIR
-python -m finetune push     --run DIR --repo OWNER/NAME [--public] [--offline-folder OUT] ...   a finished run to the Hub
-python -m finetune cache    size|verify|prune [--dir CACHE] [--recipe R ...] ...   what takes room in a cache, and what is damaged
-python -m finetune compare  OUTPUT ...        runs by their held-out losses, and both experts of a run
-python -m finetune plot     --run DIR        loss curve of a run, as loss.png in it
-python -m finetune demo     --out DIR        a small pipeline and clips to try things on
-python -m finetune schema                    JSON Schema of recipes, for editors
-python -m finetune families                  model families
-"""
+from finetune.runtime.logging import be_quiet, be_verbose, is_reader_there, print_error, quiet_libraries
 
 LOST = 1  # exit status if another process is lost
-COMMANDS = (
-    "train",
-    "check",
-    "plan",
-    "prepare",
-    "sample",
-    "export",
-    "push",
-    "cache",
-    "compare",
-    "plot",
-    "demo",
-    "schema",
-    "families",
-)
+CLOSED_PIPE = 141  # what a shell says of a program that writes to `head` once that has ended: 128 + SIGPIPE
+
+EXAMPLES = """\
+finetune new ltx_lora mine.toml --data clips
+finetune check mine.toml
+finetune plan mine.toml --gpu 4090
+finetune train mine.toml --gpus 2
+torchrun --nproc_per_node 8 -m finetune --recipe mine.toml     the same on 8 GPUs, by torchrun's own command line"""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; returns the exit status."""
     quiet_libraries()
-    is_train = bool(arguments) and arguments[0].startswith("--") and arguments[0] != "--help"
     gc.disable()  # garbage collection during imports costs a fifth of start-up and frees nothing
     try:
-        name = _parse_command(["train"] if is_train else arguments[:1])
-        command = importlib.import_module(f"finetune.commands.{name}")  # the others' imports are not needed
-        parser = _Parser(prog=f"python -m finetune {name}", description=command.__doc__)
-        command.add_arguments(parser)
-        status = command.run(parser.parse_args(arguments if is_train else arguments[1:]))
+        name, rest = _split(arguments)
+        if name is None:
+            return _overview(rest)
+        command, parser = parser_of(name)
+        parsed = parser.parse_args(rest)
+        if parsed.quiet:
+            be_quiet()
+        if parsed.verbose:
+            be_verbose()
+        status = command.run(parsed)
         sys.stdout.flush()
         return status
     except UserError as error:
         print_error(error)
         return LOST if isinstance(error, LostPeer) else 2
+    except BrokenPipeError:
+        if is_reader_there():
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing is left that could be flushed
+        return CLOSED_PIPE
     except OSError as error:  # what is printed names no file
         if not (shortage := no_room(error)):
             raise
@@ -72,14 +59,36 @@ def main(arguments: Sequence[str]) -> int:
         gc.enable()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its errors are the user's, as those of a recipe are."""
+def _split(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """A command's name and its arguments. Without a name it is training, as `torchrun -m finetune --recipe R` has it."""
+    first = arguments[0] if arguments else "--help"
+    if first in COMMANDS:
+        return first, arguments[1:]
+    if first in ("--help", "-h", "--version", "help"):
+        return None, arguments or ["--help"]
+    if first.startswith("-"):
+        return "train", arguments
+    near = importlib.import_module("difflib").get_close_matches(first, COMMANDS, 1)
+    cure = f"did you mean {PROGRAM} {near[0]}?" if near else f"{PROGRAM} --help lists the commands"
+    if first.endswith(".toml"):
+        cure = f"to train this recipe: {PROGRAM} train {first}"
+    raise UserError(f"{first!r} is no command", cure)
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, f"{self.prog} --help lists what it takes")
 
-
-def _parse_command(arguments: Sequence[str]) -> str:
-    parser = _Parser("python -m finetune", usage=USAGE)
-    parser.add_argument("command", choices=COMMANDS)
-    return parser.parse_args(arguments).command
+def _overview(arguments: Sequence[str]) -> int:
+    if arguments[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    width = max(map(len, COMMANDS))
+    lines = [
+        "LoRA and full finetuning of video diffusion transformers",
+        "",
+        f"usage: {PROGRAM} COMMAND ...        {PROGRAM} COMMAND --help tells more of each",
+        "",
+        *(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()),
+        "",
+        "examples:",
+        *(f"  {line}" for line in EXAMPLES.splitlines()),
+    ]
+    print("\n".join(lines))
+    return 0

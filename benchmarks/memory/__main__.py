@@ -2,7 +2,8 @@
 
 Every row of published.csv is simulated in two ways, each in a process of its own on a simulated accelerator: the published run
 itself (reference.py), and a recipe of ours for the same work (ours.py), without and with memory savers. Writes a table and a
-chart to benchmarks/results/. `--only N [N ...]` takes some rows only. `--measure` runs ours on a GPU and compares the prediction.
+chart to benchmarks/results/; `--redraw` draws the chart of the table that is there. `--only N [N ...]` takes some rows only.
+`--measure` runs ours on a GPU and compares the prediction.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.memory.chart import draw, read_table
 from benchmarks.memory.ours import resident, with_savers
 from benchmarks.memory.published import HERE, Row, rows
-from benchmarks.memory.table import GIB, Line, chart, errors, markdown
+from benchmarks.memory.table import GIB, Line, errors, markdown
 
 RESULTS = HERE.parent / "results"
 INTRODUCTION = (HERE / "introduction.md").read_text()
@@ -34,7 +36,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="begin no further run after this long; a later call goes on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--redraw", action="store_true", help="only the chart, from the table that is there")
     arguments = parser.parse_args()
+    if arguments.redraw:
+        draw(read_table((arguments.out / "memory.md").read_text()), arguments.out / "memory.png")
+        return
     start, chosen = time.perf_counter(), rows()
     if arguments.only or arguments.measure:
         chosen = [chosen[number - 1] for number in arguments.only or MEASURED]
@@ -62,7 +68,7 @@ def main() -> None:
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "memory.md").write_text(report)
-    chart(lines, arguments.out / "memory.png")
+    draw(read_table(report), arguments.out / "memory.png")
 
 
 class _Kept:

@@ -1,15 +1,13 @@
-"""Writes the figures as tables and as a chart."""
+"""Writes the figures as tables."""
 
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
+from benchmarks.memory.chart import CAPACITY, COLUMNS
 from benchmarks.memory.published import Row
 
 GIB = 2**30
-CAPACITY = 80.0  # GiB of the published GPU
-COLUMNS = ("before training", "before validation", "after validation", "after testing")
 
 
 @dataclass(frozen=True)
@@ -96,31 +94,6 @@ def _summary(title: str, lines: Iterable[Line], column: int) -> list[str]:
     worst, line = max(found, key=lambda pair: abs(pair[0]))
     median = statistics.median(abs(error) for error, _ in found)
     return [f"| {title} | {len(found)} | {median:.2%} | {worst:+.2%} ({_name(line.row)}) |"]
-
-
-def chart(lines: list[Line], file: Path) -> None:
-    """Draw published, reproduced, ours and ours with savers as a group of bars for each row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    series = {
-        "published": [line.row.published[1] or 0.0 for line in lines],
-        "reproduced": [line.columns[1] if line.columns else 0.0 for line in lines],
-        "ours": [line.resident["reserved"] / GIB for line in lines],
-        "ours, with savers": [line.savers["reserved"] / GIB for line in lines],
-    }
-    figure, axes = pyplot.subplots(figsize=(10, 2 + 0.45 * len(lines)), layout="constrained")
-    for place, (name, values) in enumerate(series.items()):
-        axes.barh([row + 0.2 * place for row in range(len(lines))], values, height=0.19, label=name)
-    axes.set_yticks([row + 0.3 for row in range(len(lines))], [_name(line.row) for line in lines], fontsize=7)
-    axes.invert_yaxis()
-    axes.margins(y=0.005)
-    axes.set_xlabel("GiB reserved, up to the end of training")
-    axes.legend(loc="lower right")
-    figure.savefig(file, dpi=80)
-    pyplot.close(figure)
 
 
 def _name(row: Row) -> str:

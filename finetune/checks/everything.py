@@ -11,7 +11,7 @@ from finetune.checks.settings import check_device, check_recipe
 from finetune.data.cache import Cache
 from finetune.data.images import load_image, missing_image
 from finetune.models.family import Family
-from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions
+from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions, say_prompt_notes
 from finetune.preparation.columns import frames_without_loss, further_columns
 from finetune.preparation.encode import encoders_of
 from finetune.preparation.inspect import accept, inspect_datasets
@@ -24,10 +24,13 @@ from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, Problem, UserError
 
 
-def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None = None) -> list[Problem]:
+def check_all(
+    recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None = None, with_weights: bool = True
+) -> list[Problem]:
     """Everything that is wrong with recipe, output folder, model folder and clips. Collective.
 
     Args:
+        with_weights: False if the model's weights need not be there: its configs and tokenizers do.
         gpus: how many the training is for; `runtime.context_size` of them share each sample.
         report: the folder for a page that shows what becomes of every clip, which is written whatever is wrong.
     """
@@ -37,7 +40,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
     recipes, family, counter, clips = [recipe], None, None, []
     with _collected(problems):
         with runtime.together():
-            opened = open_family(recipe)
+            opened = open_family(recipe, with_weights)
         family = opened  # of every rank or of none: a rank without one would miss what the others do together
         recipes = recipes_of_experts(recipe, list(family.experts))
         with runtime.together():
@@ -63,6 +66,7 @@ def check_all(recipe: Recipe, runtime: Runtime, gpus: int, report: Path | None =
         if counter and runtime.is_main:
             prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
             say_cut_captions([*captions_of(clips), *prompt_texts(prompts)], counter)
+            say_prompt_notes(recipe, prompts)
     with _collected(problems), runtime.together():
         _load_images(recipe)
     return problems

@@ -23,6 +23,7 @@ from finetune.recipe.prompts import validation_prompts
 from finetune.recipe.schema import Model, is_set
 from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.units import counted
 
 
 def open_family(recipe: Recipe, with_weights: bool = True, trains: bool = True) -> Family:
@@ -98,7 +99,8 @@ def _expert_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
         yield Problem(f"{trained} names an expert twice", "model.experts", "name each once")
     for each in recipes_of_experts(recipe, list(family.experts)):
         if recipe.schedule.warmup_steps > each.train.steps:
-            what = f"{recipe.schedule.warmup_steps} warm-up steps, but only {each.train.steps} steps of one expert"
+            warm_up = counted(recipe.schedule.warmup_steps, "warm-up step")
+            what = f"{warm_up}, but only {counted(each.train.steps, 'step')} of one expert"
             yield Problem(what, "schedule.warmup_steps", f"set it to at most {each.train.steps}")
     missing = [name for name in trained if name not in steps]
     if steps and missing and recipe.train.steps == max(steps.values()):

@@ -59,5 +59,5 @@ def read_saved(saved: Path) -> Recipe:
         return load_recipe(saved)
     except UserError as error:
         what = f"the run's own copy of its recipe is damaged ({error.problems[0].what})"
-        cure = "put the newest file of starts/ in its place; or remove it, if the recipe has not changed since"
+        cure = "put the newest .toml of starts/ in its place; or remove it, if the recipe has not changed since"
         raise UserError(what, cure, str(saved)) from error

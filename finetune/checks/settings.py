@@ -18,6 +18,7 @@ from finetune.recipe.rules import saver_problems
 from finetune.recipe.schema import is_set
 from finetune.runtime.device import Device, why_no_accelerator
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.units import counted
 from finetune.tracking.trackers import tracker_problems
 
 _LARGEST_ON_CPU = 100_000_000  # parameters
@@ -31,6 +32,12 @@ _CAPABILITIES = {
 }
 _PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"}  # which torch imports for them
 _FLOAT8_EVERYWHERE = (2, 13)  # torch whose Triton has float8 e4m3 below compute capability 8.9
+
+_HIGHEST_RATE = 0.5  # that is not refused
+_OTHER_RATES = {  # the highest one, and what it multiplies
+    "prodigy": (100.0, "the rate that prodigy estimates", "1 is usual"),
+    "adafactor": (0.5, "each weight's own size, and is how far it moves in every step", "1e-3 to 1e-2 are usual"),
+}
 
 
 def check_recipe(recipe: Recipe, data_ranks: int) -> list[Problem]:
@@ -147,8 +154,8 @@ def _batch_problems(recipe: Recipe, data_ranks: int) -> Iterator[Problem]:
     if train.global_batch_size % share:
         nearest = max(1, round(train.global_batch_size / share)) * share
         yield Problem(
-            f"a global batch of {train.global_batch_size} cannot be split over {data_ranks} rank(s) taking "
-            f"{train.micro_batch_size} at a time",
+            f"a global batch of {train.global_batch_size} cannot be split over {counted(data_ranks, 'rank')} "
+            f"taking {train.micro_batch_size} at a time",
             "train.global_batch_size",
             f"set train.global_batch_size = {nearest}",
         )
@@ -161,10 +168,17 @@ def _setting_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.schedule.warmup_steps > recipe.train.steps:
         yield Problem(
-            f"{recipe.schedule.warmup_steps} warm-up steps, but only {recipe.train.steps} steps in all",
+            f"{counted(recipe.schedule.warmup_steps, 'warm-up step')}, but only {counted(recipe.train.steps, 'step')} in all",
             "schedule.warmup_steps",
             f"set it to at most {recipe.train.steps}",
         )
+    if other := _OTHER_RATES.get(recipe.optimizer.name):
+        highest, of, usual = other
+        if recipe.optimizer.lr > highest:
+            yield Problem(f"a learning rate of {recipe.optimizer.lr:g} multiplies {of}", "optimizer.lr", usual)
+    elif recipe.optimizer.lr > _HIGHEST_RATE:
+        what = f"a learning rate of {recipe.optimizer.lr:g} moves each weight by about that much in every step"
+        yield Problem(what, "optimizer.lr", "1e-5 to 1e-3 are usual")
     if problem := missing_library(recipe.optimizer):
         yield problem
     for name in ADAPTERS:
@@ -235,7 +249,8 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     for key in ("validation.every", "validation.sigmas"):
         yield key, heldout, "set validation.heldout_clips, or validation.heldout to a dataset"
     prompts = bool(validation.prompts or validation.prompts_file)
-    for key in ("validation.samples_every", "validation.tiling"):
+    sampled = ("samples_every", "samples_at_start", "samples_at_end", "tiling")
+    for key in (f"validation.{name}" for name in sampled):
         yield key, prompts, "add [[validation.prompts]]"
     for key in ("tracking.project", "tracking.name"):
         used = {"wandb", "mlflow", "trackio"} & set(recipe.tracking.trackers)

@@ -21,7 +21,7 @@ Uses = dict[str, set[tuple[str, str]]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("action", choices=("size", "verify", "prune"))
+    parser.add_argument("action", choices=("size", "verify", "prune"), help="what to do")
     parser.add_argument(
         "--dir", type=folder_named, metavar="CACHE", help="the cache; data.cache of the recipes if not given"
     )

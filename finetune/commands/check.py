@@ -13,6 +13,12 @@ from finetune.runtime.logging import say
 if TYPE_CHECKING:
     from finetune.runtime.distributed import Runtime
 
+EXAMPLES = """\
+finetune check mine.toml
+finetune check mine.toml --gpus 8 --report check
+finetune check mine.toml --no-weights        before the model is downloaded
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
@@ -24,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="write a page into this folder that shows what becomes of every clip",
     )
+    parser.add_argument(
+        "--no-weights", action="store_true", help="the model's weights need not be there; its configs and tokenizers do"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,13 +43,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     def body(runtime: Runtime) -> int:
         gpus = arguments.gpus or runtime.world_size
-        if problems := check_all(recipe, runtime, gpus, arguments.report):
+        if problems := check_all(recipe, runtime, gpus, arguments.report, with_weights=not arguments.no_weights):
             raise UserError.of(problems)
-        check_begun_run(recipe, runtime)
+        if not arguments.no_weights:
+            check_begun_run(recipe, runtime)
         unseen = (
             "; this machine has none, so what the GPU itself can do was not looked at" if runtime.device.is_cpu else ""
         )
-        say(f"nothing wrong found, for training on {gpus} GPU{'s' if gpus > 1 else ''}{unseen}")
+        unseen += "; weights were not looked at" if arguments.no_weights else ""
+        say(f"nothing wrong found, for training on {gpus} GPU{'s' if gpus > 1 else ''}{unseen}", is_result=True)
         return 0
 
     return with_runtime(recipe, body)

@@ -34,8 +34,10 @@ _LOST_NCCL = (
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
-    """Add --recipe and --set."""
-    parser.add_argument("--recipe", required=is_required, help="a TOML recipe")
+    """Add the recipe, which may come first or after --recipe, and --set."""
+    named = parser.add_mutually_exclusive_group(required=is_required)
+    named.add_argument("recipe", nargs="?", default=argparse.SUPPRESS, metavar="RECIPE", help="a TOML recipe")
+    named.add_argument("--recipe", help="the same")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
 
 

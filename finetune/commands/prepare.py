@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from finetune.commands.common import add_recipe_arguments, with_runtime
 from finetune.recipe import load_recipe
 from finetune.runtime.logging import say
+from finetune.runtime.units import counted
 
 if TYPE_CHECKING:
     from finetune.runtime.distributed import Runtime
@@ -35,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
         resolved = resolve_buckets(recipe, family, runtime, cache)
         its = begun(recipes_of_experts(resolved, list(family.experts)), family)
         prepared = prepare(resolved, family, runtime, cache, its)
-        say(f"{len(prepared.train)} clips to train on, {len(prepared.heldout)} held out, in {recipe.data.cache}")
+        clips = counted(len(prepared.train), "clip")
+        say(f"{clips} to train on, {len(prepared.heldout)} held out, in {recipe.data.cache}")
         return 0
 
     return with_runtime(recipe, body)

@@ -12,6 +12,7 @@ from finetune.commands.common import folder_named
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import writing
 from finetune.runtime.logging import listed, say
+from finetune.runtime.units import counted
 
 if TYPE_CHECKING:
     from finetune.models.family import Family
@@ -104,5 +105,5 @@ def _write(
     files = [file for file in out.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     say(
-        f"{len(files)} files, {size / 2**20:.1f} MiB: {listed(sorted(file.relative_to(out) for file in files), most=8)}"
+        f"{counted(len(files), 'file')}, {size / 2**20:.1f} MiB: {listed(sorted(file.relative_to(out) for file in files), most=8)}"
     )

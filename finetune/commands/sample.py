@@ -13,11 +13,19 @@ from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.schema import GENERATED
 from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import UserError
+from finetune.runtime.files import fresh_folder
 
 if TYPE_CHECKING:
     from finetune.runtime.distributed import Runtime
 
-_OF_PROMPT = ("shape", "steps", "seed", "image", "last_image")  # options that describe --prompt
+# Options that describe --prompt.
+_OF_PROMPT = ("shape", "negative", "steps", "guidance", "seed", "count", "fps", "image", "last_image")
+
+EXAMPLES = """\
+finetune sample mine.toml --adapter runs/mine --compare
+finetune sample mine.toml --adapter runs/mine --prompt "a red ball" --negative "blurry" --count 4 --strength 0.5 1
+finetune sample mine.toml --step best
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         nargs="+",
         metavar="DIR[=STRENGTH]",
-        help="folder of an exported LoRA, or of all weights; several LoRAs are applied together",
+        help="folder of a run, of an exported LoRA or of all weights; several LoRAs are applied together",
     )
     parser.add_argument(
         "--strength", type=finite, nargs="+", help="of the LoRAs, a video with each; the prompts' own if not given"
@@ -42,9 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--last-image", help="the image that the video of --prompt ends with, where the model takes one"
     )
     parser.add_argument("--shape", help="frames x height x width of --prompt")
+    parser.add_argument("--negative", metavar="TEXT", help="negative prompt of --prompt")
     parser.add_argument("--steps", type=int, help="denoising steps of --prompt")
+    parser.add_argument("--guidance", type=finite, help="guidance scale of --prompt; the pipeline's if not given")
     parser.add_argument("--seed", type=int, help="seed of --prompt")
-    parser.add_argument("--out", type=folder_named, help="folder; OUTPUT/generated if not given")
+    parser.add_argument("--count", type=int, help="videos of each --prompt, with seeds one after the other")
+    parser.add_argument("--fps", type=finite, help="frame rate of the videos of --prompt")
+    parser.add_argument(
+        "--out",
+        type=folder_named,
+        help="folder; OUTPUT/generated if not given. Nothing is overwritten: see what it says",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,8 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     def body(runtime: Runtime) -> int:
         if runtime.world_size > 1:
-            raise UserError("sample runs in one process", "start it with python -m finetune sample")
-        out = arguments.out or recipe.output / GENERATED
+            raise UserError("sample runs in one process", "start it with finetune sample")
+        out = fresh_folder(arguments.out or recipe.output / GENERATED)
         family = open_family(recipe, trains=False)
         if arguments.step is not None:
             adapters.append((adapter_of(recipe, family, runtime, arguments.step), 1.0))
@@ -106,6 +122,6 @@ def _with_prompts(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
         first = error.errors()[0]
         name = first["loc"][0]
         what = f"{given.get(str(name))!r} is refused: {first['msg'].removeprefix('Value error, ')}"
-        raise UserError(what, "python -m finetune sample --help lists what it takes", f"--{name}") from None
+        raise UserError(what, "finetune sample --help lists what it takes", f"--{name}") from None
     validation = recipe.validation.model_copy(update={"prompts": prompts, "prompts_file": None})
     return recipe.model_copy(update={"validation": validation})

@@ -13,6 +13,7 @@ from finetune.data.formats.listing import file_fault, list_files
 from finetune.data.formats.tables import only_table
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.logging import listed
+from finetune.runtime.paths import looked_in
 
 __all__ = ["Manifest", "describe_unused", "read_manifest"]
 
@@ -29,7 +30,7 @@ def read_manifest(
             `<video_column>s.txt` and `<caption_column>s.txt` (prompts.txt for "caption", too), a folder with metadata.csv,
             .tsv, .json, .jsonl or .parquet, or with train/ that has one, or such a file. Paths inside are relative to the file.
         id_token: text that is put in front of every caption, followed by a space.
-        leave_out: folders inside of a dataset's folder whose files are no part of it, such as the run's own.
+        leave_out: folders and files inside of a dataset's folder that are no part of it, such as the run's own.
     Returns:
         The clips, the clips and rows that cannot be used, and of a folder every file that is not used, each with the reason.
     Raises:
@@ -41,7 +42,7 @@ def read_manifest(
         raise UserError(f"cannot be opened ({error.strerror})", "mend data.path", str(path)) from None
     if not exists:
         raise UserError(
-            "the dataset does not exist",
+            f"the dataset does not exist{looked_in(path)}",
             "set data.path, or `path` in [[data.sources]], to a folder of videos or a manifest file",
             str(path),
         )

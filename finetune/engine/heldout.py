@@ -1,7 +1,7 @@
 """The held-out loss, with fixed noise at fixed quantiles of sigma: the same for any number of ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,11 +22,14 @@ class HeldOut:
 
     Attributes:
         outside: the same at the noise levels that are not trained; None where all are.
+        by_quarter: mean loss over all terms in each quarter of the noise levels, from 0, the least noise; see `quarters_of`.
+            Quarters without an evaluation are left out; empty if the family does not tell noise levels.
     """
 
     losses: dict[str, float]
     zero_losses: dict[str, float]
     outside: "HeldOut | None" = None
+    by_quarter: dict[int, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -78,7 +81,7 @@ def _measure(
     data = runtime.data
     evaluations = [(index, (q + 0.5) / quantiles) for index in range(len(items)) for q in range(quantiles)]
     rounds = -(-len(evaluations) // data.size)
-    measured: list[tuple[Tensors, Tensors]] = []
+    measured: list[tuple[Tensors, Tensors, int | None]] = []
     with evaluating(state.parts, "heldout"):
         for turn in range(rounds):
             place = min(turn * data.size + data.rank, len(evaluations) - 1)  # past the end, repeat the last one
@@ -87,6 +90,7 @@ def _measure(
                 generator = seeds.generator(state.seed, "heldout", index)
                 sample = read_sample(items[index], cache, generator, blank_key)
                 batch = state.family.batch([sample], objective, torch.tensor([u]))
+                quarter = None if batch.quarters is None else int(batch.quarters)
                 if not batch.is_finite(0):
                     raise UserError(
                         "what is encoded of this held-out clip holds NaN or infinities",
@@ -98,10 +102,20 @@ def _measure(
                 batch = state.base.guided(state.family, batch)
             predictions = state.family.predict(state.transformer, batch.inputs)
             zeros = {name: torch.zeros_like(prediction) for name, prediction in predictions.items()}
-            measured.append((batch.losses(predictions), batch.losses(zeros)))
-    gathered = runtime.gather_data([(_figures(losses), _figures(zeros)) for losses, zeros in measured])
+            measured.append((batch.losses(predictions), batch.losses(zeros), quarter))
+    gathered = runtime.gather_data(
+        [(_figures(losses), _figures(zeros), quarter) for losses, zeros, quarter in measured]
+    )
     in_order = [gathered[i % data.size][i // data.size] for i in range(len(evaluations))]
-    return HeldOut(_means([losses for losses, _ in in_order]), _means([zeros for _, zeros in in_order]))
+    totals: dict[int, list[float]] = {}
+    for losses, _, quarter in in_order:
+        if quarter is not None:
+            totals.setdefault(quarter, []).append(sum(losses.values()))
+    return HeldOut(
+        _means([losses for losses, _, _ in in_order]),
+        _means([zeros for _, zeros, _ in in_order]),
+        by_quarter={quarter: sum(each) / len(each) for quarter, each in sorted(totals.items())},
+    )
 
 
 def _figures(losses: Tensors) -> dict[str, float]:

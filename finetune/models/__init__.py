@@ -46,7 +46,8 @@ def family_class(name: str) -> type[Family]:
     if is_outside(name):
         return _outside_class(name)
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=1)
+        from_image = any(word in name.lower() for word in ("i2v", "image", "flf"))
+        near = difflib.get_close_matches(name, [each for each in FAMILIES if from_image == ("i2v" in each)], n=1)
         own = ' (one of your own is "package.module:Class")'
         cure = f"did you mean {near[0]!r}?" if near else f"families are: {', '.join(FAMILIES)}{own}"
         if "." in name:

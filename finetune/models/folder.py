@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.models.weights import Weights
 from finetune.runtime.errors import Problem, UserError
-from finetune.runtime.paths import NoSuchHome, expanded
+from finetune.runtime.paths import NoSuchHome, expanded, looked_in
 
 INDEX = "model_index.json"
 CARD = "README.md"  # of a model, with its licence at the head
@@ -153,7 +153,9 @@ def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
         raise UserError(f"the folder has no {INDEX}", "use a pipeline saved by diffusers' save_pretrained", path)
     if local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise UserError(
-            "no such folder", 'set model.path to a diffusers folder or a Hub id like "Lightricks/LTX-Video"', path
+            f"no such folder{looked_in(local)}",
+            'set model.path to a diffusers folder or a Hub id like "Lightricks/LTX-Video"',
+            path,
         )
     from huggingface_hub import snapshot_download
 

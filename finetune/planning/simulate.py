@@ -35,13 +35,14 @@ from finetune.planning.device import simulated_runtime, works_with_this_torch
 from finetune.planning.gpus import Hardware
 from finetune.planning.kernels import HOPPER_WORKSPACE, WORKSPACE
 from finetune.planning.plan import Phase, Plan
-from finetune.planning.timeline import Timeline, plot_timelines
+from finetune.planning.timeline import Pictured, Timeline, plot_timelines
 from finetune.planning.trace import Trace
 from finetune.planning.weightless import WeightlessFolder, ZeroWeights
 from finetune.preparation.columns import further_columns
 from finetune.recipe import Bucket, Recipe
 from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.recipe.rules import streams
+from finetune.runtime.gpus import CONTEXT
 from finetune.runtime.logging import quietly
 from finetune.training.job import build_state, is_background
 
@@ -307,8 +308,20 @@ def simulate_all(
             simulation.validation(state, prompts)
         simulation.export(state)
     if picture is not None:
-        plot_timelines(simulation.timelines, hardware.capacity, picture)
+        plot_timelines(simulation.timelines, _pictured(simulation, buckets), picture)
     return simulation.plan()
+
+
+def _pictured(simulation: Simulation, buckets: Sequence[Bucket]) -> Pictured:
+    """What the picture of a plan says of it."""
+    recipe, hardware = simulation.recipe, simulation.hardware
+    method = "LoRA" if recipe.train.method == "lora" else recipe.train.method
+    gpus = "1 GPU" if hardware.gpus == 1 else f"{hardware.gpus} GPUs"
+    title = f"{simulation.family.title}, {method}, {', '.join(map(str, buckets))}, {gpus}"
+    named = hardware.gpu is not None and hardware.capacity == hardware.gpu.memory - CONTEXT
+    gpu = hardware.gpu.name if named and hardware.gpu else "the GPU"
+    peaks = {phase.name: phase.device.reserved for phase in simulation.phases}
+    return Pictured(title, peaks, hardware.capacity, gpu)
 
 
 def _contents(encoder: Encoder, bucket: Bucket) -> list[Any]:

@@ -11,6 +11,7 @@ from finetune.preparation.inspect import heldout_hashes
 from finetune.preparation.inspected import InspectedClip, Inspection, paths_by_content
 from finetune.recipe import Bucket, Recipe
 from finetune.runtime.errors import Problem
+from finetune.runtime.units import counted
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def relative_name(path: Path, dataset: Path) -> str:
 
 def _settings(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     data = recipe.data
-    window = {"random": f'"random", {data.windows} windows', "all": f'"all", overlap {data.overlap:g}'}
+    window = {"random": f'"random", {counted(data.windows, "window")}', "all": f'"all", overlap {data.overlap:g}'}
     return (
         ("model.family", recipe.model.family),
         ("data.fps", "each clip's own" if data.fps is None else f"{data.fps:g}"),

@@ -10,8 +10,11 @@ from finetune.models.family import Family
 from finetune.models.text_limit import CountedTexts, CutText, TextLimit, count_texts
 from finetune.preparation.account import CaptionLengths
 from finetune.preparation.inspect import InspectedClip
+from finetune.recipe import Recipe
+from finetune.recipe.prompts import comments_of
 from finetune.recipe.validation import Prompt
 from finetune.runtime.logging import say
+from finetune.runtime.units import counted
 
 _NAMED = 3  # captions of an encoder that are named
 _SHOWN = 60  # characters of what is lost
@@ -99,6 +102,18 @@ def say_cut_captions(captions: Sequence[tuple[str, str]], counter: CaptionCounte
     """Say how many captions are cut, and of the longest ones what is lost."""
     for line in _told(cut_captions(captions, counter)):
         say(line)
+
+
+def say_prompt_notes(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+    """Say how many prompts are without the trigger word, which captions alone are given, and what a prompts file leaves out."""
+    word = recipe.data.id_token
+    without = [each.text for each in prompts if not each.control and word and word not in each.text]
+    if without:
+        cure = "write it in them to see what it calls up, or mark them with control = true"
+        say(f"the trigger word {word!r} is put before captions, not before prompts: {len(without)} without it ({cure})")
+    file = recipe.validation.prompts_file
+    if file is not None and (comments := comments_of(file)):
+        say(f"{file}: {counted(comments, 'line')} beginning with # left out, as comments")
 
 
 def _told(found: Sequence[CutCaption]) -> Iterator[str]:

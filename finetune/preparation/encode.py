@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from finetune.engine.precision import DTYPES
 from finetune.models import code_of, is_outside
 from finetune.models.encoder import Encoder
 from finetune.models.family import Family
+from finetune.preparation.brief import brief_of
 from finetune.preparation.captions import CaptionCounter, captions_of, prompt_texts, say_cut_captions
 from finetune.preparation.columns import frames_without_loss, further_columns, mask_encoder
 from finetune.preparation.fill import Encoding, fill
@@ -63,7 +65,8 @@ class PreparedPrompt:
 class Prepared:
     """What a run trains and validates on: items and prompts, and the cache that they are in.
 
-    `decoder` is the version of the decoder of clips, and `former` has the keys by which an earlier one named items.
+    `decoder` is the version of the decoder of clips, `former` has the keys by which an earlier one named items, and `datasets` what
+    became of the clips of each dataset, see `brief_of`.
     """
 
     cache: Cache
@@ -73,6 +76,7 @@ class Prepared:
     prompts: list[PreparedPrompt]
     former: Names = field(default_factory=dict)
     decoder: int = DECODER
+    datasets: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,8 @@ def prepare(
         raise UserError.of(needed)  # no clip can be left out for it: the training would miss it later
     refuse_or_skip(list(chain.from_iterable(failed.values())), recipe.data.bad_clips, "encoded")
     train, heldout = _without(failed.keys(), dataset, items, recipe)
-    return Prepared(cache, train, heldout, encoders.text("").key, prompts, names, decoder)
+    brief = brief_of(dataset.inspected, None if recipe.validation.heldout is None else str(recipe.validation.heldout))
+    return Prepared(cache, train, heldout, encoders.text("").key, prompts, names, decoder, brief)
 
 
 def _as_the_run_began(

@@ -103,7 +103,7 @@ def inspect_dataset(
     """Inspect one dataset. Collective; returns the same on every rank."""
     data = recipe.data
     with runtime.together():
-        manifest = read_manifest(source.path, **data.reading(source), leave_out=recipe.own_folders)
+        manifest = read_manifest(source.path, **data.reading(source), leave_out=recipe.own_paths)
         clips, problems = _with_files(manifest.clips, columns)
         read = [*columns, *optional_columns(columns)]
         uses = uses_of(clips, read, PICTURES)

@@ -9,6 +9,9 @@ from finetune.data.manifest import describe_unused
 from finetune.preparation.inspected import InspectedClip, Inspection, paths_by_content
 from finetune.recipe import Bucket
 from finetune.runtime.logging import listed, say
+from finetune.runtime.units import counted
+
+_COPIES_NAMED = 4  # of each file
 
 
 def say_summary(path: Path, found: Inspection, buckets: Sequence[Bucket]) -> None:
@@ -46,13 +49,12 @@ def say_shared(inspected: Sequence[Inspection]) -> None:
 def _counted(clips: Sequence[InspectedClip]) -> str:
     """How many clips there are, and how many of them are videos and images where there are both."""
     images = sum(entry.clip.is_image for entry in clips)
-    kinds = [
-        f"{count} {kind}{'s' if count > 1 else ''}"
-        for count, kind in ((len(clips) - images, "video"), (images, "image"))
-    ]
+    kinds = [counted(count, kind) for count, kind in ((len(clips) - images, "video"), (images, "image"))]
     several = f" ({', '.join(kinds)})" if 0 < images < len(clips) else ""
     samples = sum(entry.samples for entry in clips)
-    return f"{len(clips)} clips{several}" + (f" with {samples} samples" if samples > len(clips) else "")
+    return (
+        counted(len(clips), "clip") + several + (f" with {counted(samples, 'sample')}" if samples > len(clips) else "")
+    )
 
 
 def _stills(clips: Sequence[InspectedClip], buckets: Sequence[Bucket], path: Path) -> Iterator[str]:
@@ -79,7 +81,9 @@ def _altered(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
     found = [each for entry in clips if any(each := entry.resampled)]
     if found:
         repeated, left_out = (sum(counts) for counts in zip(*found, strict=True))
-        yield f"{path}: {len(found)} clips have another frame rate: {repeated} frames shown again, {left_out} left out"
+        have = "clip has" if len(found) == 1 else "clips have"
+        again = f"{counted(repeated, 'frame')} shown again, {left_out} left out"
+        yield f"{path}: {len(found)} {have} another frame rate: {again}"
 
 
 def _left_out(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
@@ -88,8 +92,7 @@ def _left_out(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
     if found:
         count = sum(len(entry.black.starts) for entry in found)
         which = listed([f"{entry.clip.path} ({entry.black_seconds})" for entry in found], most=10)
-        windows = f"{count} window{'s' if count > 1 else ''}"
-        yield f"{path}: {windows} left out, because nothing would count there by the clip's mask: {which}"
+        yield f"{path}: {counted(count, 'window')} left out, because nothing would count there by the clip's mask: {which}"
 
 
 def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
@@ -97,5 +100,14 @@ def _copies(clips: Sequence[InspectedClip], path: Path) -> Iterator[str]:
     copies = [paths for paths in paths_by_content(clips).values() if len(paths) > 1]
     if copies:
         count = sum(len(paths) - 1 for paths in copies)
-        are = "s are copies" if count > 1 else " is a copy"
-        yield f"{path}: {count} clip{are} of others, byte for byte: {listed([' = '.join(map(str, paths)) for paths in copies])}"
+        are = "clips are copies" if count > 1 else "clip is a copy"
+        distinct = counted(len(paths_by_content(clips)), "distinct clip")
+        cure = "more clips teach more, copies only weigh: `repeats` of [[data.sources]] does that"
+        which = listed([_equal(paths) for paths in copies])
+        yield f"{path}: {count} {are} of others, byte for byte, which leaves {distinct}: {which} ({cure})"
+
+
+def _equal(paths: Sequence[Path]) -> str:
+    """Names of copies: "a.mp4 = b.mp4 = c.mp4 and 2 more"."""
+    rest = f" and {len(paths) - _COPIES_NAMED} more" if len(paths) > _COPIES_NAMED else ""
+    return " = ".join(map(str, paths[:_COPIES_NAMED])) + rest

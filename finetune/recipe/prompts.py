@@ -83,6 +83,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
+def comments_of(path: Path) -> int:
+    """How many lines of a .txt file of prompts are comments: those that begin with "#"."""
+    if path.suffix.lower() != ".txt":
+        return 0
+    return sum(line.startswith("#") for line in read_utf8(path).split("\n"))
+
+
 def _encodable(prompt: Prompt) -> Prompt:
     """The prompt itself. Raises UnicodeEncodeError for text that no tokenizer takes."""
     prompt.text.encode()

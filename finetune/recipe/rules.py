@@ -1,8 +1,8 @@
 """Which memory savers go together: the one list of rules.
 
-`check` reports what breaks a rule, `plan --fit` leaves such settings out, the README's table is printed from them, and the
-tests of savers combine what they allow. They stand beside the schema, because a rule looks at a recipe's keys and at the
-number of ranks alone: it is read before torch is imported, and by every room above this one.
+`check` reports what breaks a rule, `plan --fit` leaves such settings out, the table in recipes/memory.md is printed from
+them, and the tests of savers combine what they allow. They stand beside the schema, because a rule looks at a
+recipe's keys and at the number of ranks alone: it is read before torch is imported, and by every room above this one.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from finetune.recipe.schema import Memory, Recipe, is_set
 from finetune.runtime.errors import Problem
+from finetune.runtime.units import counted
 
 Text = str | Callable[[Recipe, int], str]
 
@@ -126,7 +127,7 @@ RULES = (
     Rule(
         "memory.shard_size",
         _has_odd_groups,
-        lambda recipe, ranks: f"{ranks} rank(s) cannot be divided into groups of {recipe.memory.shard_size}",
+        lambda recipe, ranks: f"{counted(ranks, 'rank')} cannot be divided into groups of {recipe.memory.shard_size}",
         _nearest_group,
     ),
     Rule(
@@ -287,7 +288,7 @@ RULES = (
 Settings = Mapping[str, Any]
 """Keys of a recipe, as `table.key` -> value."""
 
-# The switches of the README's table, each with all its values: what goes for one of them goes for all.
+# The switches of the table in recipes/memory.md, each with all its values: what goes for one of them goes for all.
 SWITCHES: dict[str, tuple[Settings, ...]] = {
     "checkpointing": tuple({"memory.activation_checkpointing": which} for which in ("full", "every_n", "selective")),
     "zero2, hybrid": ({"memory.layout": "zero2"}, {"memory.layout": "hybrid", "memory.shard_size": 2}),
@@ -306,7 +307,7 @@ _RANKS = 2  # of the table: the fewest that can be divided
 
 
 def combinations_table() -> str:
-    """The README's table of switches that go together, as Markdown: each pair, and with which method."""
+    """The table in recipes/memory.md of switches that go together, as Markdown: each pair, and with which method."""
     names = list(SWITCHES)
     lines = ["| | " + " | ".join(names[:-1]) + " |", "|---" * len(names) + "|"]
     for row, name in enumerate(names[1:], start=1):

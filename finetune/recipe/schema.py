@@ -7,7 +7,7 @@ because it would continue a different training under the same name.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from finetune.recipe.data import Data
 from finetune.recipe.ema import Ema
@@ -16,9 +16,13 @@ from finetune.recipe.optimizers import AdamW, AnyOptimizer
 from finetune.recipe.sigma_table import SigmaTable
 from finetune.recipe.table import FREE_ON_RESUME, Free, Table, tables_of
 from finetune.recipe.validation import Validation
-from finetune.recipe.values import PathText
+from finetune.recipe.values import PathText, family_name
 
 GENERATED = "generated"  # the folder of `sample` in `output`
+_OF_A_RUN = (  # what would be read as clips, captions or tables, or is named file by file, if a run's folder is the dataset's
+    *("samples", "checkpoints", "starts", "lora", "transformer", "partial"),
+    *("log.txt", "metrics.jsonl", "recipe.toml", "results.json", "report.html"),
+)
 
 AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
 
@@ -43,8 +47,8 @@ _RANGE_SCHEMA = {
 
 
 class Model(Table):
-    family: str
-    """Which model family: see `python -m finetune families`; or one of your own, as "package.module:Class"."""
+    family: Annotated[str, BeforeValidator(family_name)]
+    """Which model family: see `finetune families`; or one of your own, as "package.module:Class"."""
     path: str = Free(...)
     """A Hugging Face Hub id or a folder saved by diffusers (with model_index.json). A run is resumed wherever the model lies: its
     weights are known by their content."""
@@ -113,7 +117,7 @@ class Lora(Table):
     rank: Rank = 64
     """Rank of the adapter matrices."""
     alpha: Annotated[float, Field(gt=0)] = 64.0
-    """The adapter's output is scaled by alpha / rank."""
+    """The adapter's output is scaled by alpha / rank; unset: as `rank`, so by 1."""
     targets: list[str] = Field(default=[])
     """Linear layers inside the transformer blocks, like ["to_q", "to_k", "to_v", "to_out.0"]; empty: the family's default."""
     ranks: dict[str, Rank] = Field(default={})
@@ -138,6 +142,12 @@ class Lora(Table):
     frozen: list[FrozenAdapter] = Field(default=[])
     """Train on top of these adapters, like [{path = "other.safetensors", strength = 0.8}]: they are added to the base weights, in
     samples and held-out losses too, are not trained, and are not in what is exported."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_of_rank(cls, values: Any) -> Any:
+        is_unset = isinstance(values, dict) and "alpha" not in values and "rank" in values
+        return {**values, "alpha": values["rank"]} if is_unset else values
 
 
 class Partial(Table):
@@ -339,10 +349,11 @@ class Recipe(Table):
         return self.output / experts[0] if experts and len(experts) == 1 else self.output
 
     @property
-    def own_folders(self) -> list[Path]:
-        """Folders that a run writes into. If they lie in a dataset's folder, their videos and images are no clips of it."""
+    def own_paths(self) -> list[Path]:
+        """Folders and files that a run writes. If they lie in a dataset's folder, they are no clips, captions or tables of it."""
         # Those in it count by themselves where the run writes into the dataset's folder itself, which cannot be left out whole.
-        return [self.output, self.run_folder / "samples", self.output / GENERATED, self.data.cache]
+        inside = (self.run_folder / name for name in _OF_A_RUN)
+        return [self.output, *inside, self.output / GENERATED, self.data.cache]
 
     @property
     def adapter(self) -> Table | None:

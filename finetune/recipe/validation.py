@@ -77,6 +77,10 @@ class Validation(Table):
     """End the training once the held-out loss has been measured this many times in a row without a new least one; unset: never."""
     samples_every: Annotated[int, Field(ge=1)] | None = Free(None)
     """Generate the prompts each this many steps; unset: at the start and the end."""
+    samples_at_start: bool = Free(True)
+    """Generate them before the first step, too: what the base model makes of them."""
+    samples_at_end: bool = Free(True)
+    """Generate them after the last step, too."""
     tiling: bool = Free(True)
     """Decode samples in overlapping tiles where they are larger than one: much less memory, slightly different pictures."""
     prompts: Annotated[list[Prompt], BeforeValidator(split_prompts)] = Free([])

@@ -195,6 +195,20 @@ def free_name(path: Path) -> Path:
     return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a folder by a `FolderLock`, as far as its file system tells."""
+    try:
+        file = (folder / ".lock").open("rb")
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in HELD
+    return False
+
+
 class FolderLock:
     """Holds a folder until its `with` block or the process ends; two runs in one folder would delete each other's files."""
 
@@ -239,3 +253,11 @@ class FolderLock:
             "wait for it or end it, or set `output` to another folder",
             str(folder),
         )
+
+
+def fresh_folder(folder: Path) -> Path:
+    """The folder if there is nothing in it, or the first of folder_2, folder_3, ... that is so: nothing is written over."""
+    for candidate in chain([folder], (folder.with_name(f"{folder.name}_{number}") for number in count(2))):
+        if not candidate.exists() or (candidate.is_dir() and not any(candidate.iterdir())):
+            return candidate
+    raise AssertionError("there is always another number")

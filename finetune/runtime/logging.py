@@ -3,12 +3,15 @@
 import json
 import logging
 import os
+import select
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar, TextIO
 
 from rich.console import Console
 
@@ -17,6 +20,8 @@ from finetune.runtime.errors import LostPeer, UserError, harmless, one_line
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 _LET_THE_OTHER_SPEAK = 1.0  # seconds
+LOG_FILE = "log.txt"  # in a run's folder: what its rank 0 said, with times
+_WARNING = "warning:"
 ALL_PROBLEMS = "finetune_problems.txt"  # in the folder where the command was started
 
 LIBRARIES = (
@@ -55,6 +60,26 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def be_quiet() -> None:
+    """Say no more how work goes on; errors, warnings and what a command was asked for are still printed."""
+    _Told.is_quiet = True
+
+
+def be_verbose() -> None:
+    """Let libraries say what they do."""
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.INFO)
+    os.environ.update(TRANSFORMERS_VERBOSITY="info", DIFFUSERS_VERBOSITY="info")
+    warnings.resetwarnings()
+
+
+def is_reader_there() -> bool:
+    """Whether what is printed on standard output is still read."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Print nothing inside the block."""
@@ -65,10 +90,60 @@ def quietly() -> Iterator[None]:
         console.quiet = before
 
 
-def say(message: str) -> None:
-    """Print one line on rank 0; other ranks stay silent."""
-    if _is_main():
+class _Told:
+    """What of a process's lines is printed, and where they are kept."""
+
+    is_quiet = False
+    log: TextIO | None = None
+    early: ClassVar[deque[str]] = deque(maxlen=1000)  # lines from before there was a log
+
+
+def say(message: str, is_result: bool = False) -> None:
+    """Print one line on rank 0; other ranks stay silent. With --quiet, warnings and results alone are printed."""
+    if not _is_main():
+        return
+    if _Told.is_quiet and not is_result and not message.startswith(_WARNING):
+        _keep(harmless(message))
+    else:
         _show(message)
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Keep what is said inside the block, and errors of `print_error`, in a file, too: each line with the time.
+
+    Call it on rank 0 alone. A file that cannot be written ends nothing: it is said, once.
+    """
+    before = _Told.log
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _Told.log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        _Told.log.writelines(_Told.early)
+        _Told.early.clear()
+    except OSError as error:
+        _show(f"{_WARNING} {path} is not written: {error.strerror or error}")
+    try:
+        yield
+    except UserError as error:
+        _keep(f"error: {error}")
+        raise
+    except BaseException as error:
+        _keep(f"ended by {type(error).__name__}: {error}")
+        raise
+    finally:
+        if _Told.log is not before and _Told.log is not None:
+            with suppress(OSError):
+                _Told.log.close()
+        _Told.log = before
+
+
+def _keep(line: str) -> None:
+    timed = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n"
+    if _Told.log is None:
+        _Told.early.append(timed)
+        return
+    with suppress(OSError, ValueError):
+        _Told.log.write(timed)
 
 
 def _is_main() -> bool:
@@ -96,6 +171,7 @@ def _show(message: str, style: str | None = None) -> None:
     A log that cannot be written, on a full disk say, ends no training.
     """
     shown = harmless(message).encode(console.encoding, "backslashreplace").decode(console.encoding)
+    _keep(shown)
     with suppress(OSError):
         console.print(shown, markup=False, style=style)
 

@@ -19,3 +19,8 @@ def expanded(written: str) -> Path:
         user = written.split("/")[0]
         what = f"there is no user {user[1:]!r}" if user[1:] else "there is no home folder"
         raise NoSuchHome(what, f"write the folder in place of {user}") from None
+
+
+def looked_in(path: Path) -> str:
+    """For an error about a path that is not there: where a relative one was looked for, " (looked for in /work/here)"."""
+    return "" if path.is_absolute() else f" (looked for in {Path.cwd()}, where the command was started)"

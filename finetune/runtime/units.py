@@ -1,4 +1,4 @@
-"""Amounts of memory as users write them. Imports no torch."""
+"""Amounts as users read and write them. Imports no torch."""
 
 GIB = 2**30
 
@@ -19,3 +19,8 @@ def in_words(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size / 1024:.1f} KiB"
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: "1 rank", "2 ranks"."""
+    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"

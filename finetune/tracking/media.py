@@ -7,9 +7,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from finetune.runtime.files import atomic
+from finetune.tracking.drawing import SOFT
+from finetune.tracking.labels import draw_text, line_height, wrapped
+
+_NARROWEST = 520  # pixels of a contact sheet, so that its labels can be read
 
 
 def suffix_of(frames: np.ndarray) -> str:
@@ -58,7 +62,7 @@ def animation(path: Path, side: int = 256, most: int = 48) -> tuple[bytes, int, 
     return data.getvalue(), picked[0].width, picked[0].height
 
 
-def strip(frames: np.ndarray, columns: int = 6, height: int = 128) -> np.ndarray:
+def strip(frames: np.ndarray, columns: int = 8, height: int = 128) -> np.ndarray:
     """Pick `columns` evenly spaced frames of a video, uint8 (F, H, W, 3), or all if it has fewer; scaled to `height` pixels."""
     picked = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)]
     return np.stack([scaled(frame, height) for frame in picked])
@@ -70,27 +74,39 @@ def scaled(frame: np.ndarray, height: int) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize((width, height)))
 
 
-def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: Sequence[str] = ()) -> None:
+def contact_sheet(
+    rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: Sequence[str] = (), title: str = ""
+) -> None:
     """Write a PNG with one row for each video. `rows` has the label and the `strip` of each. Raises as `write_video`.
+
+    Labels are wrapped. A letter that no font of the machine has is drawn as a box.
 
     Args:
         columns: what is written above the columns of the first row.
+        title: what is written above all of it.
     """
-    label_height, gap = 18, 4
+    gap, size = 6, 14
+    step = line_height(size)
     tiles = [(label, [Image.fromarray(tile) for tile in row]) for label, row in rows]
-    tile_height = tiles[0][1][0].height
-    sheet_width = max(sum(tile.width + gap for tile in row) for _, row in tiles) + gap
-    head = label_height if columns else 0
-    sheet = Image.new("RGB", (sheet_width, head + (tile_height + label_height + gap) * len(tiles) + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for index, title in enumerate(columns):
-        draw.text((gap + index * (tiles[0][1][0].width + gap), gap), title, fill="black", font=font)
-    for index, (label, row) in enumerate(tiles):
-        top = head + gap + index * (tile_height + label_height + gap)
-        draw.text((gap, top + 2), label, fill="black", font=font)
+    width = max(_NARROWEST, *(sum(tile.width + gap for tile in row) + gap for _, row in tiles))
+    labels = [wrapped(label, width - 2 * gap, size) for label, _ in tiles]
+    head = gap + (step + gap if title else 0) + (step if columns else 0)
+    heights = [len(lines) * step + gap + row[0].height + 2 * gap for lines, (_, row) in zip(labels, tiles, strict=True)]
+    sheet = Image.new("RGB", (width, head + sum(heights) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw_text(draw, (gap, gap), wrapped(title, width - 2 * gap, size + 2, 1)[0], size + 2)
+    for index, text in enumerate(columns):
+        left, tile_width = gap + index * (tiles[0][1][0].width + gap), tiles[0][1][0].width
+        draw_text(draw, (left, head - step), (wrapped(text, tile_width, size - 2, 1) or [""])[0], size - 2, SOFT)
+    top = head
+    for lines, height, (_, row) in zip(labels, heights, tiles, strict=True):
+        for number, line in enumerate(lines):
+            draw_text(draw, (gap, top + number * step), line, size)
         left = gap
         for tile in row:
-            sheet.paste(tile, (left, top + label_height))
+            sheet.paste(tile, (left, top + len(lines) * step + gap))
             left += tile.width + gap
+        top += height
     with atomic(path) as partial:
-        sheet.save(partial)
+        sheet.save(partial, "PNG")

@@ -8,6 +8,7 @@ from typing import Any
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import atomic, writing
 from finetune.runtime.logging import say
+from finetune.runtime.units import counted
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -51,7 +52,7 @@ class JsonLines:
         try:
             self._write()
         except UserError as error:
-            lost = f"{len(self._waiting)} rows of metrics are lost ({error.problems[0].what})"
+            lost = f"lost: {counted(len(self._waiting), 'row')} of metrics ({error.problems[0].what})"
             if not failed:
                 cure = "nothing else is; --resume-step makes their steps again"
                 raise UserError(lost, cure, str(self.path)) from None

@@ -15,6 +15,7 @@ from finetune.recipe.schema import ExpertName
 from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import read_note
+from finetune.runtime.units import counted
 from finetune.tracking.metrics import METRICS_FILE, read_metrics
 from finetune.training.identity import CLIP_LIST, DIGITS
 from finetune.training.job import checkpoints_folder
@@ -121,7 +122,7 @@ def _forms(recipe: Recipe, family: Family) -> list[Form]:
         at = "it has no results" if step is None else f"its results are of step {step}"
         cure = "train it to its end with the same command, which exports and verifies the weights"
         raise UserError(
-            f"this run is not finished: {at}, and the recipe has {steps} steps", cure, str(recipe.run_folder)
+            f"this run is not finished: {at}, and the recipe has {counted(steps, 'step')}", cure, str(recipe.run_folder)
         )
     own = exporter_of(recipe.train.method).folder(family)
     exporters = {e.folder(family): e for e in reversed(EXPORTERS.values()) if e.method == recipe.train.method}

@@ -12,6 +12,7 @@ from finetune.engine.step import StepResult
 from finetune.engine.weights.loading import host_copies, plain_name
 from finetune.models.batch import Batch
 from finetune.runtime.errors import UserError
+from finetune.runtime.units import counted
 from finetune.tracking.metrics import METRICS_FILE, read_metrics
 from finetune.training.job import Job
 
@@ -30,7 +31,7 @@ def not_finite(job: Job, step: int, result: StepResult, micro_batches: Sequence[
     found = runtime.gather(_bad_clips(job, step, micro_batches))
     if clips := list(dict.fromkeys(clip for share in found for clip in share)):
         return UserError(
-            f"{figures}: what is encoded of {len(clips)} clip(s) holds NaN or infinities: {', '.join(map(str, clips))}",
+            f"{figures}: what is encoded of {counted(len(clips), 'clip')} holds NaN or infinities: {', '.join(map(str, clips))}",
             f"remove the clips from the dataset, or their items from {job.recipe.data.cache} to have them encoded anew; "
             "then run the same command",
         )

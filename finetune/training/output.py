@@ -41,18 +41,22 @@ def claim_output(recipe: Recipe) -> FolderLock:
     return lock
 
 
-def keep_recipe(recipe: Recipe, done: int) -> None:
+def keep_recipe(recipe: Recipe, done: int) -> Path:
     """Write the effective recipe of a start that goes ahead: as recipe.toml, and for good among the run's starts.
 
     Args:
         done: the step after which it starts.
+    Returns:
+        the path among the starts.
     """
     starts = recipe.run_folder / STARTS
     with writing(starts):
         starts.mkdir(exist_ok=True)
-    for path in (free_name(starts / f"after_step_{done:08d}.toml"), recipe.run_folder / RECIPE_FILE):
+    kept = free_name(starts / f"after_step_{done:08d}.toml")
+    for path in (kept, recipe.run_folder / RECIPE_FILE):
         with atomic(path) as partial:
             write_recipe(recipe, partial, f"The effective recipe of a start of this run, after step {done}.")
+    return kept
 
 
 def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
@@ -60,7 +64,7 @@ def is_over(recipe: Recipe, family: Family, prepared: Prepared) -> bool:
     without any weights.
     """
     steps = ended_at(recipe)
-    if prepared.prompts and not (samples_folder(recipe, steps) / SHEET).is_file():
+    if prepared.prompts and recipe.validation.samples_at_end and not (samples_folder(recipe, steps) / SHEET).is_file():
         return False
     try:
         facts = json.loads(_trainer_file(recipe, steps).read_text())
@@ -114,7 +118,8 @@ class Results:
     def are_complete(self) -> bool:
         """Whether all are there, after the recipe's last step. Collective."""
         steps = self.job.end
-        sampled = not has_prompts(self.job) or has_samples(self.job, steps)
+        is_sampled = has_prompts(self.job) and self.job.recipe.validation.samples_at_end
+        sampled = not is_sampled or has_samples(self.job, steps)
         missing = _missing(self.job.recipe, self.job.state.family, steps)
         return not self.job.state.runtime.from_main(missing) and sampled
 

@@ -12,7 +12,7 @@ from finetune.recipe.load import recipe_values
 from finetune.runtime.device import PeakMemory
 from finetune.runtime.gpus import known_gpu
 from finetune.runtime.logging import say
-from finetune.runtime.units import GIB
+from finetune.runtime.units import GIB, counted
 from finetune.tracking.progress import ProgressLine
 from finetune.tracking.trackers import Tracker, open_trackers
 from finetune.training.job import Job
@@ -35,6 +35,8 @@ class Report:
         gpu = known_gpu(job.state.runtime.device.name) if self.enabled else None
         self.utilisation = Utilisation(job.recipe, job.state.family, gpu)
         self.last_step, self._buckets = done, set[Bucket]()
+        self.last = time.monotonic()
+        self._took: dict[str, float] = {}  # seconds of the last held-out loss, and of the last samples
 
     def __enter__(self) -> "Report":
         recipe, job = self.job.recipe, self.job
@@ -45,8 +47,8 @@ class Report:
             trained = sum(parameter.numel() for parameter in job.state.parameters)
             start = f"resuming after step {self.done}" if self.done else "starting"
             say(
-                f"{start}: {recipe.train.steps} steps, {job.order.steps_per_epoch} an epoch; global batch "
-                f"{job.split.global_batch} = {job.split.size} ranks x {job.split.micro} samples x "
+                f"{start}: {counted(recipe.train.steps, 'step')}, {job.order.steps_per_epoch} an epoch; global batch "
+                f"{job.split.global_batch} = {counted(job.split.size, 'rank')} x {counted(job.split.micro, 'sample')} x "
                 f"{job.split.accumulation} accumulation; {trained:,} trained parameters"
             )
         with job.state.runtime.together():
@@ -65,9 +67,18 @@ class Report:
         for tracker in self.trackers:
             tracker.close(failed=kind is not None)
 
-    def restart_clock(self) -> None:
-        """Restart the timer, so that other work is not counted in the next step."""
-        self.last = time.monotonic()
+    def restart_clock(self, what: str | None = None) -> None:
+        """Restart the timer, so that other work is not counted in the next step: `what` it was, if it comes again."""
+        now = time.monotonic()
+        if what is not None:
+            self._took[what] = now - self.last
+        self.last = now
+
+    def _still_due(self, step: int) -> float:
+        """Seconds that held-out losses and samples will take until the end, by how long the last ones took."""
+        validation, end = self.job.recipe.validation, self.job.recipe.train.steps
+        every = {"held-out": validation.every, "samples": validation.samples_every}
+        return sum(seconds * _times_due(every[what], step, end) for what, seconds in self._took.items())
 
     def step(self, step: int, result: StepResult, batch: Batch, waited: float) -> None:
         """Report the optimizer step number `step`, counted from 1.
@@ -112,6 +123,8 @@ class Report:
             step,
             f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  {seconds:.2f} s/step  "
             f"{samples:.1f} samples/s  {memory.reserved / GIB:.2f} GiB",
+            seconds,
+            self._still_due(step),
         )
 
     def heldout(self, step: int, measured: HeldOut | None) -> None:
@@ -123,12 +136,12 @@ class Report:
                 metrics |= _heldout_metrics(measured.outside, "_outside")
             say(line)
             self._log(step, metrics)
-        self.restart_clock()
+        self.restart_clock("held-out" if measured is not None else None)
 
     def samples(self, step: int, samples: Samples | None) -> None:
         """Report videos of the validation prompts after `step` steps; step 0 is the base model."""
         if self.enabled and samples is not None:
-            say(f"samples after step {step}: {len(samples.videos)} videos in {samples.sheet.parent}")
+            say(f"samples after step {step}: {counted(len(samples.videos), 'video')} in {samples.sheet.parent}")
             if samples.control_change is not None:
                 say(
                     f"the LoRA changes a pixel of the control prompts by {samples.control_change:.2g} of 255 on average"
@@ -136,7 +149,7 @@ class Report:
                 self._log(step, {"control_change": samples.control_change})
             for tracker in self.trackers:
                 tracker.log_videos(step, samples.videos, samples.sheet)
-        self.restart_clock()
+        self.restart_clock("samples" if samples is not None else None)
 
     def waited_to_save(self, step: int, seconds: float) -> None:
         """Report how long the training waited for the checkpoint of `step` to be begun."""
@@ -157,6 +170,13 @@ class Report:
             tracker.log(step, values)
 
 
+def _times_due(every: int | None, step: int, end: int) -> int:
+    """How often something is done after `step`: each `every` steps and at the end, or at the end alone."""
+    if step >= end:
+        return 0
+    return 1 if every is None else end // every - step // every + bool(end % every)
+
+
 def _in_words(figures: HeldOut) -> str:
     return f"{figures.loss:.4f} (predicting zero: {figures.zero_loss:.4f})"
 
@@ -164,7 +184,8 @@ def _in_words(figures: HeldOut) -> str:
 def _heldout_metrics(figures: HeldOut, ending: str = "") -> dict[str, float]:
     loss, zero = f"heldout_loss{ending}", f"heldout_zero_loss{ending}"
     totals = {loss: figures.loss, zero: figures.zero_loss}
-    return totals | _by_term(loss, figures.losses) | _by_term(zero, figures.zero_losses)
+    by_sigma = {f"heldout_loss_sigma{ending}/q{quarter + 1}": each for quarter, each in figures.by_quarter.items()}
+    return totals | _by_term(loss, figures.losses) | _by_term(zero, figures.zero_losses) | by_sigma
 
 
 def _by_term(name: str, figures: dict[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 
@@ -23,8 +24,9 @@ from finetune.runtime.device import why_no_accelerator
 from finetune.runtime.distributed import Runtime, describe
 from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import atomic
-from finetune.runtime.logging import say
+from finetune.runtime.logging import LOG_FILE, logged, say
 from finetune.runtime.signals import StopRequest
+from finetune.runtime.units import counted
 from finetune.tracking.metrics import check_metrics
 from finetune.training.identity import begun
 from finetune.training.job import Job, build
@@ -32,9 +34,11 @@ from finetune.training.memory import MemoryHistory, MemoryPlan, StartPlan, compa
 from finetune.training.not_finite import bad_update, first_bad_weight, not_finite
 from finetune.training.output import Results, claim_output, ended_at, is_over, keep_recipe
 from finetune.training.report import Report
+from finetune.training.run_page.at_end import with_page
 from finetune.training.sample_grid import write_grid
 from finetune.training.samples import has_prompts, has_samples, validation_samples
 from finetune.training.saving import Saving
+from finetune.training.start_note import write_start_note
 from finetune.training.usage import say_usage
 
 
@@ -112,7 +116,7 @@ def _train_one(
         with runtime.together():
             over = runtime.is_main and clips is not None and is_over(recipe, family, clips)
         if runtime.from_main(over):
-            say(f"it is finished: {ended_at(recipe)} steps and all results")
+            say(f"it is finished: {counted(ended_at(recipe), 'step')} and all results")
             return 0
     runtime.device.record_memory()
     try:
@@ -137,7 +141,7 @@ def _train(
     prepared = prepare_once()
     with runtime.together():
         lock = claim_output(recipe) if runtime.is_main else nullcontext()
-    with lock, ExitStack() as stack:
+    with lock, logged(recipe.run_folder / LOG_FILE) if runtime.is_main else nullcontext(), ExitStack() as stack:
         runtime.doing("loading the weights")
         job = build(recipe, runtime, family, prepared)
         stack.enter_context(job.checkpoints)
@@ -157,10 +161,12 @@ def _train(
             if runtime.is_main:
                 check_metrics(recipe.run_folder, done)
         job.checkpoints.set_aside_after(done)
+        kept = Path()
         with runtime.together():
             if runtime.is_main:
-                keep_recipe(recipe, done)
-        return _go_on(job, done, plan, is_last)
+                kept = keep_recipe(recipe, done)
+        write_start_note(job, kept)
+        return with_page(recipe, runtime, lambda: _go_on(job, done, plan, is_last))
 
 
 def _is_finished(job: Job) -> bool:
@@ -171,8 +177,11 @@ def _is_finished(job: Job) -> bool:
     cure, why = "raise train.steps to go on", ""
     if job.is_out_of_patience:
         cure = "raise validation.patience, or remove it, to go on"
-        why = f" (the held-out loss was measured {job.record.misses} times without a new least one)"
-    say(f"this run is finished: {steps} steps{why}, and all results are in {job.recipe.run_folder}; {cure}")
+        why = f" (the held-out loss was measured {counted(job.record.misses, 'time')} without a new least one)"
+    say(
+        f"this run is finished: {counted(steps, 'step')}{why}, and all results are in {job.recipe.run_folder}; {cure}",
+        is_result=True,
+    )
     return True
 
 
@@ -197,12 +206,13 @@ def _go_on(job: Job, done: int, plan: MemoryPlan, is_last: bool) -> int:
             is_trained, steps = done < steps, job.end
             job.state.runtime.doing("exporting")
             exported = results.export()
-            if is_trained or not has_samples(job, steps):  # after the weights are safe: samples need the most memory
+            if recipe.validation.samples_at_end and (is_trained or not has_samples(job, steps)):
+                # After the weights are safe: samples need the most memory.
                 samples = validation_samples(job, steps, lambda: stop.requested)
                 report.samples(steps, samples)
                 stopped = samples is None and has_prompts(job)  # the next start makes them
-                if samples and (grid := write_grid(job)):
-                    say(f"the samples of all steps: {grid}")
+            if is_trained and not stopped and (grid := write_grid(job)):
+                say(f"the samples of all steps: {grid}")
     if stopped:
         signal_ = stop.signal or signal.SIGTERM  # another rank may have been asked first
         say(f"stopped by {signal_.name}; the same command goes on from step {max(job.checkpoints.steps(), default=0)}")
@@ -224,7 +234,7 @@ def run(job: Job, done: int, report: Report, stop: StopRequest, plan: MemoryPlan
     if done == 0:
         _measure(job, 0, report)
     is_late = 0 < done < job.end and _due(validation.samples_every, done) and not has_samples(job, done)
-    if done == 0 or is_late:  # a stop came before them
+    if (done == 0 and validation.samples_at_start) or is_late:  # a stop came before them
         samples = validation_samples(job, done, lambda: stop.requested)
         report.samples(done, samples)
         if samples is None and has_prompts(job):  # stopped again

@@ -6,6 +6,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from finetune.runtime.errors import harmless
 from finetune.tracking.media import contact_sheet, scaled
 from finetune.training.job import Job
 from finetune.training.samples import SHEET, samples_folder, wanted_samples
@@ -43,7 +44,9 @@ def _write(job: Job) -> Path | None:
             blank = np.full(size, 255, np.uint8)
             rows.append((wanted.label, np.stack([blank if cell is None else cell for cell in cells])))
     path = root / GRID
-    contact_sheet(rows, path, [f"step {int(folder.name.removeprefix('step_'))}" for folder in steps])
+    numbers = [int(folder.name.removeprefix("step_")) for folder in steps]
+    title = f"samples of {harmless(job.recipe.run_folder.absolute().name)}: the middle frame of each"
+    contact_sheet(rows, path, ["base model" if step == 0 else f"step {step:,}" for step in numbers], title)
     return path
 
 

@@ -106,7 +106,8 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
     sheet = folder / SHEET
     with runtime.together():
         if runtime.is_main:
-            contact_sheet([(label, frames) for label, _, frames in in_order], sheet)
+            title = "samples of the base model" if step == 0 else f"samples after step {step:,}"
+            contact_sheet([(label, frames) for label, _, frames in in_order], sheet, title=title)
     strips = [frames for _, _, frames in in_order]
     return Samples([(label, path) for label, path, _ in in_order], sheet, _control_change(wanted, strips))
 

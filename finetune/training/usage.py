@@ -8,26 +8,43 @@ from finetune.engine.weights.exporters.exporter import Exporter
 from finetune.models.family import Family
 from finetune.recipe import Recipe
 from finetune.recipe.experts import of_expert
+from finetune.runtime.errors import UserError
+from finetune.runtime.files import atomic
 from finetune.runtime.logging import say
 from finetune.training.frozen_usage import frozen_lines
 from finetune.training.job import Job
 from finetune.training.output import results_folder, results_folders
+from finetune.training.start_note import SCRIPT_FILE
 
 
 def say_usage(job: Job, folder: Path) -> None:
-    """Print where the trained weights are and how to use them."""
+    """Print where the trained weights are and how to use them; the script is kept as use.py in the run's folder. Collective."""
     family = job.state.family
     what = _exporter(job, folder).title(family)
     whose = "" if family.expert is None else f" (the {family.expert}-noise expert's)"
     ema = job.recipe.ema
     which = "moving average of the " if ema.decay is not None and "export" in ema.use else ""
-    say(f"\ndone. The {which}{what} lies in {folder}{whose}")
+    say(f"\ndone. The {which}{what} lies in {folder}{whose}", is_result=True)
     for name, other in results_folders(job.recipe, family).items():
         if other != folder:
             say(f"      The {exporter_of(job.recipe.train.method, name).title(family)} lies in {other}{whose}")
     if lines := _usage(job, folder):
         say("Use it with diffusers:\n")
         say("\n".join(f"    {line}" for line in lines))
+        _keep(job, lines)
+
+
+def _keep(job: Job, lines: Sequence[str]) -> None:
+    """Write the script into the run's folder. The weights are safe by then, so a full disk is no error of the run."""
+    runtime = job.state.runtime
+    with runtime.together():
+        if not runtime.is_main:
+            return
+        try:
+            with atomic(job.recipe.run_folder / SCRIPT_FILE) as partial:
+                partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except UserError as error:
+            say(f"warning: {error}")
 
 
 def _exporter(job: Job, folder: Path) -> Exporter:

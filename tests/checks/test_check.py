@@ -69,6 +69,28 @@ def test_the_same_keys_pass_where_they_have_an_effect(recipe_file: Path) -> None
     assert refused(recipe_file, "objective.loss_delta=0.5", "objective.loss=smooth_l1") == []
 
 
+@pytest.mark.parametrize(
+    "lr, optimizer, where",
+    [
+        (1, "adamw", ["optimizer.lr"]),
+        (1, "lion", ["optimizer.lr"]),
+        (1, "prodigy", []),
+        (1e3, "prodigy", ["optimizer.lr"]),
+        (1e-3, "adamw", []),
+    ],
+)
+def test_a_rate_that_no_weight_outlives_is_refused(
+    recipe_file: Path, lr: float, optimizer: str, where: list[str]
+) -> None:
+    assert refused(recipe_file, f"optimizer.lr={lr}", f"optimizer.name={optimizer}") == where
+
+
+def test_a_rank_that_no_layer_has_is_refused(recipe_file: Path, runtime: Runtime) -> None:
+    (problem,) = check_all(load_recipe(recipe_file, ["lora.rank=4096"]), runtime, gpus=1)
+    assert problem.where == "lora.rank"
+    assert "no layer that gets an adapter has so high a rank" in problem.what
+
+
 def test_sigma_has_one_distribution(recipe_file: Path) -> None:
     assert refused(recipe_file, "objective.sigma_table=[1, 2]", "objective.sigma_sampling=mode") == [
         "objective.sigma_table"

@@ -202,7 +202,7 @@ def test_the_card_renders_and_its_links_lead_to_files(hub: Hub, pushed: Push) ->
     assert " ".join(PROMPT.split()) in rendered
     assert shown.index("surf") == 0
     cells = [token.map for token in tokens if token.type == "tr_open"]
-    assert len(cells) == 10 + 3 + 3  # each table's head, and its rows
+    assert len(cells) == 13 + 3 + 3  # each table's head, and its rows
 
 
 def test_the_lines_of_the_card_load_the_weights(pushed: Push, trained: Path, tiny_ltx: Path, tmp_path: Path) -> None:

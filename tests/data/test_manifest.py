@@ -189,7 +189,7 @@ def test_all_missing_videos_are_named_with_their_lines(dataset) -> None:
 def test_columns_of_different_length(dataset) -> None:
     (found,) = refusal(dataset({"videos.txt": "a.mp4\nb.mp4\n", "prompts.txt": "one\n"}))
     assert found[0] == "prompts.txt and videos.txt"
-    assert found[1] == "1 captions for 2 videos"
+    assert found[1] == "1 caption for 2 videos"
 
 
 def test_a_blank_line_in_a_column_would_shift_the_rest(dataset) -> None:

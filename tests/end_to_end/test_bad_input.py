@@ -198,7 +198,7 @@ def first_check(finetune, tiny_ltx: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_a_batch_that_cannot_be_split(first_check: tuple[Path, Result]) -> None:
     assert about(messages(first_check[1]), "train.global_batch_size") == (
-        "a global batch of 4 cannot be split over 1 rank(s) taking 3 at a time",
+        "a global batch of 4 cannot be split over 1 rank taking 3 at a time",
         "set train.global_batch_size = 3",
     )
 

@@ -97,7 +97,7 @@ def test_patience_ends_the_run_with_its_results_and_more_of_it_goes_on(trained: 
     capsys.readouterr()
     trained("patient", "validation.patience=1")
     said = capsys.readouterr()
-    assert f"this run is finished: {end} steps (the held-out loss was measured 1 times without" in said.out + said.err
+    assert f"this run is finished: {end} steps (the held-out loss was measured 1 time without" in said.out + said.err
     assert "raise validation.patience, or remove it, to go on" in said.out + said.err
     assert steps_done(output) == end
     trained("patient", "validation.patience=100")

@@ -1,5 +1,6 @@
 """A run is finished when all its results are there; started again it makes what is missing, and only that."""
 
+import json
 import shutil
 import signal
 import tomllib
@@ -14,11 +15,13 @@ from trainings import checkpoints, rows
 
 from finetune.checks.model import open_family
 from finetune.data.cache import Cache
+from finetune.data.manifest import read_manifest
 from finetune.engine.step import StepResult, run_step
 from finetune.preparation.encode import prepare
 from finetune.recipe import load_recipe
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
+from finetune.runtime.logging import LOG_FILE
 from finetune.training.job import Job
 from finetune.training.run import train
 from finetune.training.samples import validation_samples
@@ -66,6 +69,19 @@ def output(finished: Path, tmp_path: Path) -> Path:
     for recipe in (output / "recipe.toml", *(output / "starts").iterdir()):
         recipe.write_text(recipe.read_text().replace(str(finished), str(output)))
     return output
+
+
+def test_a_run_that_writes_into_its_dataset_reads_nothing_of_its_own(output: Path, recipe_file: Path) -> None:
+    (output / LOG_FILE).write_text("12:00:00 starting")  # of the command; else a caption without a video
+    shutil.copytree(load_recipe(recipe_file).data.path, output, dirs_exist_ok=True)
+    recipe = load_recipe(recipe_file, [*SETTINGS, f"output={output}", f"data.path={output}"])
+    found = read_manifest(output, "video", "caption", leave_out=recipe.own_paths)
+    assert found.problems == ()
+    assert {clip.path.parent for clip in found.clips} == {output}
+    assert {each.what for each in found.unused} <= {"written by the run itself", "hidden, or written by the system"}
+    assert {each.where for each in found.unused} >= {
+        str(output / name) for name in (LOG_FILE, "samples", "checkpoints")
+    }
 
 
 def written(folder: Path) -> Files:
@@ -190,9 +206,33 @@ def steps_of(file: Path) -> int:
 def test_each_start_that_goes_ahead_keeps_its_recipe(start: Callable[..., str], output: Path) -> None:
     start("train.steps=6")
     start("train.steps=5", resume_step=2)
-    kept = {file.name: steps_of(file) for file in (output / "starts").iterdir()}
+    kept = {file.name: steps_of(file) for file in (output / "starts").glob("*.toml")}
     assert kept == {"after_step_00000000.toml": 4, "after_step_00000004.toml": 6, "after_step_00000002.toml": 5}
     assert steps_of(output / "recipe.toml") == 5
+
+
+def test_an_end_writes_the_page_of_the_run_with_what_its_starts_have_noted(
+    start: Callable[..., str], output: Path
+) -> None:
+    (output / "report.html").unlink()
+    said = start("train.steps=5")
+    assert f"the page of the run: {output / 'report.html'}" in said
+    page = (output / "report.html").read_text()
+    noted = json.loads((output / "starts" / "after_step_00000004.json").read_text())
+    assert noted["clips"] == {"trained": 12, "heldout": noted["clips"]["heldout"]}
+    assert noted["datasets"][0]["clips"] >= 12
+    assert "5 / 5" in page
+    assert "train.steps: 4 → 5" in page
+    assert "from_pretrained" in (output / "use.py").read_text()
+    assert "from_pretrained" in page
+
+
+def test_a_page_that_cannot_be_written_fails_no_run(start: Callable[..., str], output: Path) -> None:
+    (output / "report.html").unlink()
+    (output / "report.html").mkdir()
+    said = start("train.steps=5")
+    assert "warning: the page of the run is not written" in said
+    assert (output / "results.json").is_file()
 
 
 @pytest.mark.parametrize(

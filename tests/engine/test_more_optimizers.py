@@ -144,8 +144,8 @@ def test_a_resumed_run_goes_on_as_the_straight_one(figures: Figures, kind: str, 
 def test_the_readme_tells_the_bytes_of_the_state(figures: Figures, kind: str) -> None:
     """Of tiny matrices, beside which rows, columns and counts of steps are not little, as they are of a model's."""
     name = kind.split()[1]
-    row = re.search(rf"^\| .*`{name}`.*\| ([\d.]+)[^|]*\|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert row, f"the README has no bytes of {name}"
+    row = re.search(rf"^\| .*`{name}`.*\| ([\d.]+)[^|]*\|", (ROOT / "recipes/memory.md").read_text(), re.MULTILINE)
+    assert row, f"the document has no bytes of {name}"
     found = figures(kind, 1)
     told, real = float(row[1]), found["state bytes"] / found["values"]
     assert told <= real <= told + 1.5

@@ -149,7 +149,7 @@ def test_moments_that_cannot_be_divided_say_where_to_go_on(tmp_path: Path) -> No
     assert saved == {"adamw": "", "adamw_8bit": "", "adamw_fp8": ""}
     assert loaded["adamw"] == ""
     for name in ("adamw_8bit", "adamw_fp8"):
-        assert "moments in few bits, saved by 1 process(es), cannot be divided for 2" in loaded[name]
+        assert "moments in few bits, saved by 1 process, cannot be divided for 2" in loaded[name]
         assert "-> resume it with 1" in loaded[name]
 
 

@@ -1,9 +1,14 @@
 """The published table, and what is reproduced of it exactly."""
 
+from pathlib import Path
+
 import pytest
 from every_family import few
+from PIL import Image
 from processes import run_python
 
+from benchmarks.memory.__main__ import RESULTS
+from benchmarks.memory.chart import draw, read_table
 from benchmarks.memory.ours import Ours, resident, with_savers
 from benchmarks.memory.published import rows
 from benchmarks.memory.table import Line, errors, markdown
@@ -57,3 +62,18 @@ def test_errors_are_told_by_group_with_masked_rows_apart() -> None:
     assert "AdamW, no checkpointing | before validation, unmasked | 1 | 0.54%" in told
     assert "AdamW | before validation, masked | 1 | 0.42%" in told
     assert "43.76 / 44.00" in markdown(lines)
+
+
+def test_the_chart_is_drawn_from_the_written_table(tmp_path: Path) -> None:
+    figures = {"reserved": 10 * GIB, "allocated": 9 * GIB}
+    out_of_memory = next(row for row in rows() if row.published[1] is None)
+    lines = [Line(row, figures, figures) for row in (rows()[0], out_of_memory)]
+    drawn = read_table(f"# A report\n\n| other | table |\n|---|---|\n\n{markdown(lines)}\n\n{errors(lines)}")
+    assert [row.published[1] for row in drawn] == [43.76, None]
+    assert [(row.ours, row.savers, row.reproduced) for row in drawn] == [(10, 10, ())] * 2
+    written = read_table((RESULTS / "memory.md").read_text())
+    assert len(written) == 65
+    draw(written, tmp_path / "memory.png")
+    with Image.open(tmp_path / "memory.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 1000

@@ -49,6 +49,24 @@ def test_check_and_prepare_say_what_is_lost_and_go_on(
     assert_told(capsys.readouterr().err, recipe)
 
 
+def test_check_says_which_prompts_and_lines_of_their_file_are_left_as_they_are(
+    recipe: Recipe, runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# two prompts\na zorb falls\na ball # 1 falls\n")
+    data, validation = recipe.data, recipe.validation
+    recipe = recipe.model_copy(
+        update={
+            "data": data.model_copy(update={"id_token": "zorb"}),
+            "validation": validation.model_copy(update={"prompts": [], "prompts_file": file}),
+        }
+    )
+    assert check_all(recipe, runtime, gpus=1) == []
+    said = capsys.readouterr().err
+    assert "the trigger word 'zorb' is put before captions, not before prompts: 1 without it (" in said
+    assert f"{file}: 1 line beginning with # left out, as comments" in said
+
+
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the components that are loaded from now on."""

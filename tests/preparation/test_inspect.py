@@ -66,6 +66,21 @@ def test_names_with_line_feeds_are_printed_in_one_line(
     assert not [line for line in said.splitlines() if line.startswith(("b.mp4", "d.mp4", "f.mp4"))]
 
 
+def test_identical_clips_are_named_as_copies(
+    recipe_file: Path, runtime: Runtime, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = sorted(clips.glob("*.mp4"))[0]
+    for number in range(6):
+        shutil.copy(video, tmp_path / f"{number}.mp4")
+        (tmp_path / f"{number}.txt").write_text("a clip")
+    inspect_data(load_recipe(recipe_file, [f"data.path={tmp_path}"]), Cache(tmp_path / "cache"), runtime)
+    names = " = ".join(str(tmp_path / f"{number}.mp4") for number in range(4))
+    told = (
+        f"{tmp_path}: 5 clips are copies of others, byte for byte, which leaves 1 distinct clip: {names} and 2 more ("
+    )
+    assert told in capsys.readouterr().err
+
+
 def test_images_and_videos_are_counted_where_there_are_both(
     recipe_file: Path, runtime: Runtime, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

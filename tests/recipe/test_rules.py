@@ -1,4 +1,4 @@
-"""The rules of which memory savers go together: `check` reports them, the README tells them, and none is idle."""
+"""The rules of which memory savers go together: `check` reports them, recipes/memory.md tells them, and none is idle."""
 
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def test_a_cure_names_what_is_missing(overrides: list[str], ranks: int, cure: st
 
 def test_the_readme_says_which_switches_go_together() -> None:
     """Print its table with: python -c "from finetune.recipe import rules; print(rules.combinations_table())"."""
-    assert combinations_table() in (ROOT / "README.md").read_text()
+    assert combinations_table() in (ROOT / "recipes" / "memory.md").read_text()
 
 
 def test_a_switch_whose_values_disagree_is_two(monkeypatch: pytest.MonkeyPatch) -> None:

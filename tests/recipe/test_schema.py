@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import main
+from finetune.commands.schema import recipe_schema
+from finetune.models import FAMILIES, family_class
 from finetune.recipe import Recipe, load_recipe
+from finetune.recipe.schema import Lora
+from finetune.recipe.values import family_name
+from finetune.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -35,7 +41,7 @@ def test_recipe_points_editors_to_the_schema(path: Path) -> None:
 def test_published_schema_is_current(capsys: pytest.CaptureFixture) -> None:
     assert main(["schema"]) == 0
     published = (ROOT / "recipes" / "recipe.schema.json").read_text()
-    assert json.loads(published) == json.loads(capsys.readouterr().out) == Recipe.model_json_schema()
+    assert json.loads(published) == json.loads(capsys.readouterr().out) == recipe_schema()
 
 
 def test_every_key_is_documented() -> None:
@@ -64,3 +70,35 @@ def test_reading_a_recipe_imports_nothing_heavy() -> None:
     code = f"import sys, finetune.cli, finetune.recipe as r; r.load_recipe({str(RECIPES[0])!r}); print({heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_editors_are_offered_families_and_prompts_as_text() -> None:
+    schema = recipe_schema()
+    named, others, own = schema["$defs"]["Model"]["properties"]["family"]["anyOf"]
+    assert named["enum"] == list(FAMILIES)
+    assert {family_name(name) for name in others["enum"]} <= set(FAMILIES)
+    assert re.match(own["pattern"], "my_models.mine:Mine")
+    kinds = [each["type"] for each in schema["$defs"]["Validation"]["properties"]["prompts"]["anyOf"]]
+    assert kinds == ["array", "string"]
+    assert {*schema["properties"]} == {*Recipe.model_json_schema()["properties"]}
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [("ltx_video", "ltx"), ("Hunyuan-Video", "hunyuan"), ("wan2.1", "wan"), ("mochi", "mochi"), ("x.y:Z", "x.y:Z")],
+)
+def test_other_names_of_families_are_known(name: str, family: str) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "ltx_lora.toml", [f'model.family="{name}"'])
+    assert recipe.model.family == family
+
+
+@pytest.mark.parametrize("name, near", [("hunyuann", "hunyuan"), ("ltx_i2", "ltx"), ("wan_i2vv", "wan_i2v")])
+def test_the_nearest_family_is_of_the_same_kind(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{near}'"):
+        family_class(name)
+
+
+def test_alpha_is_the_rank_where_it_is_not_said() -> None:
+    assert Lora.model_validate({"rank": 4}).alpha == 4
+    assert Lora.model_validate({}).alpha == Lora.model_validate({}).rank == 64
+    assert Lora.model_validate({"rank": 4, "alpha": 2}).alpha == 2

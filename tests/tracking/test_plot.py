@@ -11,9 +11,8 @@ from PIL import Image
 from processes import Finetune
 
 from finetune.runtime.errors import UserError
-from finetune.tracking.plot import plot_losses
+from finetune.tracking.plot import HELD_OUT, NOT_FINITE, TRAINING, plot_losses
 
-TRAINING, HELD_OUT = "tab:blue", "tab:orange"
 STEPS = [{"step": step, "loss": 2 - step / 50, "lr": 1e-3} for step in range(1, 61)]
 HELD_OUTS = [{"step": step, "heldout_loss": 2.1 - step / 60, "heldout_zero_loss": 2.0} for step in (0, 20, 40, 60)]
 
@@ -62,9 +61,14 @@ def test_a_run_that_has_made_no_step_has_the_heldout_loss_of_the_base_model(wrot
     assert pixels_of(image, HELD_OUT) > 10
 
 
-def test_a_loss_that_is_not_finite_leaves_a_gap(wrote: Wrote) -> None:
+def test_a_loss_that_is_not_finite_is_marked(wrote: Wrote) -> None:
     image = plot_losses(wrote(lines(*STEPS, {"step": 61, "loss": float("nan")})))
     assert pixels_of(image, TRAINING) > 300
+    assert pixels_of(image, NOT_FINITE) > 10
+
+
+def test_a_run_whose_only_loss_is_not_finite_has_a_picture(wrote: Wrote) -> None:
+    assert pixels_of(plot_losses(wrote(lines({"step": 1, "loss": float("inf")}))), NOT_FINITE) > 10
 
 
 def test_a_last_line_that_was_cut_is_passed_over(wrote: Wrote) -> None:

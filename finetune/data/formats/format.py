@@ -17,7 +17,7 @@ class Columns:
     """Names of the columns, or of the text files, that hold videos and captions.
 
     Attributes:
-        leave_out: folders in the dataset's own that are not looked into.
+        leave_out: folders and files in the dataset's own that are not looked into.
     """
 
     video: str

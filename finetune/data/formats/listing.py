@@ -43,7 +43,7 @@ def list_files(root: Path, leave_out: Collection[Path] = ()) -> Listing:
     Folders of other runs in it are named and not looked into.
 
     Args:
-        leave_out: folders that a run writes into. They are named and not looked into, unless `root` lies in them.
+        leave_out: folders and files that a run writes. They are named and not looked into, unless `root` lies in them.
     Raises:
         UserError: the folder cannot be read.
     """
@@ -76,6 +76,8 @@ def list_files(root: Path, leave_out: Collection[Path] = ()) -> Listing:
             path = folder / entry.name
             if is_hidden(entry.name):
                 found.unused.append(Problem("hidden, or written by the system", str(path)))
+            elif os.path.join(real, entry.name) in own and not _is_folder(entry):
+                found.unused.append(Problem("written by the run itself", str(path)))
             elif not _is_folder(entry):
                 _add_file(path, entry, found)
             elif entry.is_symlink():

@@ -14,6 +14,7 @@ from finetune.data.formats.format import (
     text_fault,
 )
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.units import counted
 
 _LOOKED_AT = 20  # lines of a file that may be a list of videos
 _LARGEST = 64 * 2**20  # bytes of such a file
@@ -71,7 +72,7 @@ def _read(videos_file: Path, columns: Columns) -> Manifest:
     videos, captions = _lines(videos_file), _lines(captions_file)
     if len(videos) != len(captions):
         raise UserError(
-            f"{len(captions)} captions for {len(videos)} videos",
+            f"{counted(len(captions), 'caption')} for {counted(len(videos), 'video')}",
             "give both files the same number of lines; line n of one belongs to line n of the other",
             f"{captions_file} and {videos_file.name}",
         )

@@ -7,6 +7,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import MAKE_ROOM, disk_error, no_room
+from finetune.runtime.units import counted
 
 FAILURE = (Exception, CheckpointException)  # DCP's own is a BaseException
 
@@ -52,7 +53,7 @@ def not_read(
     what, cure = f"the checkpoint cannot be read ({reason(error)})", f"move this folder away; {then}"
     if "block_size" in str(error) + reason(error):  # torchao: a part that cuts through a block of moments
         processes = saved_by()
-        what = f"moments in few bits, saved by {processes} process(es), cannot be divided for {ranks}"
+        what = f"moments in few bits, saved by {counted(processes, 'process')}, cannot be divided for {ranks}"
         cure = f"resume it with {processes}"
     return UserError(what, cure, str(folder))
 

@@ -9,6 +9,7 @@ from finetune.models.adapters import ADAPTER
 from finetune.models.adapters.given import check_fits
 from finetune.models.adapters.reading import LowRank, ReadAdapter
 from finetune.runtime.logging import say
+from finetune.runtime.units import counted
 
 
 def start_adapter(transformer: nn.Module, adapter: ReadAdapter) -> None:
@@ -33,7 +34,7 @@ def start_adapter(transformer: nn.Module, adapter: ReadAdapter) -> None:
     new = len(layers) - len(adapter.layers)
     ranks = sorted({read.rank for read in adapter.layers.values()})
     say(
-        f"the adapter begins as {adapter.file}: {len(adapter.layers)} layers of rank {', '.join(map(str, ranks))}"
+        f"the adapter begins as {adapter.file}: {counted(len(adapter.layers), 'layer')} of rank {', '.join(map(str, ranks))}"
         + (f"; {new} more begin anew" if new else "")
     )
 

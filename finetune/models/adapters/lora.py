@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from diffusers import ModelMixin
@@ -17,6 +17,7 @@ from finetune.runtime import seeds
 from finetune.runtime.errors import UserError
 
 ADAPTER = "default"
+_USEFUL_ANYWHERE = 1024  # a rank that is not asked about, though a model of a few MB has no layer of it
 _Value = TypeVar("_Value", int, float)
 
 
@@ -46,6 +47,12 @@ def check(transformer: nn.Module, family: Family, settings: Lora) -> None:
     """Raise UserError for settings that the model cannot have."""
     check_targets(transformer, family, settings.targets)
     layers = targeted_layers(transformer, family, settings.targets)
+    sides = [cast(nn.Linear, transformer.get_submodule(layer)).weight.shape for layer in layers]
+    full = max(_USEFUL_ANYWHERE, *map(min, sides))
+    for key, rank in (("lora.rank", settings.rank), *((f"lora.ranks.{name}", r) for name, r in settings.ranks.items())):
+        if rank > full:
+            what = f"no layer that gets an adapter has so high a rank: what is above {full} only takes memory"
+            raise UserError(what, f"set it to {full} at most; 16 to 128 are usual", key)
     for key, table in (("lora.ranks", settings.ranks), ("lora.alphas", settings.alphas)):
         for pattern in table:
             if not any(_ends_with(layer, pattern) for layer in layers):
