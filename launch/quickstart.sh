@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The main job in small, on a fresh machine: install, make a tiny pipeline and a dozen real clips, train a LoRA with
-# torchrun, sample with and without it, and judge the result. Everything lands in runs/quickstart.
+# The main job in small, on a fresh machine: install, write a small pipeline that draws moving shapes and a dozen clips of a shape
+# that it has never seen, train a LoRA with torchrun, sample with and without it, and judge the result. Everything lands in
+# runs/quickstart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh
@@ -10,7 +11,7 @@ out=runs/quickstart
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 gpus=$(python -c 'import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)')
 processes=$([ "$gpus" -gt 2 ] && echo 2 || echo "${gpus/#0/2}")   # the recipe's batch is split over 1 or 2
-micro=$((4 / processes))
+micro=$((8 / processes))
 started=$(date +%s)
 
 rm -rf "$out"
@@ -19,6 +20,7 @@ torchrun --nproc_per_node "$processes" -m finetune --recipe recipes/quickstart.t
 python -m finetune sample --recipe recipes/quickstart.toml --set train.micro_batch_size=$micro \
   --adapter "$out/lora_run/lora" --compare --out "$out/samples"
 python -m finetune plot --run "$out/lora_run"
-python launch/judge.py "$out/lora_run"
-echo "(the tiny pipeline has random weights, so its videos are noise: what the LoRA learnt shows in the loss)"
-echo "quickstart finished in $(($(date +%s) - started)) s; look at $out/samples/contact_sheet.png and $out/lora_run/loss.png"
+verdict=0
+python launch/judge.py "$out/lora_run" "$out/samples" "$out/clips" recipes/quickstart.toml || verdict=$?
+echo "quickstart finished in $(($(date +%s) - started)) s; look at $out/samples/base_trained_real.png and $out/lora_run/loss.png"
+exit $verdict

@@ -23,7 +23,7 @@ COMMANDS = {
     "plot": "the loss curve of a run",
     "report": "a page of a run: curves, samples, dataset, settings",
     "cache": "what takes room in a cache, and what is damaged",
-    "demo": "a tiny pipeline and clips to try things on",
+    "demo": "a small pipeline and clips to try things on; with --family a random one",
     "families": "model families and their checkpoints",
     "schema": "JSON Schema of recipes, for editors",
     "completion": "words that a shell completes",

@@ -111,7 +111,7 @@ def make_model(folder: Path) -> None:
 def make_clips(folder: Path) -> None:
     folder.mkdir()
     with tempfile.TemporaryDirectory() as demo:
-        finetune(Path(demo), "demo", "--out", demo)
+        finetune(Path(demo), "demo", "--out", demo, "--family", "ltx")
         for name in CLIPS:
             for suffix in (".mp4", ".txt"):
                 shutil.copy(Path(demo, "clips", name).with_suffix(suffix), folder)

@@ -15,7 +15,13 @@ SCHEDULE_FREE, CONSTANT = "optimizer.name=schedule_free_adamw", "schedule.name=c
 
 
 def recipe_of(*overrides: str) -> Recipe:
-    plain = ["train.global_batch_size=8", "train.micro_batch_size=2", "lora.rank=64", "lora.alpha=64"]
+    plain = [
+        "train.global_batch_size=8",
+        "train.micro_batch_size=2",
+        "lora.rank=64",
+        "lora.alpha=64",
+        "lora.targets=[]",
+    ]
     return load_recipe(ROOT / "recipes" / "quickstart.toml", [*plain, *overrides])
 
 

@@ -20,7 +20,7 @@ from benchmarks.gpu.first.bench import (
     wait_until,
 )
 
-PROMPT = '{text = "a red ball moves to the right", shape = "17x64x96", steps = 4, guidance = 1.0}'
+PROMPT = '{text = "a red zorb moves right over a black floor", shape = "17x64x96", steps = 4, guidance = 1.0}'
 STOPPED = 128 + signal.SIGTERM
 NOISE = 10.0  # times what two runs that are left alone differ by, if they do
 
@@ -50,7 +50,7 @@ class Training:
             f"data.path={demo / 'clips'}",
             f"data.cache={demo / 'cache'}",
             f"validation.heldout={demo / 'heldout'}",
-            f"train.micro_batch_size={4 // self.processes}",
+            f"train.micro_batch_size={8 // self.processes}",
             *self.settings,
         ]
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.processes)]
@@ -74,7 +74,7 @@ class Training:
 
 
 def make_demo(bench: Bench) -> Path:
-    """The tiny pipeline and the clips of `finetune demo`, made once."""
+    """The small pipeline and the clips of `finetune demo`, made once."""
     demo = bench.folder / "demo"
     log = bench.folder / "demo.log"
     command = [sys.executable, "-m", "finetune", "demo", "--out", str(demo)]
