@@ -146,7 +146,7 @@ class Lora(Table):
     @model_validator(mode="before")
     @classmethod
     def _alpha_of_rank(cls, values: Any) -> Any:
-        is_unset = isinstance(values, dict) and "alpha" not in values and "rank" in values
+        is_unset = isinstance(values, dict) and "alpha" not in values and isinstance(values.get("rank"), int)
         return {**values, "alpha": values["rank"]} if is_unset else values
 
 

@@ -206,7 +206,7 @@ def test_a_batch_that_cannot_be_split(first_check: tuple[Path, Result]) -> None:
 def test_an_output_folder_of_another_recipe(first_check: tuple[Path, Result]) -> None:
     folder, result = first_check
     assert about(messages(result), folder / "run") == (
-        "this folder holds a run of another recipe: lora.rank = 8 there, 64 here",
+        "this folder holds a run of another recipe: lora.alpha = 8.0 there, 64.0 here; lora.rank = 8 there, 64 here",
         "set `output` to a new folder, or put the keys back to resume",
     )
 
@@ -286,9 +286,9 @@ def test_an_empty_dataset(third_check: tuple[Path, Result]) -> None:
 
 def test_an_unknown_family(finetune, tmp_path: Path, tiny_ltx: Path, clips: Path) -> None:
     found = messages(
-        finetune("check", "--recipe", recipe_text(tmp_path, tiny_ltx, clips), "--set", "model.family=ltxv")
+        finetune("check", "--recipe", recipe_text(tmp_path, tiny_ltx, clips), "--set", "model.family=ltxx")
     )
-    assert found == {"model.family: unknown family 'ltxv'": "did you mean 'ltx'?"}
+    assert found == {"model.family: unknown family 'ltxx'": "did you mean 'ltx'?"}
 
 
 # --- what only training sees ------------------------------------------------------------------------------------------

@@ -19,7 +19,10 @@ from finetune.runtime.exit import leave
 from finetune.runtime.logging import quiet_libraries
 from finetune.training.job import build
 
-METHODS = {"lora": ["lora.rank=4", "optimizer.lr=1e-3"], "full": ["train.method=full", "optimizer.lr=1e-3"]}
+METHODS = {
+    "lora": ["lora.rank=4", "lora.alpha=64", "optimizer.lr=1e-3"],
+    "full": ["train.method=full", "optimizer.lr=1e-3"],
+}
 CLIPPED = ["train.max_grad_norm=0.05", "train.global_batch_size=4", "train.micro_batch_size=1", "train.steps=3"]
 
 
