@@ -21,7 +21,7 @@ from finetune.recipe.values import PathText, family_name
 GENERATED = "generated"  # the folder of `sample` in `output`
 _OF_A_RUN = (  # what would be read as clips, captions or tables, or is named file by file, if a run's folder is the dataset's
     *("samples", "checkpoints", "starts", "lora", "transformer", "partial"),
-    *("log.txt", "metrics.jsonl", "recipe.toml", "results.json", "report.html"),
+    *("log.txt", "use.py", "report.html", "metrics.jsonl", "recipe.toml", "results.json", "report.html"),
 )
 
 AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
