@@ -160,8 +160,13 @@ def start(timeout_seconds: float, on_cpu: bool = False) -> Runtime:
     Args:
         timeout_seconds: how long a collective may wait for a peer before the run ends with an error.
         on_cpu: leave GPUs alone.
+    Raises:
+        UserError: the environment names a rank among several, and not where they meet.
     """
     has_peers = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # one of them alone is left from something else
+    if has_peers and (missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
+        what = f"RANK and WORLD_SIZE are set in the environment, and {' and '.join(missing)} not"
+        raise UserError(what, "start it with torchrun, or unset RANK and WORLD_SIZE", "environment")
     of_torchrun: Mapping[str, str] = os.environ if has_peers else {}
     rank, world_size = int(of_torchrun.get("RANK", 0)), int(of_torchrun.get("WORLD_SIZE", 1))
     local_rank = int(of_torchrun.get("LOCAL_RANK", 0))

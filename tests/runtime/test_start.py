@@ -19,3 +19,11 @@ def test_a_process_that_nobody_has_started_with_peers_is_alone(
     result = finetune("--recipe", recipe_file, "--set", "train.steps=1", env=left)
     assert result.returncode == 0, result.stderr
     assert "1 process on 1 host" in result.stderr
+
+
+def test_a_rank_without_a_meeting_place_is_told_what_to_do(finetune, recipe_file: Path) -> None:
+    ended = finetune("check", "--recipe", recipe_file, env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "MASTER_ADDR and MASTER_PORT not" in ended.stderr
+    assert "start it with torchrun, or unset RANK and WORLD_SIZE" in ended.stderr
