@@ -118,14 +118,7 @@ def _dataset(draft: Draft, given: Settings) -> list[ClipFolder]:
 
 
 def _steps(draft: Draft, given: Settings, datasets: list[ClipFolder]) -> None:
-    per_gpu, accumulation = (
-        given.take("train_batch_size", integer, 4),
-        given.take("gradient_accumulation_steps", integer, 1),
-    )
-    names = [name for name in ("train_batch_size", "gradient_accumulation_steps") if name in given]
-    common.put_batch(
-        draft, " ".join(map(given.spelled, names)) or "--train_batch_size is 4", per_gpu, max(1, accumulation)
-    )
+    common.put_script_batch(draft, given, "--")
     steps, epochs = given.take("max_train_steps", integer, None), given.take("num_train_epochs", number, None)
     if steps is not None:
         draft.move(given.spelled("max_train_steps"), "train.steps", steps)

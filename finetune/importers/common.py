@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune.importers.draft import Draft
 from finetune.importers.families import legal_bucket, why_not
+from finetune.importers.settings import Settings, integer
 from finetune.recipe.bucket import Bucket
 
 MEDIA = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif", ".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -95,6 +96,18 @@ def put_batch(draft: Draft, setting: str, per_gpu: int, accumulation: int) -> No
     text = f"a recipe counts all samples of an optimizer step, over all GPUs: {parts}"
     draft.change(setting, "train.global_batch_size", total, text, parts)
     draft.put("train.micro_batch_size", per_gpu)
+
+
+def put_script_batch(draft: Draft, given: Settings, option: str) -> None:
+    """Set the batch by the two settings that diffusers' scripts have for it.
+
+    Args:
+        option: what stands before a setting's name where it is not given, "--" or nothing.
+    """
+    names = ("train_batch_size", "gradient_accumulation_steps")
+    per_gpu, accumulation = (given.take(name, integer, default) for name, default in zip(names, (4, 1), strict=True))
+    said = " ".join(given.spelled(name) for name in names if name in given)
+    put_batch(draft, said or f"{option}train_batch_size is 4", max(1, per_gpu), max(1, accumulation))
 
 
 def put_schedule(draft: Draft, setting: str, name: str, warmup: int, warmup_setting: str) -> None:

@@ -242,14 +242,7 @@ def _data(draft: Draft, given: Settings, sources: Sequence[SettingsFile], file: 
 
 
 def _steps(draft: Draft, given: Settings, datasets: list[ClipFolder]) -> None:
-    per_gpu, accumulation = (
-        given.take("train_batch_size", integer, 4),
-        given.take("gradient_accumulation_steps", integer, 1),
-    )
-    names = [name for name in ("train_batch_size", "gradient_accumulation_steps") if name in given]
-    common.put_batch(
-        draft, "; ".join(map(given.spelled, names)) or "train_batch_size is 4", max(1, per_gpu), max(1, accumulation)
-    )
+    common.put_script_batch(draft, given, "")
     steps, epochs = given.take("max_train_steps", integer, 0), given.take("num_train_epochs", number, 0)
     if steps > 0:
         draft.move(given.spelled("max_train_steps"), "train.steps", steps)
