@@ -22,5 +22,5 @@ def expanded(written: str) -> Path:
 
 
 def looked_in(path: Path) -> str:
-    """For an error about a path that is not there: where a relative one was looked for, " (looked for in /work/here)"."""
+    """For an error about a path that is not there: in which folder a relative one was looked for. Empty for an absolute one."""
     return "" if path.is_absolute() else f" (looked for in {Path.cwd()}, where the command was started)"

@@ -1,4 +1,4 @@
-"""Every message of the page of messages is raised by what it says, and by nothing else in the page."""
+"""Every message in the tables of the page of messages is raised by a recipe, or clips, that have that fault."""
 
 import re
 from collections.abc import Callable
