@@ -90,7 +90,10 @@ def differences(ours: Recipe, other: Recipe) -> list[str]:
 def fixed_values(recipe: Recipe) -> dict[str, Any]:
     """What makes it this training, as `table.key` -> value: the plain values that may not change when a run is resumed."""
     free = free_keys(type(recipe))
-    is_free = lambda key: any(key == name or key.startswith(name + ".") for name in free)  # noqa: E731
+
+    def is_free(key: str) -> bool:
+        return any(key == name or key.startswith(f"{name}.") for name in free)
+
     return {key: _fixed(key, value, free) for key, value in flat_values(recipe).items() if not is_free(key)}
 
 

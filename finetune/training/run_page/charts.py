@@ -65,8 +65,13 @@ class RunChart:
                     notes.append(f"{curve.name}: {value:.4g}, {'above' if value > high else 'below'} the picture")
                     continue
             curves.append(curve)
-        x = lambda step: (step - first) / (last - first) if last > first else 0.5  # noqa: E731
-        y = lambda value: 1 - (min(max(value, low), high) - low) / (high - low)  # noqa: E731
+
+        def x(step: float) -> float:
+            return (step - first) / (last - first) if last > first else 0.5
+
+        def y(value: float) -> float:
+            return 1 - (min(max(value, low), high) - low) / (high - low)
+
         if cut := sum(not low <= value <= high for points in faint for _, value in points):
             notes.append(f"{cut} single step{'s lie' if cut > 1 else ' lies'} outside of the picture")
         if gaps := sorted({step for curve in curves for step in curve.gaps}):
