@@ -24,6 +24,7 @@ every_case = pytest.mark.parametrize(
 SCHEDULE = 64  # bytes; the noise levels of two more steps
 WEIGHTS = {"frozen weights", "trained weights", "gathered weights", "load"}
 MAKE = """
+import sys
 from pathlib import Path
 from experts import HighNoise, recipe_of
 path = Path(sys.argv[1])
