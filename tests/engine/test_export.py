@@ -87,14 +87,16 @@ def test_the_same_weights_are_the_same_bytes_with_the_usual_permissions(
 # LoRA
 
 
-@pytest.mark.parametrize("alpha", [4, 8])
-def test_exported_lora_tensors_are_the_trained_ones(build_job: BuildJob, tmp_path: Path, alpha: int) -> None:
+@pytest.mark.parametrize("rank, alpha", [(4, 4), (4, 8), (3, 1)])
+def test_exported_lora_tensors_are_the_trained_ones(
+    build_job: BuildJob, tmp_path: Path, rank: int, alpha: int
+) -> None:
     """With alpha over rank in the second matrix, where that is not 1."""
-    job = trained(build_job, f"lora.alpha={alpha}")
+    job = trained(build_job, f"lora.rank={rank}", f"lora.alpha={alpha}")
     export_weights(job.state, job.recipe.train.method, tmp_path / "lora")
     exported = load_file(tmp_path / "lora" / LORA_FILE)
     adapter = {
-        "transformer." + name.replace(".default.", "."): value * (alpha / 4 if "lora_B" in name else 1)
+        "transformer." + name.replace(".default.", "."): value * (alpha / rank if "lora_B" in name else 1)
         for name, value in all_weights(job).items()
         if ".lora_" in name
     }
@@ -111,7 +113,8 @@ def test_the_pipeline_predicts_exactly_what_the_trained_model_predicts(
 ) -> None:
     """In bf16 too: FSDP computes with the float32 adapter rounded to bf16, and a bf16 pipeline rounds it as it loads.
 
-    A third of it is rounded once more.
+    A third of it is rounded before the matrices are multiplied, and not after: how far that goes depends on the CPU, and it is a
+    small part of what the adapter does.
     """
     job = trained(build_job, f"train.precision={precision}", f"lora.rank={rank}", f"lora.alpha={alpha}")
     export_weights(job.state, job.recipe.train.method, tmp_path / "lora")
@@ -120,8 +123,8 @@ def test_the_pipeline_predicts_exactly_what_the_trained_model_predicts(
     pipeline.load_lora_weights(tmp_path / "lora")
     ours, theirs = prediction(job, job.state.transformer), prediction(job, pipeline.transformer)
     if alpha == 1:
-        rounding = 2 * torch.finfo(DTYPES[precision]).eps
-        assert (ours - theirs).abs().max() <= rounding * ours.abs().max()
+        small = {"float32": 1e-4, "bf16": 0.25}[precision]  # the scale left out would be twice of all of it
+        assert (ours - theirs).abs().max() <= small * (ours - untrained).abs().max()
     else:
         assert torch.equal(ours, theirs)
     assert not torch.equal(theirs, untrained)
