@@ -88,9 +88,7 @@ def test_the_same_weights_are_the_same_bytes_with_the_usual_permissions(
 
 
 @pytest.mark.parametrize("rank, alpha", [(4, 4), (4, 8), (3, 1)])
-def test_exported_lora_tensors_are_the_trained_ones(
-    build_job: BuildJob, tmp_path: Path, rank: int, alpha: int
-) -> None:
+def test_exported_lora_tensors_are_the_trained_ones(build_job: BuildJob, tmp_path: Path, rank: int, alpha: int) -> None:
     """With alpha over rank in the second matrix, where that is not 1."""
     job = trained(build_job, f"lora.rank={rank}", f"lora.alpha={alpha}")
     export_weights(job.state, job.recipe.train.method, tmp_path / "lora")
