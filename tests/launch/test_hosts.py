@@ -75,9 +75,7 @@ def test_two_hosts_train_as_one_and_each_fills_a_cache_of_its_own(
     assert items[0] == items[1]
 
 
-def test_a_host_that_is_cut_off_is_named_and_one_host_goes_on(
-    hosts: list[Host], recipe: Path, straight: Run
-) -> None:
+def test_a_host_that_is_cut_off_is_named_and_one_host_goes_on(hosts: list[Host], recipe: Path, straight: Run) -> None:
     output = recipe.with_name("cut")
     trainings = start(hosts, recipe, f"output={output}")
     wait_until(lambda: steps_done(output) >= 5, trainings)
