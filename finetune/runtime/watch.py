@@ -182,8 +182,8 @@ class Watch:
                 self._write(Line(DONE, host, "done", 0.0))
 
     def is_in_vain(self) -> bool:
-        """Whether a rank has noted nothing for a quarter of `limit_seconds`, or the store does not answer. Called again and again by a
-        rank that may wait for it.
+        """Whether a rank has noted nothing for a quarter of `limit_seconds`, or the store does not answer. Called again and again
+        by a rank that may wait for it.
 
         The peers are lost then, also in what has no limit of its own: a checkpoint on a slow disk, or the end of this process,
         which joins the thread that writes one.
