@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes a virtual environment, installs the project into it, and puts it first in PATH.
 # Usage: install EXTRAS [ENVIRONMENT [CONSTRAINTS]]
 #   ENVIRONMENT   its folder (.venv)

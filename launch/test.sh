@@ -25,6 +25,7 @@ done
 export OMP_NUM_THREADS=1
 if [ -z "$torch" ]; then
   install dev .venv launch/constraints.txt
+  shellcheck -x launch/*.sh launch/slurm.sbatch .ci/run
   ruff check .
   ruff format --check .
   lint-imports

@@ -1,8 +1,12 @@
-"""Fills the cache with the items of one kind that it lacks. Ranks share the work, and nothing is encoded twice."""
+"""Fills the cache with the items of one kind that it lacks. Ranks share the work, and nothing is encoded twice.
+
+Hosts whose cache is a folder of their own fill it by themselves: then each item is encoded once on each.
+"""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +19,7 @@ from finetune.models.encoder import Encode
 from finetune.runtime.device import Arrival, Copies
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.hosts import sharing
 from finetune.runtime.shared_work import SharedWork, shared_work
 from finetune.tracking.progress import ProgressLine
 
@@ -55,23 +60,28 @@ def fill(
     for entry in work:
         if entry.kind == kind:
             wanted.setdefault(entry.key, []).append(entry)
+    with suppress(OSError):  # what cannot be written is told below, if anything is missing
+        cache.folder.mkdir(parents=True, exist_ok=True)
+    groups = sharing(runtime, cache.folder)
+    first = next(ranks[0] for ranks in groups if runtime.rank in ranks)  # of those that see this cache
     with runtime.together():
-        missing = [key for key in wanted if not cache.has(kind, key)] if runtime.is_main else []
+        missing = [key for key in wanted if not cache.has(kind, key)] if runtime.rank == first else []
         if missing and not cache.is_writable:
             what = f"{len(missing)} items are not in it, and it cannot be written"
             raise UserError(
                 what, "mend its permissions or mount, or set data.cache to another folder", str(cache.folder)
             )
-    missing = runtime.from_main(missing)
-    if not missing:
+    of_groups = [runtime.from_rank(ranks[0], missing) for ranks in groups]
+    if not any(of_groups):
         return {}
+    missing = next(keys for ranks, keys in zip(groups, of_groups, strict=True) if ranks[0] == first)
     label = _LABELS.get(kind, f"encoding {kind}")
     runtime.doing(label)
     found: dict[str, list[Problem]] = {}
     with ProgressLine(label, len(missing), enabled=runtime.is_main) as progress:
         text = ""
         copies = runtime.device.copies()
-        with shared_work(runtime, len(missing)) as shared:
+        with shared_work(runtime, len(missing), groups) as shared:
             for item, problems in _encode_share([wanted[key] for key in missing], shared, load, cache, copies):
                 if problems:
                     found[item.key] = problems
@@ -83,7 +93,7 @@ def fill(
     gc.collect()  # the encoder
     runtime.device.empty_cache()
     shares = runtime.gather(found)
-    return {key: share[key] for key in missing for share in shares if key in share}
+    return {key: share[key] for key in wanted for share in shares if key in share}
 
 
 def _encode_share(

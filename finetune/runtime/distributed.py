@@ -5,7 +5,6 @@ travel over gloo on the CPU, tensors of the step over the device's own backend.
 """
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,10 +87,14 @@ class Runtime:
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank."""
+        return self.from_rank(0, value)
+
+    def from_rank(self, rank: int, value: T) -> T:
+        """One rank's value, on every rank."""
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=rank, group=self.control)
         return box[0]
 
     def any(self, *votes: bool) -> list[bool]:
@@ -223,13 +226,6 @@ def data_mesh(whole: DeviceMesh) -> DeviceMesh:
     """The part of a mesh that weights are sharded and replicated over: this rank's ("replicate", "shard"), or ("shard",)."""
     names = whole.mesh_dim_names or ()
     return whole["replicate", "shard"] if "replicate" in names else whole["shard"]
-
-
-def describe(runtime: Runtime) -> str:
-    """One line for the log: processes, hosts and device."""
-    hosts = sorted(set(runtime.gather(socket.gethostname())))
-    processes = f"{runtime.world_size} process" + ("es" if runtime.world_size > 1 else "")
-    return f"{processes} on {len(hosts)} host{'s' if len(hosts) > 1 else ''}, {runtime.device.name}"
 
 
 def _pick_device(local_rank: int) -> Device:

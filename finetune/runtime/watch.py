@@ -10,9 +10,12 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import Empty, Queue
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -23,6 +26,7 @@ BEAT = 1.0  # seconds between the lines of a rank, at the most
 _REST = 0.1  # seconds between them, at the least
 DONE = -1  # in place of the number of lines: of a rank that has done its work
 _ANSWER = timedelta(seconds=5)  # in which the store must answer
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,41 @@ class Line:
 
     def __str__(self) -> str:
         return f"on {self.host}, {self.doing}"
+
+
+class SilentStore(OSError):
+    """The store does not answer: its host is cut off, or this one is."""
+
+
+class _PatientStore:
+    """A store whose answers are waited for `_ANSWER` long. Its own timeout is of keys that are not there yet: on a connection that
+    is cut off it waits for as long as TCP does, which is minutes.
+    """
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store, self._is_silent = store, False
+
+    def ask(self, call: Callable[[dist.Store], T]) -> T:
+        """What a call of the store returns. Raises SilentStore, and what the call raises."""
+        if self._is_silent:  # the call before this one waits yet
+            raise SilentStore
+        answers: Queue[tuple[T | None, BaseException | None]] = Queue()
+
+        def answer() -> None:
+            try:
+                answers.put((call(self._store), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        threading.Thread(target=answer, name="watch-ask", daemon=True).start()
+        try:
+            value, error = answers.get(timeout=_ANSWER.total_seconds())
+        except Empty:
+            self._is_silent = True
+            raise SilentStore from None
+        if error is not None:
+            raise error
+        return cast(T, value)
 
 
 class Watch:
@@ -52,7 +91,7 @@ class Watch:
         self._ended, self._changed, self._is_done = threading.Event(), threading.Event(), False
         self._thread: threading.Thread | None = None
         self._reading: tuple[float, dict[int, Line | None]] = time.monotonic(), {}  # when, and of all ranks
-        self._store: dist.Store | None = None
+        self._store: _PatientStore | None = None
         if world_size > 1 and "MASTER_ADDR" in os.environ:
             # A connection of its own: the process group's is blocked while a rank waits for another in it.
             try:
@@ -62,7 +101,7 @@ class Watch:
             except RuntimeError as error:
                 say(f"warning: a rank that is lost will not be named ({str(error).partition(chr(10))[0]})")
                 return
-            self._store = dist.PrefixStore(f"watch_{attempt}_{world_size}", store)
+            self._store = _PatientStore(dist.PrefixStore(f"watch_{attempt}_{world_size}", store))
             self._thread = threading.Thread(target=self._write_lines, name="watch", daemon=True)
             self._thread.start()
 
@@ -120,13 +159,15 @@ class Watch:
         }
 
     def _write_lines(self) -> None:
-        host, key, told = socket.gethostname(), str(self.rank), 0.0
-        while self._store is not None and not self._ended.is_set():
+        host, told = socket.gethostname(), 0.0
+        while not self._ended.is_set():
             self._beat += 1
             what, since, is_limited = self._now
             line = Line(self._beat, host, what, round(time.monotonic() - since, 1))
             try:
-                self._store.set(key, json.dumps(vars(line)))
+                self._write(line)
+            except SilentStore:  # this rank may wait for the others in vain
+                pass
             except (RuntimeError, OSError):
                 return  # the store has ended, and with it the run
             is_stuck = line.seconds > self.limit_seconds and self._now[1] == since and since != told
@@ -136,12 +177,13 @@ class Watch:
             self._ended.wait(_REST)
             self._changed.wait(BEAT - _REST)
             self._changed.clear()
-        if self._is_done and self._store is not None:
+        if self._is_done:
             with suppress(RuntimeError, OSError):
-                self._store.set(key, json.dumps(vars(Line(DONE, host, "done", 0.0))))
+                self._write(Line(DONE, host, "done", 0.0))
 
     def is_in_vain(self) -> bool:
-        """Whether a rank has noted nothing for a quarter of `limit_seconds`. Called again and again by a rank that may wait for it.
+        """Whether a rank has noted nothing for a quarter of `limit_seconds`, or the store does not answer. Called again and again
+        by a rank that may wait for it.
 
         The peers are lost then, also in what has no limit of its own: a checkpoint on a slow disk, or the end of this process,
         which joins the thread that writes one.
@@ -151,6 +193,8 @@ class Watch:
             return False
         try:
             after = self._read()
+        except SilentStore:
+            return True
         except (RuntimeError, OSError):
             return False
         self._reading = time.monotonic(), after
@@ -168,13 +212,18 @@ class Watch:
             print_error(error)
             os._exit(1)
 
+    def _write(self, line: Line) -> None:
+        assert self._store is not None
+        self._store.ask(lambda store: store.set(str(self.rank), json.dumps(vars(line))))
+
     def _read(self) -> dict[int, Line | None]:
         assert self._store is not None
-        found: dict[int, Line | None] = {}
-        for rank in range(self.world_size):
-            key = str(rank)
-            found[rank] = Line(**json.loads(self._store.get(key))) if self._store.check([key]) else None
-        return found
+
+        def lines(store: dist.Store) -> dict[int, Line | None]:
+            keys = [str(rank) for rank in range(self.world_size)]
+            return {int(key): Line(**json.loads(store.get(key))) if store.check([key]) else None for key in keys}
+
+        return self._store.ask(lines)
 
 
 def lost_peer(watch: Watch | None, what: str, cure: str, reason: str = "") -> LostPeer:

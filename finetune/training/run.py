@@ -21,9 +21,10 @@ from finetune.preparation.encode import Prepared, prepare
 from finetune.recipe import RECIPE_FILE, Recipe, write_recipe
 from finetune.recipe.experts import recipes_of_experts
 from finetune.runtime.device import why_no_accelerator
-from finetune.runtime.distributed import Runtime, describe
+from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import LostPeer, UserError
 from finetune.runtime.files import atomic
+from finetune.runtime.hosts import describe, refuse_unshared
 from finetune.runtime.logging import LOG_FILE, logged, say
 from finetune.runtime.signals import StopRequest
 from finetune.runtime.units import counted
@@ -72,7 +73,8 @@ def train(
             raise UserError("each expert has steps of its own", cure, "--resume-step")
         if runtime.device.is_cpu and not any_size_on_cpu:
             refuse_large_model(family)
-    say(f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {describe(runtime)}")
+    among, *hosts = describe(runtime)
+    say("\n".join([f"finetune: {recipe.model.path} ({family.name}), {recipe.train.method}, {among}", *hosts]))
     if runtime.device.is_cpu:
         say(f"training on the CPU: {'--cpu' if any_size_on_cpu else why_no_accelerator()}")
     store = Cache(recipe.data.cache)
@@ -142,6 +144,7 @@ def _train(
     with runtime.together():
         lock = claim_output(recipe) if runtime.is_main else nullcontext()
     with lock, logged(recipe.run_folder / LOG_FILE) if runtime.is_main else nullcontext(), ExitStack() as stack:
+        refuse_unshared(runtime, recipe.run_folder)
         runtime.doing("loading the weights")
         job = build(recipe, runtime, family, prepared)
         stack.enter_context(job.checkpoints)
