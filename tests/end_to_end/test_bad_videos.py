@@ -75,7 +75,7 @@ def problems(said: str, folder: Path) -> list[str]:
     return sorted({line.removeprefix(f"{folder}/").split(": ")[0] for line in lines if line.startswith(f"{folder}/")})
 
 
-@pytest.mark.parametrize("command", ["check", None])
+@pytest.mark.parametrize("command", [pytest.param("check", marks=pytest.mark.full), None])
 def test_all_of_them_are_named_before_anything_is_encoded(
     finetune: Finetune, small_recipe: Callable, tmp_path: Path, dataset, settings: list[str], command: str | None
 ) -> None:

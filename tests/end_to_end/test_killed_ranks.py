@@ -225,6 +225,7 @@ def test_a_rank_that_is_stopped_is_named_within_the_timeout(recipe: Path, stoppe
         ]
     ),
 )
+@pytest.mark.full
 def test_a_rank_that_is_stopped_amid_a_checkpoint_is_named_within_twice_the_timeout(
     recipe: Path, when: str, more: list[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_output_that_cannot_be_written_is_an_error(name: str) -> None:
     assert told(failed.stderr).startswith("standard output: the disk is full\n    -> free some space")
 
 
+@pytest.mark.full
 def test_a_log_that_cannot_be_written_ends_no_training(recipe: Path, straight: Run) -> None:
     output = recipe.with_name("no-log")
     program = command(["--recipe", recipe, "--set", f"output={output}", "--set", "train.steps=2"], 0)
@@ -211,6 +212,7 @@ def test_a_folder_that_is_moved_away_ends_both_ranks_and_goes_on_under_its_new_n
     assert_equal_ends(again, straight)
 
 
+@pytest.mark.full
 def test_a_disk_that_has_room_and_holds_as_many_files_as_it_can(
     recipe: Path, straight: Run, small_disk: Callable[[str], Path]
 ) -> None:
@@ -243,6 +245,7 @@ def read_only(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[Path]
     return make
 
 
+@pytest.mark.full
 def test_a_cache_that_is_read_only_is_used(
     recipe: Path, straight: Run, cache: Path, read_only: Callable[[Path], Path]
 ) -> None:

@@ -65,7 +65,7 @@ def remember_files(folder: Path) -> None:
     facts.write_text(json.dumps(now))
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["alone", "two processes"])
+@pytest.fixture(scope="module", params=[0, pytest.param(2, marks=pytest.mark.full)], ids=["alone", "two processes"])
 def resumed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Resumed:
     """Gone on with in one process, by remembered facts of its files; or in two, which look at the files anew."""
     folder = copy_of_old_run(tmp_path_factory.mktemp("old") / "run")

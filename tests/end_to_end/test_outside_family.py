@@ -124,6 +124,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.full
 def test_loader_workers_that_are_spawned_find_it(workshop: Path, trained: Path) -> None:
     """A worker that is forked has it already; one that is spawned imports it by its name."""
     (workshop / "spawning.py").write_text(SPAWNING)

@@ -38,6 +38,7 @@ def test_a_polite_signal_saves_a_checkpoint_and_is_the_exit_status(
     assert_stopped(run, number)
 
 
+@pytest.mark.full
 def test_under_nohup_sighup_is_ignored_and_sigusr1_saves_a_checkpoint(recipe_file: Path, tmp_path: Path) -> None:
     run = Run(recipe_file, tmp_path / "run", 0, LONG, starter=["nohup"])
     run.wait_until(lambda: steps_done(run.output) >= 1)

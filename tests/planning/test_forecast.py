@@ -104,6 +104,7 @@ def test_a_torch_that_the_simulated_device_does_not_know_is_said_in_a_line(
     )
 
 
+@pytest.mark.full
 def test_a_plan_that_cannot_be_kept_is_told_all_the_same(
     planned: Forecast, recipe: Path, runtime: Runtime, tmp_path: Path, capsys
 ) -> None:

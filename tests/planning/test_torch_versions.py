@@ -27,7 +27,7 @@ UNKNOWN = {  # what is done to torch before the command is run -> how the error 
 }
 
 
-@pytest.mark.parametrize("done, error", few(UNKNOWN.items(), 2), ids=["older", "newer", "asks for more", "has less"])
+@pytest.mark.parametrize("done, error", few(UNKNOWN.items(), 1), ids=["older", "newer", "asks for more", "has less"])
 def test_a_plan_on_a_torch_that_is_not_known_is_an_error_of_one_line(
     family_recipe: Callable[..., Path], done: str, error: str
 ) -> None:

@@ -230,6 +230,7 @@ def test_a_cache_is_pruned_of_nothing_that_they_use(
 
 
 @pytest.mark.parametrize("area", ["64x96", pytest.param("67x99", marks=pytest.mark.full)])
+@pytest.mark.full
 def test_a_plan_takes_the_area_s_own_shape_and_needs_no_clips(
     finetune, recipe_file: Path, tmp_path: Path, area: str
 ) -> None:

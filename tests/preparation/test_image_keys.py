@@ -60,8 +60,8 @@ def test_images_have_no_frame_rate(keys: Keys) -> None:
     "version, anew",
     [
         ("finetune.data.decode.DECODER", {"video"}),
-        ("finetune.data.sources.IMAGE_DECODER", {"image", "mask", "pixels"}),
-        ("finetune.preparation.columns._MASKS", {"mask"}),
+        pytest.param("finetune.data.sources.IMAGE_DECODER", {"image", "mask", "pixels"}, marks=pytest.mark.full),
+        pytest.param("finetune.preparation.columns._MASKS", {"mask"}, marks=pytest.mark.full),
     ],
 )
 def test_a_new_version_of_what_reads_files_concerns_no_others(
