@@ -80,6 +80,7 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_tensors(
     assert_equal_ends(job, straight)
 
 
+@pytest.mark.full
 def test_the_signal_before_the_time_is_up_does_the_same_from_the_nodes_own_disk(
     slurm: Slurm, recipe: Path, straight: Run
 ) -> None:
