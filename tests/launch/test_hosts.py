@@ -78,7 +78,7 @@ def test_two_hosts_train_as_one_and_each_fills_a_cache_of_its_own(
 def test_a_host_that_is_cut_off_is_named_and_one_host_goes_on(hosts: list[Host], recipe: Path, straight: Run) -> None:
     output = recipe.with_name("cut")
     trainings = start(hosts, recipe, f"output={output}")
-    wait_until(lambda: steps_done(output) >= 5, trainings)
+    wait_until(lambda: steps_done(output) >= 5 and bool(checkpoints(output)), trainings)
     hosts[1].pull_cable()
     try:
         wait_until(lambda: all(LOST.search(training.said) for training in trainings), [])
@@ -88,14 +88,14 @@ def test_a_host_that_is_cut_off_is_named_and_one_host_goes_on(hosts: list[Host],
         hosts[1].pull_cable(out=False)
     assert trainings[1].wait() != 0
     assert "(on host2, " in LOST.search(trainings[0].said)[0]
-    kept = max(checkpoints(output))
-    assert kept >= 4
+    kept = max(checkpoints(output))  # one may have been under way
     again = Run(recipe, output, 2, SETTINGS)
     assert again.wait() == 0, again.said
-    assert resumed_after(again.said) > 0
+    assert resumed_after(again.said) == kept >= 2
     assert_equal_ends(again, straight)
 
 
+@pytest.mark.full
 def test_an_output_that_one_host_alone_sees_is_refused(hosts: list[Host], recipe: Path) -> None:
     trainings = start(hosts, recipe, own="output")
     for training in trainings:
