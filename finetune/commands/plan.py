@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError.of(problems)
     gc.freeze()  # later collections look through what is simulated alone
     gc.enable()
-    family = open_family(recipe, with_weights=False)
+    family = open_family(recipe, with_weights=False, only_plans=True)
     capacity = arguments.device_memory or (gpu.memory - CONTEXT if gpu else None)
     hardware = Hardware(gpus, arguments.gpus_per_node, capacity, arguments.host_memory, gpu or GPUS["A100"])
     planned = with_own_shape(recipe, family)

@@ -25,6 +25,10 @@ _CONFIGS = {
 _NOT_DOWNLOADED = ["*.bin", "*.msgpack", "*.bf16.*", "*.fp16.*", "*.bf16-*", "*.fp16-*"]  # other formats and precisions
 
 
+class NotReached(UserError):
+    """A pipeline is neither in the Hub's cache nor to be had from the Hub."""
+
+
 class ModelFolder:
     """A folder saved by diffusers: `model_index.json`, and one sub-folder for each component.
 
@@ -34,6 +38,11 @@ class ModelFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index = _json(path / INDEX)
+
+    @property
+    def origin(self) -> list[str]:
+        """Lines that say where the files are from, if that is not the folder that the recipe names; here none."""
+        return []
 
     @property
     def pipeline_class(self) -> str:
@@ -141,7 +150,8 @@ def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
         revision: branch, tag or commit on the Hub.
         patterns: which files to download from the Hub, besides the index.
     Raises:
-        UserError: neither a folder nor reachable on the Hub.
+        NotReached: it is no folder, and is not reachable on the Hub.
+        UserError: it is a folder of something else, or nothing that the Hub could have.
     """
     try:
         local = expanded(path)
@@ -164,7 +174,7 @@ def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_DOWNLOADED))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
+        raise NotReached(
             f"neither a folder here nor reachable on the Hugging Face Hub ({reason})",
             "check the spelling and the network; log in with `hf auth login` if the model is gated; "
             "or set model.path to a downloaded folder",

@@ -89,7 +89,7 @@ class Simulation:
         self.accelerator = Accelerator(self.device, self.host, temporaries, workspace)
         self._checkpoint: Tensor | None = None  # host memory that checkpoints are copied to
         self.phases: list[Phase] = []
-        self.notes: list[str] = []
+        self.notes = list(family.folder.origin)
         self.timelines: dict[str, Timeline] = {}
 
     def encoding(self, buckets: list[Bucket]) -> None:
