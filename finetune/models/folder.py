@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.models.weights import Weights
+from finetune.runtime.download import snapshot
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.paths import NoSuchHome, expanded, looked_in
 
@@ -167,11 +168,8 @@ def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
             'set model.path to a diffusers folder or a Hub id like "Lightricks/LTX-Video"',
             path,
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        wanted = [INDEX, *patterns]
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_DOWNLOADED))
+        return snapshot(path, revision, [INDEX, *patterns], _NOT_DOWNLOADED)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotReached(

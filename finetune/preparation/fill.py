@@ -15,8 +15,8 @@ from finetune.models.encoder import Encode
 from finetune.runtime.device import Arrival, Copies
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.progress import ProgressLine
 from finetune.runtime.shared_work import SharedWork, shared_work
-from finetune.tracking.progress import ProgressLine
 
 _LABELS = {
     "text": "encoding captions",
