@@ -87,7 +87,7 @@ def _overview(arguments: Sequence[str]) -> int:
         "",
         *(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()),
         "",
-        "examples:",
+        "Examples:",
         *(f"  {line}" for line in EXAMPLES.splitlines()),
     ]
     print("\n".join(lines))

@@ -38,7 +38,7 @@ def parser_of(name: str) -> tuple[Any, argparse.ArgumentParser]:
     parser = Parser(
         prog=f"{PROGRAM} {name}",
         description=command.__doc__,
-        epilog="\n".join(["examples:", *(f"  {line}" for line in examples)]) if examples else None,
+        epilog="\n".join(["Examples:", *(f"  {line}" for line in examples)]) if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

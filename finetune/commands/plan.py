@@ -23,16 +23,25 @@ if TYPE_CHECKING:
     from finetune.models.family import Family
 
 
+EXAMPLES = """\
+finetune plan mine.toml --gpu 4090
+finetune plan mine.toml --gpus 8 --device-memory 79GiB --plot memory.png
+finetune plan mine.toml --gpu 3090 --fit --write fits.toml     the fastest settings that fit
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=number_of_gpus, metavar="N", help="for a training on N GPUs; 1 if not given")
-    parser.add_argument("--gpus-per-node", type=number_of_gpus, default=8, metavar="N", help="8 if not given")
+    parser.add_argument(
+        "--gpus-per-node", type=number_of_gpus, default=8, metavar="N", help="GPUs of each node; 8 if not given"
+    )
     parser.add_argument(
         "--gpu",
         type=_gpu_name,
         choices=GPUS,
-        help="which one: for its memory if that is not given, and for an estimate of a step's time (A100)",
+        help="the kind of GPU: gives its memory if --device-memory does not, and an estimate of a step's time (else an A100's)",
     )
     parser.add_argument(
         "--device-memory",
@@ -40,12 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="24GiB",
         help="what torch can have of each GPU: about half a GiB less than it has",
     )
-    parser.add_argument("--host-memory", type=_bytes, metavar="64GiB", help="what each node has to spare")
+    parser.add_argument("--host-memory", type=_bytes, metavar="64GiB", help="host memory that each node has to spare")
     parser.add_argument("--fit", action="store_true", help="search the fastest settings that fit")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="with --fit: the recipe that fits")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="a picture of what lives on a GPU when")
-    parser.add_argument("--all-buckets", action="store_true", help="not only the largest")
-    parser.add_argument("--json", action="store_true", help="all figures, in bytes")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="with --fit: write the recipe that fits into this file"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what lives on a GPU when, into this file")
+    parser.add_argument(
+        "--all-buckets", action="store_true", help="plan each of the recipe's buckets, and not only the largest"
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON, in bytes")
     parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)  # beside a training
 
 

@@ -13,6 +13,12 @@ from finetune.runtime.logging import tell
 ID = "recipe.schema.json"
 
 
+EXAMPLES = """\
+finetune schema > recipe.schema.json
+finetune schema --markdown
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--markdown", action="store_true", help="every key with its default, as tables in Markdown")

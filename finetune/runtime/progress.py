@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from finetune.runtime.logging import console, is_quiet, say
 
@@ -38,7 +39,7 @@ class ProgressLine:
         self.last_line = time.monotonic() if patience else 0.0
         self._updated = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)  # (seconds, how many were done in them)
-        self.bar = None
+        self.bar: Any = None  # of rich, which is imported where one is drawn
         if patience == 0:
             self._start_bar()
 
