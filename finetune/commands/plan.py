@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu",
         type=_gpu_name,
         choices=GPUS,
-        help="the kind of GPU: gives its memory if --device-memory does not, and an estimate of a step's time (else an A100's)",
+        metavar="NAME",
+        help="the kind of GPU, which gives its memory if --device-memory does not, and an estimate of a step's time (else an A100's): "
+        + ", ".join(GPUS),
     )
     parser.add_argument(
         "--device-memory",

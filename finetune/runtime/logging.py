@@ -167,6 +167,13 @@ def listed(names: Sequence[object], most: int | None = 3) -> str:
     return shown if most is None or len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def shortened(name: str, most: int = 28) -> str:
+    """A name for a progress line, with "…" in its middle if it is longer than that."""
+    half = (most - 1) // 2
+    shown = one_line(name)
+    return shown if len(shown) <= most else f"{shown[:half]}…{shown[-half:]}"
+
+
 def tell(text: str) -> None:
     """Print what a command was asked for on standard output; what a terminal would obey, or cannot show, is spelled out."""
     encoding = sys.stdout.encoding

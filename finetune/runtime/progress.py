@@ -10,7 +10,10 @@ from typing import Any
 from finetune.runtime.logging import console, is_quiet, say
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_PICTURES = 0.25
+PATIENCE = 3.0  # seconds of work that need no progress
 _RECENT = 50  # by which updates the time that remains is told
+_one_bar = threading.Lock()
 
 
 class ProgressLine:
@@ -36,6 +39,7 @@ class ProgressLine:
         """
         self.label, self.total, self.done, self.enabled = label, total, done, enabled
         self._amount, self._shown_from = amount, time.monotonic() + patience
+        self._refreshed = 0.0
         self.last_line = time.monotonic() if patience else 0.0
         self._updated = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)  # (seconds, how many were done in them)
@@ -44,8 +48,8 @@ class ProgressLine:
             self._start_bar()
 
     def _start_bar(self) -> None:
-        if self.bar or not self.enabled or not _is_terminal():
-            return
+        if self.bar or not self.enabled or not _is_terminal() or not _one_bar.acquire(blocking=False):
+            return  # a terminal has one bar: work inside of other work shows none
         from rich.progress import Progress, TextColumn  # not for a log file
         from rich.table import Column
 
@@ -77,6 +81,11 @@ class ProgressLine:
         line = self._line(text, others)
         if self.bar:
             self.bar.update(self.task, completed=done, line=line)
+            if now - self._refreshed > _SECONDS_BETWEEN_PICTURES:  # also where the console is quiet in between
+                self._refreshed = now
+                self.bar.refresh()
+            return
+        if _is_terminal():  # which shows another line's bar
             return
         if done >= self.total or now - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = now
@@ -86,6 +95,8 @@ class ProgressLine:
         """Take the bar away."""
         if self.bar:
             self.bar.stop()
+            self.bar, self.enabled = None, False
+            _one_bar.release()
 
     def _line(self, text: str, others: float) -> str:
         """What is done and what remains come first, so that a narrow terminal cuts off the rest."""
