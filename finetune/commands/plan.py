@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_gpu_name,
         choices=GPUS,
         metavar="NAME",
-        help="the kind of GPU, which gives its memory if --device-memory does not, and an estimate of a step's time (else an A100's): "
+        help="the kind of GPU: for its memory, if --device-memory is not given, and for a step's time (else an A100's): "
         + ", ".join(GPUS),
     )
     parser.add_argument(

@@ -59,8 +59,7 @@ class ProgressLine:
             refresh_per_second=4,
         )
         self.bar.start()
-        line = f"{self.label} {self._amount(self.done)}/{self._amount(self.total)}"
-        self.task = self.bar.add_task(self.label, total=self.total, completed=self.done, line=line)
+        self.task = self.bar.add_task(self.label, total=self.total, completed=self.done, line=self._line("", 0.0))
 
     def update(self, done: int, text: str, seconds: float | None = None, others: float = 0.0) -> None:
         """Say that `done` are done.
