@@ -34,11 +34,12 @@ class ProgressLine:
         """
         Args:
             amount: how a number of what is done reads.
-            patience: seconds that nothing is shown for at first, since what is done in less needs no progress; in a pipe the
-                first line then comes after the usual time.
+            patience: seconds that nothing is shown for at first, since what is done in less needs no progress. The bar then
+                leaves nothing behind, and in a pipe the first line comes after the usual time.
         """
         self.label, self.total, self.done, self.enabled = label, total, done, enabled
         self._amount, self._shown_from = amount, time.monotonic() + patience
+        self._is_passing = patience > 0
         self._refreshed = 0.0
         self.last_line = time.monotonic() if patience else 0.0
         self._updated = time.monotonic()
@@ -57,6 +58,7 @@ class ProgressLine:
             TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True, overflow="ellipsis"), markup=False),
             console=console,
             refresh_per_second=4,
+            transient=self._is_passing,
         )
         self.bar.start()
         self.task = self.bar.add_task(self.label, total=self.total, completed=self.done, line=self._line("", 0.0))
