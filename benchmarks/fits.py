@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.full_size import complete
 from benchmarks.plans import ROOT, finetune, gib, planned
+from finetune.models.published import complete
 from finetune.recipe import load_recipe
 from finetune.recipe.load import flat_values
 

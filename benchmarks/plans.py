@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.full_size import complete
+from finetune.models.published import complete
 from finetune.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ finetune new ltx_lora mine.toml --data clips
 finetune check mine.toml
 finetune plan mine.toml --gpu 4090
 finetune train mine.toml --gpus 2
-torchrun --nproc_per_node 8 -m finetune --recipe mine.toml     the same on 8 GPUs, by torchrun's own command line"""
+torchrun --nproc_per_node 8 -m finetune --recipe mine.toml     on 8 GPUs"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,7 +87,7 @@ def _overview(arguments: Sequence[str]) -> int:
         "",
         *(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()),
         "",
-        "examples:",
+        "Examples:",
         *(f"  {line}" for line in EXAMPLES.splitlines()),
     ]
     print("\n".join(lines))

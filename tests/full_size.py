@@ -1,4 +1,4 @@
-"""The published checkpoints at full size, as folders without weights: tests/models/configs."""
+"""The published checkpoints at full size, as folders without weights: finetune/models/published_configs."""
 
 import shutil
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from finetune.models import family_class
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
 
-CONFIGS = ROOT / "tests" / "models" / "configs"
+CONFIGS = ROOT / "finetune" / "models" / "published_configs"
 
 
 @dataclass(frozen=True)

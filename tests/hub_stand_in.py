@@ -1,13 +1,14 @@
-"""A stand-in of the Hugging Face Hub on 127.0.0.1, with that part of its HTTP interface by which a model is uploaded.
+"""A stand-in of the Hugging Face Hub on 127.0.0.1, with those parts of its HTTP interface by which a model is up- and downloaded.
 
 Written from the interface that huggingface_hub speaks: repositories, branches, preupload, LFS batches with a PUT for each file, and
-commits as lines of JSON. It keeps what it gets, and can be told to fail.
+commits as lines of JSON; the tree of a branch, and each of its files. It keeps what it gets, and can be told to fail, or be slow.
 """
 
 import base64
 import hashlib
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -40,7 +41,7 @@ class Repository:
 
 class Hub:
     """The stand-in. `users` has the user of each token; `faults` has requests to fail, once each: a part of the path, and a status
-    or "drop".
+    or "drop". Files are sent at `rate` bytes a second, each in ten parts; None: at once.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,7 @@ class Hub:
         self.created: list[dict[str, Any]] = []
         self.messages: list[str] = []
         self.faults: list[tuple[str, int | str]] = []
+        self.rate: float | None = None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.address = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -85,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    do_POST = do_PUT = do_GET
+    do_POST = do_PUT = do_HEAD = do_GET
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -101,7 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(int(fault[1]), {"error": "the stand-in was told to fail"})
                 return
         try:
-            self._send(200, self._do(path, body))
+            if "/resolve/" in path:
+                self._send_file(path)
+            else:
+                self._send(200, self._do(path, body))
         except _Refused as refused:
             self._send(refused.status, refused.answer, refused.code)
 
@@ -116,6 +121,27 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", code)
         self.end_headers()
         self.wfile.write(text)
+
+    def _send_file(self, path: str) -> None:
+        repo, _, rest = path.strip("/").partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        branch = self._branch(self._repository(repo), revision)
+        if name not in branch.files:
+            raise _Refused(404, f"no file {name}", "EntryNotFound")
+        content = branch.files[name]
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", branch.sha)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        part = max(1, len(content) // 10)
+        for start in range(0, len(content), part):
+            self.wfile.write(content[start : start + part])
+            self.wfile.flush()
+            if self.hub.rate:
+                time.sleep(part / self.hub.rate)
 
     def _user(self) -> str:
         user = self.hub.users.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
@@ -179,11 +205,13 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(409, "Reference already exists")
             found.branches[name] = Branch(dict(found.branches["main"].files))
             return {}
-        if name not in found.branches:
-            raise _Refused(404, f"Invalid rev id: {name}", "RevisionNotFound")
-        branch = found.branches[name]
+        branch = self._branch(found, name)
         if what == "revision":
-            return {"id": repo, "sha": branch.sha, "private": found.private, "cardData": found.card, "siblings": []}
+            siblings = [{"rfilename": path, "size": len(content)} for path, content in branch.files.items()]
+            about = {"id": repo, "sha": branch.sha, "private": found.private, "cardData": found.card}
+            return {**about, "siblings": siblings}
+        if what == "tree":
+            return [_entry(path, content) for path, content in branch.files.items()]
         self._may_write(repo.partition("/")[0])
         if what == "preupload":
             files = [(each["path"], branch.files.get(each["path"])) for each in json.loads(body)["files"]]
@@ -192,6 +220,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit(found, branch, json.loads(line))
         branch.commits += 1
         return {"commitUrl": f"{self.hub.address}/{repo}/commit/{branch.sha}", "commitOid": branch.sha}
+
+    def _branch(self, found: Repository, name: str) -> Branch:
+        by_commit = {branch.sha: branch for branch in found.branches.values()}
+        branch = found.branches.get(name) or by_commit.get(name)
+        if branch is None:
+            raise _Refused(404, f"Invalid rev id: {name}", "RevisionNotFound")
+        return branch
 
     def _commit(self, found: Repository, branch: Branch, line: dict[str, Any]) -> None:
         value = line["value"]
@@ -206,6 +241,15 @@ class _Handler(BaseHTTPRequestHandler):
             branch.files[value["path"]] = content
         else:
             raise _Refused(400, f"unknown operation {line['key']}")
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    """A file as the tree of a branch names it."""
+    sha = hashlib.sha256(content).hexdigest()
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": sha[:40]}
+    if path.endswith(LARGE):
+        entry["lfs"] = {"oid": sha, "size": len(content), "pointerSize": 134}
+    return entry
 
 
 def _mode(path: str, there: bytes | None) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.full_size import complete
 from finetune.data.loader import Sample
 from finetune.models.batch import Batch, Tensors
 from finetune.models.cogvideox import CogVideoX
 from finetune.models.family import Family
 from finetune.models.folder import ModelFolder
+from finetune.models.published import complete
 from finetune.recipe import Bucket, Recipe
 
 MODELS = {
@@ -55,7 +55,7 @@ def full_width(recipe_path: str, folder: Path, depth: int | None, family: type[F
     """A published model at its full width, with random weights to be had from `random_weights`.
 
     Args:
-        recipe_path: the model.path of a recipe; see `benchmarks.full_size.FOLDERS`.
+        recipe_path: the model.path of a recipe; see `finetune.models.published.PUBLISHED`.
         depth: blocks of each kind; None for all.
     """
     complete(recipe_path, folder)

@@ -5,11 +5,11 @@ import json
 import sys
 import time
 
-from benchmarks.full_size import CONFIGS
 from benchmarks.gpu.random_model import RandomCogVideoX
 from benchmarks.memory.ours import BUCKET, Ours
 from finetune.engine.step import run_step
 from finetune.models.folder import ModelFolder
+from finetune.models.published import CONFIGS
 from finetune.planning.simulate import STEPS, example_batch
 from finetune.runtime import distributed
 from finetune.training.job import build_state

@@ -6,10 +6,10 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.full_size import CONFIGS
 from benchmarks.memory.published import Row
 from finetune.models.cogvideox import CogVideoX
 from finetune.models.folder import ModelFolder
+from finetune.models.published import CONFIGS
 from finetune.planning.gpus import Hardware
 from finetune.planning.simulate import simulate
 from finetune.recipe import Bucket, Recipe

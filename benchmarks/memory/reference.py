@@ -20,10 +20,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from benchmarks.full_size import CONFIGS, T5_XXL
 from benchmarks.memory.autocast import HALF, region, simulated_autocast
 from benchmarks.memory.optimizers import AdamW8bitStorages, OffloadedStorages
 from benchmarks.memory.published import Row
+from finetune.models.published import CONFIGS, T5_XXL
 from finetune.models.tiny import t5_tokenizer
 from finetune.planning.accelerator import Accelerator
 from finetune.planning.device import register

@@ -12,8 +12,9 @@ from finetune.models import FAMILIES, family_class
 from finetune.models.adapters import ADAPTERS
 from finetune.models.adapters.given import check_given
 from finetune.models.family import Family
-from finetune.models.folder import CARD, ModelFolder, resolve
+from finetune.models.folder import CARD, ModelFolder, NotReached, resolve
 from finetune.models.noise_range import Restricted
+from finetune.models.published import PUBLISHED, PublishedFolder
 from finetune.models.text_mask import why_masked
 from finetune.preparation.own_shape import legal_shape, with_own_shape
 from finetune.recipe import Recipe
@@ -26,16 +27,18 @@ from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.units import counted
 
 
-def open_family(recipe: Recipe, with_weights: bool = True, trains: bool = True) -> Family:
+def open_family(recipe: Recipe, with_weights: bool = True, trains: bool = True, only_plans: bool = False) -> Family:
     """Find the model, check its files by their headers, and the recipe's buckets and targets against it.
 
     Args:
         with_weights: False to do with configs alone; weights are then neither fetched nor looked for.
         trains: False to do without what only the begin of a training needs: the adapter of lora.start_from.
+        only_plans: True where nothing is trained or generated: prompts' images are then not looked for, and without weights
+            the configs that come with this package do where the Hub cannot be reached.
     Raises:
         UserError: every problem of model folder and buckets at once.
     """
-    family = find_family(recipe.model, with_weights)
+    family = find_family(recipe.model, with_weights, from_package=only_plans)
     wrong = family.problems(recipe.model, recipe.data)
     wrong += _expert_problems(recipe, family)
     if wrong:
@@ -44,7 +47,7 @@ def open_family(recipe: Recipe, with_weights: bool = True, trains: bool = True) 
     transformer = family.empty_transformer()
     experts = [family.of_expert(name) for name in recipe.model.experts or family.experts] or [family]
     about_weights = [problem for each in experts if with_weights for problem in _weight_problems(each)]
-    if wrong := [*family_problems(recipe, family), *about_weights]:
+    if wrong := [*family_problems(recipe, family, with_images=not only_plans), *about_weights]:
         raise UserError.of(wrong)
     if recipe.adapter is not None:
         ADAPTERS[recipe.train.method].check(transformer, family, recipe.adapter)
@@ -56,11 +59,12 @@ def open_family(recipe: Recipe, with_weights: bool = True, trains: bool = True) 
     return family
 
 
-def find_family(model: Model, with_weights: bool = True) -> Family:
+def find_family(model: Model, with_weights: bool = True, from_package: bool = False) -> Family:
     """Find the model, and check its files by their headers.
 
     Args:
         with_weights: see `open_family`.
+        from_package: without weights, take the configs of this package where the Hub cannot be reached.
     Raises:
         UserError: every problem of the model folder at once.
     """
@@ -70,7 +74,7 @@ def find_family(model: Model, with_weights: bool = True) -> Family:
         if with_weights
         else ["*/*config.json", "tokenizer*/*", *cls.read_when_opened]
     )
-    folder = ModelFolder(resolve(model.path, model.revision, wanted))
+    folder = _folder(model, wanted, from_package and not with_weights)
     if why := cls.refusal(folder):
         fitting = [name for name in FAMILIES if family_class(name).refusal(folder) is None]
         cure = f"families are: {', '.join(FAMILIES)}"
@@ -83,6 +87,16 @@ def find_family(model: Model, with_weights: bool = True) -> Family:
     if problems:
         raise UserError.of(problems, f"{folder.path}: {len(problems)} problems with the model:")
     return cls(folder)
+
+
+def _folder(model: Model, wanted: list[str], from_package: bool) -> ModelFolder:
+    """The model's folder, or that of its configs as they come with this package."""
+    try:
+        return ModelFolder(resolve(model.path, model.revision, wanted))
+    except NotReached:
+        if not from_package or model.path not in PUBLISHED or model.revision != "main":
+            raise
+        return PublishedFolder(model.path)
 
 
 def _expert_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
@@ -144,11 +158,15 @@ def _resident_problems(recipe: Recipe, family: Family, transformer: nn.Module) -
         )
 
 
-def family_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
-    """Settings of a recipe that its checkpoint cannot use; no weight is read."""
+def family_problems(recipe: Recipe, family: Family, with_images: bool = True) -> Iterator[Problem]:
+    """Settings of a recipe that its checkpoint cannot use; no weight is read.
+
+    Args:
+        with_images: whether prompts' images must be there.
+    """
     yield from _unused(recipe, family)
     yield from _attention_problems(recipe, family)
-    yield from _shape_problems(recipe, family)
+    yield from _shape_problems(recipe, family, with_images)
     yield from unknown_forms(recipe.train.method, recipe.export.formats, family)
     recipe = with_own_shape(recipe, family, is_said=False)
     for each in recipes_of_experts(recipe, list(family.experts)):
@@ -208,7 +226,7 @@ def _attention_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
         yield Problem(f"{what}; in {family.title} {why}", "memory.attention", cure)
 
 
-def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
+def _shape_problems(recipe: Recipe, family: Family, with_images: bool) -> Iterator[Problem]:
     if recipe.data.area and not recipe.data.buckets and legal_shape(recipe.data, family) is None:
         least = Area(*family.nearest_bucket(Bucket(max(recipe.data.frames), 1, 1))[1:])
         what = f"{recipe.data.area} has fewer pixels than any shape that {family.title} takes"
@@ -223,7 +241,7 @@ def _shape_problems(recipe: Recipe, family: Family) -> Iterator[Problem]:
         yield from _strength_problems(recipe, prompt)
         if text := family.prompt_problem(prompt):
             yield Problem(f"{prompt.text!r}: {text}", "validation.prompts")
-        else:
+        elif with_images:
             yield from filter(None, map(missing_image, prompt.images))
 
 

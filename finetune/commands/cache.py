@@ -19,9 +19,20 @@ if TYPE_CHECKING:
 Uses = dict[str, set[tuple[str, str]]]
 
 
+EXAMPLES = """\
+finetune cache size --dir cache
+finetune cache verify --dir cache --remove
+finetune cache prune --recipe mine.toml --recipe runs/older/recipe.toml --older-than 30 --yes
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("action", choices=("size", "verify", "prune"), help="what to do")
+    parser.add_argument(
+        "action",
+        choices=("size", "verify", "prune"),
+        help="size: what takes room; verify: what is damaged; prune: remove what no recipe uses",
+    )
     parser.add_argument(
         "--dir", type=folder_named, metavar="CACHE", help="the cache; data.cache of the recipes if not given"
     )

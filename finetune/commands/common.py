@@ -37,8 +37,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, is_required: bool = Tr
     """Add the recipe, which may come first or after --recipe, and --set."""
     named = parser.add_mutually_exclusive_group(required=is_required)
     named.add_argument("recipe", nargs="?", default=argparse.SUPPRESS, metavar="RECIPE", help="a TOML recipe")
-    named.add_argument("--recipe", help="the same")
-    parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
+    named.add_argument("--recipe", help="the same, as torchrun's command lines have it")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="table.key=value",
+        help="override one key of the recipe; may be given several times",
+    )
 
 
 def step_or_best(text: str) -> int | Literal["best"]:

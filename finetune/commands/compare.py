@@ -7,6 +7,10 @@ from pathlib import Path
 
 from finetune.runtime.logging import tell
 
+EXAMPLES = """\
+finetune compare runs/rank16 runs/rank64
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""

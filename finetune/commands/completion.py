@@ -14,7 +14,7 @@ finetune completion fish > ~/.config/fish/completions/finetune.fish
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that the script is for")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -18,6 +18,12 @@ _INDEX = "model_index.json"
 _SEED = 16
 
 
+EXAMPLES = """\
+finetune demo --out demo
+finetune demo --family wan --variant 2.2-A14B --out tiny      random weights of two experts
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--out", type=folder_named, required=True, help="folder to write to")

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from finetune.runtime.distributed import Runtime
 
 
+EXAMPLES = """\
+finetune export mine.toml --out lora
+finetune export mine.toml --step best --format comfyui merged --precision bf16 --out exported
+finetune export --from other.safetensors --family ltx --model Lightricks/LTX-Video --format comfyui --out converted
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser, is_required=False)
@@ -30,8 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--from", dest="source", metavar="FILE", help="convert this LoRA instead, of whatever trainer")
     parser.add_argument("--family", help="with --from and without a recipe: the model family")
-    parser.add_argument("--model", help="the same: the base model, a folder or an id on the Hub")
-    parser.add_argument("--expert", choices=("high", "low"), help="the same: which of two transformers the LoRA is of")
+    parser.add_argument(
+        "--model", help="with --from and without a recipe: the base model, a folder or an id on the Hub"
+    )
+    parser.add_argument(
+        "--expert",
+        choices=("high", "low"),
+        help="with --from and without a recipe: which of two transformers the LoRA is of",
+    )
     parser.add_argument(
         "--format",
         nargs="+",
@@ -42,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=("float32", "bf16", "float16", "float8"),
-        help="as trained if not given; float8 is for merged alone",
+        help="of the files' values: as trained if not given; float8 is for merged alone",
     )
     parser.add_argument("--out", type=folder_named, required=True, help="folder to write to")
 

@@ -4,6 +4,10 @@ import argparse
 
 from finetune.runtime.logging import tell
 
+EXAMPLES = """\
+finetune families
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """This command takes no arguments."""

@@ -15,6 +15,11 @@ from finetune.recipe.rules import saver_problems
 from finetune.runtime.errors import Problem, UserError, harmless
 from finetune.runtime.logging import tell
 
+EXAMPLES = """\
+finetune import train.toml dataset.toml --out mine.toml
+finetune import train.sh --gpus 4 --clips 120          it counted epochs, and was started on 4 GPUs
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""

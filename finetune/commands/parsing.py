@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import shutil
+import textwrap
 from typing import Any, NoReturn
 
 from finetune.runtime.errors import UserError
@@ -17,13 +19,13 @@ COMMANDS = {
     "train": "train, or resume; encodes the clips first if it must",
     "prepare": "encode clips and captions into the cache, and no more",
     "sample": "videos of a model, with and without what was trained",
-    "export": "weights of a checkpoint, or of another trainer's LoRA, in the form that a tool loads",
+    "export": "a checkpoint, or another trainer's LoRA, in a tool's form",
     "push": "a finished run to the Hugging Face Hub",
     "compare": "runs, and both experts of a run, by their held-out losses",
     "plot": "the loss curve of a run",
     "report": "a page of a run: curves, samples, dataset, settings",
     "cache": "what takes room in a cache, and what is damaged",
-    "demo": "a small pipeline and clips to try things on; with --family a random one",
+    "demo": "a small pipeline and clips to try things on",
     "families": "model families and their checkpoints",
     "schema": "JSON Schema of recipes, for editors",
     "completion": "words that a shell completes",
@@ -37,8 +39,8 @@ def parser_of(name: str) -> tuple[Any, argparse.ArgumentParser]:
     examples = [line for line in getattr(command, "EXAMPLES", "").splitlines() if line]
     parser = Parser(
         prog=f"{PROGRAM} {name}",
-        description=command.__doc__,
-        epilog="\n".join(["examples:", *(f"  {line}" for line in examples)]) if examples else None,
+        description=_filled(command.__doc__ or ""),
+        epilog="\n".join(["Examples:", *(f"  {line}" for line in examples)]) if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -47,6 +49,12 @@ def parser_of(name: str) -> tuple[Any, argparse.ArgumentParser]:
     said.add_argument("--quiet", action="store_true", help="print warnings, errors and results only")
     said.add_argument("--verbose", action="store_true", help="print what the libraries say, too")
     return command, parser
+
+
+def _filled(text: str) -> str:
+    """Paragraphs in lines of the terminal's width; argparse would run them together, or leave them as they are."""
+    width = min(shutil.get_terminal_size().columns, 100) - 2
+    return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
 
 
 class Parser(argparse.ArgumentParser):

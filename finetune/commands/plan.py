@@ -23,16 +23,27 @@ if TYPE_CHECKING:
     from finetune.models.family import Family
 
 
+EXAMPLES = """\
+finetune plan mine.toml --gpu 4090
+finetune plan mine.toml --gpus 8 --device-memory 79GiB --plot memory.png
+finetune plan mine.toml --gpu 3090 --fit --write fits.toml     the fastest settings that fit
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=number_of_gpus, metavar="N", help="for a training on N GPUs; 1 if not given")
-    parser.add_argument("--gpus-per-node", type=number_of_gpus, default=8, metavar="N", help="8 if not given")
+    parser.add_argument(
+        "--gpus-per-node", type=number_of_gpus, default=8, metavar="N", help="GPUs of each node; 8 if not given"
+    )
     parser.add_argument(
         "--gpu",
         type=_gpu_name,
         choices=GPUS,
-        help="which one: for its memory if that is not given, and for an estimate of a step's time (A100)",
+        metavar="NAME",
+        help="the kind of GPU: for its memory, if --device-memory is not given, and for a step's time (else an A100's): "
+        + ", ".join(GPUS),
     )
     parser.add_argument(
         "--device-memory",
@@ -40,12 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="24GiB",
         help="what torch can have of each GPU: about half a GiB less than it has",
     )
-    parser.add_argument("--host-memory", type=_bytes, metavar="64GiB", help="what each node has to spare")
+    parser.add_argument("--host-memory", type=_bytes, metavar="64GiB", help="host memory that each node has to spare")
     parser.add_argument("--fit", action="store_true", help="search the fastest settings that fit")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="with --fit: the recipe that fits")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="a picture of what lives on a GPU when")
-    parser.add_argument("--all-buckets", action="store_true", help="not only the largest")
-    parser.add_argument("--json", action="store_true", help="all figures, in bytes")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="with --fit: write the recipe that fits into this file"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what lives on a GPU when, into this file")
+    parser.add_argument(
+        "--all-buckets", action="store_true", help="plan each of the recipe's buckets, and not only the largest"
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON, in bytes")
     parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)  # beside a training
 
 
@@ -68,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError.of(problems)
     gc.freeze()  # later collections look through what is simulated alone
     gc.enable()
-    family = open_family(recipe, with_weights=False)
+    family = open_family(recipe, with_weights=False, only_plans=True)
     capacity = arguments.device_memory or (gpu.memory - CONTEXT if gpu else None)
     hardware = Hardware(gpus, arguments.gpus_per_node, capacity, arguments.host_memory, gpu or GPUS["A100"])
     planned = with_own_shape(recipe, family)

@@ -5,6 +5,10 @@ import argparse
 from finetune.commands.common import folder_named
 from finetune.runtime.logging import say
 
+EXAMPLES = """\
+finetune plot --run runs/mine
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""

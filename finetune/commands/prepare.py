@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from finetune.runtime.distributed import Runtime
 
 
+EXAMPLES = """\
+finetune prepare mine.toml
+torchrun --nproc_per_node 8 -m finetune prepare mine.toml      each GPU encodes its share
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_recipe_arguments(parser)

@@ -23,16 +23,28 @@ _NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 _OFFLINE = "hub"  # the folder in the run's that is written without a network
 
 
+EXAMPLES = """\
+finetune push --run runs/mine --repo you/surfing-ltx
+finetune push --run runs/mine --repo you/surfing-ltx --offline-folder card      only look at what would be sent
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--run", type=folder_named, required=True, help="the run's output folder")
     parser.add_argument("--repo", required=True, help="the repository, such as you/surfing-ltx")
-    parser.add_argument("--public", action="store_true", help="for all to see; else private")
+    parser.add_argument(
+        "--public", action="store_true", help="make the repository one that all see; else it is private"
+    )
     parser.add_argument("--revision", default="main", help="a branch of the repository, which is made if there is none")
-    parser.add_argument("--message", default="Weights, samples, recipe and card of a training", help="of the commit")
+    parser.add_argument(
+        "--message", default="Weights, samples, recipe and card of a training", help="message of the commit"
+    )
     parser.add_argument("--base-model", help="the base model's id on the Hub, if the recipe names a folder")
     parser.add_argument("--offline-folder", type=folder_named, help="only write the files, into this folder")
-    parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one key")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="table.key=value", help="override one key of the run's recipe"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

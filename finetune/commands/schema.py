@@ -5,12 +5,18 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.models import FAMILIES
 from finetune.recipe import Recipe
+from finetune.recipe.choices import FAMILY_TITLES
 from finetune.recipe.values import FAMILY_ALIASES
 from finetune.runtime.logging import tell
 
 ID = "recipe.schema.json"
+
+
+EXAMPLES = """\
+finetune schema > recipe.schema.json
+finetune schema --markdown
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +56,20 @@ def _rows(title: str, keys: dict[str, Any]) -> Iterator[str]:
         if "default" not in entry:
             default = "needed"
         meaning = " ".join(entry.get("description", "").split()).replace("|", "\\|")
+        if values := _explained(entry):
+            told = "; ".join(f"`{word}`: {means}" for word, means in values.items())
+            meaning += f" {told}.".replace("|", "\\|")
         free = " *" if entry.get("free on resume") else ""
         yield f"| `{key}`{free} | {f'`{default}`' if default not in ('', 'needed') else default} | {meaning} |"
     yield ""
+
+
+def _explained(entry: dict[str, Any]) -> dict[str, str]:
+    """What each word means that a key, or an item of its list, may be; see `finetune.recipe.choices`."""
+    if "enumDescriptions" in entry:
+        return dict(zip(entry.get("enum", [entry.get("const")]), entry["enumDescriptions"], strict=True))
+    inner = [*entry.get("anyOf", []), entry.get("items", {})]
+    return next((found for each in inner if each and (found := _explained(each))), {})
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -61,9 +78,10 @@ def recipe_schema() -> dict[str, Any]:
     tables = schema["$defs"]
     family = tables["Model"]["properties"]["family"]
     del family["type"]
+    others = {name: f"another name of {here}" for name, here in FAMILY_ALIASES.items()}
     family["anyOf"] = [
-        {"enum": list(FAMILIES), "description": "A family of this project: `finetune families` tells more of each."},
-        {"enum": list(FAMILY_ALIASES), "description": "What other trainers call one of them."},
+        {**_enum(FAMILY_TITLES), "description": "A family of this project: `finetune families` tells more of each."},
+        {**_enum(others), "description": "What other trainers call one of them."},
         {"type": "string", "pattern": r"^[\w.]+:\w+$", "description": 'One of your own, as "package.module:Class".'},
     ]
     prompts = tables["Validation"]["properties"]["prompts"]
@@ -71,3 +89,9 @@ def recipe_schema() -> dict[str, Any]:
     text = {"type": "string", "description": 'As one string, "prompt@@@49x512x768:::another prompt".'}
     prompts["anyOf"] = [tables_of_prompts, text]
     return schema
+
+
+def _enum(meanings: dict[str, str]) -> dict[str, Any]:
+    """The words that a key may be, each with what it means, as `Means` has them."""
+    told = list(meanings.values())
+    return {"enum": list(meanings), "enumDescriptions": told, "x-taplo": {"docs": {"enumValues": told}}}

@@ -19,9 +19,12 @@ from typing import IO, NamedTuple
 
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.files import NO_LOCKS, atomic, writing
-from finetune.runtime.logging import say
+from finetune.runtime.logging import is_main, say, shortened
+from finetune.runtime.progress import PATIENCE, ProgressLine
+from finetune.runtime.units import in_decimal_words
 
 _SAVE_SECONDS = 1.0  # facts that are found within this time are written together
+_READ_AT_ONCE = 2**23  # bytes of a file that is hashed
 _REFUSED = "refused"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _PATH = "\0"  # stands for the file's path in the stored texts of a refusal: it may be given in another form later
@@ -150,8 +153,19 @@ def content_hash(path: Path) -> str:
     resolved = path.resolve()
     if is_named_by_content(resolved):
         return resolved.name
-    with open(resolved, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+    digest = hashlib.blake2b(digest_size=20)
+    with open(resolved, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        buffer = memoryview(bytearray(max(1, min(size, _READ_AT_ONCE))))
+        line = ProgressLine(f"hashing {shortened(path.name)}", size, 0, is_main(), in_decimal_words, PATIENCE)
+        with line:
+            done = 0
+            while read := file.readinto(buffer):
+                digest.update(buffer[:read])
+                done += read
+                if done < size:  # what ends at once says nothing
+                    line.update(done, "")
+    return digest.hexdigest()
 
 
 def is_named_by_content(resolved: Path) -> bool:

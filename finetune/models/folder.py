@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.models.weights import Weights
+from finetune.runtime.download import snapshot
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.paths import NoSuchHome, expanded, looked_in
 
@@ -25,6 +26,10 @@ _CONFIGS = {
 _NOT_DOWNLOADED = ["*.bin", "*.msgpack", "*.bf16.*", "*.fp16.*", "*.bf16-*", "*.fp16-*"]  # other formats and precisions
 
 
+class NotReached(UserError):
+    """A pipeline is neither in the Hub's cache nor to be had from the Hub."""
+
+
 class ModelFolder:
     """A folder saved by diffusers: `model_index.json`, and one sub-folder for each component.
 
@@ -34,6 +39,11 @@ class ModelFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index = _json(path / INDEX)
+
+    @property
+    def origin(self) -> list[str]:
+        """Lines that say where the files are from, if that is not the folder that the recipe names; here none."""
+        return []
 
     @property
     def pipeline_class(self) -> str:
@@ -141,7 +151,8 @@ def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
         revision: branch, tag or commit on the Hub.
         patterns: which files to download from the Hub, besides the index.
     Raises:
-        UserError: neither a folder nor reachable on the Hub.
+        NotReached: it is no folder, and is not reachable on the Hub.
+        UserError: it is a folder of something else, or nothing that the Hub could have.
     """
     try:
         local = expanded(path)
@@ -157,14 +168,11 @@ def resolve(path: str, revision: str, patterns: Sequence[str]) -> Path:
             'set model.path to a diffusers folder or a Hub id like "Lightricks/LTX-Video"',
             path,
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        wanted = [INDEX, *patterns]
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_DOWNLOADED))
+        return snapshot(path, revision, [INDEX, *patterns], _NOT_DOWNLOADED)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
+        raise NotReached(
             f"neither a folder here nor reachable on the Hugging Face Hub ({reason})",
             "check the spelling and the network; log in with `hf auth login` if the model is gated; "
             "or set model.path to a downloaded folder",

@@ -15,7 +15,7 @@ from finetune.runtime.units import GIB
 if TYPE_CHECKING:  # a training that reads a plan does not import the simulation
     from finetune.planning.cost import Cost
 
-_WIDTH, _BAR = 40, 24
+_WIDTH, _BAR = 40, 17  # characters of bars: a row has 80
 
 
 @dataclass(frozen=True)

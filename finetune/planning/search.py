@@ -20,6 +20,7 @@ from finetune.recipe import Bucket, Recipe, recipe_values
 from finetune.recipe.optimizers import Adam
 from finetune.recipe.rules import saver_problems, streams
 from finetune.runtime.errors import Problem, UserError
+from finetune.runtime.progress import PATIENCE, ProgressLine
 from finetune.runtime.units import GIB
 
 Changes = dict[str, Any]
@@ -120,7 +121,11 @@ def fit(recipe: Recipe, family: Family, hardware: Hardware, say: Callable[[str],
     for extra in extras:
         settings = list(_settings(recipe, hardware.gpus, extra))
         say(f"{hopeless or 'searching'}: {len(settings)} settings{' with ' + _brief(extra) if extra else ''}")
-        candidates = [_probe(recipe, family, bucket, hardware, each) for each in settings]
+        candidates = []
+        with ProgressLine("probing", len(settings), patience=PATIENCE) as line:
+            for each in settings:
+                candidates.append(_probe(recipe, family, bucket, hardware, each))
+                line.update(len(candidates), _brief(each))
         for candidate in _ranked(candidates):
             smallest = min(smallest or candidate, candidate, key=lambda each: each.share_of(hardware))
             if hopeless or candidate.share_of(hardware) > 1:

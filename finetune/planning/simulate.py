@@ -44,6 +44,7 @@ from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.recipe.rules import streams
 from finetune.runtime.gpus import CONTEXT
 from finetune.runtime.logging import quietly
+from finetune.runtime.progress import PATIENCE, ProgressLine
 from finetune.training.job import build_state, is_background
 
 # Micro-batches of each step. The first allocates the optimizer's state; later steps behave like the second.
@@ -75,13 +76,21 @@ class Simulation:
     The simulated device stays registered with torch, so a process that has simulated must not train.
     """
 
-    def __init__(self, recipe: Recipe, family: Family, hardware: Hardware, temporaries: bool = True) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        family: Family,
+        hardware: Hardware,
+        temporaries: bool = True,
+        line: ProgressLine | None = None,
+    ) -> None:
         """
         Args:
+            line: shows the phases as they begin.
             temporaries: whether to count memory beside the tensors themselves: what kernels allocate for themselves, and
                 what page-locked host memory is rounded up to.
         """
-        self.recipe, self.family, self.hardware = recipe, family, hardware
+        self.recipe, self.family, self.hardware, self._line = recipe, family, hardware, line
         self.streams = streams(recipe.memory, recipe.train.method, hardware.gpus)
         self.device = Trace(hardware.capacity, recipe.memory.expandable_segments)
         self.host = Trace(locked=self._locked() if temporaries else frozenset())
@@ -89,7 +98,7 @@ class Simulation:
         self.accelerator = Accelerator(self.device, self.host, temporaries, workspace)
         self._checkpoint: Tensor | None = None  # host memory that checkpoints are copied to
         self.phases: list[Phase] = []
-        self.notes: list[str] = []
+        self.notes = list(family.folder.origin)
         self.timelines: dict[str, Timeline] = {}
 
     def encoding(self, buckets: list[Bucket]) -> None:
@@ -220,6 +229,8 @@ class Simulation:
 
     @contextlib.contextmanager
     def _phase(self, kind: str, shape: Bucket | None = None) -> Iterator[None]:
+        if self._line:
+            self._line.update(len(self.phases), f"{kind} {shape}" if shape else kind)
         self.accelerator.running(_RUNNING.get(kind, "encoding"))
         self.device.begin()
         self.host.begin()
@@ -301,7 +312,10 @@ def simulate_all(
         picture: a PNG to draw the timeline of memory in.
     """
     prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
-    with Simulation(recipe, family, hardware).running() as simulation:
+    phases = sum(encoder.kind != "text" for encoder in family.encoders(DTYPES[recipe.train.precision], recipe.vae))
+    total = 1 + (phases + 1) * len(buckets) + 1 + bool(prompts) + 1
+    line = ProgressLine("planning: phase", total, patience=PATIENCE)
+    with line, Simulation(recipe, family, hardware, line=line).running() as simulation:
         simulation.encoding(buckets)
         state = simulation.training(buckets, family.of_other_expert() if prompts else None)
         if prompts:

@@ -18,6 +18,7 @@ from finetune.data.file_facts import content_hash
 from finetune.data.images import IMAGE_DECODER, probe_image
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Unreadable, UserError
+from finetune.runtime.progress import PATIENCE, ProgressLine
 from finetune.runtime.shared_work import shared_work
 
 Use = Literal["video", "image", "picture", "file"]
@@ -61,9 +62,12 @@ def read_facts(uses: Mapping[Path, Use], cache: Cache, runtime: Runtime) -> File
     few = max(1, min(_MOST_AT_ONCE, len(files) // (_TURNS * runtime.world_size)))
     mine: dict[Path, dict | UserError] = {}
     runtime.doing("reading the dataset's files")
-    with shared_work(runtime, math.ceil(len(files) / few)) as shared:
+    line = ProgressLine("reading files", len(files), enabled=runtime.is_main, patience=PATIENCE)
+    with line, shared_work(runtime, math.ceil(len(files) / few)) as shared:
         while (number := shared.take()) is not None:
             mine |= {file: facts_of(file, uses[file], cache) for file in files[number * few : (number + 1) * few]}
+            done, _ = shared.done(failed=False)
+            line.update(min(done * few, len(files)), "")
         cache.files.save()
     facts: dict[Path, dict | UserError] = {}
     for share in runtime.gather(mine):

@@ -20,8 +20,8 @@ from finetune.runtime.device import Arrival, Copies
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
 from finetune.runtime.hosts import sharing
+from finetune.runtime.progress import ProgressLine
 from finetune.runtime.shared_work import SharedWork, shared_work
-from finetune.tracking.progress import ProgressLine
 
 _LABELS = {
     "text": "encoding captions",
@@ -78,7 +78,7 @@ def fill(
     label = _LABELS.get(kind, f"encoding {kind}")
     runtime.doing(label)
     found: dict[str, list[Problem]] = {}
-    with ProgressLine(label, len(missing), enabled=runtime.is_main) as progress:
+    with ProgressLine(label, len(missing), enabled=runtime.is_main and bool(missing)) as progress:
         text = ""
         copies = runtime.device.copies()
         with shared_work(runtime, len(missing), groups) as shared:

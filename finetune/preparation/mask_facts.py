@@ -18,7 +18,7 @@ from finetune.models import loss_mask
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import listed
-from finetune.tracking.progress import ProgressLine
+from finetune.runtime.progress import ProgressLine
 
 _VERSION = f"{decode.DECODER} {av.__version__}"  # another decoder may see other levels
 _FACT = "white"  # in the facts of a mask's file

@@ -18,7 +18,7 @@ from finetune.preparation.inspect import InspectedClip
 from finetune.recipe import Bucket
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Problem, UserError
-from finetune.tracking.progress import ProgressLine
+from finetune.runtime.progress import ProgressLine
 
 _MOST_WINDOWS = 4  # pictures of one clip
 _MOST = 6000  # pictures in all

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from finetune.data.cache import Cache, DamagedItem, StoredItem, has_checksum, read_item
 from finetune.runtime.errors import Problem
+from finetune.runtime.progress import ProgressLine
 from finetune.runtime.units import in_words
-from finetune.tracking.progress import ProgressLine
 
 _DAY = 24 * 3600
 _AT_ONCE = 50  # items between two updates of the progress line

@@ -1,11 +1,12 @@
 """The table [data] of a recipe, and the datasets in it."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
 from finetune.recipe.bucket import Bucket
+from finetune.recipe.choices import BadClips, Window
 from finetune.recipe.table import Free, Table
 from finetune.recipe.values import AreaText, BucketText, PathText
 
@@ -56,9 +57,8 @@ class Data(Table):
     """A trigger word, put in front of every caption."""
     fps: Annotated[float, Field(gt=0)] | None = None
     """Resample clips to this frame rate; unset: every clip keeps its own."""
-    window: Literal["head", "centre", "random", "all"] = "head"
-    """Which frames of a clip that is longer than its bucket are trained on: its first, those in its middle, `windows` pieces at
-    random places, of which each epoch takes another, or all, as one sample after the other."""
+    window: Window = "head"
+    """Which frames of a clip that is longer than its bucket are trained on."""
     windows: Annotated[int, Field(ge=1)] = 4
     """Pieces of each clip with window = "random", drawn once by the seed."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -71,8 +71,8 @@ class Data(Table):
     """Image-to-video between two images: each clip's last frame is a condition, too; unset: as the checkpoint was made for."""
     background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
     """What is seen where an image is transparent: "white", "black", "grey", or a colour like "#1a2b3c"."""
-    bad_clips: Literal["refuse", "skip"] = Free("refuse")
-    """What to do with clips that cannot be decoded or fill no bucket: end with a list of them, or go on without."""
+    bad_clips: BadClips = Free("refuse")
+    """What to do with clips that cannot be decoded or fill no bucket."""
     cache: PathText = Free(Path("cache"))
     """Folder of encoded clips and captions. Content-addressed, so runs share it."""
     workers: Annotated[int, Field(ge=0)] = Free(2)

@@ -1,13 +1,11 @@
 """The recipe's [ema]: a moving average of the trained weights."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from finetune.recipe.choices import AveragePlace, Purpose
 from finetune.recipe.table import Free, Table
-
-Purpose = Literal["samples", "heldout", "export"]
-"""What weights are taken for besides training."""
 
 
 class Ema(Table):
@@ -18,8 +16,7 @@ class Ema(Table):
     """Begin with a lower decay, min(decay, (1 + n) / (10 + n)) after n updates, as diffusers' EMAModel does."""
     every: Annotated[int, Field(ge=1)] = 1
     """Update the average each this many optimizer steps; `decay` is that of an update."""
-    device: Literal["device", "host"] = Free("device")
-    """Where the average is: beside the weights, or in host memory, which each update copies the weights to. 4 bytes of each
-    trained parameter that a rank holds."""
+    device: AveragePlace = Free("device")
+    """Where the average is, which takes 4 bytes of each trained parameter that a rank holds."""
     use: Annotated[list[Purpose], Field(min_length=1)] = Free(["samples", "heldout", "export"])
-    """What the average stands in for the weights in: samples, the held-out loss, exported weights."""
+    """What the average stands in for the weights in."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SerializeAsAny
 
+from finetune.recipe.choices import LowBitMoments, OptimizerOffload
 from finetune.recipe.table import ByName, Free, Table
 
 Rate = Annotated[float, Field(gt=0)]
@@ -22,9 +23,8 @@ class Optimizer(Table):
     """Which optimizer."""
     lr: Rate = Free(1e-4)
     """Peak learning rate."""
-    offload: Literal["none", "state", "state_and_gradients"] = Free("none")
-    """Keep the optimizer's state in host memory, and make updates on the CPU, while weights stay on the GPU. "state_and_gradients":
-    gradients, too, leave the GPU as soon as they are whole; they cannot be accumulated."""
+    offload: OptimizerOffload = Free("none")
+    """What of the optimizer is in host memory."""
     in_backward: bool = Free(False)
     """Full finetuning: update each block as soon as its gradients are there, and drop them. A step's gradients are then never in
     memory together, and cannot be clipped: train.max_grad_norm = "none"."""
@@ -56,7 +56,7 @@ class AdamW(Adam):
 class LowBitAdamW(Adam):
     """AdamW, with its two moments in 8 bits, 4 bits or float8."""
 
-    name: Literal["adamw_8bit", "adamw_4bit", "adamw_fp8"]
+    name: LowBitMoments
     """AdamW, with its two moments (torchao) in 8 bits, 4 bits or float8."""
 
 

@@ -9,6 +9,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
+from finetune.recipe.choices import (
+    AllCheckpoints,
+    AttentionKernel,
+    Checkpointing,
+    EncoderPlace,
+    ExpertNamed,
+    HeldAs,
+    Layout,
+    Loss,
+    LowBit,
+    Method,
+    NotClipped,
+    Precision,
+    ScheduleName,
+    SchedulersShift,
+    SigmaSampling,
+    Tracker,
+    Weighting,
+)
 from finetune.recipe.data import Data
 from finetune.recipe.ema import Ema
 from finetune.recipe.export import Export
@@ -23,9 +42,6 @@ _OF_A_RUN = (  # what would be read as clips, captions or tables, or is named fi
     *("samples", "checkpoints", "starts", "lora", "transformer", "partial"),
     *("log.txt", "use.py", "report.html", "metrics.jsonl", "recipe.toml", "results.json", "report.html"),
 )
-
-AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
-
 
 ExpertName = Literal["high", "low"]
 SigmaRange = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)]
@@ -54,9 +70,9 @@ class Model(Table):
     weights are known by their content."""
     revision: str = Free("main")
     """Branch, tag or commit on the Hub; without meaning for a folder."""
-    experts: Annotated[list[ExpertName], Field(min_length=1)] | None = None
+    experts: Annotated[list[ExpertNamed], Field(min_length=1)] | None = None
     """Which transformers of a checkpoint with two (Wan 2.2 A14B) are trained, one after the other, each in a folder of its own
-    in `output`: "high" is for high noise, "low" for low; unset: both."""
+    in `output`; unset: both."""
 
 
 class Vae(Table):
@@ -68,8 +84,8 @@ class Vae(Table):
 
 
 class Train(Table):
-    method: Literal["lora", "full", "partial"] = "lora"
-    """Train a low-rank adapter, all weights, or those weights that [partial] names."""
+    method: Method = "lora"
+    """What is trained."""
     steps: Annotated[int, Field(ge=1), WithJsonSchema(_of_experts(_STEPS_SCHEMA))] = Free(1000)
     """Optimizer steps in all."""
     expert_steps: dict[ExpertName, Annotated[int, Field(ge=1)]] = Free({})
@@ -81,15 +97,15 @@ class Train(Table):
     """Samples that one rank takes through the model at once."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seeds order, noise, adapter initialisation and everything else that is random."""
-    precision: Literal["bf16", "float32"] = "bf16"
+    precision: Precision = "bf16"
     """Compute precision. Frozen weights are held in it, too."""
-    weights: Literal["float32", "bf16"] = "float32"
-    """How trained weights are held: float32, or bf16 with updates rounded stochastically: half of weights and gradients."""
+    weights: HeldAs = "float32"
+    """How trained weights are held."""
     float8: bool = False
     """Full finetuning: compute the blocks' linear layers in float8 (torchao.float8, scaled tensor by tensor), faster on GPUs
     that have it (compute capability 8.9 and above); emulated on a CPU. Best with memory.compile."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | Literal["none"] = Free(1.0)
-    """Clip the global gradient norm to this, once per optimizer step; "none" does not clip."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | NotClipped = Free(1.0)
+    """Clip the global gradient norm to this, once per optimizer step."""
 
     @model_validator(mode="before")
     @classmethod
@@ -157,7 +173,7 @@ class Partial(Table):
 
 
 class ObjectiveSettings(Table):
-    sigma_sampling: Literal["uniform", "logit_normal", "mode"] | None = None
+    sigma_sampling: SigmaSampling | None = None
     """Distribution of sigma before the shift (Stable Diffusion 3 paper, section 3.1); unset: logit_normal for flow matching,
     uniform for v-prediction, where sigma is timestep / 1000."""
     stratified: bool = False
@@ -172,7 +188,7 @@ class ObjectiveSettings(Table):
     """In the place of `sigma_sampling`: the distribution of sigma before the shift as a table. Either points
     [[sigma, density], ...] with sigma ascending, the density linear in between and 0 outside of them; or a list of weights of
     equal bins of [0, 1]."""
-    shift: Annotated[float, Field(gt=0, le=1000)] | Literal["scheduler"] = "scheduler"
+    shift: Annotated[float, Field(gt=0, le=1000)] | SchedulersShift = "scheduler"
     """Flow shift s, sigma' = s sigma / (1 + (s - 1) sigma); "scheduler" does what the checkpoint's own scheduler does."""
     sigma_min: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Least sigma; the distribution is rescaled to the limits, not cut off."""
@@ -184,15 +200,13 @@ class ObjectiveSettings(Table):
     each: {high = [0.8, 1.0], low = [0.0, 0.9]}."""
     expert_ranges: dict[ExpertName, SigmaRange] = Field(default={})
     """The same ranges of experts; one that has none is trained on its own. `sigma_range` as a table says it in one."""
-    weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] = "none"
-    """Loss weight as a function of sigma: for flow matching those of the Stable Diffusion 3 paper; "min_snr" is for v-prediction
-    (CogVideoX), min(SNR, snr_gamma) / (SNR + 1) (Hang et al. 2023)."""
+    weighting: Weighting = "none"
+    """Loss weight as a function of sigma."""
     snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     """The gamma of "min_snr": noise levels with a higher ratio of signal to noise weigh less."""
-    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
-    """What is made of the error e of each element, before the mean: e^2; or, so that outliers pull less, torch's huber_loss
-    (e^2 / 2 up to `loss_delta`, and straight from there on) or smooth_l1_loss (the same, divided by `loss_delta`). Held-out losses
-    are measured with it, too, so they compare with those of the same loss only."""
+    loss: Loss = "mse"
+    """What is made of the error e of each element, before the mean. Held-out losses are measured with it, too, so they compare with
+    those of the same loss only."""
     loss_delta: Annotated[float, Field(gt=0)] = 1.0
     """The error from which on "huber" and "smooth_l1" are straight, in units of the target, whose variance is about 2 in flow
     matching and 1 in v-prediction."""
@@ -214,9 +228,7 @@ class ObjectiveSettings(Table):
 
 
 class Schedule(Table):
-    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
-        "constant"
-    )
+    name: ScheduleName = "constant"
     """Learning-rate schedule, as diffusers' `get_scheduler` names it."""
     warmup_steps: Annotated[int, Field(ge=0)] = Free(0)
     """Optimizer steps of linear warm-up; "constant" has none."""
@@ -227,9 +239,8 @@ class Schedule(Table):
 
 
 class Memory(Table):
-    layout: Literal["auto", "shard", "zero2", "hybrid", "replicate"] = Free("auto")
-    """How weights lie on the GPUs: sharded over all; sharded, but kept whole from forward to backward pass; sharded within groups
-    of `shard_size` and replicated between them; or replicated, with only what is trained reduced."""
+    layout: Layout = Free("auto")
+    """How weights lie on the GPUs."""
     shard_size: Annotated[int, Field(ge=2)] | None = Free(None)
     """GPUs that hold one copy with "hybrid"; unset: those of a node."""
     offload: bool = Free(False)
@@ -240,9 +251,8 @@ class Memory(Table):
     """How many of the blocks that `offload` streams stay on the GPU: each makes steps faster and takes its size."""
     offload_activations: bool = Free(False)
     """Keep what the forward pass saves for the backward pass in host memory, copied while the next blocks compute."""
-    activation_checkpointing: Literal["none", "full", "every_n", "selective"] = Free("full")
-    """Recompute transformer blocks in the backward pass instead of keeping their activations: all, every n-th, or all but their
-    attention and matrix products."""
+    activation_checkpointing: Checkpointing = Free("full")
+    """Recompute transformer blocks in the backward pass instead of keeping their activations."""
     checkpoint_every: Annotated[int, Field(ge=2)] = Free(2)
     """Which blocks "every_n" recomputes."""
     keep_gib: Annotated[float, Field(gt=0)] | None = Free(None)
@@ -251,15 +261,14 @@ class Memory(Table):
     expandable_segments: bool = Free(False)
     """Have the GPU's caching allocator grow its segments (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True): little is then lost
     between pieces of memory, which counts where it is short. What the environment sets of the allocator stays."""
-    text_encoder: Literal["device", "cpu"] = Free("device")
-    """Where captions are encoded, once: a text encoder may be larger than the GPU. "cpu" takes seconds for each."""
-    low_bit: Literal["none", "int8", "float8", "nf4"] = "none"
-    """How the frozen weights of the blocks are held, for LoRA: half, half and a quarter of bf16. Slightly different weights are
-    trained on, and the adapter is used with the whole ones."""
+    text_encoder: EncoderPlace = Free("device")
+    """Where captions are encoded, once: a text encoder may be larger than the GPU."""
+    low_bit: LowBit = "none"
+    """How the frozen weights of the blocks are held, for LoRA. Slightly different weights are trained on, and the adapter is used
+    with the whole ones."""
     attention: AttentionKernel = Free("auto")
-    """What computes the attention of the blocks: torch's choice ("auto"), FlashAttention 2, cuDNN, the memory-efficient kernel,
-    matrix products ("math", which holds a score for each pair of tokens), or FlashAttention 3 or 4, whose packages must be there.
-    The flash kernels take no masks; samples whose prompts are padded go to the memory-efficient one."""
+    """What computes the attention of the blocks. The flash kernels take no masks; samples whose prompts are padded go to the
+    memory-efficient one."""
     compile: bool = Free(False)
     """Compile each block with torch.compile: faster steps after a minute of compiling for each bucket. On a
     CPU the blocks' graphs are taken, and run without kernels of their own."""
@@ -271,8 +280,8 @@ class Memory(Table):
 class Checkpoint(Table):
     every: Annotated[int, Field(ge=1)] = Free(500)
     """Save each this many optimizer steps; a run's last step and a polite stop (SIGTERM) save too."""
-    keep_last: Annotated[int, Field(ge=1)] | Literal["all"] = Free(2)
-    """Keep this many checkpoints, or "all"."""
+    keep_last: Annotated[int, Field(ge=1)] | AllCheckpoints = Free(2)
+    """Keep this many checkpoints."""
     keep_best: Annotated[int, Field(ge=0)] = Free(0)
     """Besides, keep this many with the least held-out loss: whenever it is among the least so far, that step is saved. `export` and
     `sample` take the best of them with `--step best`."""
@@ -285,9 +294,8 @@ class Checkpoint(Table):
 
 
 class Tracking(Table):
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Free([])
-    """Besides metrics.jsonl, which is always written. MLflow writes to `mlflow/` in the run's folder, or to the server that
-    MLFLOW_TRACKING_URI names."""
+    trackers: list[Tracker] = Free([])
+    """Besides metrics.jsonl, which is always written."""
     project: str = Free("finetune")
     """Project in W&B and Trackio, experiment in MLflow."""
     name: str | None = Free(None)

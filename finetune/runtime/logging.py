@@ -47,7 +47,10 @@ HARMLESS = (
 
 
 def quiet_libraries() -> None:
-    """Raise the libraries' log level to errors and turn off their progress bars. Call before importing them."""
+    """Raise the libraries' log level to errors and turn off their progress bars, which show more than fits a line or a log file.
+
+    `finetune.runtime.download` shows the Hub's downloads in their place. Call before importing them.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -63,6 +66,11 @@ def quiet_libraries() -> None:
 def be_quiet() -> None:
     """Say no more how work goes on; errors, warnings and what a command was asked for are still printed."""
     _Told.is_quiet = True
+
+
+def is_quiet() -> bool:
+    """Whether `be_quiet` was called."""
+    return _Told.is_quiet
 
 
 def be_verbose() -> None:
@@ -100,7 +108,7 @@ class _Told:
 
 def say(message: str, is_result: bool = False) -> None:
     """Print one line on rank 0; other ranks stay silent. With --quiet, warnings and results alone are printed."""
-    if not _is_main():
+    if not is_main():
         return
     if _Told.is_quiet and not is_result and not message.startswith(_WARNING):
         _keep(harmless(message))
@@ -146,7 +154,7 @@ def _keep(line: str) -> None:
         _Told.log.write(timed)
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
     """Whether this process is the run's rank 0, or alone."""
     return (
         int(os.environ.get("RANK", 0)) == 0 or "WORLD_SIZE" not in os.environ
@@ -157,6 +165,13 @@ def listed(names: Sequence[object], most: int | None = 3) -> str:
     """Names of files for one line, whatever is in them: "a.mp4, b.mp4, c.mp4 and 2 more". `most` are named; None names all."""
     shown = ", ".join(one_line(str(name)) for name in names[:most])
     return shown if most is None or len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def shortened(name: str, most: int = 28) -> str:
+    """A name for a progress line, with "…" in its middle if it is longer than that."""
+    half = (most - 1) // 2
+    shown = one_line(name)
+    return shown if len(shown) <= most else f"{shown[:half]}…{shown[-half:]}"
 
 
 def tell(text: str) -> None:
@@ -191,7 +206,7 @@ def print_error(error: UserError) -> None:
         is_speaker = is_speaker or int(os.environ.get("RANK", 0)) == 1
     if is_speaker:
         _show(f"error: {error}", style="red")
-        if error.is_short and _is_main():
+        if error.is_short and is_main():
             _show(_written_out(error), style="red")
     else:
         time.sleep(_LET_THE_OTHER_SPEAK)

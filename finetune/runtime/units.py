@@ -21,6 +21,14 @@ def in_words(size: int) -> str:
     return f"{size / 1024:.1f} KiB"
 
 
+def in_decimal_words(size: int) -> str:
+    """Bytes as downloads are counted: "28.6 GB", "12.0 MB", "3.2 kB"."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1000:.1f} kB"
+
+
 def counted(number: int, what: str) -> str:
     """A number of things: "1 rank", "2 ranks"."""
     return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"

@@ -1,1 +1,1 @@
-"""Shows the progress of a run: progress line, metrics, trackers, videos."""
+"""Shows the progress of a run: metrics, trackers, videos."""

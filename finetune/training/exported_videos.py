@@ -1,10 +1,11 @@
 """Generates videos with the base model and with exported weights, in the diffusers pipeline as a user would run it."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -21,10 +22,11 @@ from finetune.engine.weights.exporters.diffusers_lora import PREFIX, load_lora, 
 from finetune.models.adapters.given import add_frozen
 from finetune.models.family import Family
 from finetune.recipe import Recipe
-from finetune.recipe.prompts import validation_prompts
+from finetune.recipe.prompts import ResolvedPrompt, validation_prompts
 from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say
+from finetune.runtime.progress import PATIENCE, ProgressLine
 from finetune.tracking.media import contact_sheet, strip, suffix_of, write_video
 from finetune.training.job import open_checkpoints, sound_checkpoint
 
@@ -56,33 +58,61 @@ def sample(
         say("; ".join(f"{name}-noise expert: {used.get(name, 'as it was')}" for name in family.experts))
     prompts = validation_prompts(recipe.validation, recipe.data.sample_shape)
     images = [[load_image(image) for image in prompt.images] for prompt in prompts]
+    say(f"loading {family.title}")
     pipeline = load_pipeline(recipe, family, runtime)
+    line = _denoising(prompts, compare or not adapters, bool(adapters), strengths)
     made: dict[tuple[int, int], list[tuple[str, np.ndarray]]] = {}
-    for version in ["base"] * (compare or not adapters) + ["trained"] * bool(adapters):
-        if version == "trained":
-            for each, folder, _ in parts:
-                load_trained(pipeline, each, folder, recipe, runtime)
-        for index, (prompt, given) in enumerate(zip(prompts, images, strict=True)):
-            wanted = list(strengths or prompt.strengths) if version == "trained" else [1.0]
-            for seed, strength in product(prompt.seeds, wanted):
-                if version == "trained":
-                    set_strengths(pipeline, parts, strength)
-                runtime.device.reseed(seed)  # LTX's VAE draws noise from the device's generator
-                arguments = call_arguments(family, prompt, seed, given)
-                pipeline.register_modules(**family.prompt_components(prompt))
-                output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments)
-                frames = checked(output.frames[0], prompt)
-                name = version if wanted == [1.0] else f"{version}_strength{strength:g}"
-                path = out / f"{index:02d}_seed{seed}_{name}{suffix_of(frames)}"
-                write_video(frames, path, prompt.fps)
-                say(f"wrote {path}")
-                label = f"{name.replace('_strength', ', strength ')}: {prompt.text}  (seed {seed})"
-                made.setdefault((index, seed), []).append((label, frames))
+    with line:
+        for version in ["base"] * (compare or not adapters) + ["trained"] * bool(adapters):
+            if version == "trained":
+                for each, folder, _ in parts:
+                    load_trained(pipeline, each, folder, recipe, runtime)
+            for index, (prompt, given) in enumerate(zip(prompts, images, strict=True)):
+                wanted = list(strengths or prompt.strengths) if version == "trained" else [1.0]
+                for seed, strength in product(prompt.seeds, wanted):
+                    if version == "trained":
+                        set_strengths(pipeline, parts, strength)
+                    runtime.device.reseed(seed)  # LTX's VAE draws noise from the device's generator
+                    arguments = call_arguments(family, prompt, seed, given)
+                    pipeline.register_modules(**family.prompt_components(prompt))
+                    with _shown(line, pipeline, prompt.text) as callback:
+                        output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments, **callback)
+                    frames = checked(output.frames[0], prompt)
+                    name = version if wanted == [1.0] else f"{version}_strength{strength:g}"
+                    path = out / f"{index:02d}_seed{seed}_{name}{suffix_of(frames)}"
+                    write_video(frames, path, prompt.fps)
+                    say(f"wrote {path}")
+                    label = f"{name.replace('_strength', ', strength ')}: {prompt.text}  (seed {seed})"
+                    made.setdefault((index, seed), []).append((label, frames))
     rows = [row for each in made.values() for row in each]
     contact_sheet([(label, strip(frames)) for label, frames in rows], out / "contact_sheet.png")
     say(f"wrote {out / 'contact_sheet.png'}")
     if compare and adapters:
         _say_change(made, [path for path, _ in adapters])
+
+
+def _denoising(
+    prompts: Sequence[ResolvedPrompt], has_base: bool, has_trained: bool, strengths: Sequence[float] | None
+) -> ProgressLine:
+    """The progress line of all videos' denoising steps."""
+    total = 0
+    for prompt in prompts:
+        versions = has_base + has_trained * len(strengths or prompt.strengths)
+        total += versions * len(prompt.seeds) * prompt.steps
+    return ProgressLine("denoising step", total, patience=PATIENCE)
+
+
+@contextmanager
+def _shown(line: ProgressLine, pipeline: diffusers.DiffusionPipeline, text: str) -> Iterator[dict[str, Any]]:
+    """An argument of the pipeline's call with which it tells the line of each step, where it has one."""
+    start = line.done
+
+    def stepped(_: object, number: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        line.update(min(start + number + 1, line.total), repr(text))
+        return tensors
+
+    takes = "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters
+    yield {"callback_on_step_end": stepped} if takes else {}
 
 
 def _say_change(made: dict[tuple[int, int], list[tuple[str, np.ndarray]]], paths: Sequence[Path]) -> None:

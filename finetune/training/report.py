@@ -12,8 +12,8 @@ from finetune.recipe.load import recipe_values
 from finetune.runtime.device import PeakMemory
 from finetune.runtime.gpus import known_gpu
 from finetune.runtime.logging import say
+from finetune.runtime.progress import ProgressLine
 from finetune.runtime.units import GIB, counted
-from finetune.tracking.progress import ProgressLine
 from finetune.tracking.trackers import Tracker, open_trackers
 from finetune.training.job import Job
 from finetune.training.samples import Samples

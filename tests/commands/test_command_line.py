@@ -1,6 +1,7 @@
 """The command line as a whole: what it is called by, what it refuses, and what it leaves of processes that it starts."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, run_python
 
-from finetune.cli import main
+from finetune.cli import EXAMPLES, main
 from finetune.commands.new import TEMPLATES, names, written
 from finetune.commands.parsing import COMMANDS, parser_of
 from finetune.recipe import load_recipe
@@ -50,6 +51,34 @@ def test_each_option_has_its_help(name: str) -> None:
     for action in parser._actions:
         assert action.help, action.dest
     assert parser.format_help()
+
+
+def words_of(example: str) -> list[str]:
+    """What the program is given by an example: without what is said of it, and where its output goes."""
+    words = shlex.split(example.split("   ")[0].split(" > ")[0])
+    is_torchrun = words[0] == "torchrun"
+    given = words[words.index("finetune") + 1 :]
+    return ["train", *given] if is_torchrun and given[0].startswith("-") else given
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_examples_that_it_takes(name: str) -> None:
+    command, parser = parser_of(name)
+    examples = command.EXAMPLES.splitlines()
+    assert examples
+    for example in examples:
+        own, *arguments = words_of(example)
+        assert own == name
+        parser.parse_args(arguments)
+    shown = parser.format_help()
+    assert "Examples:\n" in shown
+    assert all(example in shown for example in examples)
+
+
+def test_the_overviews_examples_are_taken() -> None:
+    for example in EXAMPLES.splitlines():
+        name, *arguments = words_of(example)
+        parser_of(name)[1].parse_args(arguments)
 
 
 def test_the_overview_names_each_command(capsys: pytest.CaptureFixture[str]) -> None:

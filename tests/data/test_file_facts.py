@@ -1,5 +1,6 @@
 """What is known of files is remembered while they do not change: as it is found, and by several processes together."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -240,3 +241,22 @@ def test_facts_that_cannot_be_kept_are_said_once(
         assert facts.put(video, frames=frames)["frames"] == frames
         facts.save()
     assert capsys.readouterr().err.count("is not kept for the next start") == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**23, 2**23 + 5])
+def test_a_hash_is_that_of_the_whole_file(size: int, tmp_path: Path) -> None:
+    content = bytes(range(251)) * (size // 251 + 1)
+    (tmp_path / "clip.mp4").write_bytes(content[:size])
+    assert content_hash(tmp_path / "clip.mp4") == hashlib.blake2b(content[:size], digest_size=20).hexdigest()
+
+
+def test_hashing_that_takes_long_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.data.file_facts.PATIENCE", 1e-9)
+    monkeypatch.setattr("finetune.runtime.progress._SECONDS_BETWEEN_LINES", 0)
+    file = tmp_path / "diffusion_pytorch_model-00001-of-00004.safetensors"
+    file.write_bytes(bytes(20_000_000))
+    content_hash(file)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("hashing diffusion_pyt…4.safetensors 8.4 MB/20.0 MB 42%  ETA 0:00:00")

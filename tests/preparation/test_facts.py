@@ -14,7 +14,8 @@ from PIL import Image
 
 from finetune.data.cache import Cache
 from finetune.data.images.opening import read_rgb
-from finetune.preparation.facts import Use, facts_of
+from finetune.preparation.facts import Use, facts_of, read_facts
+from finetune.runtime.distributed import Runtime
 from finetune.runtime.errors import Unreadable, UserError
 
 
@@ -76,3 +77,19 @@ class Failing(io.BytesIO):
 def test_an_image_on_a_broken_disk_is_not_called_damaged(files: dict[Use, Path], error: BaseException) -> None:
     with pytest.raises(Unreadable, match=r"Input/output error|no memory"):
         read_rgb(Failing(files["image"].read_bytes(), error), "a.png", "white")
+
+
+def test_reading_files_that_takes_long_says_how_far_it_is(
+    clips: Path,
+    tmp_path: Path,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uses: dict[Path, Use] = dict.fromkeys(clips.glob("*.mp4"), "video")
+    monkeypatch.setattr("finetune.preparation.facts.PATIENCE", 1e-9)
+    monkeypatch.setattr("finetune.runtime.progress._SECONDS_BETWEEN_LINES", 0)
+    read_facts(uses, Cache(tmp_path / "cache"), runtime)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reading files ")]
+    assert lines[-1] == f"reading files {len(uses)}/{len(uses)} 100%  ETA 0:00:00"
+    assert len(lines) > 1

@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.cli import main
-from finetune.commands.schema import recipe_schema
+from finetune.commands.schema import key_tables, recipe_schema
 from finetune.models import FAMILIES, family_class
 from finetune.recipe import Recipe, load_recipe
+from finetune.recipe.choices import FAMILY_TITLES
 from finetune.recipe.schema import Lora
 from finetune.recipe.values import family_name
 from finetune.runtime.errors import UserError
@@ -57,6 +59,42 @@ def test_every_key_is_documented() -> None:
         if not field.get("description", "").strip().endswith((".", '"none" does not clip.'))
     ]
     assert bare == []
+
+
+def test_every_word_that_a_key_may_be_is_described() -> None:
+    """Where an editor looks: beside `enum`, or in the description of a lone word, as optimizers' names are."""
+    bare: list[str] = []
+
+    def walk(entry: Any, where: str) -> None:
+        if isinstance(entry, list):
+            for number, each in enumerate(entry):
+                walk(each, f"{where}/{number}")
+        if not isinstance(entry, dict):
+            return
+        if "enum" in entry and not where.endswith("/propertyNames"):
+            told = entry.get("enumDescriptions", [])
+            if len(told) != len(entry["enum"]) or not all(told) or entry["x-taplo"]["docs"]["enumValues"] != told:
+                bare.append(where)
+        if "const" in entry and not entry.get("description"):
+            bare.append(where)
+        for key, each in entry.items():
+            walk(each, f"{where}/{key}")
+
+    walk(recipe_schema(), "")
+    assert bare == []
+
+
+def test_the_tables_say_of_words_what_the_schema_says() -> None:
+    (row,) = [line for line in key_tables() if line.startswith("| `low_bit`")]
+    entry = recipe_schema()["$defs"]["Memory"]["properties"]["low_bit"]
+    for word, means in zip(entry["enum"], entry["enumDescriptions"], strict=True):
+        assert f"`{word}`: {means}" in row
+
+
+def test_families_are_called_as_their_classes_are() -> None:
+    assert list(FAMILY_TITLES) == list(FAMILIES)
+    for name, title in FAMILY_TITLES.items():
+        assert title.startswith(family_class(name).title)
 
 
 def test_a_recipe_cannot_be_changed_after_it_is_read() -> None:

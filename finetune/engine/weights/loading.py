@@ -14,6 +14,8 @@ from finetune.models.building import replace_tensors
 from finetune.models.family import Family
 from finetune.models.weights import Weights
 from finetune.runtime.errors import UserError
+from finetune.runtime.logging import is_main
+from finetune.runtime.progress import PATIENCE, ProgressLine
 
 _ALIGNMENT = 256  # bytes, like CUDA's allocations
 _WRAPPERS = ("_checkpoint_wrapped_module.", "base_layer.")
@@ -67,8 +69,11 @@ def load_weights(transformer: nn.Module, weights: Weights, device: torch.device)
     def destination(parameter: nn.Parameter) -> Tensor:
         return on_host.get(parameter, parameter.detach())
 
-    with torch.no_grad():
-        for prefix, module in transformer.named_modules():
+    modules = list(transformer.named_modules())
+    is_shown = is_main() and weights.have_values
+    line = ProgressLine("loading weights: layer", len(modules), enabled=is_shown, patience=PATIENCE)
+    with torch.no_grad(), line:
+        for number, (prefix, module) in enumerate(modules, start=1):
             for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
                 if is_adapters(name) or (isinstance(module, LowBitLinear) and parameter is not module.bias):
                     continue
@@ -82,6 +87,7 @@ def load_weights(transformer: nn.Module, weights: Weights, device: torch.device)
                     module.fill(codes, local_rows(destination(module.weight_scale))[0], rows.to(device))
             if isinstance(module, DoraLinear) and module.lora_magnitude_vector:
                 _fill_lengths(module, plain_name(prefix), weights, device)
+            line.update(number, "")
         for name, buffer in transformer.named_buffers():
             if plain_name(name) in weights.names():
                 buffer.copy_(weights.rows(plain_name(name), 0, len(buffer) if buffer.dim() else 0))

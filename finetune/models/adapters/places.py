@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.models.family import Family
+from finetune.runtime.download import one_file
 from finetune.runtime.errors import UserError
 from finetune.runtime.paths import NoSuchHome, expanded
 
@@ -75,7 +76,7 @@ def _in_folder(folder: Path, family: Family) -> tuple[Path, dict[str, Any] | Non
 
 
 def _on_hub(path: str, family: Family) -> tuple[Path, dict[str, Any] | None]:
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
 
     owner, name, *rest = path.split("/", 2)
     repository = f"{owner}/{name}"
@@ -84,8 +85,8 @@ def _on_hub(path: str, family: Family) -> tuple[Path, dict[str, Any] | None]:
         settings = None
         if Path(file).name == PEFT_FILE:
             beside = str(Path(file).with_name(PEFT_SETTINGS))
-            settings = _json(Path(hf_hub_download(repository, beside)))
-        return Path(hf_hub_download(repository, file)), settings
+            settings = _json(one_file(repository, beside))
+        return one_file(repository, file), settings
     except UserError:
         raise
     except Exception as error:

@@ -1,7 +1,13 @@
-"""Model folders of the published checkpoints at full size, with all that `plan` reads of them, but without weights."""
+"""The configs of published checkpoints that come with this package, and folders with all that `plan` reads of them: no weights.
+
+Where they come from is said for each component: the configs in published_configs were read from the Hub, or are what diffusers'
+conversion script saves; those of encoders are here, with the sizes of the models that these scripts take them from.
+"""
 
 import json
 import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +31,57 @@ from transformers import (
 )
 
 from finetune.models import tiny
-from finetune.models.folder import INDEX
+from finetune.models.folder import INDEX, ModelFolder
 from finetune.models.hunyuan15 import system_message
 from finetune.models.hunyuan_i2v import HALVED
 
-CONFIGS = Path(__file__).parent.parent / "tests" / "models" / "configs"
-FOLDERS = {  # a recipe's model.path -> its configs
-    "zai-org/CogVideoX-2b": "cogvideox-2b",
-    "zai-org/CogVideoX-5b": "cogvideox-5b",
-    "zai-org/CogVideoX-5b-I2V": "cogvideox-5b-i2v",
-    "zai-org/CogVideoX1.5-5B": "cogvideox-1.5-5b",
-    "zai-org/CogVideoX1.5-5B-I2V": "cogvideox-1.5-5b-i2v",
-    "hunyuanvideo-community/HunyuanVideo": "hunyuanvideo",
-    "hunyuanvideo-community/HunyuanVideo-I2V": "hunyuanvideo-i2v",
-    "Lightricks/LTX-Video": "ltx-video",
-    "Lightricks/LTX-Video-0.9.7-dev": "ltx-video-0.9.7",
-    "genmo/mochi-1-preview": "mochi-1-preview",
-    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": "hunyuanvideo-1.5-480p-t2v",
-    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": "hunyuanvideo-1.5-480p-i2v",
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-t2v-1.3b",
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-14b",
-    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "wan2.1-i2v-14b",
-    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": "wan2.1-flf2v-14b",
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "wan2.2-ti2v-5b",
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan2.2-t2v-a14b",
-    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "wan2.2-i2v-a14b",
+CONFIGS = Path(__file__).parent / "published_configs"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint.
+
+    Attributes:
+        folder: of its configs, in `CONFIGS`.
+        script: of diffusers, which saves the configs that were not read from the Hub.
+        from_hub: components whose configs were read from the Hub.
+    """
+
+    folder: str
+    script: str
+    from_hub: tuple[str, ...] = ()
+
+
+_READ = ("scheduler", "transformer", "vae")
+_COG, _LTX = "convert_cogvideox_to_diffusers.py", "convert_ltx_to_diffusers.py"
+_HUNYUAN, _HUNYUAN_15 = "convert_hunyuan_video_to_diffusers.py", "convert_hunyuan_video1_5_to_diffusers.py"
+_MOCHI, _WAN = "convert_mochi_to_diffusers.py", "convert_wan_to_diffusers.py"
+
+PUBLISHED = {  # a recipe's model.path -> its configs
+    "zai-org/CogVideoX-2b": Published("cogvideox-2b", _COG, _READ),
+    "zai-org/CogVideoX-5b": Published("cogvideox-5b", _COG, _READ),
+    "zai-org/CogVideoX-5b-I2V": Published("cogvideox-5b-i2v", _COG, _READ),
+    "zai-org/CogVideoX1.5-5B": Published("cogvideox-1.5-5b", _COG, ("vae",)),
+    "zai-org/CogVideoX1.5-5B-I2V": Published("cogvideox-1.5-5b-i2v", _COG, ("vae",)),
+    "hunyuanvideo-community/HunyuanVideo": Published("hunyuanvideo", _HUNYUAN, ("scheduler", "transformer")),
+    "hunyuanvideo-community/HunyuanVideo-I2V": Published("hunyuanvideo-i2v", _HUNYUAN),
+    "hunyuanvideo-community/HunyuanVideo-I2V-33ch": Published("hunyuanvideo-i2v-33ch", _HUNYUAN),
+    "Lightricks/LTX-Video": Published("ltx-video", _LTX, _READ),
+    "Lightricks/LTX-Video-0.9.5": Published("ltx-video-0.9.5", _LTX, ("transformer",)),
+    "Lightricks/LTX-Video-0.9.7-dev": Published("ltx-video-0.9.7", _LTX, ("transformer",)),
+    "genmo/mochi-1-preview": Published("mochi-1-preview", _MOCHI),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": Published("hunyuanvideo-1.5-480p-t2v", _HUNYUAN_15),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": Published("hunyuanvideo-1.5-480p-i2v", _HUNYUAN_15),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v": Published("hunyuanvideo-1.5-720p-i2v", _HUNYUAN_15),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Published("wan2.1-t2v-1.3b", _WAN),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": Published("wan2.1-t2v-14b", _WAN),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": Published("wan2.1-i2v-14b", _WAN),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": Published("wan2.1-i2v-14b", _WAN),  # in its configs the same
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": Published("wan2.1-flf2v-14b", _WAN),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": Published("wan2.2-ti2v-5b", _WAN),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": Published("wan2.2-t2v-a14b", _WAN),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": Published("wan2.2-i2v-a14b", _WAN),
 }
 _XXL: dict[str, Any] = {
     "d_model": 4096,
@@ -113,9 +145,32 @@ SIGLIP = SiglipVisionConfig(  # so400m-patch14-384
 )
 
 
+class PublishedFolder(ModelFolder):
+    """The configs of a published checkpoint as this package has them, in a folder that goes with this object. It has no weights."""
+
+    def __init__(self, hub_id: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="finetune_configs_")
+        self._hub_id = hub_id
+        super().__init__(complete(hub_id, Path(self._folder.name)))
+
+    @property
+    def origin(self) -> list[str]:
+        """In words, which configs these are and where each comes from: two lines."""
+        published = PUBLISHED[self._hub_id]
+        others = sorted(name for name in self.index if self.has(name) and name not in published.from_hub)
+        tokenizers = [name for name in others if name.startswith("tokenizer")]
+        converted = [name for name in others if name not in tokenizers]
+        read = f"{', '.join(published.from_hub)} as on the Hub; " if published.from_hub else ""
+        return [
+            f"configs: this package's own of {self._hub_id}, which is neither in the Hub's cache nor to be reached now",
+            f"  {read}{', '.join(converted)} as diffusers' {published.script} saves them; "
+            f"{', '.join(tokenizers)}: a stand-in, since texts are padded to one length",
+        ]
+
+
 def complete(path: str, folder: Path) -> Path:
     """Write all that `plan` reads of a published checkpoint to `folder`. `path` is a recipe's model.path."""
-    shutil.copytree(CONFIGS / FOLDERS[path], folder, dirs_exist_ok=True)
+    shutil.copytree(CONFIGS / PUBLISHED[path].folder, folder, dirs_exist_ok=True)
     index = json.loads((folder / INDEX).read_text())
     for name, tokenizer in _with_encoders(folder, index).items():
         tokenizer.save_pretrained(folder / name)
