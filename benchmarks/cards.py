@@ -81,10 +81,10 @@ def main() -> None:
     kept = arguments.out.with_suffix(".json")
     results: dict[str, dict] = json.loads(kept.read_text()) if kept.exists() else {}
     wanted = [c for c in cells() if not arguments.only or {c.recipe, c.name} & {*arguments.only}]
-    missing = [cell for cell in wanted if current(cell, results) is None]
+    missing = [cell for cell in wanted if results.get(cell.name, {}).get("recipe") != _digest(cell.recipe)]
     for number, cell in enumerate(missing, 1):
         print(f"{number} of {len(missing)}: {cell.name} ... ", end="", flush=True)
-        results[cell.name] = made = plan_cell(cell)
+        results[cell.name] = made = _made(cell)
         print(f"{gib(made['reserved'])} GiB, {made['took']:.0f} s", flush=True)
         kept.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
         arguments.out.write_text(table(results))
@@ -145,13 +145,7 @@ def _changes(changes: dict[str, Any]) -> Iterator[str]:
             yield f"{key} = {json.dumps(value)}"
 
 
-def current(cell: Cell, results: dict[str, dict]) -> dict | None:
-    """The kept plan of a cell, or None if there is none, or its recipe has changed since."""
-    result = results.get(cell.name)
-    return result if result and result["recipe"] == _digest(cell.recipe) else None
-
-
-def plan_cell(cell: Cell) -> dict:
+def _made(cell: Cell) -> dict:
     """Plan a cell in a process of its own. Raises RuntimeError if the command fails."""
     with tempfile.TemporaryDirectory() as folder:
         file, settings = full_size_settings(cell.recipe, cell.gpus, Path(folder))

@@ -1,24 +1,28 @@
-"""How long each recipe trains on named cards, for the head of its file.
+"""How long each recipe trains on A100s, for the head of its file.
 
-`python -m benchmarks.hours [--only ltx_lora ...] [--check]`: a LoRA is planned for one A100, or for eight if it does not fit
-one; all weights are planned for eight. The plans are kept with those of benchmarks.cards, and made again after a change of
-their recipe. Writes the line that begins with "# Predicted" into each recipe; --check makes no plan, writes nothing, and
-names the recipes whose head does not say what is kept.
+`python -m benchmarks.hours [--only ltx_lora ...] [--check]`: as `plan --gpu A100` has it, but of the steps alone. The LoRA
+of a model of less than 10 billion weights is planned for one A100, everything else for eight. What is found is kept in
+benchmarks/results/hours.json, and found again after a change of the recipe. Writes the line that begins with "# Predicted"
+into each recipe; --check plans and writes nothing, and names the recipes whose head does not say what is kept.
 """
 
 import argparse
+import gc
+import hashlib
 import json
 import re
 import sys
-from dataclasses import replace
+import tempfile
+from pathlib import Path
 
-from benchmarks.cards import LARGE, RESULTS, Cell, current, plan_cell
-from benchmarks.plans import ROOT
+from benchmarks.plans import ROOT, full_size_settings
+from finetune.recipe import Recipe, load_recipe, recipe_values
 
-KEPT = RESULTS / "cards.json"
+KEPT = ROOT / "benchmarks" / "results" / "hours.json"
 RECIPES = ROOT / "recipes"
 NAMES = sorted((file.stem for file in RECIPES.glob("*_*.toml")), key=lambda name: (name.endswith("_full"), name))
-OF_EIGHT, OF_ONE = (cell for cell in LARGE if cell.cards == ("A100", "H100"))
+CARD = "A100"
+LARGE = ("hunyuan_", "ltx_13b", "mochi", "wan_14b", "wan2.2_a14b")  # models of 10 billion weights and more
 _LINE = re.compile(r"^# Predicted: .*\n", re.MULTILINE)
 
 
@@ -29,62 +33,83 @@ def main() -> int:
     arguments = parser.parse_args()
     wrong = []
     for name in arguments.only or NAMES:
-        file = RECIPES / f"{name}.toml"
+        if not arguments.check and current(name) is None:
+            keep(name, planned(name))
+        found, file = current(name), RECIPES / f"{name}.toml"
         text = file.read_text(encoding="utf-8")
-        plan = kept_plan(name) if arguments.check else made_plan(name)
-        if plan is None or with_head(text, head(*plan)) != text:
+        if arguments.check and (found is None or with_head(text, head(found)) != text):
             wrong.append(name)
-        if plan and not arguments.check:
-            file.write_text(with_head(text, head(*plan)), encoding="utf-8")
-            print(f"{name}: {head(*plan)}", flush=True)
-    if arguments.check and wrong:
+        elif found and not arguments.check:
+            file.write_text(with_head(text, head(found)), encoding="utf-8")
+            print(f"{name}: {head(found)}", flush=True)
+    if wrong:
         print(f"run `python -m benchmarks.hours --only {' '.join(wrong)}`", file=sys.stderr)
-    return int(arguments.check and bool(wrong))
+    return int(bool(wrong))
 
 
-def cells_of(name: str) -> list[Cell]:
-    """The plans that may be told, the preferred one first."""
-    kinds = [OF_EIGHT] if name.endswith("_full") else [OF_ONE, OF_EIGHT]
-    return [replace(kind, recipe=name) for kind in kinds]
+def current(name: str) -> dict | None:
+    """What is kept of a recipe, or None if there is nothing, or the recipe has changed since."""
+    found = json.loads(KEPT.read_text()).get(name) if KEPT.exists() else None
+    return found if found and found["recipe"] == _digest(name) else None
 
 
-def kept_plan(name: str) -> tuple[Cell, dict] | None:
-    """The first plan that fits, of those that are kept and current."""
-    results = json.loads(KEPT.read_text())
-    for cell in cells_of(name):
-        result = current(cell, results)
-        if result and result["fits"]:
-            return cell, result
-        if result is None:
-            return None
-    return None
+def keep(name: str, found: dict) -> None:
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    KEPT.write_text(json.dumps({**kept, name: found}, indent=1, sort_keys=True) + "\n")
 
 
-def made_plan(name: str) -> tuple[Cell, dict]:
-    """The first plan that fits, which is made and kept if it is not there yet; or the last one."""
-    for cell in cells_of(name):
-        results = json.loads(KEPT.read_text())
-        if current(cell, results) is None:
-            results[cell.name] = plan_cell(cell)
-            KEPT.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        if results[cell.name]["fits"]:
-            break
-    return cell, results[cell.name]
+def planned(name: str) -> dict:
+    """How many steps a recipe has, and the seconds of one."""
+    from finetune.checks.model import open_family
+    from finetune.planning.gpus import Hardware
+    from finetune.planning.simulate import largest, simulate
+    from finetune.runtime.gpus import CONTEXT, GPUS
+
+    gpus, card = gpus_of(name), GPUS[CARD]
+    with tempfile.TemporaryDirectory() as folder:
+        file, settings = full_size_settings(name, gpus, Path(folder))
+        recipe = load_recipe(file, settings)
+        family = open_family(recipe, with_weights=False)
+        hardware = Hardware(gpus, 8, card.memory - CONTEXT, None, card)
+        plan = simulate(recipe, family, [largest(family, recipe.data.buckets)], hardware)
+    gc.collect()
+    (step,) = plan.of_kind("step")
+    if not plan.fits or step.seconds is None:
+        raise RuntimeError(f"{name} does not fit {gpus} {CARD}")
+    return {"recipe": _digest(name), "gpus": gpus, "steps": _steps(recipe), "seconds": round(step.seconds, 3)}
 
 
-def head(cell: Cell, result: dict) -> str:
+def gpus_of(name: str) -> int:
+    """On how many A100s a recipe's head tells its time."""
+    return 8 if name.endswith("_full") or name.startswith(LARGE) else 1
+
+
+def head(found: dict) -> str:
     """The line of a recipe's head."""
-    steps = sum(result["steps"])
-    hours = {card: f"{steps * seconds / 3600:.1f}" for card, seconds in result["seconds_on"].items()}
-    each = "one" if cell.gpus == 1 else str(cell.gpus)
-    told = " or ".join(f"{hours[card]} hours on {each} {card}" for card in cell.cards)
-    return f"# Predicted: {told}, for {steps:,} steps at peak rates. Expect up to twice that."
+    hours = found["steps"] * found["seconds"] / 3600
+    on = f"one {CARD}" if found["gpus"] == 1 else f"{found['gpus']} {CARD}s"
+    told = f"{hours:.0f}" if hours >= 9.95 else f"{hours:.1f}"
+    return f"# Predicted: {told} hours on {on} for its {found['steps']:,} steps, by peak rates. Expect up to twice that."
 
 
 def with_head(text: str, line: str) -> str:
     """A recipe's text with the line at the end of its first comments."""
     comments, blank, rest = _LINE.sub("", text, count=1).partition("\n\n")
     return f"{comments}\n{line}{blank}{rest}"
+
+
+def _steps(recipe: Recipe) -> int:
+    """Steps of the training, of all its experts together."""
+    train, experts = recipe.train, recipe.model.experts
+    return sum(train.expert_steps.get(expert, train.steps) for expert in experts) if experts else train.steps
+
+
+def _digest(name: str) -> str:
+    """Of what a step's time depends on, and how many there are."""
+    values = recipe_values(load_recipe(RECIPES / f"{name}.toml"))
+    values = {key: value for key, value in values.items() if key not in ("output", "checkpoint", "validation", "tracking")}
+    values["optimizer"] = {key: value for key, value in values["optimizer"].items() if key != "lr"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ SMALL: dict[str, dict] = {
     "export": {"formats": ["diffusers", "peft", "merged"]},
 }
 PROMPT = {"shape": "17x64x96", "steps": 2}
-PARTIAL: dict[str, dict] = {"train": {"method": "partial"}, "partial": {"modules": ["norm", "*.bias"]}, "export": {}}
+PARTIAL: dict[str, dict] = {
+    "train": {"method": "partial"},
+    "partial": {"modules": ["norm", "patch_embed", "*.bias"]},
+    "lora": {},
+    "export": {},
+}
 SLOW = ("-m pytest", "--fit")  # these with --full alone
 OTHER_TRAINERS = {
     "finetrainers": {
