@@ -89,7 +89,9 @@ def head(found: dict) -> str:
     hours = found["steps"] * found["seconds"] / 3600
     on = f"one {CARD}" if found["gpus"] == 1 else f"{found['gpus']} {CARD}s"
     told = f"{hours:.0f}" if hours >= 9.95 else f"{hours:.1f}"
-    return f"# Predicted: {told} hours on {on} for its {found['steps']:,} steps, by peak rates. Expect up to twice that."
+    return (
+        f"# Predicted: {told} hours on {on} for its {found['steps']:,} steps, by peak rates. Expect up to twice that."
+    )
 
 
 def with_head(text: str, line: str) -> str:
@@ -107,7 +109,9 @@ def _steps(recipe: Recipe) -> int:
 def _digest(name: str) -> str:
     """Of what a step's time depends on, and how many there are."""
     values = recipe_values(load_recipe(RECIPES / f"{name}.toml"))
-    values = {key: value for key, value in values.items() if key not in ("output", "checkpoint", "validation", "tracking")}
+    values = {
+        key: value for key, value in values.items() if key not in ("output", "checkpoint", "validation", "tracking")
+    }
     values["optimizer"] = {key: value for key, value in values["optimizer"].items() if key != "lr"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -37,7 +37,7 @@ SMALL: dict[str, dict] = {
 PROMPT = {"shape": "17x64x96", "steps": 2}
 PARTIAL: dict[str, dict] = {
     "train": {"method": "partial"},
-    "partial": {"modules": ["norm", "patch_embed", "*.bias"]},
+    "partial": {"modules": ["norm", "proj_in", "*.bias"]},
     "lora": {},
     "export": {},
 }
