@@ -2,8 +2,8 @@
 
 `python -m benchmarks.hours [--only ltx_lora ...] [--check]`: as `plan --gpu A100` has it, but of the steps alone. The LoRA
 of a model of less than 10 billion weights is planned for one A100, everything else for eight. What is found is kept in
-benchmarks/results/hours.json, and found again after a change of the recipe. Writes the line that begins with "# Predicted"
-into each recipe; --check plans and writes nothing, and names the recipes whose head does not say what is kept.
+benchmarks/results/hours.json, and found again after a change of the recipe. Writes "Predicted: ..." into
+the head of each recipe; --check plans and writes nothing, and names the recipes whose head does not say what is kept.
 """
 
 import argparse
@@ -23,7 +23,8 @@ RECIPES = ROOT / "recipes"
 NAMES = sorted((file.stem for file in RECIPES.glob("*_*.toml")), key=lambda name: (name.endswith("_full"), name))
 CARD = "A100"
 LARGE = ("hunyuan_", "ltx_13b", "mochi", "wan_14b", "wan2.2_a14b")  # models of 10 billion weights and more
-_LINE = re.compile(r"^# Predicted: .*\n", re.MULTILINE)
+_TOLD = re.compile(r" Predicted: .*")
+_PLACE = 2  # the line of a recipe that says how large the model is
 
 
 def main() -> int:
@@ -85,19 +86,18 @@ def gpus_of(name: str) -> int:
 
 
 def head(found: dict) -> str:
-    """The line of a recipe's head."""
+    """What a recipe's head says of its hours: by the card's peak rates, of which kernels reach half or more."""
     hours = found["steps"] * found["seconds"] / 3600
     on = f"one {CARD}" if found["gpus"] == 1 else f"{found['gpus']} {CARD}s"
     told = f"{hours:.0f}" if hours >= 9.95 else f"{hours:.1f}"
-    return (
-        f"# Predicted: {told} hours on {on} for its {found['steps']:,} steps, by peak rates. Expect up to twice that."
-    )
+    return f"Predicted: {told} hours on {on}, or up to twice that."
 
 
-def with_head(text: str, line: str) -> str:
-    """A recipe's text with the line at the end of its first comments."""
-    comments, blank, rest = _LINE.sub("", text, count=1).partition("\n\n")
-    return f"{comments}\n{line}{blank}{rest}"
+def with_head(text: str, told: str) -> str:
+    """A recipe's text with the hours in its head."""
+    lines = text.split("\n")
+    lines[_PLACE] = f"{_TOLD.sub('', lines[_PLACE])} {told}"
+    return "\n".join(lines)
 
 
 def _steps(recipe: Recipe) -> int:

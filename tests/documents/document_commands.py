@@ -7,6 +7,7 @@ from pathlib import Path
 # What a reader sees at the end of a command's comment, in parentheses: `pip install -e .    # (installs)`.
 MARKS = frozenset({"installs", "downloads", "uploads", "needs a GPU", "needs an account", "takes minutes"})
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+_NAMED = re.compile(r"`(?:python -m )?finetune ([a-z][^`]*)`")
 _IN_PARENTHESES = re.compile(r"\(([^()]*)\)$")
 
 
@@ -42,6 +43,12 @@ def code_of(document: Path) -> list[Code]:
         elif block[2] in ("bash", "sh", "shell", "console"):
             found += [Code("bash", *_parted(line), first + place) for place, line in _joined(block[3])]
     return found
+
+
+def named_in_text(document: Path) -> list[list[str]]:
+    """The words of each command of the program that a document's sentences name, after `finetune`."""
+    text = _BLOCK.sub("", document.read_text(encoding="utf-8"))
+    return [each.split() for each in _NAMED.findall(text)]
 
 
 def _joined(block: str) -> list[tuple[int, str]]:

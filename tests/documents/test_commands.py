@@ -10,6 +10,7 @@ not as the document has it:
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import pytest
 import tomlkit
-from document_commands import MARKS, Code, code_of
+from document_commands import MARKS, Code, code_of, named_in_text
 from processes import OWN_PATHS, ROOT, run_python
 from random_loras import opened, random_lora
 from safetensors.torch import save_file
 from test_links import DOCUMENTS, name_of
+
+from finetune.commands.parsing import COMMANDS, parser_of
 
 INSTEAD = {"--step 400": "--step 2"}
 NEW = ["-m", "finetune", "new", "ltx_lora", "mine.toml", "--data", "clips"]
@@ -127,6 +130,29 @@ def test_what_a_document_shows_runs_or_is_marked(document: Path, is_whole: bool,
         except AssertionError as error:
             hint = f"if it cannot be run, mark it: one of {sorted(MARKS)} in parentheses at the end of its comment"
             raise AssertionError(f"{name_of(document)}, line {code.line}: {code.text}\n{error}\n{hint}") from None
+
+
+def test_a_command_that_does_not_work_is_found_and_only_known_marks_spare_it(tmp_path: Path) -> None:
+    document = tmp_path / "document.md"
+    document.write_text(
+        "```bash\npython -m finetune plan nowhere.toml # first\n"
+        "pip install it  # (installs, needs a GPU)\npip install it \\\n  again # (slow)\n```\n"
+    )
+    wrong, marked, unknown = code_of(document)
+    assert (wrong.text, wrong.comment, wrong.line) == ("python -m finetune plan nowhere.toml", "first", 2)
+    assert [each.is_marked for each in (wrong, marked, unknown)] == [False, True, False]
+    assert unknown.text == "pip install it again"
+    with pytest.raises(AssertionError, match="no such file"):
+        run_as_shown(wrong, tmp_path)
+
+
+@pytest.mark.parametrize("document", [each for each in DOCUMENTS if named_in_text(each)], ids=name_of)
+def test_commands_and_options_that_sentences_name_exist(document: Path) -> None:
+    for command, *words in named_in_text(document):
+        assert command in COMMANDS, f"{name_of(document)}: {command}"
+        known = parser_of(command)[1].format_help()
+        for option in (word for word in words if word.startswith("--")):
+            assert re.search(rf"{option}\b", known), f"{name_of(document)}: {command} {option}"
 
 
 def run_as_shown(code: Code, folder: Path) -> None:
