@@ -142,7 +142,7 @@ def test_a_command_that_does_not_work_is_found_and_only_known_marks_spare_it(tmp
     assert (wrong.text, wrong.comment, wrong.line) == ("python -m finetune plan nowhere.toml", "first", 2)
     assert [each.is_marked for each in (wrong, marked, unknown)] == [False, True, False]
     assert unknown.text == "pip install it again"
-    with pytest.raises(AssertionError, match="no such file"):
+    with pytest.raises(AssertionError, match="no such recipe"):
         run_as_shown(wrong, tmp_path)
 
 
