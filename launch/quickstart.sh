@@ -22,5 +22,5 @@ python -m finetune sample --recipe recipes/quickstart.toml --set train.micro_bat
 python -m finetune plot --run "$out/lora_run"
 verdict=0
 python launch/judge.py "$out/lora_run" "$out/samples" "$out/clips" recipes/quickstart.toml || verdict=$?
-echo "quickstart finished in $(($(date +%s) - started)) s; look at $out/samples/base_trained_real.png and $out/lora_run/loss.png"
+echo "quickstart finished in $(($(date +%s) - started)) s; look at $out/samples/base_trained_real.png, $out/lora_run/loss.png and $out/lora_run/report.html"
 exit $verdict

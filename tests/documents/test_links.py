@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from processes import ROOT
 
 from finetune.commands.schema import key_tables
@@ -49,6 +50,13 @@ def test_paragraphs_are_short(document: Path) -> None:
 
 def test_the_first_page_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 10_000
+
+
+def test_the_first_pages_picture_moves_and_is_small() -> None:
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert (ROOT / picture).stat().st_size <= 1_000_000
+    with Image.open(ROOT / picture) as moving:
+        assert moving.n_frames > 1
 
 
 def test_every_key_is_in_the_tables_of_keys() -> None:

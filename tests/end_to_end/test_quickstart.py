@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from processes import ROOT, run_python
 
-from finetune.data.shapes import NEW_SHAPE, Scene, draw
+from finetune.data.shapes import FRAMES, NEW_SHAPE, Scene, draw
 from finetune.tracking.media import write_video
 
 RECIPE = ROOT / "recipes" / "quickstart.toml"
@@ -51,6 +51,9 @@ def test_the_judge_counts_what_is_seen_and_draws_base_trained_and_a_real_clip(ma
         reddish = (np.asarray(sheet).astype(int) @ (1, -0.5, -0.5) > 100).any(0)
     runs = np.flatnonzero(np.diff(np.concatenate([[0], reddish, [0]])))
     assert len(runs) // 2 == 9  # three columns with the shape at three places
+    with Image.open(made / "samples" / "base_trained_real.webp") as moving:
+        assert moving.n_frames == FRAMES
+    assert f"the run's page, {made / 'run' / 'report.html'}" in done.stdout
 
 
 def test_the_judge_refuses_a_lora_that_shows_no_ring_and_a_base_that_does(made: Path) -> None:
