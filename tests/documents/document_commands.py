@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # What a reader sees at the end of a command's comment, in parentheses: `pip install -e .    # (installs)`.
-MARKS = frozenset({"installs", "downloads", "uploads", "needs a GPU", "needs an account", "takes minutes"})
+MARKS = frozenset(
+    {"installs", "downloads", "uploads", "needs a GPU", "needs a cluster", "needs an account", "takes minutes"}
+)
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _NAMED = re.compile(r"`(?:python -m )?finetune ([a-z][^`]*)`")
 _IN_PARENTHESES = re.compile(r"\(([^()]*)\)$")
