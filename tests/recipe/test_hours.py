@@ -14,11 +14,6 @@ CLOSE = 0.01  # of a step's time
 SMALL = "ltx_lora"
 
 
-def close_to(seconds: float) -> object:
-    """Some are kept with one digit behind the point."""
-    return pytest.approx(seconds, rel=CLOSE, abs=0.051 if seconds == round(seconds, 1) else 0)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_head_says_what_is_kept_of_the_recipe_as_it_is(name: str) -> None:
     found = current(name)
@@ -35,7 +30,7 @@ def test_what_is_kept_is_planned_again(name: str) -> None:
     assert done.returncode == 0, done.stderr
     again, kept = json.loads(done.stdout.splitlines()[-1]), current(name)
     assert kept
-    assert again["seconds"] == close_to(kept["seconds"])
+    assert again["seconds"] == pytest.approx(kept["seconds"], rel=CLOSE)
     assert (again["steps"], again["gpus"]) == (kept["steps"], kept["gpus"])
 
 
@@ -50,4 +45,4 @@ def test_the_command_plans_the_same_and_it_fits(finetune, name: str, tmp_path: P
     (step,) = [phase for phase in json.loads(done.stdout)["phases"] if phase["kind"] == "step"]
     kept = current(name)
     assert kept
-    assert step["seconds"] == close_to(kept["seconds"])
+    assert step["seconds"] == pytest.approx(kept["seconds"], rel=CLOSE)
