@@ -1,9 +1,11 @@
 """Videos from the transformer as it is in training, sharded and checkpointed, inside the family's diffusers pipeline."""
 
+import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -54,6 +56,7 @@ def generate(
     dtype: torch.dtype,
     done: Callable[[int, np.ndarray], None],
     stop: Callable[[], bool] = lambda: False,
+    stepped: Callable[[int], None] = lambda index: None,
 ) -> bool:
     """Generate this rank's videos; ranks may have different numbers of them, or none. Collective.
 
@@ -67,6 +70,7 @@ def generate(
         dtype: compute precision, also of the VAE.
         done: is given the request's index and the frames, uint8 (F, H, W, 3), as soon as they are made.
         stop: whether this rank is asked to end the run; then all give up together.
+        stepped: is given the request's index after each of its denoising steps.
     Returns:
         whether all videos were made, on every rank.
     Raises:
@@ -79,7 +83,7 @@ def generate(
     try:
         with evaluating(state.parts, "samples"), swapping:
             try:
-                _videos(turns, requests, tiling, dtype, done)
+                _videos(turns, requests, tiling, dtype, done, stepped)
             except Interrupted:
                 raise
             except Exception as caught:
@@ -105,6 +109,7 @@ def _videos(
     tiling: bool,
     dtype: torch.dtype,
     done: Callable[[int, np.ndarray], None],
+    stepped: Callable[[int], None],
 ) -> None:
     family, device = turns.state.family, turns.state.runtime.device
     if requests:
@@ -112,7 +117,7 @@ def _videos(
     for index, request in enumerate(requests):
         device.reseed(request.seed)  # LTX's VAE draws noise of its own; a step seeds itself
         with applied(turns.transformers.values(), request.strength):
-            frames = video(pipeline, family, request, device.torch_device)
+            frames = video(pipeline, family, request, device.torch_device, partial(stepped, index))
         done(index, frames)
 
 
@@ -126,9 +131,28 @@ def live_pipeline(turns: "Turns", tiling: bool, dtype: torch.dtype) -> diffusers
     return pipeline
 
 
-def video(pipeline: diffusers.DiffusionPipeline, family: Family, request: Request, device: torch.device) -> np.ndarray:
+def told_steps(pipeline: diffusers.DiffusionPipeline, stepped: Callable[[], None]) -> dict[str, Any]:
+    """The argument of a pipeline's call with which it calls `stepped` after each denoising step, if it has such an argument."""
+
+    def at_end(pipeline: object, number: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        stepped()
+        return tensors
+
+    takes = "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters
+    return {"callback_on_step_end": at_end} if takes else {}
+
+
+def video(
+    pipeline: diffusers.DiffusionPipeline,
+    family: Family,
+    request: Request,
+    device: torch.device,
+    stepped: Callable[[], None] = lambda: None,
+) -> np.ndarray:
     """One video, uint8 (F, H, W, 3); its noise is drawn on the CPU, so a seed means the same on every device.
 
+    Args:
+        stepped: is called after each denoising step.
     Raises:
         UserError: it is not finite, or not of the shape that was asked for.
     """
@@ -140,7 +164,8 @@ def video(pipeline: diffusers.DiffusionPipeline, family: Family, request: Reques
     for sign, text in (("", request.encoded["text"]), ("negative_", request.negative)):
         for name, argument in family.text_arguments.items():
             embeddings[sign + argument] = text[name][None].to(device)
-    return checked(pipeline(**embeddings, **arguments).frames[0], request.prompt)
+    made = pipeline(**embeddings, **arguments, **told_steps(pipeline, stepped))
+    return checked(made.frames[0], request.prompt)
 
 
 def call_arguments(family: Family, prompt: ResolvedPrompt, seed: int, images: Sequence[np.ndarray]) -> dict[str, Any]:

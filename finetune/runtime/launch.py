@@ -37,8 +37,9 @@ def launch(processes: int, arguments: Sequence[str], on_cpu: bool = False) -> in
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # it tells what the processes have told
+    for name in ("torch.distributed", *logging.root.manager.loggerDict):  # it tells what the processes have told
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # many have a level of their own
     patience: dict[str, Any] = {_TIMEOUT: SECONDS_TO_SAVE}
     config = LaunchConfig(
         min_nodes=1,

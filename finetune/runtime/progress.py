@@ -14,6 +14,7 @@ _SECONDS_BETWEEN_PICTURES = 0.25
 PATIENCE = 3.0  # seconds of work that need no progress
 _RECENT = 50  # by which updates the time that remains is told
 _one_bar = threading.Lock()
+_outer: "ProgressLine | None" = None  # whose bar a terminal shows
 
 
 class ProgressLine:
@@ -50,7 +51,7 @@ class ProgressLine:
 
     def _start_bar(self) -> None:
         if self.bar or not self.enabled or not _is_terminal() or not _one_bar.acquire(blocking=False):
-            return  # a terminal has one bar: work inside of other work shows none
+            return  # a terminal has one bar: work inside of other work is shown in its place
         from rich.progress import Progress, TextColumn  # not for a log file
         from rich.table import Column
 
@@ -61,6 +62,8 @@ class ProgressLine:
             transient=self._is_passing,
         )
         self.bar.start()
+        global _outer
+        _outer = self
         self.task = self.bar.add_task(self.label, total=self.total, completed=self.done, line=self._line("", 0.0))
 
     def update(self, done: int, text: str, seconds: float | None = None, others: float = 0.0) -> None:
@@ -86,7 +89,9 @@ class ProgressLine:
                 self._refreshed = now
                 self.bar.refresh()
             return
-        if _is_terminal():  # which shows another line's bar
+        if _is_terminal():
+            if _outer and (bar := _outer.bar):
+                bar.update(_outer.task, line=line)
             return
         if done >= self.total or now - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = now
@@ -96,7 +101,8 @@ class ProgressLine:
         """Take the bar away."""
         if self.bar:
             self.bar.stop()
-            self.bar, self.enabled = None, False
+            global _outer
+            self.bar, self.enabled, _outer = None, False, None
             _one_bar.release()
 
     def _line(self, text: str, others: float) -> str:

@@ -1,11 +1,11 @@
 """Generates videos with the base model and with exported weights, in the diffusers pipeline as a user would run it."""
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import diffusers
 import numpy as np
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.data.images import load_image
-from finetune.engine.generate import call_arguments, checked
+from finetune.engine.generate import call_arguments, checked, told_steps
 from finetune.engine.precision import DTYPES
 from finetune.engine.weights.exporters import exporter_of
 from finetune.engine.weights.exporters.diffusers_lora import PREFIX, load_lora, lora_file
@@ -75,8 +75,8 @@ def sample(
                     runtime.device.reseed(seed)  # LTX's VAE draws noise from the device's generator
                     arguments = call_arguments(family, prompt, seed, given)
                     pipeline.register_modules(**family.prompt_components(prompt))
-                    with _shown(line, pipeline, prompt.text) as callback:
-                        output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments, **callback)
+                    steps = told_steps(pipeline, partial(_next, line, prompt.text))
+                    output = pipeline(prompt=prompt.text, negative_prompt=prompt.negative, **arguments, **steps)
                     frames = checked(output.frames[0], prompt)
                     name = version if wanted == [1.0] else f"{version}_strength{strength:g}"
                     path = out / f"{index:02d}_seed{seed}_{name}{suffix_of(frames)}"
@@ -102,17 +102,8 @@ def _denoising(
     return ProgressLine("denoising step", total, patience=PATIENCE)
 
 
-@contextmanager
-def _shown(line: ProgressLine, pipeline: diffusers.DiffusionPipeline, text: str) -> Iterator[dict[str, Any]]:
-    """An argument of the pipeline's call with which it tells the line of each step, where it has one."""
-    start = line.done
-
-    def stepped(_: object, number: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
-        line.update(min(start + number + 1, line.total), repr(text))
-        return tensors
-
-    takes = "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters
-    yield {"callback_on_step_end": stepped} if takes else {}
+def _next(line: ProgressLine, text: str) -> None:
+    line.update(min(line.done + 1, line.total), repr(text))
 
 
 def _say_change(made: dict[tuple[int, int], list[tuple[str, np.ndarray]]], paths: Sequence[Path]) -> None:

@@ -10,6 +10,7 @@ from finetune.engine.generate import Request, generate
 from finetune.engine.precision import DTYPES
 from finetune.preparation.encode import PreparedPrompt
 from finetune.recipe import Recipe
+from finetune.runtime.progress import PATIENCE, ProgressLine
 from finetune.tracking.media import contact_sheet, strip, suffix_of, write_video
 from finetune.training.job import Job
 from finetune.training.other_expert import add_other_expert
@@ -97,7 +98,18 @@ def validation_samples(job: Job, step: int, stop: Callable[[], bool] = lambda: F
         requests = [request_of(job, each.prompt, each.seed, each.strength) for each in mine]
         idle = job.idle_batch()
     dtype = DTYPES[recipe.train.precision]
-    whole = generate(job.state, requests, idle, recipe.validation.tiling, dtype, write, stop)
+    steps = sum(request.prompt.steps for request in requests)
+    with ProgressLine("samples: denoising step", steps, enabled=runtime.is_main, patience=PATIENCE) as line:
+        whole = generate(
+            job.state,
+            requests,
+            idle,
+            recipe.validation.tiling,
+            dtype,
+            write,
+            stop,
+            lambda index: line.update(min(line.done + 1, steps), mine[index].label),
+        )
     runtime.device.reset_peak()  # what is reported of a step is the step's
     if not whole:
         return None

@@ -60,6 +60,7 @@ def test_each_expert_is_trained_as_if_it_were_alone(both: Run, recipe: Path, tmp
     assert [path.name for path in alone.output.iterdir()] == [expert]
 
 
+@pytest.mark.full
 def test_where_one_expert_is_finished_the_other_is_trained_as_if_it_were_alone(
     both: Run, recipe: Path, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_its_adapter_is_what_diffusers_loads(workshop: Path, trained: Path) -> N
     assert loaded.abs().max() > 0
 
 
+@pytest.mark.full
 def test_two_processes_go_on_as_the_one_does_that_was_not_stopped(workshop: Path, run: Command, trained: Path) -> None:
     """From the checkpoint of step 2."""
     shutil.copytree(trained, workshop / "resumed", ignore=shutil.ignore_patterns("step_00000004", "metrics.jsonl"))

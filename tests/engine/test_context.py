@@ -23,6 +23,9 @@ from finetune.runtime.distributed import Runtime, data_mesh, mesh
 PROMPTS = ["a red ball moves", "a blue square falls"]
 
 
+pytestmark = pytest.mark.full  # no training makes contexts of several ranks yet
+
+
 @pytest.fixture(scope="module")
 def figures(parity_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
     """By number of processes, the figures of each of them."""

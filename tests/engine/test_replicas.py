@@ -6,7 +6,8 @@ import pytest
 from processes import figures_of
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.full
 def test_replicas_are_equal_bit_for_bit(recipe_file: Path, tmp_path: Path, processes: int) -> None:
     """With every optimizer, replicated and hybrid, updated after and in the backward pass."""
     text = recipe_file.read_text().replace("global_batch_size = 4", f"global_batch_size = {processes}")

@@ -85,6 +85,7 @@ def prepare_with_two_ranks(recipe: Path, cache: Path, killed_at: int | None = No
     "moments",
     [1, pytest.param(3, marks=pytest.mark.full), pytest.param(20, marks=[pytest.mark.full, pytest.mark.timeout(1800)])],
 )
+@pytest.mark.full
 def test_killed_at_any_moment_a_preparation_goes_on_to_the_same_tensors(
     recipe: Path, undisturbed: Path, prepare_here: Callable[[Path], Path], moments: int
 ) -> None:
