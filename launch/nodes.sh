@@ -11,6 +11,16 @@ recipe=${1:?"usage: HEAD=gpu01 NODES=2 GPUS=8 $0 RECIPE [--set table.key=value .
 shift
 nodes=${NODES:-1} port=${PORT:-29500} gpus=${GPUS:-gpu}
 PYTHON=${PYTHON:-python}
+refuse() { printf 'error: %s\n    -> %s\n' "$1" "$2" >&2; exit 2; }
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || refuse "NODES=$nodes is no number of machines" "NODES=2, say"
+[[ $gpus =~ ^([1-9][0-9]*|gpu)$ ]] || refuse "GPUS=$gpus is no number of processes" "GPUS=8, say; all GPUs of each machine if it is left out"
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || refuse "PORT=$port is no port" "PORT=29500, say"
+[ -f "$recipe" ] || refuse "$recipe: no such recipe" "give a path that is right from $PWD on each machine"
+command -v "$PYTHON" > /dev/null || refuse "there is no $PYTHON" "activate the environment that finetune is installed in, or set PYTHON"
+if [ "$nodes" -gt 1 ] && [ -z "${HEAD:-}" ]; then
+  refuse "NODES=$nodes machines, and no HEAD where they meet" "HEAD=<the name of one of them> NODES=$nodes $0 $recipe"
+fi
+[ "$nodes" -gt 1 ] || port=0  # any that is free
 
 # An address of HEAD can be bound on its own machine alone. The others are told by which of their addresses they reach it:
 # torchrun would tell its peers a host's name, which may be known to itself alone.
@@ -30,17 +40,11 @@ with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(place)
         print(0, probe.getsockname()[0])
 PYTHON
-)
-[ -n "${address:-}" ] || exit 2
-if [ "$nodes" -gt 1 ] && [ -z "${HEAD:-}" ]; then
-  echo "error: NODES=$nodes machines, and no HEAD where they meet" >&2
-  echo "    -> HEAD=<the name of one of them> NODES=$nodes $0 $recipe" >&2
-  exit 2
-fi
+) || exit 2
 
 # SIGUSR1 saves a checkpoint and ends the run, as SIGTERM does: torchrun passes on what it is told to, and waits for the checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-echo "node $(hostname) at $address, $nodes of them meet at ${HEAD:-localhost}:$port" >&2
+[ "$nodes" -eq 1 ] || echo "node $(hostname) at $address, $nodes of them meet at ${HEAD:-localhost}:$port" >&2
 exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$nodes" --nproc_per_node "$gpus" --max_restarts 0 \
   --rdzv_backend c10d --rdzv_endpoint "${HEAD:-localhost}:$port" --rdzv_conf "is_host=$is_head,read_timeout=30" --rdzv_id finetune \
