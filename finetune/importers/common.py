@@ -30,11 +30,20 @@ NOT_NEEDED = {
 
 @dataclass
 class ClipFolder:
-    """One dataset of a source: where, how often its clips are taken, and its trigger word."""
+    """One dataset of a source: where, how often its clips are taken, and its trigger word.
+
+    `views` is in how many shapes an epoch has each clip there; a recipe has it in one.
+    """
 
     path: str
     repeats: float = 1.0
     id_token: str = ""
+    views: int = 1
+
+    @property
+    def times(self) -> float:
+        """How often an epoch of the source has each clip."""
+        return self.repeats * self.views
 
 
 def put_buckets(draft: Draft, setting: str, buckets: Iterable[Bucket], text: str = "") -> None:
@@ -69,7 +78,10 @@ def put_datasets(draft: Draft, setting: str, datasets: Sequence[ClipFolder]) -> 
         if found[0].id_token:
             draft.put("data.id_token", found[0].id_token)
         if found[0].repeats != 1:
-            draft.drop(f"repeats of {found[0].path}", "with one dataset they change nothing but the length of an epoch")
+            draft.drop(
+                f"repeats of {found[0].path}",
+                "with one dataset they change nothing but the length of an epoch, which train.steps counts",
+            )
         return
     sources = []
     for each in found:
@@ -135,16 +147,24 @@ def put_schedule(draft: Draft, setting: str, name: str, warmup: int, warmup_sett
 def put_epochs(draft: Draft, setting: str, epochs: float, datasets: Sequence[ClipFolder]) -> None:
     """Set train.steps from epochs: as many as there are clips for, if they can be counted."""
     batch = int(draft.get("train.global_batch_size", 1))
-    clips = float(draft.clips) if draft.clips else sum(_count(each.path) * each.repeats for each in datasets)
-    if clips:
-        steps = max(1, round(epochs * clips / batch))
-        parts = f"{epochs:g} epochs x {clips:g} clips / batch of {batch}"
+    used = [each for each in datasets if each.times > 0] or list(datasets)
+    times = {each.times for each in used}
+    if draft.clips:
+        taken = draft.clips * sum(each.times for each in used) / max(1, len(used))
+        clips = f"{draft.clips} clips" + (f" x {taken / draft.clips:g} in an epoch" if taken != draft.clips else "")
+    else:
+        taken = sum(_count(each.path) * each.times for each in datasets)
+        clips = f"{taken:g} clips" if times <= {1} else f"{taken:g} clips, each as often as an epoch has it"
+    if taken:
+        steps = max(1, round(epochs * taken / batch))
+        parts = f"{epochs:g} epochs x {clips} / batch of {batch}"
         draft.change(setting, "train.steps", steps, f"a recipe counts optimizer steps: {parts}", parts)
     else:
         draft.change(
             setting, "train.steps", 1000, "a recipe counts optimizer steps, and the clips are not here to be counted"
         )
-        draft.todo.append(f"train.steps: set it to {epochs:g} x clips / {batch}, or import again with --clips N")
+        often = "" if times <= {1} else f" x {min(times):g}" if len(times) == 1 else " x how often an epoch has each"
+        draft.todo.append(f"train.steps: set it to {epochs:g} x clips{often} / {batch}, or import again with --clips N")
 
 
 def every_of_epochs(draft: Draft, epochs: float, total: float) -> int:

@@ -58,7 +58,10 @@ def put_data(draft: Draft, dataset: Settings, given: Settings) -> list[ClipFolde
         own = directory.take("caption_prefix", text, prefix)
         if "caption_prefix" in directory:
             draft.read(directory.spelled("caption_prefix"), "it is data.id_token, which a space parts from the caption")
-        found.append(ClipFolder(path, directory.take("num_repeats", number, everywhere), own.strip().rstrip(",")))
+        repeats = directory.take("num_repeats", number, everywhere)
+        sizes = directory.values.get("resolutions", dataset.values.get("resolutions"))
+        views = max(1, len(sizes)) if isinstance(sizes, list) else 1  # of each resolution there is an item
+        found.append(ClipFolder(path, repeats, own.strip().rstrip(","), views))
         for name in ("num_repeats", "path"):
             if name in directory and (len(directories) > 1 or name == "num_repeats"):
                 draft.read(directory.spelled(name), "it is in [data]")

@@ -35,7 +35,9 @@ def put_data(draft: Draft, config: Settings) -> tuple[list[ClipFolder], int, str
         is_found = entry.take("enable_bucket", flag, False) or is_found
         batches.append(max(1, entry.take("batch_size", integer, 1)))
         batch_setting = entry.spelled("batch_size") if "batch_size" in entry else batch_setting
-        lengths += _lengths(draft, entry)
+        own = _lengths(draft, entry)
+        found[-1].views = len(set(own)) * _pieces(entry)
+        lengths += own
         _frames(draft, entry)
         extension = entry.take("caption_extension", text, ".txt")
         if extension not in (".txt", ".json", ""):
@@ -95,6 +97,13 @@ def _lengths(draft: Draft, entry: Settings) -> list[int]:
         )
     entry.drop(draft, {"max_frames": "it is for frame_extraction = full"})
     return [each for each in lengths if each > 0] or [1]
+
+
+def _pieces(entry: Settings) -> int:
+    """How many pieces of each length an epoch has of a clip. Of "chunk" and "slide" as many as fit: one is what is known."""
+    if entry.take("frame_extraction", text, "") != "uniform":
+        return 1
+    return max(1, entry.take("frame_sample", integer, 1))
 
 
 def _frames(draft: Draft, entry: Settings) -> None:

@@ -193,3 +193,16 @@ def test_what_no_recipe_can_be_made_of_is_an_error_that_names_it(old: str, new: 
 def test_odd_resolutions(resolutions: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="resolutions"):
         imported(*write(tmp_path, dataset=DATASET.replace("[512]", resolutions)))
+
+
+@pytest.mark.parametrize("resolutions, repeats, items", [("[512]", 1, 1), ("[512, 768]", 1, 2), ("[512, 768]", 5, 10)])
+def test_an_epoch_has_an_item_of_each_resolution_and_repeat(
+    tmp_path: Path, resolutions: str, repeats: int, items: int
+) -> None:
+    config = 'output_dir = "out"\ndataset = "dataset.toml"\nepochs = 7\nmicro_batch_size_per_gpu = 1\n'
+    config += '[model]\ntype = "wan"\nckpt_path = "/models/Wan2.1-T2V-1.3B"\ndtype = "bfloat16"\n'
+    config += '[adapter]\ntype = "lora"\nrank = 16\n[optimizer]\ntype = "adamw"\nlr = 2e-5\n'
+    dataset = (
+        f'resolutions = {resolutions}\nframe_buckets = [33]\n[[directory]]\npath = "nowhere"\nnum_repeats = {repeats}\n'
+    )
+    assert imported(*write(tmp_path, config, dataset), clips=10).recipe.train.steps == 7 * 10 * items

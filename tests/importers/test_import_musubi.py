@@ -164,3 +164,28 @@ def test_what_no_recipe_can_be_made_of_is_an_error_that_names_it(old: str, new: 
         command = command.replace("networks.lora_wan", "networks.lora_qwen_image")
     with pytest.raises(UserError, match=what):
         imported(write(tmp_path, command))
+
+
+@pytest.mark.parametrize(
+    "kind, lengths, repeats, items",
+    [
+        ("head", "[1, 25, 45]", 1, 3),
+        ("head", "[25]", 4, 4),
+        ("uniform", "[25, 45]", 2, 2 * 2 * 3),
+        ("chunk", "[25]", 1, 1),
+    ],
+)
+def test_an_epoch_has_an_item_of_each_length_and_repeat(
+    tmp_path: Path, kind: str, lengths: str, repeats: int, items: int
+) -> None:
+    command = COMMAND.replace("--max_train_steps 640", "--max_train_epochs 16").replace("--num_processes 2", "")
+    command = command.replace("--gradient_accumulation_steps 2", "")
+    dataset = (
+        f'[[datasets]]\nresolution = [832, 480]\nvideo_directory = "nowhere"\ntarget_frames = {lengths}\n'
+        f'frame_extraction = "{kind}"\nframe_sample = 3\nnum_repeats = {repeats}\nbatch_size = 2\n'
+    )
+    made = imported(write(tmp_path, command, dataset), clips=10)
+    assert made.recipe.train.steps == 16 * 10 * items / 2
+    without = imported(write(tmp_path, command, dataset))
+    often = f" x {items}" if items > 1 else ""
+    assert any(f"train.steps: set it to 16 x clips{often} / 2" in what for what in without.draft.todo)
