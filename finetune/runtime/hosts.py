@@ -64,13 +64,14 @@ def sharing(runtime: Runtime, folder: Path) -> list[Ranks]:
             with suppress(OSError):
                 files[own].touch(exist_ok=False)
         runtime.gather(None)  # all are written
-        seen = [number for number, file in enumerate(files) if file.exists()]
+        first_seen = next((number for number, file in enumerate(files) if os.path.exists(file)), own)
         groups: dict[int, list[int]] = {}
-        for rank, group in enumerate(runtime.gather(min([*seen, own]))):
+        for rank, group in enumerate(runtime.gather(first_seen)):
             groups.setdefault(group, []).append(rank)
     finally:
         if writes:
-            files[own].unlink(missing_ok=True)
+            with suppress(OSError):
+                files[own].unlink()
     return [tuple(ranks) for ranks in groups.values()]
 
 
