@@ -299,7 +299,7 @@ def train(
     while number < total:
         started = time.monotonic()
         for group in optimizer.param_groups:
-            group["lr"] = base * rate(number)
+            group["lr"] = float(base * rate(number))  # a scalar of numpy could not be loaded again
         optimizer.zero_grad()
         loss = step(number)
         loss.backward()
