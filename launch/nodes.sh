@@ -7,7 +7,8 @@
 #   PORT   of the rendezvous (29500); another one for each training that meets at the same HEAD
 # Addresses are found by themselves. On a machine with several networks, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the one.
 set -euo pipefail
-recipe=${1:?"usage: HEAD=gpu01 NODES=2 GPUS=8 $0 RECIPE [--set table.key=value ...]"}
+case "${1:-}" in "" | -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+recipe=$1
 shift
 nodes=${NODES:-1} port=${PORT:-29500} gpus=${GPUS:-gpu}
 PYTHON=${PYTHON:-python}
@@ -19,6 +20,9 @@ refuse() { printf 'error: %s\n    -> %s\n' "$1" "$2" >&2; exit 2; }
 command -v "$PYTHON" > /dev/null || refuse "there is no $PYTHON" "activate the environment that finetune is installed in, or set PYTHON"
 if [ "$nodes" -gt 1 ] && [ -z "${HEAD:-}" ]; then
   refuse "NODES=$nodes machines, and no HEAD where they meet" "HEAD=<the name of one of them> NODES=$nodes $0 $recipe"
+fi
+if [ "$gpus" = gpu ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  refuse "there is no GPU here, and the number of processes is not given" "GPUS=2, say, trains on the CPU"
 fi
 [ "$nodes" -gt 1 ] || port=0  # any that is free
 

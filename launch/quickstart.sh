@@ -3,6 +3,11 @@
 # that it has never seen, train a LoRA with torchrun, sample with and without it, and judge the result. Everything lands in
 # runs/quickstart.
 set -euo pipefail
+case "${1:-}" in
+  "") ;;
+  -h | --help) sed -n '2,4s/^# //p' "$0"; exit 0 ;;
+  *) echo "error: $1: there is nothing to choose" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 . launch/install.sh
 install plots

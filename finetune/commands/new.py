@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from finetune.commands.common import folder_named
+from finetune.recipe.load import TEMPLATES
 from finetune.runtime.errors import UserError
 from finetune.runtime.logging import say, tell
 
@@ -15,7 +16,6 @@ finetune new ltx_lora mine.toml --data clips
 finetune new wan_14b_lora mine.toml --data clips/table.csv --output runs/mine --model /models/Wan2.1-T2V-14B-Diffusers
 """
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 SCHEMA = "recipe.schema.json"
 _NOT_FOR_USERS = "quickstart"
 

@@ -14,6 +14,7 @@ from finetune.recipe.schema import GENERATED
 from finetune.recipe.validation import Prompt
 from finetune.runtime.errors import UserError
 from finetune.runtime.files import fresh_folder
+from finetune.runtime.logging import say
 
 if TYPE_CHECKING:
     from finetune.runtime.distributed import Runtime
@@ -83,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from finetune.checks.model import open_family
     from finetune.preparation.own_shape import with_own_shape
     from finetune.training.exported_videos import adapter_of, sample
+    from finetune.training.output import RESULTS
 
     def body(runtime: Runtime) -> int:
         if runtime.world_size > 1:
@@ -91,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         family = open_family(recipe, trains=False)
         if arguments.step is not None:
             adapters.append((adapter_of(recipe, family, runtime, arguments.step), 1.0))
+        if not is_trained and (recipe.output / RESULTS).is_file():
+            say(f"these are of the base model; --adapter {recipe.output} applies what was trained there")
         sample(with_own_shape(recipe, family), family, runtime, out, adapters, arguments.compare, arguments.strength)
         return 0
 

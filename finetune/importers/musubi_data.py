@@ -24,11 +24,12 @@ def put_data(draft: Draft, config: Settings) -> tuple[list[ClipFolder], int, str
     general, entries = config.table("general"), config.tables("datasets")
     if not entries:
         raise UserError("no [[datasets]] in it", "give the TOML of --dataset_config", config.file)
-    found, lengths, areas, batches = [], [], [], []
+    found, lengths, areas, batches, paths = [], [], [], [], []
     is_found = False
     batch_setting = "batch_size is 1"
     for entry in entries:
-        path, is_list = _path(draft, entry)
+        path, is_list, setting = _path(draft, entry)
+        paths.append(setting)
         entry.values = {**general.values, **entry.values}
         found.append(ClipFolder(path, entry.take("num_repeats", number, 1)))
         areas.append(_area(entry))
@@ -49,8 +50,9 @@ def put_data(draft: Draft, config: Settings) -> tuple[list[ClipFolder], int, str
         for name in ("num_repeats", "resolution", "enable_bucket"):
             if name in entry:
                 draft.read(entry.spelled(name), "it is in [data]")
+        entry.said.add(setting.split()[0].rpartition(".")[2])
         entry.name_the_rest(draft)
-    common.put_datasets(draft, "datasets", found)
+    common.put_datasets(draft, ", ".join(paths), found)
     _shapes(draft, areas, sorted(set(lengths)), is_found)
     config.name_the_rest(draft)
     if len(set(batches)) > 1:
@@ -58,14 +60,15 @@ def put_data(draft: Draft, config: Settings) -> tuple[list[ClipFolder], int, str
     return found, min(batches), batch_setting
 
 
-def _path(draft: Draft, entry: Settings) -> tuple[str, bool]:
+def _path(draft: Draft, entry: Settings) -> tuple[str, bool, str]:
+    """Where a dataset lies, whether that is a list, and how the source writes it."""
     for name in _PATHS:
         if path := entry.take(name, text, ""):
             is_list = "jsonl" in name
             if is_list:
                 column = "video_path" if "video" in name else "image_path"
                 draft.default(f"{name} has the column {column}", "data.video_column", column, "as it is called there")
-            return path, is_list
+            return path, is_list, entry.spelled(name)
     raise UserError("a dataset has no video_directory and no video_jsonl_file", "add one", entry.file)
 
 

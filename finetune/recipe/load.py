@@ -22,6 +22,9 @@ Key = tuple[str | int, ...]
 _BRANCHES = ("bool", "float", "int", "str")  # what pydantic calls branches of a union, besides what is no key's name
 
 
+TEMPLATES = Path(__file__).parents[1] / "templates"  # the recipes that come with the package
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe.
 
@@ -37,6 +40,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.5)
         cure = f"did you mean {path.parent / near[0]}?" if near else "give --recipe the path of a .toml file"
+        if (TEMPLATES / f"{path.name.removesuffix('.toml')}.toml").is_file():
+            cure = f"that is a template: finetune new {path.stem if path.suffix == '.toml' else path.name} mine.toml"
         raise UserError("no such recipe", cure, str(path)) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read as a recipe ({error})", "give --recipe a TOML text file", str(path)) from None

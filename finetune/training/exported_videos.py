@@ -217,7 +217,8 @@ def trained_parts(path: Path, family: Family) -> list[tuple[Family, Path]]:
     if not parts:
         names = [f"{lora_file(each)} nor a {each.trained_component}" for each in experts]
         cure = "give the folder that training named at its end"
-        raise UserError(f"there is neither {' nor '.join(names)} in it", cure, str(path))
+        what = f"there is neither {' nor '.join(names)} in it" if path.is_dir() else "there is no such folder"
+        raise UserError(what, cure, str(path))
     return parts
 
 

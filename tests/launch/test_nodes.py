@@ -12,7 +12,7 @@ from processes import ROOT
 def nodes(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     known = {name: value for name, value in os.environ.items() if name not in ("HEAD", "NODES", "GPUS", "PORT")}
     command = [str(ROOT / "launch" / "nodes.sh"), *arguments]
-    environment = {**known, "PYTHON": sys.executable, **variables}
+    environment = {**known, "GPUS": "2", "PYTHON": sys.executable, **variables}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -21,6 +21,7 @@ def nodes(folder: Path, *arguments: str, **variables: str) -> subprocess.Complet
     [
         ({"NODES": "0"}, "NODES=0 is no number of machines"),
         ({"GPUS": "two"}, "GPUS=two is no number of processes"),
+        ({"GPUS": "gpu", "CUDA_VISIBLE_DEVICES": ""}, "there is no GPU here, and the number of processes is not given"),
         ({"PORT": "http"}, "PORT=http is no port"),
         ({"NODES": "2"}, "NODES=2 machines, and no HEAD where they meet"),
         ({"NODES": "2", "HEAD": "nowhere.invalid"}, "HEAD=nowhere.invalid cannot be found"),
@@ -40,4 +41,5 @@ def test_a_recipe_that_is_not_there_is_refused_on_each_machine(tmp_path: Path) -
     done = nodes(tmp_path, "mine.toml")
     assert done.returncode == 2
     assert done.stderr.startswith("error: mine.toml: no such recipe\n    -> ")
-    assert "usage: HEAD=gpu01" in nodes(tmp_path).stderr
+    for asked in ([], ["--help"]):
+        assert "HEAD=gpu01 NODES=2 GPUS=8 launch/nodes.sh mine.toml" in nodes(tmp_path, *asked).stdout
